@@ -1,0 +1,13 @@
+"""dagrow grows PyTorch networks where they are too small, in closed form, during training."""
+
+from dagrow.dag import Axis, Dag, Edge, trace
+from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, OptimizerError, TraceError
+from dagrow.grow import Bottleneck, Bottlenecks, bottlenecks, grow, propose
+from dagrow.growth import Growth, Receipt
+from dagrow.operators import AddNeurons, MoveWeights, Operator
+
+__all__ = [
+    "AddNeurons", "Axis", "BatchError", "Bottleneck", "Bottlenecks", "Dag", "DagrowError", "Edge", "Growth",
+    "GrowthError", "LossError", "MoveWeights", "Operator", "OptimizerError", "Receipt", "TraceError", "bottlenecks",
+    "grow", "propose", "trace",
+]  # fmt: skip

@@ -1,0 +1,289 @@
+"""The dag: a view of a model as weighted layers (edges) between activations, and the axes that can widen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from dagrow import axes as _axes
+from dagrow.errors import GrowthError, TraceError
+from dagrow.labels import Labelling, Rider, label
+from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
+from dagrow.trace import Program, record, symbolic
+
+__all__ = ["Axis", "Dag", "Edge", "trace"]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A weighted layer ``a = W b``.
+
+    Attributes:
+        name: the module's own path in the model.
+        module: the layer itself.
+        growable: whether an axis that it writes or reads can widen.
+        reason: why not, or None.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False, compare=False)
+    rule: EdgeRule = field(repr=False, compare=False)
+    growable: bool
+    reason: str | None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's own weight and bias, by their names in the rule."""
+        found = {name: getattr(self.module, name, None) for name in self.rule.dims}
+        return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
+
+    @property
+    def bias(self) -> bool:
+        return "bias" in self.parameters()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One hidden width: all the channels that must grow together.
+
+    Attributes:
+        name: the producers' names.
+        width: its number of units (a unit is one channel, or several that can only grow together).
+        producers: the edges that write it.
+        consumers: the edges that read it.
+        riders: what carries one entry per channel on the way.
+        growable: whether it can widen.
+        reason: why not, or None.
+    """
+
+    name: str
+    width: int
+    producers: tuple[Edge, ...]
+    consumers: tuple[Edge, ...]
+    riders: tuple[Rider, ...]
+    growable: bool
+    reason: str | None
+    layout: _axes.Layout = field(repr=False, compare=False)
+
+
+class Dag:
+    """A model seen as a graph. It holds no weights of its own: ``dag.model`` is the user's model, grown in place."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, rules: Sequence[LayerRule]) -> None:
+        self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
+        self.applied: list[Any] = []  #: what undoes the growths applied so far, oldest first
+        self.retrace(verified=True)
+
+    def retrace(self, *, verified: bool = False) -> None:
+        """Reads edges and axes off the model as it is now."""
+        given = self.example_inputs
+        self.program: Program = symbolic(self.model) if given is None else record(self.model, given, verified=verified)
+        self.labels: Labelling = label(self.graph, self.model, self.rules)
+        _freeze_shared(self)
+        layouts = _axes.layouts(self.labels)
+        reasons = [layout.reason or self._obstacle(layout) for layout in layouts]
+        self.edges: tuple[Edge, ...] = tuple(_edges(self, layouts, reasons))
+        by_name = {edge.name: edge for edge in self.edges}
+        self.axes: tuple[Axis, ...] = tuple(_named(by_name, layouts, reasons))
+        self.__dict__.pop("_graph", None)
+
+    def view(self) -> dict[str, Any]:
+        """What :meth:`retrace` found out, to be shown again when a growth is undone."""
+        return dict(vars(self))
+
+    def show(self, view: dict[str, Any]) -> None:
+        self.__dict__.pop("_graph", None)
+        self.__dict__.update(view)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.program.graph
+
+    def edge(self, name: str) -> Edge:
+        """The edge with this name. Raises GrowthError if there is none."""
+        return _lookup("edge", name, self.edges)
+
+    def axis(self, name: str) -> Axis:
+        """The axis with this name. Raises GrowthError if there is none."""
+        return _lookup("axis", name, self.axes)
+
+    def rule(self, name: str) -> LayerRule:
+        """The rule of a layer of the model."""
+        rule = rule_for(self.model.get_submodule(name), self.rules)
+        assert rule is not None
+        return rule
+
+    def widening(self, axis: Axis, k: int) -> _axes.Widening:
+        """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""
+        try:
+            return _axes.widen(self.graph, self.model, self.rules, self.labels, axis.layout, k)
+        except _axes.Misfit as misfit:
+            raise GrowthError(
+                f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
+            ) from misfit
+
+    def _obstacle(self, layout: _axes.Layout) -> str | None:
+        try:
+            _axes.widen(self.graph, self.model, self.rules, self.labels, layout, 1)
+        except _axes.Misfit as misfit:
+            return str(misfit)
+        return None
+
+    def network(self) -> nx.MultiDiGraph:
+        """A networkx view: nodes are activations that a layer reads (or the output), edges are weighted layers."""
+        return self._graph.copy()
+
+    @cached_property
+    def _graph(self) -> nx.MultiDiGraph:
+        return _network(self.graph, {edge.name for edge in self.edges})
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def __repr__(self) -> str:
+        growing = sum(axis.growable for axis in self.axes)
+        return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
+
+    def __str__(self) -> str:
+        return render(*_tables(self))
+
+
+def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[LayerRule] = ()) -> Dag:
+    """Views a model as a dag. Changes nothing.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Without it the
+            model goes through ``torch.fx``, and the example's shape is taken from its first layer.
+        rules: layer rules of your own, asked before the built-in ones.
+
+    Raises:
+        TraceError: the model cannot be traced, or its graph does not compute what the model computes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace was given a {type(model).__name__}; it takes a torch.nn.Module.")
+    return Dag(model, example_inputs, (*rules, *DEFAULT_RULES))
+
+
+def render(*tables: Table, width: int = 130) -> str:
+    """Rich tables as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return capture.get().rstrip()
+
+
+def _edges(dag: Dag, layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Edge]:
+    modules = dict(dag.model.named_modules())
+    for name in dag.labels.rows:
+        rule = rule_for(modules[name], dag.rules)
+        assert isinstance(rule, EdgeRule)
+        around = [(layout, why) for layout, why in zip(layouts, reasons, strict=True)
+                  if name in layout.rows or name in layout.columns]  # fmt: skip
+        growable = any(why is None for _, why in around)
+        causes = {why: None for _, why in around if why}
+        reads = "" if any(name in layout.columns for layout, _ in around) else "it reads no hidden axis; "
+        yield Edge(name, modules[name], rule, growable, None if growable else reads + "; ".join(causes))
+
+
+def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
+    """Axes, named after their producers; a number tells apart those of the same producers."""
+    base = ["+".join(layout.rows) for layout in layouts]
+    for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):
+        name = base[index] if base.count(base[index]) == 1 else f"{base[index]}[{base[:index].count(base[index])}]"
+        yield Axis(
+            name, layout.width, tuple(edges[e] for e in layout.rows), tuple(edges[e] for e in layout.columns),
+            tuple(layout.entries), why is None, why, layout,
+        )  # fmt: skip
+
+
+def _freeze_shared(dag: Dag) -> None:
+    """Weights that several layers share, or that are read directly as well, cannot grow with one of them."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in dag.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    direct = {str(node.target) for node in dag.graph.nodes if node.op == "get_attr"}
+    modules = dict(dag.model.named_modules())
+    for edge, rows in dag.labels.rows.items():
+        rule, cause = rule_for(modules[edge], dag.rules), None
+        assert isinstance(rule, EdgeRule)
+        for name in rule.dims:
+            parameter = getattr(modules[edge], name, None)
+            names = owners.get(id(parameter), []) if parameter is not None else []
+            if parameter is not None and not names:
+                cause = f"{edge}.{name} is computed, not a parameter"
+            elif len(names) > 1:
+                cause = f"{edge}.{name} is shared with {', '.join(n for n in names if n != f'{edge}.{name}')}"
+            elif direct & set(names):
+                cause = f"{edge}.{name} is also used directly"
+        cause = cause or rule.refusal(modules[edge])
+        if cause:
+            dag.labels.classes.freeze(rows, cause)
+            dag.labels.classes.freeze(dag.labels.columns[edge], cause)
+
+
+def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:
+    for item in items:
+        if item.name == name:
+            return item
+    raise GrowthError(
+        f"there is no {kind} {name!r} in this dag; it has {', '.join(item.name for item in items) or 'none'}."
+    )
+
+
+def _network(graph: fx.Graph, edges: set[str]) -> nx.MultiDiGraph:
+    """Every layer leads from the activation that it reads to every activation that its output reaches unweighted."""
+
+    def is_edge(node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in edges
+
+    read = {node.all_input_nodes[0] for node in graph.nodes if is_edge(node)}
+    read |= {node for node in graph.nodes if node.op == "output"}
+    network = nx.MultiDiGraph()
+    reached = _reachable(graph, read, is_edge)
+    for node in graph.nodes:
+        if node in read:
+            network.add_node(node.name)
+        if is_edge(node):
+            for target in reached[node]:
+                network.add_edge(node.all_input_nodes[0].name, target.name, key=str(node.target), edge=str(node.target))
+    return network
+
+
+def _reachable(graph: fx.Graph, read: set[fx.Node], is_edge: Callable[[fx.Node], bool]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node the activations in ``read`` that it reaches without passing a weighted layer."""
+    reached: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in reversed(graph.nodes):
+        found = {node: None} if node in read else {}
+        for user in node.users:
+            if not is_edge(user):
+                found |= reached[user]
+        reached[node] = found
+    return {node: list(found) for node, found in reached.items()}
+
+
+def _tables(dag: Dag) -> tuple[Table, Table]:
+    edges = Table("edge", "layer", "reads -> writes", "grows", "why not", title=repr(dag), title_justify="left")
+    for edge in dag.edges:
+        i, o = edge.rule.widths(edge.module)
+        edges.add_row(
+            edge.name, type(edge.module).__name__, f"{i} -> {o}", "yes" if edge.growable else "no", edge.reason or ""
+        )
+    axes = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
+    for axis in dag.axes:
+        axes.add_row(
+            axis.name, str(axis.width), _names(axis.producers), _names(axis.consumers), _names(axis.riders),
+            "yes" if axis.growable else "no", axis.reason or "",
+        )  # fmt: skip
+    return edges, axes
+
+
+def _names(items: Sequence[Any]) -> str:
+    return ", ".join(item.name for item in items)

@@ -1,0 +1,218 @@
+"""The verbs: bottlenecks, propose, grow."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch.optim import Optimizer
+
+from dagrow.dag import Dag, render
+from dagrow.errors import GrowthError
+from dagrow.growth import Growth, Receipt
+from dagrow.moments import Goal, Moments, Pair, Reads, measure
+from dagrow.objective import Loss, Objective, Step
+from dagrow.operators import AddNeurons, Operator
+from dagrow.operators.base import Stage, packed
+from dagrow.search import line_search
+from dagrow.solve import best_move
+from dagrow.surgery import Draft, Preview
+
+__all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What one edge cannot follow.
+
+    Attributes:
+        edge: the edge's name.
+        goal: ``E|v|^2``.
+        explained: the part that the best move of its own weights follows.
+        bottleneck: the rest, ``E|v_perp|^2``.
+    """
+
+    edge: str
+    goal: float
+    explained: float
+    bottleneck: float
+
+    @property
+    def share(self) -> float:
+        """The part of the goal that is out of reach, 0 to 1."""
+        return self.bottleneck / self.goal if self.goal else 0.0
+
+
+class Bottlenecks(Mapping[str, Bottleneck]):
+    """Bottlenecks by edge, largest first; prints as a table."""
+
+    def __init__(self, found: Iterable[Bottleneck], samples: int, loss: float) -> None:
+        self._found = {b.edge: b for b in sorted(found, key=lambda b: -b.bottleneck)}
+        self.samples, self.loss = samples, loss
+
+    def __getitem__(self, edge: str) -> Bottleneck:
+        return self._found[edge]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __str__(self) -> str:
+        table = Table(
+            "edge",
+            "goal",
+            "own weights follow",
+            "bottleneck",
+            "share",
+            title=f"{self.samples} samples, loss {self.loss:.6g}",
+        )
+        for b in self.values():
+            table.add_row(b.edge, f"{b.goal:.4g}", f"{b.explained:.4g}", f"{b.bottleneck:.4g}", f"{b.share:.1%}")
+        return render(table)
+
+
+def bottlenecks(
+    dag: Dag, batches: Iterable[Any], loss: Loss | None = None, *, step: Step | None = None, mode: str = "eval",
+    ridge: float = 0.0,
+) -> Bottlenecks:  # fmt: skip
+    """Measures at every edge which part of its goal its own weights can follow. Changes nothing.
+
+    Args:
+        dag: what :func:`dagrow.trace` returned.
+        batches: any re-iterable of ``(inputs, target)``.
+        loss: ``loss(output, target)``, a mean or a sum over samples.
+        step: ``step(model, batch)``, instead of ``loss``, for any other training step.
+        mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
+        ridge: relative to each feature's second moment.
+
+    Raises:
+        BatchError, LossError: the batches or the loss do not fit.
+    """
+    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
+    keys = [(edge, Reads(edge.name, edge.bias), Goal(edge.name)) for edge in dag.edges]
+    pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
+    m = measure(dag, objective, pairs, folds=1)
+    moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
+    return Bottlenecks(
+        (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves), m.samples, m.loss
+    )
+
+
+def propose(
+    dag: Dag, batches: Iterable[Any], loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),), *,
+    step: Step | None = None, mode: str = "eval",
+) -> list[Growth]:  # fmt: skip
+    """Measures what every operator could add at every place. Changes nothing.
+
+    Returns:
+        Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples.
+
+    Raises:
+        BatchError, LossError: the batches or the loss do not fit.
+        GrowthError: an operator was asked for a place that cannot grow, or nothing can.
+    """
+    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
+    growths = [g for operator in _checked(operators) for g in _growths(dag, objective, operator)]
+    return sorted(growths, key=_worth, reverse=True)
+
+
+def _worth(growth: Growth) -> float:
+    return growth.gain if growth.heldout_gain is None else growth.heldout_gain
+
+
+def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
+    given = [operators] if isinstance(operators, Operator) else list(operators)
+    wrong = [operator for operator in given if not isinstance(operator, Operator)]
+    if wrong or not given:
+        raise GrowthError(f"operators={operators!r}: give a list of operators such as [dagrow.AddNeurons()].")
+    return given
+
+
+def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]:
+    """One pass for all candidates, then as few as possible for those that need a preview."""
+    candidates, folds = operator.candidates(dag), operator.folds
+    if not candidates:
+        return []
+    m = measure(dag, objective, [pair for c in candidates for pair in c.pairs()], folds=folds)
+    solved = [found for c in candidates if (found := c.solve(m, objective)) is not None]
+    growths = [growth for growth in solved if isinstance(growth, Growth)]
+    for stages in packed([stage for stage in solved if isinstance(stage, Stage)]):
+        m = _previewed(dag, objective, stages, folds)
+        growths += [g for stage in stages if isinstance(g := stage.solve(m, objective), Growth)]
+    return growths
+
+
+def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: int) -> Moments:
+    draft = Draft(dag, [(stage.axis, stage.widening) for stage in stages])
+    for stage in stages:
+        stage.fill(draft)
+    change = draft.change()
+    pairs = [pair for stage in stages for pair in stage.pairs()]
+    with Preview(dag, change):
+        tensors = change.tensors(dag.model, 0.0)
+        return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
+
+
+def grow(
+    dag: Dag, batches: Iterable[Any], loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),), *,
+    validation: Iterable[Any] | None = None, optimizer: Optimizer | None = None, step: Step | None = None,
+    mode: str = "eval",
+) -> Receipt:  # fmt: skip
+    """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
+
+    A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added.
+
+    Args:
+        validation: batches for the line search; by default those that were measured.
+        optimizer: its state is brought along at once, for every parameter that grows.
+
+    Returns:
+        A receipt, with one part per applied growth: the drop of a move and of a growth are told apart.
+
+    Raises:
+        BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
+    """
+    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
+    judge = objective if validation is None else objective.with_batches(validation)
+    parts: list[Receipt] = []
+    try:
+        for operator in _checked(operators):
+            part = _grown(dag, objective, judge, operator, optimizer)
+            if part is not None:
+                parts.append(part)
+        before = parts[0].loss_before if parts else judge.mean()
+    except BaseException:
+        for part in reversed(parts):
+            part.undo()
+        raise
+    return _summed(parts, before)
+
+
+def _grown(
+    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None
+) -> Receipt | None:
+    """The operator's best growth, applied; None if none is worth it."""
+    growths = _growths(dag, objective, operator)
+    growths = sorted((g for g in growths if g.significant), key=_worth, reverse=True)
+    if not growths:
+        return None
+    best, before = growths[0], judge.mean()
+    if best.preserving:
+        return best.commit(1.0, before, best.loss(1.0, judge), optimizer)
+    with Preview(dag, best.change):
+        gamma, after = line_search(lambda gamma: judge.mean(best.change.tensors(dag.model, gamma)), before)
+    return best.commit(gamma, before, after, optimizer) if gamma > 0 else None
+
+
+def _summed(parts: Sequence[Receipt], before: float) -> Receipt:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Receipt("", 0, 0.0, before, before, 0.0, {})
+    where = {name: at for part in parts for name, at in part.parameters.items()}
+    return Receipt(
+        ", ".join(part.where for part in parts), sum(part.neurons for part in parts), parts[-1].gamma,
+        before, parts[-1].loss_after, sum(part.gain for part in parts), where, tuple(parts),
+    )  # fmt: skip

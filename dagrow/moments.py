@@ -1,0 +1,386 @@
+"""Second moments of features and goals, streamed over batches. The only place that hangs hooks.
+
+With ``E`` a mean over samples of sums over positions, and rows ``x [n s, dx]``, ``y [n s, dy]``, the moment of
+``(x, y)`` is ``E x y^T [dx, dy]``. Moments add; they are kept in folds by sample, so that anything fitted on them
+can be validated on samples that it has not seen, at no extra pass.
+"""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagrow.axes import Landing
+from dagrow.dag import Dag
+from dagrow.errors import BatchError, GrowthError, LossError
+from dagrow.layers import with_constant
+from dagrow.linalg import gram
+from dagrow.objective import Objective, Undisturbed
+
+__all__ = ["Carried", "Feature", "Gathered", "Goal", "Moments", "New", "Pair", "Reads", "Stacked", "measure"]
+
+FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
+
+
+@dataclass
+class Capture:
+    """What one forward and backward pass of a batch left at one layer."""
+
+    module: torch.nn.Module
+    rule: Any
+    new_read: Landing | None
+    new_written: Landing | None
+    inputs: Tensor
+    version: int
+    output: Tensor | None = None
+    goal: Tensor | None = None
+
+    def read(self, new: bool = False) -> Tensor:
+        """The layer's input, restricted to its old or new channels."""
+        if self.inputs._version != self.version:
+            raise GrowthError(
+                "the input of a layer was changed in place after the layer read it; measure a model that does not."
+            )
+        if self.new_read is None:
+            return self.inputs
+        return self._select(self.inputs, self.new_read.new.flatten() if new else self.new_read.old)
+
+    def wanted(self) -> Tensor:
+        """The goal at the layer's old output channels."""
+        assert self.goal is not None
+        return self.goal if self.new_written is None else self._select(self.goal, self.new_written.old)
+
+    def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
+        return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
+
+
+class Feature(ABC):
+    """Something with one row per sample and position, computed from what layers read in the forward pass.
+
+    Features are keys: equal features are measured once.
+    """
+
+    #: names of the layers that are captured for it
+    edges: tuple[str, ...]
+
+    @abstractmethod
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        """The rows ``[n s, d]`` of a batch of n samples."""
+
+
+@dataclass(frozen=True)
+class Reads(Feature):
+    """The features ``b`` that an edge reads, with the constant 1 of its bias."""
+
+    edge: str
+    bias: bool = True
+
+    @property
+    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.edge,)
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        capture = captures[self.edge]
+        return with_constant(capture.rule.features(capture.module, capture.read()), self.bias)
+
+
+@dataclass(frozen=True)
+class New(Reads):
+    """What an edge reads from the new channels of a preview."""
+
+    bias: bool = False
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        capture = captures[self.edge]
+        return with_constant(capture.rule.features(capture.module, capture.read(new=True)), self.bias)
+
+
+@dataclass(frozen=True)
+class Carried(Reads):
+    """What a rider carries in the new channels of a preview, with the constant 1."""
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        capture = captures[self.edge]
+        inputs = capture.read(new=True)
+        return with_constant(inputs.movedim(capture.rule.channel_dim(inputs.ndim), -1).flatten(0, -2), True)
+
+
+@dataclass(frozen=True)
+class Goal(Feature):
+    """The goal ``v``: minus the gradient of each sample's loss at the edge's pre-activation."""
+
+    edge: str
+
+    @property
+    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.edge,)
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        capture = captures[self.edge]
+        return capture.rule.rows(capture.module, capture.wanted())
+
+
+@dataclass(frozen=True)
+class Stacked(Feature):
+    """Several features on top of each other."""
+
+    parts: tuple[Feature, ...]
+
+    @property
+    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(edge for part in self.parts for edge in part.edges)
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        return torch.cat([part.rows(captures, samples) for part in self.parts], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered(Feature):
+    """A producer's features as they arrive at a consumer that reads them at other positions.
+
+    Attributes:
+        source: the features at the producer ``[n S, p]``.
+        index: for each position of the consumer and each of the unit's channels there, the source position times
+            the number of producing channels plus the producing channel, or -1 ``[S', slots]``.
+        channels: producing channels R of a unit; the result has ``slots R p`` columns.
+        length: positions S of the producer.
+    """
+
+    source: Feature
+    index: Tensor
+    channels: int
+    length: int
+
+    @property
+    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.source.edges
+
+    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+        source = self.source.rows(captures, samples)
+        source = source.view(samples, -1, source.shape[1])
+        if source.shape[1] != self.length:
+            raise BatchError(
+                f"a batch has {source.shape[1]} positions where the traced example has {self.length}; "
+                "trace with such a batch."
+            )
+        positions, slots = self.index.shape
+        out = source.new_zeros(samples, positions, slots, self.channels, source.shape[2])
+        t, e = torch.nonzero(self.index >= 0, as_tuple=True)
+        at = self.index[t, e]
+        out[:, t, e, at % self.channels] = source[:, at // self.channels]
+        return out.view(samples * positions, -1)
+
+
+Pair = tuple[Feature, Feature]
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over samples of ``x y^T``, per fold.
+
+    Attributes:
+        counts: samples in each fold ``[F]``.
+        sums: pair of features -> sums ``[F, dx, dy]``.
+        positions: feature -> rows per sample.
+        resolution: relative precision of the products that were summed.
+        loss: mean over samples of the loss.
+    """
+
+    counts: Tensor
+    sums: dict[Pair, Tensor]
+    positions: dict[Feature, float]
+    resolution: float
+    loss: float = 0.0
+
+    @property
+    def folds(self) -> int:
+        return len(self.counts)
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts.sum())
+
+    def __getitem__(self, pair: Pair) -> Tensor:
+        """``E x y^T`` ``[dx, dy]``."""
+        x, y = pair
+        if pair in self.sums:
+            return self.sums[pair].sum(0) / self.samples
+        return self.sums[y, x].sum(0).T / self.samples
+
+    def __add__(self, other: "Moments") -> "Moments":
+        sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}
+        share = self.samples / (self.samples + other.samples)
+        positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
+        loss = share * self.loss + (1 - share) * other.loss
+        return Moments(self.counts + other.counts, sums, positions, max(self.resolution, other.resolution), loss)
+
+    def fold(self, index: int) -> "Moments":
+        """The moments of one fold alone."""
+        return self._select([index])
+
+    def without(self, index: int) -> "Moments":
+        """The moments of all folds but one."""
+        return self._select([f for f in range(self.folds) if f != index])
+
+    def _select(self, kept: Sequence[int]) -> "Moments":
+        return replace(self, counts=self.counts[kept], sums={pair: total[kept] for pair, total in self.sums.items()})
+
+
+def measure(
+    dag: Dag, objective: Objective, pairs: Iterable[Pair], *, folds: int = 4, dtype: torch.dtype = torch.float64,
+    preview: Mapping[str, Tensor] | None = None, read: Mapping[str, Landing] | None = None,
+    written: Mapping[str, Landing] | None = None,
+) -> Moments:  # fmt: skip
+    """One pass over the batches.
+
+    Args:
+        pairs: what to measure.
+        folds: samples go round-robin into this many folds.
+        dtype: accumulators' type; products of at most FLUSH_ROWS rows are taken in the activations' own type.
+        preview: parameters and buffers to replace, for a look at a grown network.
+        read, written: layer -> which of its input and output channels are new in the preview.
+    """
+    pairs = _distinct(pairs)
+    objective.reduction  # noqa: B018  (probed before hooks hang)
+    sums = _Sums(pairs, folds, dtype)
+    watch = _Watch(dag, {f for pair in pairs for f in pair}, read or {}, written or {})
+    with Undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
+        objective.model.train(objective.mode == "train")
+        for batch, n in objective:
+            loss = objective.value(batch, preview)
+            captures = watch.harvest(loss, -objective.scale(n) * n)
+            sums.add(n, {f: f.rows(captures, n) for f in sums.features}, float(loss.detach()) * objective.scale(n) * n)
+            del loss, captures
+    return sums.moments()
+
+
+def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
+    """Each pair once, in one order only."""
+    kept: dict[Pair, None] = {}
+    for x, y in pairs:
+        if (y, x) not in kept:
+            kept[x, y] = None
+    return list(kept)
+
+
+class _Watch:
+    """Hooks that catch what layers read and the goals at what they write."""
+
+    def __init__(
+        self, dag: Dag, features: Iterable[Feature], read: Mapping[str, Landing], written: Mapping[str, Landing]
+    ) -> None:
+        modules = dict(dag.model.named_modules())
+        names = {edge for feature in features for edge in feature.edges}
+        self.goals = {edge for feature in features if isinstance(feature, Goal) for edge in feature.edges}
+        self.watched = {
+            name: (modules[name], dag.rule(name), read.get(name), written.get(name)) for name in sorted(names)
+        }
+        self.found: dict[str, Capture] = {}
+        self.before = {name: set(module._forward_hooks) for name, (module, *_) in self.watched.items()}
+
+    def __enter__(self) -> "_Watch":
+        for name in self.watched:
+            self.watched[name][0].register_forward_hook(
+                lambda _m, args, output, name=name: self.catch(name, args, output)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.remove()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        for name, (module, *_) in self.watched.items():
+            for key in set(module._forward_hooks) - self.before[name]:
+                del module._forward_hooks[key]
+        self.found = {}
+
+    def catch(self, name: str, args: tuple, output: Tensor) -> Tensor | None:
+        inputs = args[0].detach()
+        self.found[name] = Capture(*self.watched[name], inputs, inputs._version)
+        if name not in self.goals:
+            return None
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        self.found[name].output = output
+        return output.clone()  # what follows may work in place
+
+    def harvest(self, loss: Tensor, scale: float) -> dict[str, Capture]:
+        """Goals by one backward pass. ``scale`` turns the gradient of the batch's loss into per-sample goals."""
+        missing = set(self.watched) - set(self.found)
+        if missing:
+            raise GrowthError(
+                f"{', '.join(sorted(missing))} did not run on a batch; "
+                "the model takes another way than when it was traced."
+            )
+        outputs = {name: self.found[name].output for name in self.goals}
+        if outputs and not loss.requires_grad:
+            raise LossError("the loss does not depend on the model: no gradient reaches its layers.")
+        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True) if outputs else ()
+        if outputs and all(g is None for g in gradients):
+            raise LossError("the loss does not depend on the model: no gradient reaches its layers.")
+        for name, gradient in zip(outputs, gradients, strict=True):
+            output = outputs[name]
+            assert output is not None
+            self.found[name].goal = torch.zeros_like(output) if gradient is None else gradient.detach() * scale
+        found, self.found = self.found, {}
+        return found
+
+
+class _Sums:
+    """Accumulators with a buffer of rows, so that products are large and few."""
+
+    def __init__(self, pairs: Sequence[Pair], folds: int, dtype: torch.dtype) -> None:
+        self.pairs, self.folds, self.dtype = pairs, folds, dtype
+        self.features = list(dict.fromkeys(f for pair in pairs for f in pair))
+        self.counts, self.loss, self.seen = torch.zeros(folds, dtype=torch.long), 0.0, 0
+        self.totals: dict[Pair, Tensor] = {}
+        self.waiting: list[dict[Feature, list[Tensor]]] = [defaultdict(list) for _ in range(folds)]
+        self.rows = [0] * folds
+        self.positions: dict[Feature, int] = defaultdict(int)
+        self.resolution = 0.0
+
+    def add(self, n: int, rows: Mapping[Feature, Tensor], loss: float) -> None:
+        self.loss += loss
+        for feature, values in rows.items():
+            if len(values) % n:
+                raise BatchError(
+                    f"a layer sees {len(values)} rows for {n} samples; samples must be the first dimension."
+                )
+            self.positions[feature] += len(values)
+            self.resolution = max(self.resolution, torch.finfo(values.dtype).eps)
+        for fold in range(self.folds):
+            first = (fold - self.seen) % self.folds
+            if first >= n:
+                continue
+            self.counts[fold] += len(range(first, n, self.folds))
+            for feature, values in rows.items():
+                part = values.view(n, -1, values.shape[1])[first :: self.folds]
+                self.waiting[fold][feature].append(part.reshape(-1, values.shape[1]))
+            self.rows[fold] += max(len(values) for values in rows.values()) // self.folds
+            if self.rows[fold] >= FLUSH_ROWS:
+                self.flush(fold)
+        self.seen += n
+
+    def flush(self, fold: int) -> None:
+        waiting, self.waiting[fold], self.rows[fold] = self.waiting[fold], defaultdict(list), 0
+        joined = {feature: torch.cat(parts) for feature, parts in waiting.items()}
+        for x, y in self.pairs:
+            if x not in joined:
+                continue
+            product = gram(joined[x]) if x == y else joined[x].T @ joined[y]
+            if (x, y) not in self.totals:
+                self.totals[x, y] = torch.zeros(self.folds, *product.shape, dtype=self.dtype, device=product.device)
+            self.totals[x, y][fold] += product
+
+    def moments(self) -> Moments:
+        for fold in range(self.folds):
+            self.flush(fold)
+        positions = {feature: count / self.seen for feature, count in self.positions.items()}
+        return Moments(self.counts, self.totals, positions, self.resolution, self.loss / self.seen)

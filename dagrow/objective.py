@@ -1,0 +1,222 @@
+"""The user's loss on the user's batches, evaluated on the model as it is or on a preview of it.
+
+Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dagrow.errors import BatchError, LossError
+from dagrow.trace import bind
+
+__all__ = ["Objective", "Undisturbed"]
+
+Loss = Callable[[Any, Any], Tensor]
+Step = Callable[[nn.Module, Any], Tensor]
+
+
+class Undisturbed:
+    """Leaves modes, buffers, random states and the gradient switch as they were when it was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self.random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self.grad = torch.is_grad_enabled()
+
+    def __enter__(self) -> "Undisturbed":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        for module, mode in self.modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                if buffer.shape == value.shape and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        random.setstate(self.random[0])
+        np.random.set_state(self.random[1])
+        torch.set_rng_state(self.random[2])
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+class Objective:
+    """A loss over batches, normalised to a mean over samples.
+
+    Args:
+        model: the user's model.
+        batches: any re-iterable of ``(inputs, target)``; with ``step``, of anything.
+        loss: ``loss(output, target) -> scalar``, a mean or a sum over samples.
+        step: ``step(model, batch) -> scalar``, instead of ``loss``.
+        mode: ``"eval"`` or ``"train"``, the mode that the model runs in.
+
+    Raises:
+        BatchError, LossError: see the messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss | None = None,
+        *,
+        step: Step | None = None,
+        mode: str = "eval",
+    ) -> None:
+        if (loss is None) == (step is None):
+            raise LossError(
+                "give either loss=, called as loss(output, target), or step=, called as step(model, batch)."
+            )
+        if mode not in ("eval", "train"):
+            raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
+        if not isinstance(batches, Iterable):
+            raise BatchError(f"batches is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
+        if isinstance(batches, Iterator):
+            raise BatchError("batches is an iterator, which can be read only once; give a list or a DataLoader.")
+        self.model, self.batches, self.mode = model, batches, mode
+        self.function: Step = step if step is not None else _supervised(loss)
+        self._reduction: str | None = None
+
+    def with_batches(self, batches: Iterable[Any]) -> "Objective":
+        """The same loss on other batches."""
+        return Objective(self.model, batches, step=self.function, mode=self.mode)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Batches with their numbers of samples."""
+        empty = True
+        for batch in self.batches:
+            empty = False
+            yield batch, _samples(batch)
+        if empty:
+            raise BatchError("batches is empty; at least one batch is needed to measure anything.")
+
+    def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
+        try:
+            if tensors:
+                replaced = {f"model.{name}": tensor for name, tensor in tensors.items()}
+                result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,))
+            else:
+                result = self.function(self.model, batch)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise BatchError(f"the model or the loss failed on a batch of {describe(batch)}: {error}") from error
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise LossError(f"the loss returned {given}; it must return a tensor with one number.")
+        if not torch.isfinite(result):
+            raise LossError(f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses.")
+        return result.reshape(())
+
+    def scale(self, samples: int) -> float:
+        """The factor from the user's scalar for a batch to a mean over its samples."""
+        return 1.0 if self.reduction == "mean" else 1.0 / samples
+
+    @property
+    def reduction(self) -> str:
+        """Whether the user's loss is a "mean" or a "sum" over samples, found by repeating a batch."""
+        if self._reduction is None:
+            with Undisturbed(self.model), torch.no_grad():
+                self.model.eval()
+                self._reduction = self._probe()
+        return self._reduction
+
+    def _probe(self) -> str:
+        for batch, n in self:
+            one = float(self.value(batch))
+            if one == 0:
+                continue
+            ratio = float(self.value(_repeated(batch, n))) / one
+            if abs(ratio - 1) < 1e-3:
+                return "mean"
+            if abs(ratio - 2) < 1e-3:
+                return "sum"
+            raise LossError(
+                f"repeating a batch multiplies the loss by {ratio:.4g}; a mean over samples gives 1, a sum gives 2. "
+                "Return one of the two (a penalty on the weights goes with a mean)."
+            )
+        return "mean"
+
+    def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
+        """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
+        self.reduction  # noqa: B018  (probed before the model's state is saved)
+        total, count = 0.0, 0
+        with Undisturbed(self.model), torch.no_grad():
+            self.model.train(self.mode == "train")
+            for batch, n in self:
+                total += float(self.value(batch, tensors)) * self.scale(n) * n
+                count += n
+        return total / count
+
+
+class _Evaluation(nn.Module):
+    """Lets ``functional_call`` replace tensors of the model while the user's own function runs it."""
+
+    def __init__(self, model: nn.Module, function: Step) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.model, batch)
+
+
+def _supervised(loss: Loss | None) -> Step:
+    assert loss is not None
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise BatchError(
+                f"a batch is {describe(batch)}; it must be (inputs, target). For other batches, give step=."
+            )
+        args, kwargs = bind(batch[0])
+        return loss(model(*args, **kwargs), batch[1])
+
+    return step
+
+
+def _samples(batch: Any) -> int:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            if not len(leaf):
+                raise BatchError(f"a batch has no samples: {describe(batch)}.")
+            return len(leaf)
+    raise BatchError(f"a batch holds no tensor with a sample dimension: {describe(batch)}.")
+
+
+def _repeated(batch: Any, n: int) -> Any:
+    def twice(leaf: object) -> object:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
+
+    return tree_map(twice, batch)
+
+
+def describe(batch: Any) -> str:
+    """Shapes and types of a batch, for messages."""
+
+    def leaf(value: object) -> object:
+        return (
+            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+
+    return str(tree_map(leaf, batch))

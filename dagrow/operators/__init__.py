@@ -1,0 +1,8 @@
+"""Ways to grow, one idea a file."""
+
+from dagrow.operators.add_neurons import AddNeurons
+from dagrow.operators.base import Candidate, Operator
+from dagrow.operators.move import MoveWeights
+from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+
+__all__ = ["AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "WidenCandidate", "places"]

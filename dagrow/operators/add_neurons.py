@@ -1,0 +1,159 @@
+"""``AddNeurons``: new neurons on a hidden axis."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dagrow.dag import Axis, Dag
+from dagrow.errors import GrowthError
+from dagrow.moments import Moments
+from dagrow.operators.base import Candidate, Operator
+from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
+from dagrow.solve import RIDGES, Compensation, directions, validate_directions
+
+__all__ = ["AddNeurons"]
+
+Solver = Literal["sequential", "joint", "unprojected"]
+Init = Literal["optimal", "random_features", "random", "gradmax", "copy", "zero"]
+OPEN = 16  #: random directions offered when their number is open
+
+
+@dataclass(frozen=True)
+class AddNeurons(Operator):
+    """Widens hidden axes by the neurons that explain most of the bottleneck behind them.
+
+    Args:
+        k: neurons per axis, exactly; None takes as many as the held-out gain supports, possibly none. Where linear
+            theory holds fewer directions than k (it holds as many as the consumers have outputs), the rest are
+            random features.
+        solver: ``"sequential"`` explains ``v_perp`` with ``svd(P^-1/2 N)``, ``"joint"`` regresses what the consumers
+            read out of the new features as well and moves their weights along (exact when the consumers read the same
+            features), ``"unprojected"`` explains ``v`` itself.
+        init: ``"optimal"``; ``"random_features"`` (random fan-in, fitted fan-out); ``"random"`` (random fan-in and a
+            random fan-out of the norm of the fitted one); ``"gradmax"`` (zero fan-in, the fan-out with the largest
+            gradient); ``"copy"`` (Net2Net: neurons are split in two); ``"zero"`` (random fan-in, zero fan-out). The
+            last three do not change the function.
+        paired: adds (alpha, omega) and (-alpha, -omega), 2k neurons.
+        axes: names of the axes to consider; all that can grow by default.
+        ridge: relative to each feature's second moment; None chooses it by cross-validation.
+        folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+        seed: of random draws.
+
+    Raises (from ``candidates``):
+        GrowthError: an axis that was asked for cannot grow, or nothing can.
+
+    Source: Verbockhaven and Charpiat, "Neural Architecture Growth using Tangent Space"; GradMax: Evci et al. 2022;
+    Net2Net: Chen et al. 2016.
+    """
+
+    k: int | None = None
+    solver: Solver = "sequential"
+    init: Init = "optimal"
+    paired: bool = False
+    axes: tuple[str, ...] | None = None
+    ridge: float | None = None
+    folds: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, options in (("solver", get_args(Solver)), ("init", get_args(Init))):
+            if getattr(self, name) not in options:
+                raise GrowthError(
+                    f"AddNeurons({name}={getattr(self, name)!r}) is not one of {', '.join(map(repr, options))}."
+                )
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise GrowthError(
+                f"AddNeurons(k={self.k!r}): give a positive number of neurons, or None for as many as are worth it."
+            )
+        if not isinstance(self.folds, int) or self.folds < 1:
+            raise GrowthError(f"AddNeurons(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
+        if self.k is None and (self.folds == 1 or self.init not in ("optimal", "random_features")):
+            raise GrowthError(
+                "AddNeurons(k=None) needs folds of at least 2 and a fitted init: "
+                "it is the held-out gain that decides. Give k=."
+            )
+        if self.ridge is not None and not self.ridge >= 0:
+            raise GrowthError(f"AddNeurons(ridge={self.ridge!r}): give a number that is not negative, or None.")
+        if isinstance(self.axes, str):
+            raise GrowthError(f"AddNeurons(axes={self.axes!r}): give a tuple of names, ({self.axes!r},).")
+
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        make: dict[str, Callable[[Dag, Axis], Sequence[Candidate]]] = {
+            "gradmax": lambda dag, axis: [GradMaxCandidate(self, dag, axis, self.count, self.seed)],
+            "copy": lambda dag, axis: [CopyCandidate(self, dag, axis, self.count, self.seed)],
+            "zero": lambda dag, axis: [ZeroCandidate(self, dag, axis, self.count, self.seed)],
+        }
+        chosen = make.get(self.init, self._widening)
+        return [candidate for axis in self._axes(dag) for candidate in chosen(dag, axis)]
+
+    @property
+    def count(self) -> int:
+        assert self.k is not None
+        return self.k
+
+    def _axes(self, dag: Dag) -> list[Axis]:
+        if self.axes is None:
+            found = [axis for axis in dag.axes if axis.growable]
+            if not found:
+                raise GrowthError(f"no axis can grow:\n{dag}")
+            return found
+        asked = [dag.axis(name) for name in self.axes]
+        frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
+        if frozen:
+            raise GrowthError(f"cannot grow {', '.join(frozen)}; leave it out of axes=.")
+        return asked
+
+    def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:
+        optimal = self.init == "optimal"
+        return [
+            WidenCandidate(
+                self, place, self._optimal if optimal else self._random,
+                tuple(pair for block in place.blocks(*self._theory) for pair in block.pairs()) if optimal else (),
+                "all" if self.solver == "joint" else "constant", self.solver != "unprojected", self._ridges,
+                "random" if self.init == "random" else "fitted", self.paired, self.k is not None, self.seed,
+            )
+            for place in places(dag, axis)
+        ]  # fmt: skip
+
+    @property
+    def _theory(self) -> tuple[Compensation, bool]:
+        """What the first stage regresses out of new features, and whether its target is v_perp."""
+        return "all" if self.solver == "joint" else "none", self.solver != "unprojected"
+
+    @property
+    def _ridges(self) -> tuple[float, ...]:
+        if self.ridge is not None:
+            return (self.ridge,)
+        return RIDGES if self.folds > 1 else (0.0,)
+
+    def _optimal(self, m: Moments, place: Place) -> Proposal | None:
+        blocks = place.blocks(*self._theory)
+        if not blocks:
+            return self._random(m, place)
+        held, ridge, k = None, self._ridges[0], self.k
+        if m.folds > 1:
+            held = validate_directions(m, blocks, k, self._ridges)
+            ridge, k = held.ridge, held.k
+            if self.k is None and not held.significant:
+                return None
+        assert k is not None
+        found = directions(m, blocks, k, ridge)
+        notes = (found.note,) if found.note else ()
+        missing = (self.k or 0) - found.alpha.shape[1]
+        if missing <= 0:
+            return Proposal(found.alpha, found.values, held, notes)
+        alpha = torch.cat([found.alpha, self._draw(m, place, missing)], 1)
+        return Proposal(alpha, found.values, held, (*notes, f"{missing} random directions beyond the rank of the goal"))
+
+    def _random(self, m: Moments, place: Place) -> Proposal:
+        return Proposal(self._draw(m, place, self.k or OPEN))
+
+    def _draw(self, m: Moments, place: Place, k: int) -> Tensor:
+        """Random fan-in, another one each time that the axis has another width."""
+        generator = torch.Generator().manual_seed(self.seed + 7919 * place.axis.width)
+        p = m[place.features, place.features]
+        return torch.randn(len(p) * place.channels, k, generator=generator, dtype=torch.float64).to(p)

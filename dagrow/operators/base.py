@@ -1,0 +1,77 @@
+"""What an operator is: it names candidates, and a candidate turns moments into a growth.
+
+An operator is a small frozen value. It never touches hooks or parameters: a candidate says which moments it needs,
+gets them measured, and returns what is to be inserted.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from dagrow.axes import Widening
+from dagrow.dag import Axis, Dag
+from dagrow.growth import Growth
+from dagrow.moments import Moments, Pair
+from dagrow.objective import Objective
+from dagrow.surgery import Draft
+
+__all__ = ["Candidate", "Operator", "Stage"]
+
+
+class Candidate(ABC):
+    """One place where an operator could grow."""
+
+    #: the axis or edge, for messages
+    where: str
+
+    @abstractmethod
+    def pairs(self) -> Iterable[Pair]:
+        """The moments that it needs."""
+
+    @abstractmethod
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
+        """A growth, a further stage that needs moments of its own, or None if there is nothing to add."""
+
+
+class Stage(Candidate):
+    """A candidate that has new channels put into a preview of the network, to measure what they really compute."""
+
+    axis: Axis
+    widening: Widening
+
+    @abstractmethod
+    def fill(self, draft: Draft) -> None:
+        """Writes the new channels' fan-in. Their fan-out stays zero, so that the function does not change."""
+
+
+class Operator(ABC):
+    """A way to grow. Subclass it as a frozen dataclass and hand it to ``dagrow.propose`` or ``dagrow.grow``."""
+
+    #: samples go into this many folds; 1 measures without held-out gains
+    folds: int = 4
+
+    @abstractmethod
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        """Every place where it could grow. Raises GrowthError for a place that was asked for and cannot."""
+
+
+def _touched(stage: Stage) -> set[tuple[str, str]]:
+    widening = stage.widening
+    return {
+        *(("read", name) for name in widening.columns), *(("written", name) for name in widening.rows),
+        *(("rider", rider.name) for rider in widening.entries), *(("literal", node.name) for node in widening.literals),
+    }  # fmt: skip
+
+
+def packed(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Groups stages so that no two of a group widen the same side of a layer."""
+    groups: list[tuple[set[tuple[str, str]], list[Stage]]] = []
+    for stage in stages:
+        places = _touched(stage)
+        for taken, group in groups:
+            if not taken & places:
+                taken |= places
+                group.append(stage)
+                break
+        else:
+            groups.append((places, [stage]))
+    return [group for _, group in groups]

@@ -1,0 +1,82 @@
+"""``MoveWeights``: the best move of a layer's own weights, without changing the architecture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dagrow.dag import Dag, Edge
+from dagrow.errors import GrowthError
+from dagrow.growth import Cost, Growth
+from dagrow.moments import Goal, Moments, Pair, Reads
+from dagrow.objective import Objective
+from dagrow.operators.base import Candidate, Operator
+from dagrow.solve import RIDGES, best_move, validate_move
+from dagrow.surgery import Draft
+
+__all__ = ["MoveWeights"]
+
+
+@dataclass(frozen=True)
+class MoveWeights(Operator):
+    """Equation 1: ``dW = M^T S^-1``, the regression of the goal on what the layer reads. Gain ``tr(dW M)``.
+
+    Args:
+        edges: names of the edges to consider; all whose weights are trainable by default.
+        ridge: relative to each feature's second moment; None chooses it by cross-validation.
+        folds: folds of the cross-validation; 1 for none.
+    """
+
+    edges: tuple[str, ...] | None = None
+    ridge: float | None = None
+    folds: int = 4
+
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        if self.edges is None:
+            return [MoveCandidate(self, dag, edge) for edge in dag.edges if _movable(edge)]
+        chosen = [dag.edge(name) for name in self.edges]
+        frozen = [edge.name for edge in chosen if not _movable(edge)]
+        if frozen:
+            raise GrowthError(
+                f"the weights of {', '.join(frozen)} are frozen (requires_grad=False); leave them out of edges=."
+            )
+        return [MoveCandidate(self, dag, edge) for edge in chosen]
+
+
+def _movable(edge: Edge) -> bool:
+    return all(parameter.requires_grad for parameter in edge.parameters().values())
+
+
+@dataclass(frozen=True)
+class MoveCandidate(Candidate):
+    """One edge."""
+
+    operator: MoveWeights
+    dag: Dag
+    edge: Edge
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return self.edge.name
+
+    @property
+    def _features(self) -> tuple[Reads, Goal]:
+        return Reads(self.edge.name, self.edge.bias), Goal(self.edge.name)
+
+    def pairs(self) -> list[Pair]:
+        reads, goal = self._features
+        return [(reads, reads), (reads, goal), (goal, goal)]
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth | None:
+        reads, goal = self._features
+        held, ridge = None, self.operator.ridge or 0.0
+        if moments.folds > 1:
+            held = validate_move(moments, reads, goal, RIDGES if self.operator.ridge is None else (ridge,))
+            ridge = held.ridge
+        move = best_move(moments, reads, goal, ridge)
+        draft = Draft(self.dag)
+        draft.move(self.edge, move.weights)
+        return Growth(
+            self.operator, self.where, 0, move.gain, {self.edge.name: move.gain}, Cost(),
+            None if held is None else held.gain, None if held is None else held.error, move.goal - move.bottleneck,
+            significant=held is None or held.significant, notes=(move.note,) if move.note else (),
+            change=draft.change(), dag=self.dag, objective=objective,
+        )  # fmt: skip

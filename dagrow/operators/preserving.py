@@ -1,0 +1,128 @@
+"""Initialisations that leave the function as it is at every amplitude: zero fan-out, GradMax, Net2Net copies."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dagrow.axes import Widening
+from dagrow.dag import Axis, Dag
+from dagrow.growth import Growth, cost_of
+from dagrow.linalg import leading_svd
+from dagrow.moments import Goal, Moments, Pair
+from dagrow.objective import Objective
+from dagrow.operators.base import Candidate
+from dagrow.operators.neurons import Place, places
+from dagrow.surgery import Draft
+
+__all__ = ["CopyCandidate", "GradMaxCandidate", "ZeroCandidate"]
+
+
+@dataclass(frozen=True)
+class PreservingCandidate(Candidate):
+    """k new units on an axis that change nothing by themselves."""
+
+    operator: Any
+    dag: Dag
+    axis: Axis
+    k: int
+    seed: int
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return self.axis.name
+
+    def pairs(self) -> list[Pair]:
+        """One small moment, so that there is a pass that checks the batches and the loss."""
+        goal = Goal(self.axis.consumers[0].name)
+        return [(goal, goal)]
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth | None:
+        widening = self.dag.widening(self.axis, self.k)
+        draft = Draft(self.dag, [(self.axis, widening)])
+        self.fill(draft, widening, moments)
+        change = draft.change()
+        return Growth(
+            self.operator, self.where, self.k, 0.0, {consumer.name: 0.0 for consumer in self.axis.consumers},
+            cost_of(self.dag, change), preserving=True, change=change, dag=self.dag, objective=objective,
+        )  # fmt: skip
+
+    @abstractmethod
+    def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
+        """Writes fan-in and fan-out."""
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 7919 * self.axis.width)
+
+
+class ZeroCandidate(PreservingCandidate):
+    """Random fan-in with the norm of the old rows, zero fan-out."""
+
+    def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
+        for edge in self.axis.producers:
+            rows = self.axis.layout.rows[edge.name]
+            weight = edge.parameters()["weight"].detach()
+            noise = torch.randn(self.k, rows.shape[1], weight[0].numel(), generator=self.generator)
+            noise *= weight[rows.flatten()].norm() / rows.numel() ** 0.5 / weight[0].numel() ** 0.5
+            draft.fan_in(edge, widening.rows[edge.name], noise)
+
+
+class GradMaxCandidate(PreservingCandidate):
+    """Zero fan-in and the fan-out ``omega`` with the largest gradient at the fan-in: the leading right singular
+    vectors of ``E p v^T``, scaled to the norm of the consumers' old columns. Source: Evci et al. 2022."""
+
+    def pairs(self) -> list[Pair]:
+        return [*super().pairs(), *((self._place.arriving(c)[0], Goal(c.name)) for c in self._place.linear())]
+
+    @property
+    def _place(self) -> Place:
+        return places(self.dag, self.axis)[0]
+
+    def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
+        place, sides = self._place, []
+        for consumer in place.linear():
+            features, slots = place.arriving(consumer)
+            sides.append(rearrange(m[features, Goal(consumer.name)], "(e p) o -> p (e o)", e=slots))
+        omega = self._orthonormal(torch.cat(sides, 1))
+        for consumer, side in zip(place.linear(), sides, strict=True):
+            weight = consumer.parameters()["weight"].detach()
+            part, omega = omega[: side.shape[1]], omega[side.shape[1] :]
+            part = rearrange(part, "(e o) k -> o k e", o=len(weight)) * weight.norm() / weight.shape[1] ** 0.5
+            draft.fan_out(consumer, widening.columns[consumer.name], part)
+
+    def _orthonormal(self, covariance: Tensor) -> Tensor:
+        """Leading directions in the goals' space, random ones beyond its rank ``[o, k]``."""
+        _, _, omega = leading_svd(covariance, self.k)
+        missing = torch.randn(len(omega), self.k - omega.shape[1], generator=self.generator, dtype=omega.dtype)
+        return torch.cat([omega, missing / missing.norm(dim=0)], 1)
+
+
+class CopyCandidate(PreservingCandidate):
+    """Net2Net: a new unit copies the fan-in of an old one, and both share its fan-out."""
+
+    def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
+        copied = torch.randint(self.axis.width, (self.k,), generator=self.generator)
+        if self.k <= self.axis.width:
+            copied = torch.randperm(self.axis.width, generator=self.generator)[: self.k]
+        sharing = 1.0 + torch.bincount(copied, minlength=self.axis.width)
+        layout = self.axis.layout
+        for edge in self.axis.producers:
+            rows = layout.rows[edge.name][copied]
+            parameters = edge.parameters()
+            fan_in = parameters["weight"].detach()[rows].flatten(2)
+            if "bias" in parameters:
+                fan_in = torch.cat([fan_in, parameters["bias"].detach()[rows][..., None]], -1)
+            draft.fan_in(edge, widening.rows[edge.name], fan_in)
+        for rider in self.axis.riders:
+            draft.copy_rider(rider, widening.entries[rider], layout.entries[rider], copied)
+        for consumer in self.axis.consumers:
+            columns, weight = layout.columns[consumer.name], consumer.parameters()["weight"].detach()
+            share = 1 / sharing[copied]
+            draft.fan_out(consumer, widening.columns[consumer.name], weight[:, columns[copied]] * share[:, None])
+            less = torch.zeros(weight.shape[0], weight.shape[1] + consumer.bias)
+            less[:, columns.flatten()] = -(weight[:, columns] * (1 - 1 / sharing)[:, None]).flatten(1)
+            draft.move(consumer, less)

@@ -1,0 +1,111 @@
+"""What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+__all__ = [
+    "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "REDUCTIONS", "SIZES",
+    "executor", "identity_of", "is_move_module", "is_pointwise_module", "op_name",
+]  # fmt: skip
+
+#: y = f(x), entry by entry
+POINTWISE = frozenset(
+    """
+    abs alpha_dropout celu clamp clip clone contiguous cos detach dropout elu erf exp expm1 feature_alpha_dropout
+    float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
+    mish nan_to_num neg negative pos reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin softplus
+    softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16 zeros_like ones_like rand_like
+    randn_like full_like empty_like
+    """.split()
+)
+#: y = f(x1, x2, ...), entry by entry after broadcasting
+PAIRWISE = frozenset(
+    """
+    add sub subtract mul multiply div divide truediv floordiv mod pow maximum minimum where lerp addcmul addcdiv
+    eq ne lt le gt ge masked_fill logical_and logical_or fmod remainder atan2 iadd isub imul itruediv radd rsub
+    rmul rtruediv rdiv rpow
+    """.split()
+)
+#: entries are moved, repeated or dropped, never computed with: executed as they are on labels
+MOVES = frozenset(
+    """
+    broadcast_to cat chunk concat concatenate expand expand_as flatten flip getitem movedim moveaxis narrow
+    permute ravel repeat repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack
+    swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze view view_as
+    """.split()
+)
+#: entries along some dimensions are merged
+REDUCTIONS = frozenset(
+    """
+    mean sum amax amin prod std var logsumexp norm
+    """.split()
+)
+#: results are sizes or facts about a tensor, not values
+SIZES = frozenset(
+    """
+    size shape dim ndim numel len dtype device is_floating_point is_complex requires_grad
+    """.split()
+)
+CREATION = frozenset(
+    """
+    zeros ones full empty arange eye linspace rand randn tensor scalar_tensor
+    """.split()
+)
+
+_POINTWISE_MODULES = (
+    nn.Identity, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU,
+    nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid,
+    nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold,
+)  # fmt: skip
+_MOVE_MODULES = (nn.Flatten, nn.Unflatten)
+
+
+def is_move_module(module: nn.Module) -> bool:
+    """Whether the module only moves entries."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _MOVE_MODULES)
+
+
+def is_pointwise_module(module: nn.Module) -> bool:
+    """Whether the module computes each entry from itself alone, in the same way for every channel."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _POINTWISE_MODULES)
+
+
+def op_name(node: fx.Node) -> str | None:
+    """The operation's plain name: ``add`` for ``torch.add``, ``Tensor.add_``, ``operator.iadd`` and ``+``."""
+    target = node.target
+    if node.op == "call_function" and not _is_torch(target):
+        return None
+    if target is getattr and len(node.args) > 1:
+        return str(node.args[1])
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name == "__get__":  # a property of tensors, such as Tensor.shape
+        name = getattr(getattr(target, "__self__", None), "__name__", "")
+    name = name.strip("_")
+    return {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}.get(name, name)
+
+
+def _is_torch(target: object) -> bool:
+    if target is getattr or target is len:
+        return True
+    module = getattr(target, "__module__", None) or ""
+    owner = getattr(target, "__objclass__", None) or type(getattr(target, "__self__", None))
+    return module.startswith(("torch", "_operator")) or issubclass(owner, torch.Tensor) or "torch" in str(owner)
+
+
+def identity_of(name: str | None) -> float:
+    """The entry of a per-channel operand that leaves the channel as it is: 1 for products, 0 otherwise."""
+    return 1.0 if name in {"mul", "multiply", "div", "divide", "truediv", "pow"} else 0.0
+
+
+def executor(node: fx.Node) -> Callable[..., object]:
+    """A callable that runs the node's operation."""
+    if node.op == "call_method":
+        return _method(str(node.target))
+    assert callable(node.target)
+    return node.target
+
+
+def _method(name: str) -> Callable[..., object]:
+    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)

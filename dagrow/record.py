@@ -1,0 +1,551 @@
+"""Recording one forward pass as an `fx.Graph`: every torch function, every call of a leaf module, every size.
+
+The model runs on fake tensors, so nothing is computed and no value can leak into the graph; its own Python
+control flow simply runs. Sizes read from tensors are integers that remember their node (`LiveInt`), so the
+graph holds for other batch sizes and sequence lengths than those it was recorded with.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from copy import copy
+from functools import cache, partial
+from traceback import walk_stack, walk_tb
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode, get_testing_overrides
+
+from dagrow.errors import TraceError
+
+__all__ = [
+    "VALUE_ERRORS", "FakeMode", "LiveInt", "Recorder",
+    "is_leaf", "leaves", "mapped", "mark_mode", "opened", "refusal", "snapshot", "source",
+]  # fmt: skip
+
+Versions = dict[int, int]
+
+_WALKED = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder,
+           nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # fmt: skip
+_READS = {
+    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__",
+    "__contains__", "is_nonzero", "equal", "allclose",
+}  # fmt: skip
+_SIZES = {"shape", "size", "numel", "nelement", "stride"}
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
+    "matmul": operator.matmul, "pow": operator.pow, "neg": operator.neg,
+}  # fmt: skip
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+_INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
+VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """True for a class of `torch.nn` that is not a container, or a subclass that computes what it computes.
+
+    `nn.TransformerEncoderLayer` and its like are walked through: their linear layers are edges too.
+    """
+    kind = type(module)
+    base = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules."))
+    if base is nn.Module or issubclass(base, _WALKED) or "forward" in vars(module):
+        return False
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+
+
+def source(error: BaseException | None = None) -> str:
+    """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
+    frames = walk_tb(error.__traceback__) if error else walk_stack(sys._getframe(1))
+    users = ((frame, line) for frame, line in frames if not _is_ours(frame.f_globals.get("__name__", "")))
+    found = list(users)[-1:] if error else list(itertools.islice(users, 1))
+    return f"{os.path.basename(found[0][0].f_code.co_filename)}:{found[0][1]}" if found else "unknown line"
+
+
+def _user_names() -> tuple[str, ...]:
+    """The names that the user's running function uses. A loop to a size cannot be seen, but `range` can."""
+    frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
+    names = (f.f_code.co_names for f in frames if not _is_ours(f.f_globals.get("__name__", "")))
+    return next(names, ())
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "functools", "contextlib") or module in (
+        __name__,
+        "dagrow.trace",
+    )
+
+
+def refusal(what: str, where: str) -> str:
+    """Why a graph cannot hold something that depends on the values of a tensor, and what to do instead."""
+    return (
+        f"{where}: {what} needs the values of a tensor, so the graph would silently depend on the values of "
+        "the example. Keep the choice in tensors (torch.where, a mask), pass the number to forward as a "
+        "Python number, or compute it once in __init__."
+    )
+
+
+def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
+    """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf.
+
+    Containers are what pytree knows, and dataclasses that it does not know (rebuilt as shallow copies).
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
+        names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+        pairs = [(pytree.GetAttrKey(name), getattr(value, name)) for name in names]
+        return pairs, partial(_refilled, value, names)
+    flat, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    if spec.is_leaf():
+        return None
+    try:
+        keys = [path[0] for path, _ in pytree.tree_flatten_with_path(value, is_leaf=lambda v: v is not value)[0]]
+    except ValueError:
+        keys = [pytree.SequenceKey(i) for i in range(len(flat))]
+    return list(zip(keys, flat, strict=True)), lambda children: pytree.tree_unflatten(children, spec)
+
+
+def _refilled(value: Any, names: list[str], children: list[Any]) -> Any:
+    twin = copy(value)
+    for name, child in zip(names, children, strict=True):
+        object.__setattr__(twin, name, child)
+    return twin
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same nest of containers with `function` applied to every leaf, in the order of `leaves`."""
+    level = opened(tree)
+    if level is None:
+        return function(tree)
+    return level[1]([mapped(function, child) for _, child in level[0]])
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) for every leaf of a nest of containers; paths read like Python: `['logits'][0]`."""
+    level = opened(tree)
+    if level is None:
+        yield path, tree
+        return
+    for key, child in level[0]:
+        yield from leaves(child, f"{path}{key}")
+
+
+def snapshot(fake: FakeMode, value: Any) -> Any:
+    """`value` as a node keeps it: fake, detached, and safe from later in-place changes of shape."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value if isinstance(value, FakeTensor) else fake.from_tensor(value)).detach()
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in lists, tuples, dicts and slices."""
+    found: list[Tensor] = []
+    map_aggregate(tree, lambda v: found.append(v) if isinstance(v, Tensor) else None)
+    return iter(found)
+
+
+@cache
+def _mode_positions(function: Callable[..., Any]) -> tuple[int, ...]:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        stand_in = get_testing_overrides().get(function)
+        names = list(inspect.signature(stand_in).parameters) if stand_in else []
+    return tuple(i for i, name in enumerate(names) if name in ("training", "train"))
+
+
+def mark_mode(node: fx.Node) -> None:
+    """Set `meta["mode_dependent"]` on a call that was given a boolean `training` or `train` argument."""
+    if node.op != "call_function":
+        return
+    flags = [node.kwargs.get("training"), node.kwargs.get("train")]
+    if any(isinstance(arg, bool) for arg in node.args):
+        flags += [node.args[i] for i in _mode_positions(node.target) if i < len(node.args)]  # type: ignore[arg-type]
+    if any(isinstance(flag, bool) for flag in flags):
+        node.meta["mode_dependent"] = True
+
+
+def _described(node: Any) -> str:
+    if not isinstance(node, fx.Node):
+        return str(node)
+    given = [_described(arg) for arg in node.args]
+    if node.target is operator.getitem:
+        return f"{given[0]}[{given[1]}]"
+    if node.target is getattr:
+        return f"{given[0]}.{given[1]}"
+    if node.op == "call_method":
+        return f"{given[0]}.{node.target}({', '.join(given[1:])})"
+    sign = _SIGNS.get(getattr(node.target, "__name__", ""))
+    return f"({given[0]} {sign} {given[1]})" if sign and len(given) == 2 else node.name
+
+
+def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
+    def method(self: "LiveInt", *others: Any) -> Any:
+        if not all(isinstance(other, int) for other in others):
+            self.bake(*others)
+            return NotImplemented
+        operands = (*others, self) if swapped else (self, *others)
+        value = function(*(int.__int__(o) for o in operands))
+        return self.recorder.computed(function, operands, value) if self.recorder.live else value
+
+    return method
+
+
+def _guarding(name: str, sign: str) -> Callable[..., Any]:
+    def method(self: "LiveInt", *others: Any) -> Any:
+        result = getattr(int, name)(self, *others)
+        other = others[0] if others else 0
+        if isinstance(other, (int, float)) and self.recorder.live:
+            right = other.node if isinstance(other, LiveInt) else other
+            if right is not self.node:
+                self.recorder.note(f"{_described(self.node)} {sign} {_described(right)} is {result}")
+        return result
+
+    return method
+
+
+def _baking(name: str) -> Callable[..., Any]:
+    def method(self: "LiveInt", *others: Any) -> Any:
+        self.bake(*others)
+        return getattr(int, name)(self, *others)
+
+    return method
+
+
+class LiveInt(int):
+    """A size that remembers its node: whole-number arithmetic on it is recorded, comparisons become guards.
+
+    What leaves the whole numbers (`int(n)`, `float(n)`, `n / 2`, `n ** 2`) is baked in and noted. It hashes
+    by identity, not by value: a cache keyed by size must miss, or numbers of an earlier call would get in.
+    """
+
+    node: fx.Node
+    recorder: "Recorder"
+
+    def __new__(cls, value: int, node: fx.Node, recorder: "Recorder") -> "LiveInt":
+        self = super().__new__(cls, value)
+        self.node, self.recorder = node, recorder
+        return self
+
+    def bake(self, *others: Any) -> None:
+        if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
+            self.recorder.note(f"{_described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
+
+    __hash__ = object.__hash__
+    __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)
+    __sub__, __rsub__ = _arithmetic(operator.sub), _arithmetic(operator.sub, True)
+    __mul__, __rmul__ = _arithmetic(operator.mul), _arithmetic(operator.mul, True)
+    __floordiv__, __rfloordiv__ = _arithmetic(operator.floordiv), _arithmetic(operator.floordiv, True)
+    __mod__, __rmod__ = _arithmetic(operator.mod), _arithmetic(operator.mod, True)
+    __neg__ = _arithmetic(operator.neg)
+    __eq__, __ne__ = _guarding("__eq__", "=="), _guarding("__ne__", "!=")
+    __lt__, __le__ = _guarding("__lt__", "<"), _guarding("__le__", "<=")
+    __gt__, __ge__ = _guarding("__gt__", ">"), _guarding("__ge__", ">=")
+    __bool__ = _guarding("__bool__", "!=")
+    __int__, __float__, __trunc__ = _baking("__int__"), _baking("__float__"), _baking("__trunc__")
+    __truediv__, __rtruediv__ = _baking("__truediv__"), _baking("__rtruediv__")
+    __pow__, __rpow__, __abs__ = _baking("__pow__"), _baking("__rpow__"), _baking("__abs__")
+    __divmod__, __rdivmod__, __round__ = _baking("__divmod__"), _baking("__rdivmod__"), _baking("__round__")
+    __and__, __or__, __xor__ = _baking("__and__"), _baking("__or__"), _baking("__xor__")
+    __lshift__, __rshift__, __ceil__, __floor__ = map(_baking, ("__lshift__", "__rshift__", "__ceil__", "__floor__"))
+
+
+class Recorder(TorchFunctionMode):
+    """Writes an `fx.Graph` while a model runs inside `with recorder:`, itself inside a fake tensor mode.
+
+    A tensor is known by its identity: inputs and results by the node that made them, parameters and buffers
+    by their first name in the model, all other real tensors as constants. A result that is the very tensor
+    that went in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
+    """
+
+    def __init__(self, model: nn.Module, fake: FakeMode) -> None:
+        super().__init__()
+        self.model, self.fake, self.graph = model, fake, fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.notes: dict[str, None] = {}
+        self._named = {id(t): (name, t) for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+        self._nodes: dict[int, fx.Node] = {}
+        self._devices: dict[int, fx.Node] = {}
+        self._kept: list[Any] = []
+        self._disposable: set[fx.Node] = set()
+        self._pending: tuple[Any, Versions] = ((), {})
+        self._autocast = _autocast()
+        code = getattr(inspect.unwrap(model.forward), "__code__", None)
+        self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
+        self._inside = 0
+        self._open = False
+
+    def __enter__(self) -> "Recorder":
+        """Start recording: hang a pair of hooks on every leaf module, so that each call becomes one node."""
+        self._handles = []
+        for path, module in self.model.named_modules():
+            if is_leaf(module):
+                leave = partial(self._leave, path)
+                self._handles += [
+                    module.register_forward_pre_hook(self._arrive, prepend=True, with_kwargs=True),
+                    module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+                ]
+        self._open = True
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._open = False
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def live(self) -> bool:
+        """True where the user's code runs, False inside a recorded call and after recording."""
+        return self._open and not self._inside
+
+    def note(self, text: str) -> None:
+        self.notes[f"{text} ({source()})"] = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.live or sys._getframe(1).f_globals.get("__name__", "").startswith(_INNER):
+            return func(*args, **kwargs)
+        self._inside += 1
+        try:
+            return self._call(func, args, kwargs)
+        finally:
+            self._inside -= 1
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        called = getattr(func, "__name__", "")
+        attribute = func.__self__.__name__ if called in ("__get__", "__set__") else ""
+        name = attribute or called
+        if name in _READS:
+            raise TraceError(refusal(name.strip("_"), source()))
+        if name in ("unbind", "__len__"):
+            self.note(f"{name} bakes in a size of {tuple(next(tensors((args, kwargs))).shape)}")
+        lowered, before = self._lower((args, kwargs)), _versions((args, kwargs))
+        try:
+            result = func(*args, **kwargs)
+        except VALUE_ERRORS as error:
+            raise TraceError(refusal(name.strip("_"), source())) from error
+        if attribute == "device":
+            self._devices[id(result)] = lowered[0][0]
+            self._kept.append(result)
+        written = _versions((args, kwargs)) != before or called in ("__set__", "_set_grad_enabled")
+        if not (written or name in _SIZES or any(isinstance(leaf, Tensor) for _, leaf in leaves(result))):
+            return result
+        node = self._emit(*_normal(func, attribute, *lowered))
+        if name in _SIZES:
+            self._disposable.add(node)
+            if "range" in _user_names():
+                self.note(f"{_described(node)} is read next to range(): a loop that counts to it is unrolled")
+        return self._adopt(node, result, before)
+
+    def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inside += 1
+        if self._inside == 1:
+            self._pending = self._lower((args, kwargs)), _versions((args, kwargs))
+
+    def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        try:
+            if self._inside != 1 or result is None:
+                return None
+            lowered, before = self._pending
+            return self._adopt(self._emit("call_module", path, *lowered), result, before)
+        finally:
+            self._inside -= 1
+
+    def _emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+        if _autocast() != self._autocast:
+            raise TraceError(
+                f"{source()}: forward switches autocast on or off, which a graph cannot keep. "
+                "Put torch.autocast around the call of the model instead, or cast the tensors there."
+            )
+        name = "model" if target == "" else None
+        node = self.graph.create_node(op, target, tuple(args), kwargs, name=name)
+        node.meta["source"] = source()
+        mark_mode(node)
+        return node
+
+    def _lower(self, value: Any) -> Any:
+        return map_aggregate(value, self._lower_leaf)
+
+    def _lower_leaf(self, value: Any) -> Any:
+        if isinstance(value, LiveInt):
+            return value.node if value.recorder is self else int.__int__(value)
+        if isinstance(value, torch.device) and id(value) in self._devices:
+            return self._part(self._devices[id(value)], getattr, "device", value)
+        return self._node_of(value) if isinstance(value, Tensor) else value
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        made_by = tensor.grad_fn
+        if isinstance(made_by, torch.autograd.function.BackwardCFunction):
+            name = made_by._forward_cls.__name__  # type: ignore[attr-defined]
+            self.note(f"the graph differentiates the forward of {name}, it does not call its backward")
+        if id(tensor) not in self._nodes:
+            self._keep(tensor, self._attribute(tensor))
+        return self._nodes[id(tensor)]
+
+    def _attribute(self, tensor: Tensor) -> fx.Node:
+        name = self._named[id(tensor)][0] if id(tensor) in self._named else f"_constant{len(self.constants)}"
+        if name.startswith("_constant"):
+            if isinstance(tensor, FakeTensor):
+                raise TraceError(
+                    f"{source()}: a tensor of shape {tuple(tensor.shape)} was made by something other than a "
+                    "torch function (torch.Tensor(...), from_numpy, vmap, a scripted part, a cache filled by "
+                    "another call), so the graph cannot remake it. Use torch.tensor(...) or a function there."
+                )
+            self.constants[name] = tensor
+        node = self._emit("get_attr", name)
+        node.meta["val"] = snapshot(self.fake, tensor)
+        self._disposable.add(node)
+        return node
+
+    def _keep(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._devices.setdefault(id(tensor.device), node)
+        self._kept += [tensor, tensor.device]
+
+    def _part(self, node: fx.Node, access: Callable[..., Any], key: Any, value: Any) -> fx.Node:
+        part = self._emit("call_function", access, (node, key))
+        part.meta["val"] = mapped(partial(snapshot, self.fake), value)
+        self._disposable.add(part)
+        return part
+
+    def _adopt(self, node: fx.Node, value: Any, before: Versions) -> Any:
+        node.meta["val"] = mapped(partial(snapshot, self.fake), value)
+        return self._follow(node, value, before)
+
+    def _follow(self, node: fx.Node, value: Any, before: Versions) -> Any:
+        """Tie `value` to `node`, its parts to `getitem` nodes, and make its sizes live."""
+        if isinstance(value, Tensor):
+            known = id(value) in self._nodes or id(value) in self._named
+            if known and _version(value) == before.get(id(value), _version(value)):
+                value = torch.ops.aten.alias.default(value)
+            self._keep(value, node)
+            return value
+        if type(value) is int:
+            return LiveInt(value, node, self)
+        level = opened(value)
+        if level is None:
+            return value
+        parts = [self._follow(self._part(node, *_access(key), child), child, before) for key, child in level[0]]
+        if all(a is b for a, (_, b) in zip(parts, level[0], strict=True)):
+            return value
+        return torch.Size(parts) if isinstance(value, torch.Size) else level[1](parts)
+
+    def computed(self, function: Callable[..., int], operands: tuple[Any, ...], value: int) -> LiveInt:
+        """The result of arithmetic on sizes, recorded as a node of its own."""
+        node = self._emit("call_function", function, self._lower(operands))
+        node.meta["val"] = value
+        self._disposable.add(node)
+        return LiveInt(value, node, self)
+
+    def placeholder(self, target: str, value: Any) -> Any:
+        """A node for one parameter of forward, and the fake value to call forward with."""
+        node = self.graph.create_node("placeholder", target, name=target.lstrip("*"))
+        node.meta.update(val=mapped(self._faked, value), source=self._home)
+        for path, leaf in leaves(value):
+            if not isinstance(leaf, Tensor) and leaf is not None:
+                self.notes[f"argument {target}{path} = {leaf!r} is baked in"] = None
+        return self._given(node, mapped(self._faked, value))
+
+    def _given(self, node: fx.Node, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._keep(value, node)
+        level = opened(value)
+        for key, child in level[0] if level else ():
+            self._given(self._part(node, *_access(key), child), child)
+        return value
+
+    def _faked(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, FakeTensor) or value.is_meta:
+            home = next((t.device for _, t in self._named.values()), value.device)
+            return torch.empty_like(value, device=home, requires_grad=value.requires_grad)
+        return self.fake.from_tensor(value.detach()).requires_grad_(value.requires_grad)
+
+    def output(self, value: Any) -> None:
+        """Write the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
+
+        Where there are other containers, it is the flat tuple of the leaves; `meta["structure"]` is always
+        the nest with the numbers of the leaves in their places.
+        """
+        for path, leaf in leaves(value):
+            if not isinstance(leaf, (Tensor, int, float, complex, str, type(None), torch.dtype, torch.device)):
+                raise TraceError(
+                    f"forward returns a {type(leaf).__name__} at output{path}, which cannot be looked into. "
+                    "Return tensors in tuples, lists, dicts or dataclasses, switch it off (such as "
+                    "use_cache=False), or register the class with torch.utils._pytree."
+                )
+        lowered = mapped(self._lower_leaf, value) if _is_plain(value) else None
+        flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
+        node = self._emit("output", "output", (flat if lowered is None else lowered,))
+        count = itertools.count()
+        node.meta.update(
+            val=mapped(partial(snapshot, self.fake), value), structure=mapped(lambda _: next(count), value)
+        )
+        node.meta["source"] = self._home
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Drop sizes, parts and attributes that nothing reads; calls stay, they may write."""
+        for node in reversed(self.graph.nodes):
+            if node in self._disposable and not node.users:
+                self.graph.erase_node(node)
+        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+
+
+def _is_plain(value: Any) -> bool:
+    level = opened(value)
+    return level is None or (type(value) in (tuple, list, dict) and all(_is_plain(child) for _, child in level[0]))
+
+
+def _access(key: Any) -> tuple[Callable[..., Any], Any]:
+    if isinstance(key, pytree.GetAttrKey):
+        return getattr, key.name
+    return operator.getitem, key.idx if isinstance(key, pytree.SequenceKey) else key.key
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _versions(tree: Any) -> Versions:
+    return {id(tensor): _version(tensor) for tensor in tensors(tree)}
+
+
+def _normal(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
+    """One spelling for one operation: attributes as getattr, dunders and `x.add(y)` as `operator`."""
+    name = func.__name__
+    if attribute:
+        return (
+            "call_function",
+            getattr if name == "__get__" else setattr,
+            (args[0], attribute, *args[1:2]),
+            {},
+        )
+    method = getattr(torch.Tensor, name, None) is func
+    if method and not kwargs and name.startswith("__"):
+        if hasattr(operator, name):
+            return "call_function", getattr(operator, name), args, {}
+        plain = f"__{name[3:]}".replace("__div__", "__truediv__")
+        if name.startswith("__r") and hasattr(operator, plain):
+            return "call_function", getattr(operator, plain), args[::-1], {}
+    if method and not kwargs and name in _OPERATORS:
+        return "call_function", _OPERATORS[name], args, {}
+    return ("call_method", name, args, kwargs) if method else ("call_function", func, args, kwargs)
