@@ -68,27 +68,24 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None) ->
         resolution: relative precision of the entries; directions below it are noise and are cut.
     """
     d = len(p)
-    resolution = resolution or torch.finfo(p.dtype).eps
+    resolution = max(resolution or 0.0, torch.finfo(p.dtype).eps)
     cut = resolution * max(d, 1)
     diagonal = p.diagonal().clamp_min(0)
-    alive = diagonal > cut**2 * diagonal.max() if d else diagonal > 0
+    alive = diagonal > (cut**2 * diagonal.max() if d else 0)
     scale = torch.where(alive, diagonal, 1).rsqrt() * alive
     scaled = scale[:, None] * p * scale
-    scaled = (scaled + scaled.T) / 2
-    scaled.diagonal().add_(ridge)
-    if bool(alive.all()):
-        factor, failed = torch.linalg.cholesky_ex(scaled)
-        if not failed and factor.diagonal().min() ** 2 > cut * (1 + ridge):
-            return Whitening(factor, scale, True, d, "")
+    scaled.diagonal().copy_(torch.where(alive, 1.0 + ridge, 1.0))  # a dead feature has weight zero, whatever its entry
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
+        return Whitening(factor, scale, True, int(alive.sum()), "")
+    scaled.diagonal().mul_(alive)
     values, vectors = torch.linalg.eigh(scaled)
-    kept = (values > cut * values.max().clamp_min(1e-300)) & (values > 2 * cut * ridge) if d else values > 0
-    kept &= vectors[alive].square().sum(0) > 0.5
-    factor = (vectors[:, kept] * values[kept].rsqrt()).T
-    rank = int(kept.sum())
-    return Whitening(factor, scale, False, rank, f"rank cut from {d} to {rank}" if rank < d else "")
+    kept = values > cut * values.max()
+    factor, rank = (vectors[:, kept] * values[kept].rsqrt()).T, int(kept.sum())
+    return Whitening(factor, scale, False, rank, f"rank cut from {d} to {rank}")
 
 
-def leading_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(matrix: Tensor, k: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     """The k leading singular triples ``u [m, k], s [k], v [n, k]``, largest first."""
     k = min(k, *matrix.shape)
     if min(matrix.shape) <= _SMALL or 4 * k > min(matrix.shape):
@@ -96,5 +93,5 @@ def leading_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return u[:, :k], s[:k], vh[:k].T
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, q=k + 16, niter=6)
+        u, s, v = torch.svd_lowrank(matrix, q=k + 16, niter=iterations)
     return u[:, :k], s[:k], v[:, :k]

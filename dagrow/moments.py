@@ -7,8 +7,8 @@ can be validated on samples that it has not seen, at no extra pass.
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -195,6 +195,7 @@ class Moments:
     positions: dict[Feature, float]
     resolution: float
     loss: float = 0.0
+    _means: dict[Pair, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def folds(self) -> int:
@@ -207,9 +208,11 @@ class Moments:
     def __getitem__(self, pair: Pair) -> Tensor:
         """``E x y^T`` ``[dx, dy]``."""
         x, y = pair
-        if pair in self.sums:
-            return self.sums[pair].sum(0) / self.samples
-        return self.sums[y, x].sum(0).T / self.samples
+        if pair not in self.sums:
+            return self[y, x].T
+        if pair not in self._means:
+            self._means[pair] = self.sums[pair].sum(0) / self.samples
+        return self._means[pair]
 
     def __add__(self, other: "Moments") -> "Moments":
         sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}
@@ -218,16 +221,19 @@ class Moments:
         loss = share * self.loss + (1 - share) * other.loss
         return Moments(self.counts + other.counts, sums, positions, max(self.resolution, other.resolution), loss)
 
-    def fold(self, index: int) -> "Moments":
-        """The moments of one fold alone."""
-        return self._select([index])
-
-    def without(self, index: int) -> "Moments":
-        """The moments of all folds but one."""
-        return self._select([f for f in range(self.folds) if f != index])
-
-    def _select(self, kept: Sequence[int]) -> "Moments":
-        return replace(self, counts=self.counts[kept], sums={pair: total[kept] for pair, total in self.sums.items()})
+    def split(self, pairs: Iterable[Pair], dtype: torch.dtype | None = None) -> Iterator[tuple["Moments", "Moments"]]:
+        """For each fold the moments of all others and its own, of some pairs only."""
+        kept = {pair if pair in self.sums else pair[::-1] for pair in pairs}
+        sums = {pair: self.sums[pair].to(dtype or self.sums[pair].dtype) for pair in kept}
+        totals = {pair: total.sum(0, keepdim=True) for pair, total in sums.items()}
+        for fold in range(self.folds):
+            own = {pair: total[fold : fold + 1] for pair, total in sums.items()}
+            rest = {pair: totals[pair] - total for pair, total in own.items()}
+            count = self.counts[fold : fold + 1]
+            yield (
+                replace(self, counts=self.counts.sum() - count, sums=rest, _means={}),
+                replace(self, counts=count, sums=own, _means={}),
+            )
 
 
 def measure(
@@ -319,18 +325,29 @@ class _Watch:
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        outputs = {name: self.found[name].output for name in self.goals}
-        if outputs and not loss.requires_grad:
-            raise LossError("the loss does not depend on the model: no gradient reaches its layers.")
-        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True) if outputs else ()
-        if outputs and all(g is None for g in gradients):
-            raise LossError("the loss does not depend on the model: no gradient reaches its layers.")
-        for name, gradient in zip(outputs, gradients, strict=True):
-            output = outputs[name]
-            assert output is not None
+        outputs = {name: output for name in self.goals if (output := self.found[name].output) is not None}
+        for (name, output), gradient in zip(outputs.items(), _gradients(loss, list(outputs.values())), strict=True):
             self.found[name].goal = torch.zeros_like(output) if gradient is None else gradient.detach() * scale
         found, self.found = self.found, {}
         return found
+
+
+def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    if not outputs:
+        return ()
+    try:
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True) if loss.requires_grad else ()
+    except RuntimeError as error:
+        raise LossError(
+            f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
+            f"({outputs[0].dtype}) where the loss compares them."
+        ) from error
+    if all(gradient is None for gradient in gradients):
+        raise LossError(
+            "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
+            "output, without detach(), item() or torch.no_grad()."
+        )
+    return gradients
 
 
 class _Sums:
@@ -340,7 +357,7 @@ class _Sums:
         self.pairs, self.folds, self.dtype = pairs, folds, dtype
         self.features = list(dict.fromkeys(f for pair in pairs for f in pair))
         self.counts, self.loss, self.seen = torch.zeros(folds, dtype=torch.long), 0.0, 0
-        self.totals: dict[Pair, Tensor] = {}
+        self.totals: dict[Pair, list[Any]] = {}
         self.waiting: list[dict[Feature, list[Tensor]]] = [defaultdict(list) for _ in range(folds)]
         self.rows = [0] * folds
         self.positions: dict[Feature, int] = defaultdict(int)
@@ -375,12 +392,18 @@ class _Sums:
             if x not in joined:
                 continue
             product = gram(joined[x]) if x == y else joined[x].T @ joined[y]
-            if (x, y) not in self.totals:
-                self.totals[x, y] = torch.zeros(self.folds, *product.shape, dtype=self.dtype, device=product.device)
-            self.totals[x, y][fold] += product
+            sums = self.totals.setdefault((x, y), [None] * self.folds)
+            sums[fold] = product.to(self.dtype) if sums[fold] is None else sums[fold].add_(product)
 
     def moments(self) -> Moments:
         for fold in range(self.folds):
             self.flush(fold)
+        totals = {pair: self._stacked(sums) for pair, sums in self.totals.items()}
         positions = {feature: count / self.seen for feature, count in self.positions.items()}
-        return Moments(self.counts, self.totals, positions, self.resolution, self.loss / self.seen)
+        return Moments(self.counts, totals, positions, self.resolution, self.loss / self.seen)
+
+    @staticmethod
+    def _stacked(sums: Sequence[Tensor | None]) -> Tensor:
+        """Folds without a sample are zero."""
+        some = next(total for total in sums if total is not None)
+        return torch.stack([torch.zeros_like(some) if total is None else total for total in sums])

@@ -9,8 +9,9 @@ Charpiat, "Neural Architecture Growth using Tangent Space"; the joint form, the 
 the cross-validation are this package's own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,13 +22,13 @@ from dagrow.linalg import leading_svd, whitening
 from dagrow.moments import Feature, Goal, Moments, Pair, Reads
 
 __all__ = [
-    "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out",
+    "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out", "settled",
     "validate_directions", "validate_fan_out", "validate_move",
 ]  # fmt: skip
 
 RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  #: candidates, relative to each feature's second moment
 SIGNIFICANT = 3.0  #: standard deviations of the null by which a held-out gain must exceed zero
-MOST = 128  #: neurons considered at once when their number is open
+MOST = 64  #: neurons considered at once when their number is open
 
 Compensation = Literal["none", "constant", "all"]
 
@@ -43,6 +44,7 @@ class Block:
         compensation: which part of ``b`` is regressed out of the new features, with the target's own weights moving
             along: none of it, the constant only (the bias takes out the features' mean), or all (the joint optimum).
         project: whether the target is ``v_perp`` or, if not, ``v`` itself.
+        ridge: of the regression on ``b``, relative to each feature's second moment.
     """
 
     features: Feature
@@ -51,6 +53,7 @@ class Block:
     goal: Goal
     compensation: Compensation = "none"
     project: bool = True
+    ridge: float = 0.0
 
     def pairs(self) -> list[Pair]:
         """The moments that the block needs."""
@@ -127,35 +130,39 @@ class _Projection:
     note: str = ""
 
 
-def _projection(m: Moments, block: Block, ridge: float) -> _Projection:
+def _projection(m: Moments, block: Block) -> _Projection:
     if block.reads is None:
         return _Projection(None, None)
     s, c = m[block.reads, block.reads], m[block.features, block.reads]
-    white = whitening(s, ridge, m.resolution)
-    move = white.solve(m[block.reads, block.goal]) if block.project else None
+    white = whitening(s, block.ridge, m.resolution) if block.project or block.compensation == "all" else None
+    move = white.solve(m[block.reads, block.goal]) if white and block.project else None
     taken = None
-    if block.compensation == "all":
+    if white and block.compensation == "all":
         taken = white.solve(c.T).T
     elif block.compensation == "constant" and block.reads.bias:
         taken = torch.zeros_like(c)
         taken[:, -1] = c[:, -1] / s[-1, -1]
-    return _Projection(move, taken, white.note)
+    return _Projection(move, taken, white.note if white else "")
 
 
-def _remaining(m: Moments, block: Block, projection: _Projection) -> tuple[Tensor, Tensor]:
+def _remaining(m: Moments, block: Block, projection: _Projection, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Equation 2 and its joint form: ``P = E p' p'^T`` and ``N = E p' t^T``.
 
-    p' are the new features and t the goal, less what the projection takes out of them. The projection may come
-    from other folds than the moments.
+    p' are the new features (or the combinations ``basis^T p`` of them) and t the goal, less what the projection takes
+    out of them. The projection may come from other folds than the moments.
     """
     p, n = m[block.features, block.features], m[block.features, block.goal]
-    if block.reads is None:
+    if basis is not None:
+        p, n = basis.T @ (p @ basis), basis.T @ n
+    if block.reads is None or (projection.move is None and projection.taken is None):
         return p, n
     c = m[block.features, block.reads]
+    c = c if basis is None else basis.T @ c
     if projection.move is not None:
-        n = n - c @ projection.move
+        n = torch.addmm(n, c, projection.move, alpha=-1)
     if projection.taken is not None:
-        d, s, rest = projection.taken, m[block.reads, block.reads], m[block.reads, block.goal]
+        d = projection.taken if basis is None else basis.T @ projection.taken
+        s, rest = m[block.reads, block.reads], m[block.reads, block.goal]
         if projection.move is not None:
             rest = rest - s @ projection.move
         overlap = d @ c.T
@@ -172,15 +179,17 @@ def _stacked(m: Moments, blocks: Sequence[Block], projections: Sequence[_Project
     grams, sides = [], []
     for block, projection in zip(blocks, projections, strict=True):
         p, n = _remaining(m, block, projection)
-        p = rearrange(p, "(e p) (f q) -> e f p q", e=block.slots, f=block.slots)
-        grams.append(p.diagonal(dim1=0, dim2=1).mean(-1))
-        sides.append(rearrange(n, "(e p) o -> p (e o)", e=block.slots))
-    return torch.stack(grams).mean(0), torch.cat(sides, 1)
+        if block.slots > 1:
+            p = rearrange(p, "(e p) (f q) -> e f p q", e=block.slots, f=block.slots).diagonal().mean(-1)
+            n = rearrange(n, "(e p) o -> p (e o)", e=block.slots)
+        grams.append(p)
+        sides.append(n)
+    return sum(grams[1:], grams[0]) / len(grams), torch.cat(sides, 1)
 
 
 def directions(m: Moments, blocks: Sequence[Block], k: int, ridge: float = 0.0) -> Directions:
     """Equation 3 (and 4 with compensation "all"): ``U L V^T = svd(W N)``, ``alpha_k = W^T u_k``."""
-    projections = [_projection(m, block, ridge) for block in blocks]
+    projections = [_projection(m, block) for block in blocks]
     p, n = _stacked(m, blocks, projections)
     white = whitening(p, ridge, m.resolution)
     u, values, _ = leading_svd(white.whiten(n), k)
@@ -195,61 +204,88 @@ def validate_directions(m: Moments, blocks: Sequence[Block], k: int | None, ridg
     For a fit ``X`` on the other folds, the held-out drop is ``2 tr(X N_f) - tr(X P_f X^T)``; the columns of V are
     orthonormal, so one decomposition gives it for every rank. Under the null that goals are independent of the new
     features, the held-out covariance ``tr(X N_f)`` has mean 0 and variance ``tr(X P_f X^T E v v^T) / n_f``.
+    Ridge and rank need no more precision than the activations had.
     """
-    most = k if k is not None else MOST
-    drops = torch.stack(
-        [torch.stack([_held_out(m, f, blocks, most, ridge)[0] for f in range(m.folds)]) for ridge in ridges]
-    )
-    mean = drops.mean(1)  # [ridges, ranks]
-    columns = mean[:, -1:] if k is not None else mean
-    best = int(columns.argmax())
-    ridge, rank = ridges[best // columns.shape[1]], (columns.shape[1] if k is None else mean.shape[1])
-    rank = best % columns.shape[1] + 1 if k is None else rank
-    chosen = drops[ridges.index(ridge), :, rank - 1]
-    score = _null_score(m, blocks, rank, ridge)
-    gain = float(chosen.mean())
-    return HeldOut(ridge, rank, gain, _standard_error(chosen), gain > 0 and score > SIGNIFICANT)
+    most = MOST if k is None else k
+    pairs = [pair for block in blocks for pair in block.pairs()]
+    dtype = torch.float32 if m.resolution > torch.finfo(torch.float64).eps else torch.float64
+    folds = [_fold(train, test, blocks) for train, test in m.split(pairs, dtype)]
+
+    @functools.cache
+    def seen(ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Drop, covariance and its variance, ``[folds, ranks]`` each."""
+        parts = [_held_out(fold, blocks, most, ridge) for fold in folds]
+        return tuple(torch.stack(part).double() for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def mean_drop(ridge: float) -> Tensor:
+        drop = seen(ridge)[0].mean(0)
+        return drop if k is None else drop[-1:]
+
+    ridge = _climbed(ridges, lambda ridge: float(mean_drop(ridge).max()))
+    drop, covariance, variance = seen(ridge)
+    rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
+    spread = (2 * variance[:, rank].sum()).clamp_min(1e-300).sqrt()  # folds share what they are fitted on: at most 2
+    gain = float(drop[:, rank].mean())
+    significant = gain > 0 and bool(covariance[:, rank].sum() > SIGNIFICANT * spread)
+    return HeldOut(ridge, rank + 1, gain, _standard_error(drop[:, rank]), significant)
 
 
-def _held_out(m: Moments, fold: int, blocks: Sequence[Block], k: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Held-out drop by rank ``[k]``, held-out covariance by rank ``[k]`` and its null variance by rank ``[k]``."""
-    train, test = m.without(fold), m.fold(fold)
-    projections = [_projection(train, block, ridge) for block in blocks]
-    p, n = _stacked(train, blocks, projections)
-    white = whitening(p, ridge, m.resolution)
-    u, values, v = leading_svd(white.whiten(n), k)
-    p_test, n_test = _stacked(test, blocks, projections)
-    alpha = white.back(u)
-    covariance = values * ((n_test.T @ alpha) * v).sum(0)
-    z = alpha.T @ p_test @ alpha
-    noise = _goal_energy(test, blocks, v * values)
-    return (
-        _padded((2 * covariance - values**2 * z.diagonal()).cumsum(0), k),
-        _padded(covariance.cumsum(0), k),
-        _padded(torch.stack([(z[:r, :r] * noise[:r, :r]).sum() for r in range(1, len(values) + 1)]) / test.samples, k),
-    )
+@dataclass(frozen=True)
+class _Fold:
+    """One fold's own moments, and what is fitted on the others: projections, P and N."""
+
+    test: Moments
+    projections: Sequence[_Projection]
+    p: Tensor
+    n: Tensor
 
 
-def _goal_energy(m: Moments, blocks: Sequence[Block], omega: Tensor) -> Tensor:
-    """``omega^T (E v v^T) omega`` ``[k, k]``, goals of different consumers and channels of a unit counted apart."""
-    total, start = omega.new_zeros(omega.shape[1], omega.shape[1]), 0
-    for block in blocks:
-        covariance = m[block.goal, block.goal]
-        for _ in range(block.slots):
-            part = omega[start : start + len(covariance)]
-            total += part.T @ covariance @ part
-            start += len(covariance)
-    return total
+def _fold(train: Moments, test: Moments, blocks: Sequence[Block]) -> _Fold:
+    projections = [_projection(train, block) for block in blocks]
+    return _Fold(test, projections, *_stacked(train, blocks, projections))
 
 
-def _null_score(m: Moments, blocks: Sequence[Block], rank: int, ridge: float) -> float:
-    """The held-out covariance over all folds, in standard deviations of the null."""
-    parts = [_held_out(m, f, blocks, rank, ridge) for f in range(m.folds)]
-    covariance = torch.stack([c[rank - 1] for _, c, _ in parts]).sum()
-    variance = (
-        2 * torch.stack([v[rank - 1] for _, _, v in parts]).sum()
-    )  # folds share what they are fitted on: at most 2
-    return float(covariance / variance.clamp_min(1e-300).sqrt())
+def settled(m: Moments, block: Block, ridges: Sequence[float]) -> Block:
+    """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
+    if block.reads is None or m.folds == 1:
+        return block
+    return replace(block, ridge=validate_move(m, block.reads, block.goal, ridges).ridge)
+
+
+def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
+    """The best ridge, by climbing from the middle one: held-out gains have one maximum in the ridge."""
+    at = len(ridges) // 2
+    while True:
+        near = [i for i in (at - 1, at + 1) if 0 <= i < len(ridges) and value(ridges[i]) > value(ridges[at])]
+        if not near:
+            return ridges[at]
+        at = max(near, key=lambda i: value(ridges[i]))
+
+
+def _held_out(fold: _Fold, blocks: Sequence[Block], k: int, ridge: float) -> tuple[Tensor, ...]:
+    """By rank ``[k]``: the held-out drop, the held-out covariance, and its variance under the null."""
+    test, white = fold.test, whitening(fold.p, ridge, fold.test.resolution)
+    u, values, v = leading_svd(white.whiten(fold.n), k, iterations=3)
+    alpha, omega, start = white.back(u), v * values, 0
+    covariance, square, variance = (values.new_zeros(len(values)) for _ in range(3))
+    for block, projection in zip(blocks, fold.projections, strict=True):
+        energy = test[block.goal, block.goal]
+        for slot in range(block.slots):
+            basis = alpha if block.slots == 1 else _in_slot(alpha, slot, block.slots)
+            z, seen = _remaining(test, block, projection, basis)
+            out = omega[start : start + len(energy)]
+            start += len(energy)
+            covariance += (seen.T * out).sum(0).cumsum(0)
+            square += (z * (out.T @ out)).cumsum(0).cumsum(1).diagonal()
+            variance += (z * (out.T @ energy @ out)).cumsum(0).cumsum(1).diagonal() / test.samples
+    return tuple(_padded(x, k) for x in (2 * covariance - square, covariance, variance))
+
+
+def _in_slot(alpha: Tensor, slot: int, slots: int) -> Tensor:
+    """Directions as they act on one of several groups of features."""
+    basis = alpha.new_zeros(slots, *alpha.shape)
+    basis[slot] = alpha
+    return basis.flatten(0, 1)
 
 
 def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit:
@@ -258,9 +294,8 @@ def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit
     Args:
         choice: ``[features, k]``: which of the measured features (or which sums of them) are offered.
     """
-    projection = _projection(m, block, ridge)
-    p, n = _remaining(m, block, projection)
-    p, n = choice.T @ p @ choice, choice.T @ n
+    projection = _projection(m, block)
+    p, n = _remaining(m, block, projection, choice)
     white = whitening(p, ridge, m.resolution)
     x = white.solve(n).T
     slope = choice.T @ m[block.features, block.goal]
@@ -277,32 +312,34 @@ def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit
 def validate_fan_out(m: Moments, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:
     """Chooses the ridge of :func:`fan_out` by what the fit on the other folds explains of each fold."""
 
-    def drop(fold: int, ridge: float) -> float:
-        train, test = m.without(fold), m.fold(fold)
-        projection = _projection(train, block, ridge)
-        p, n = _remaining(train, block, projection)
-        x = whitening(choice.T @ p @ choice, ridge, m.resolution).solve(choice.T @ n).T
-        p, n = _remaining(test, block, projection)
-        return 2 * float((x.T * (choice.T @ n)).sum()) - float((x @ (choice.T @ p @ choice) * x).sum())
+    def drop(train: Moments, test: Moments, ridge: float) -> float:
+        projection = _projection(train, block)
+        p, n = _remaining(train, block, projection, choice)
+        x = whitening(p, ridge, m.resolution).solve(n).T
+        p, n = _remaining(test, block, projection, choice)
+        return 2 * float((x.T * n).sum()) - float((x @ p * x).sum())
 
-    return _validated(m, ridges, drop, choice.shape[1])
+    return _validated(m, block.pairs(), ridges, drop, choice.shape[1])
 
 
 def validate_move(m: Moments, reads: Reads, goal: Goal, ridges: Sequence[float]) -> HeldOut:
     """Chooses the ridge of :func:`best_move` in the same way."""
 
-    def drop(fold: int, ridge: float) -> float:
-        dw, test = best_move(m.without(fold), reads, goal, ridge).weights, m.fold(fold)
+    def drop(train: Moments, test: Moments, ridge: float) -> float:
+        dw = best_move(train, reads, goal, ridge).weights
         return 2 * float((dw.T * test[reads, goal]).sum()) - float((dw @ test[reads, reads] * dw).sum())
 
-    return _validated(m, ridges, drop, 0)
+    return _validated(m, [(reads, reads), (reads, goal), (goal, goal)], ridges, drop, 0)
 
 
-def _validated(m: Moments, ridges: Sequence[float], drop, k: int) -> HeldOut:  # type: ignore[no-untyped-def]
-    drops = torch.tensor([[drop(fold, ridge) for fold in range(m.folds)] for ridge in ridges])
-    best = int(drops.mean(1).argmax())
-    gain, error = float(drops[best].mean()), _standard_error(drops[best])
-    return HeldOut(ridges[best], k, gain, error, gain > 0)
+def _validated(
+    m: Moments, pairs: Sequence[Pair], ridges: Sequence[float], drop: Callable[[Moments, Moments, float], float], k: int
+) -> HeldOut:
+    folds = list(m.split(pairs))
+    drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in folds]))
+    ridge = _climbed(ridges, lambda ridge: float(drops(ridge).mean()))
+    gain, error = float(drops(ridge).mean()), _standard_error(drops(ridge))
+    return HeldOut(ridge, k, gain, error, gain > 0)
 
 
 def _standard_error(values: Tensor) -> float:

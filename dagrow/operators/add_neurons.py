@@ -13,7 +13,7 @@ from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
-from dagrow.solve import RIDGES, Compensation, directions, validate_directions
+from dagrow.solve import RIDGES, Compensation, directions, settled, validate_directions
 
 __all__ = ["AddNeurons"]
 
@@ -136,6 +136,7 @@ class AddNeurons(Operator):
             return self._random(m, place)
         held, ridge, k = None, self._ridges[0], self.k
         if m.folds > 1:
+            blocks = [settled(m, block, self._ridges) for block in blocks]
             held = validate_directions(m, blocks, k, self._ridges)
             ridge, k = held.ridge, held.k
             if self.k is None and not held.significant:

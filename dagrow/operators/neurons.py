@@ -21,7 +21,7 @@ from dagrow.moments import Carried, Feature, Gathered, Goal, Moments, New, Pair,
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
 from dagrow.positions import Arrival, arrival
-from dagrow.solve import Block, Compensation, HeldOut, fan_out, validate_fan_out
+from dagrow.solve import Block, Compensation, HeldOut, fan_out, settled, validate_fan_out
 from dagrow.surgery import Draft
 
 __all__ = ["Place", "Proposal", "WidenCandidate", "places"]
@@ -215,7 +215,7 @@ class FanOutStage(Stage):
         fits, held = {}, []
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
             choice = _per_slot(units, self.widening.columns[consumer.name].new.shape[1])
-            ridge = self.origin.ridges[0]
+            block, ridge = settled(moments, block, self.origin.ridges), self.origin.ridges[0]
             if moments.folds > 1:
                 held.append(validate_fan_out(moments, block, choice, self.origin.ridges))
                 ridge = held[-1].ridge

@@ -123,6 +123,6 @@ class CopyCandidate(PreservingCandidate):
             columns, weight = layout.columns[consumer.name], consumer.parameters()["weight"].detach()
             share = 1 / sharing[copied]
             draft.fan_out(consumer, widening.columns[consumer.name], weight[:, columns[copied]] * share[:, None])
-            less = torch.zeros(weight.shape[0], weight.shape[1] + consumer.bias)
+            less = weight.new_zeros(weight.shape[0], weight.shape[1] + consumer.bias)
             less[:, columns.flatten()] = -(weight[:, columns] * (1 - 1 / sharing)[:, None]).flatten(1)
             draft.move(consumer, less)
