@@ -8,15 +8,16 @@ from rich.table import Table
 from torch.optim import Optimizer
 
 from dagrow.dag import Dag, render
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, OptimizerError
+from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt
-from dagrow.moments import Goal, Moments, Pair, Reads, measure
+from dagrow.moments import Moments, Pair, measure
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed
 from dagrow.search import line_search
 from dagrow.solve import best_move
-from dagrow.surgery import Draft, Preview
+from dagrow.surgery import Draft, Preview, transaction
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
 
@@ -90,7 +91,22 @@ def bottlenecks(
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
     """
-    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
+    objective = _objective(dag, batches, loss, step, mode)
+    return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
+
+
+def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+    """Refuses what is no dag of its model any more before anything runs."""
+    if not isinstance(dag, Dag):
+        raise GrowthError(
+            f"a {type(dag).__name__} was given where a dag belongs; make one first: "
+            "dag = dagrow.trace(model, example_inputs)."
+        )
+    dag.check()
+    return Objective(dag.model, batches, loss, step=step, mode=mode)
+
+
+def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     keys = [(edge, Reads(edge.name, edge.bias), Goal(edge.name)) for edge in dag.edges]
     pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
     m = measure(dag, objective, pairs, folds=1)
@@ -113,8 +129,9 @@ def propose(
         BatchError, LossError: the batches or the loss do not fit.
         GrowthError: an operator was asked for a place that cannot grow, or nothing can.
     """
-    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
-    growths = [g for operator in _checked(operators) for g in _growths(dag, objective, operator)]
+    objective = _objective(dag, batches, loss, step, mode)
+    chosen = _checked(operators)
+    growths = transaction(dag, lambda: [g for operator in chosen for g in _growths(dag, objective, operator)])
     return sorted(growths, key=_worth, reverse=True)
 
 
@@ -174,20 +191,31 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = Objective(dag.model, batches, loss, step=step, mode=mode)
-    judge = objective if validation is None else objective.with_batches(validation)
-    parts: list[Receipt] = []
-    try:
-        for operator in _checked(operators):
-            part = _grown(dag, objective, judge, operator, optimizer)
-            if part is not None:
-                parts.append(part)
-        before = parts[0].loss_before if parts else judge.mean()
-    except BaseException:
-        for part in reversed(parts):
-            part.undo()
-        raise
-    return _summed(parts, before)
+    objective, chosen = _objective(dag, batches, loss, step, mode), _checked(operators)
+    judge = objective if validation is None else objective.with_batches(validation, "validation")
+    _check_optimizer(optimizer, dag)
+
+    def work() -> Receipt:
+        parts = [p for operator in chosen if (p := _grown(dag, objective, judge, operator, optimizer)) is not None]
+        return _summed(parts, parts[0].loss_before if parts else judge.mean())
+
+    return transaction(dag, work)
+
+
+def _check_optimizer(optimizer: Optimizer | None, dag: Dag) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or leave it out: then its state "
+            "is brought along at its next step."
+        )
+    known = {id(parameter) for parameter in dag.model.parameters()}
+    if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+        raise OptimizerError(
+            f"the {type(optimizer).__name__} holds none of the parameters of the {type(dag.model).__name__}; give the "
+            "one that trains this model, or leave it out."
+        )
 
 
 def _grown(

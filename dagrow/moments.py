@@ -5,11 +5,9 @@ With ``E`` a mean over samples of sums over positions, and rows ``x [n s, dx]``,
 can be validated on samples that it has not seen, at no extra pass.
 """
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,163 +15,13 @@ from torch import Tensor
 from dagrow.axes import Landing
 from dagrow.dag import Dag
 from dagrow.errors import BatchError, GrowthError, LossError
-from dagrow.layers import with_constant
+from dagrow.features import Capture, Feature, Goal
 from dagrow.linalg import gram
 from dagrow.objective import Objective, Undisturbed
 
-__all__ = ["Carried", "Feature", "Gathered", "Goal", "Moments", "New", "Pair", "Reads", "Stacked", "measure"]
+__all__ = ["Moments", "Pair", "measure"]
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
-
-
-@dataclass
-class Capture:
-    """What one forward and backward pass of a batch left at one layer."""
-
-    module: torch.nn.Module
-    rule: Any
-    new_read: Landing | None
-    new_written: Landing | None
-    inputs: Tensor
-    version: int
-    output: Tensor | None = None
-    goal: Tensor | None = None
-
-    def read(self, new: bool = False) -> Tensor:
-        """The layer's input, restricted to its old or new channels."""
-        if self.inputs._version != self.version:
-            raise GrowthError(
-                "the input of a layer was changed in place after the layer read it; measure a model that does not."
-            )
-        if self.new_read is None:
-            return self.inputs
-        return self._select(self.inputs, self.new_read.new.flatten() if new else self.new_read.old)
-
-    def wanted(self) -> Tensor:
-        """The goal at the layer's old output channels."""
-        assert self.goal is not None
-        return self.goal if self.new_written is None else self._select(self.goal, self.new_written.old)
-
-    def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
-        return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
-
-
-class Feature(ABC):
-    """Something with one row per sample and position, computed from what layers read in the forward pass.
-
-    Features are keys: equal features are measured once.
-    """
-
-    #: names of the layers that are captured for it
-    edges: tuple[str, ...]
-
-    @abstractmethod
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        """The rows ``[n s, d]`` of a batch of n samples."""
-
-
-@dataclass(frozen=True)
-class Reads(Feature):
-    """The features ``b`` that an edge reads, with the constant 1 of its bias."""
-
-    edge: str
-    bias: bool = True
-
-    @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.edge,)
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        return with_constant(capture.rule.features(capture.module, capture.read()), self.bias)
-
-
-@dataclass(frozen=True)
-class New(Reads):
-    """What an edge reads from the new channels of a preview."""
-
-    bias: bool = False
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        return with_constant(capture.rule.features(capture.module, capture.read(new=True)), self.bias)
-
-
-@dataclass(frozen=True)
-class Carried(Reads):
-    """What a rider carries in the new channels of a preview, with the constant 1."""
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        inputs = capture.read(new=True)
-        return with_constant(inputs.movedim(capture.rule.channel_dim(inputs.ndim), -1).flatten(0, -2), True)
-
-
-@dataclass(frozen=True)
-class Goal(Feature):
-    """The goal ``v``: minus the gradient of each sample's loss at the edge's pre-activation."""
-
-    edge: str
-
-    @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.edge,)
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        return capture.rule.rows(capture.module, capture.wanted())
-
-
-@dataclass(frozen=True)
-class Stacked(Feature):
-    """Several features on top of each other."""
-
-    parts: tuple[Feature, ...]
-
-    @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(edge for part in self.parts for edge in part.edges)
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        return torch.cat([part.rows(captures, samples) for part in self.parts], dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered(Feature):
-    """A producer's features as they arrive at a consumer that reads them at other positions.
-
-    Attributes:
-        source: the features at the producer ``[n S, p]``.
-        index: for each position of the consumer and each of the unit's channels there, the source position times
-            the number of producing channels plus the producing channel, or -1 ``[S', slots]``.
-        channels: producing channels R of a unit; the result has ``slots R p`` columns.
-        length: positions S of the producer.
-    """
-
-    source: Feature
-    index: Tensor
-    channels: int
-    length: int
-
-    @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.source.edges
-
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        source = self.source.rows(captures, samples)
-        source = source.view(samples, -1, source.shape[1])
-        if source.shape[1] != self.length:
-            raise BatchError(
-                f"a batch has {source.shape[1]} positions where the traced example has {self.length}; "
-                "trace with such a batch."
-            )
-        positions, slots = self.index.shape
-        out = source.new_zeros(samples, positions, slots, self.channels, source.shape[2])
-        t, e = torch.nonzero(self.index >= 0, as_tuple=True)
-        at = self.index[t, e]
-        out[:, t, e, at % self.channels] = source[:, at // self.channels]
-        return out.view(samples * positions, -1)
-
 
 Pair = tuple[Feature, Feature]
 
@@ -208,11 +56,14 @@ class Moments:
     def __getitem__(self, pair: Pair) -> Tensor:
         """``E x y^T`` ``[dx, dy]``."""
         x, y = pair
-        if pair not in self.sums:
+        if pair not in self.sums and (y, x) in self.sums:
             return self[y, x].T
         if pair not in self._means:
             self._means[pair] = self.sums[pair].sum(0) / self.samples
         return self._means[pair]
+
+    def __contains__(self, pair: Pair) -> bool:
+        return pair in self.sums or pair[::-1] in self.sums
 
     def __add__(self, other: "Moments") -> "Moments":
         sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}
@@ -223,7 +74,7 @@ class Moments:
 
     def split(self, pairs: Iterable[Pair], dtype: torch.dtype | None = None) -> Iterator[tuple["Moments", "Moments"]]:
         """For each fold the moments of all others and its own, of some pairs only."""
-        kept = {pair if pair in self.sums else pair[::-1] for pair in pairs}
+        kept = {pair if pair in self.sums else pair[::-1] for pair in pairs if pair in self}
         sums = {pair: self.sums[pair].to(dtype or self.sums[pair].dtype) for pair in kept}
         totals = {pair: total.sum(0, keepdim=True) for pair, total in sums.items()}
         for fold in range(self.folds):
@@ -357,7 +208,8 @@ class _Sums:
         self.pairs, self.folds, self.dtype = pairs, folds, dtype
         self.features = list(dict.fromkeys(f for pair in pairs for f in pair))
         self.counts, self.loss, self.seen = torch.zeros(folds, dtype=torch.long), 0.0, 0
-        self.totals: dict[Pair, list[Any]] = {}
+        self.totals: dict[Pair, Tensor] = {}
+        self.started: set[int] = set()
         self.waiting: list[dict[Feature, list[Tensor]]] = [defaultdict(list) for _ in range(folds)]
         self.rows = [0] * folds
         self.positions: dict[Feature, int] = defaultdict(int)
@@ -392,18 +244,17 @@ class _Sums:
             if x not in joined:
                 continue
             product = gram(joined[x]) if x == y else joined[x].T @ joined[y]
-            sums = self.totals.setdefault((x, y), [None] * self.folds)
-            sums[fold] = product.to(self.dtype) if sums[fold] is None else sums[fold].add_(product)
+            if (x, y) not in self.totals:
+                self.totals[x, y] = product.new_empty(self.folds, *product.shape, dtype=self.dtype)
+            total = self.totals[x, y][fold]
+            total.add_(product) if fold in self.started else total.copy_(product)
+        self.started |= {fold} if joined else set()
 
     def moments(self) -> Moments:
         for fold in range(self.folds):
             self.flush(fold)
-        totals = {pair: self._stacked(sums) for pair, sums in self.totals.items()}
+        for empty in set(range(self.folds)) - self.started:
+            for total in self.totals.values():
+                total[empty] = 0
         positions = {feature: count / self.seen for feature, count in self.positions.items()}
-        return Moments(self.counts, totals, positions, self.resolution, self.loss / self.seen)
-
-    @staticmethod
-    def _stacked(sums: Sequence[Tensor | None]) -> Tensor:
-        """Folds without a sample are zero."""
-        some = next(total for total in sums if total is not None)
-        return torch.stack([torch.zeros_like(some) if total is None else total for total in sums])
+        return Moments(self.counts, self.totals, positions, self.resolution, self.loss / self.seen)

@@ -18,8 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dagrow.features import Feature, Goal, Reads
 from dagrow.linalg import leading_svd, whitening
-from dagrow.moments import Feature, Goal, Moments, Pair, Reads
+from dagrow.moments import Moments, Pair
 
 __all__ = [
     "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out", "settled",
@@ -57,10 +58,15 @@ class Block:
 
     def pairs(self) -> list[Pair]:
         """The moments that the block needs."""
-        pairs: list[Pair] = [(self.features, self.features), (self.features, self.goal), (self.goal, self.goal)]
+        pairs: list[Pair] = [(self.features, self.features), (self.features, self.goal)]
         if self.reads is not None:
             pairs += [(self.features, self.reads), (self.reads, self.reads), (self.reads, self.goal)]
         return pairs
+
+    @property
+    def energy(self) -> Pair:
+        """The moment ``E v v^T``, which only the test for chance needs."""
+        return self.goal, self.goal
 
 
 @dataclass(frozen=True)
@@ -204,12 +210,10 @@ def validate_directions(m: Moments, blocks: Sequence[Block], k: int | None, ridg
     For a fit ``X`` on the other folds, the held-out drop is ``2 tr(X N_f) - tr(X P_f X^T)``; the columns of V are
     orthonormal, so one decomposition gives it for every rank. Under the null that goals are independent of the new
     features, the held-out covariance ``tr(X N_f)`` has mean 0 and variance ``tr(X P_f X^T E v v^T) / n_f``.
-    Ridge and rank need no more precision than the activations had.
     """
     most = MOST if k is None else k
-    pairs = [pair for block in blocks for pair in block.pairs()]
-    dtype = torch.float32 if m.resolution > torch.finfo(torch.float64).eps else torch.float64
-    folds = [_fold(train, test, blocks) for train, test in m.split(pairs, dtype)]
+    pairs = [pair for block in blocks for pair in (*block.pairs(), *([block.energy] if k is None else []))]
+    folds = [_fold(train, test, blocks) for train, test in m.split(pairs, _precision(m))]
 
     @functools.cache
     def seen(ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +253,33 @@ def settled(m: Moments, block: Block, ridges: Sequence[float]) -> Block:
     """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
     if block.reads is None or m.folds == 1:
         return block
-    return replace(block, ridge=validate_move(m, block.reads, block.goal, ridges).ridge)
+    reads, goal = block.reads, block.goal
+    folds = list(m.split([(reads, reads), (reads, goal)], _precision(m)))
+    sketch = _sketch(m[reads, goal].shape[1]).to(folds[0][0][reads, goal])
+
+    def drop(ridge: float) -> float:
+        """Held out, on a few random combinations of the goals: the ridge needs no more."""
+        total = 0.0
+        for train, test in folds:
+            dw = whitening(train[reads, reads], ridge, m.resolution).solve(train[reads, goal] @ sketch)
+            total += 2 * float((dw * (test[reads, goal] @ sketch)).sum()) - float(
+                (dw * (test[reads, reads] @ dw)).sum()
+            )
+        return total
+
+    return replace(block, ridge=_climbed(ridges, functools.cache(drop)))
+
+
+def _sketch(outputs: int, few: int = 32) -> Tensor:
+    """Random combinations of goals, or all of them if they are few."""
+    if outputs <= few:
+        return torch.eye(outputs)
+    return torch.randn(outputs, few, generator=torch.Generator().manual_seed(0))
+
+
+def _precision(m: Moments) -> torch.dtype:
+    """Choosing a ridge or a rank needs no more precision than the activations had."""
+    return torch.float32 if m.resolution > torch.finfo(torch.float64).eps else torch.float64
 
 
 def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
@@ -269,15 +299,17 @@ def _held_out(fold: _Fold, blocks: Sequence[Block], k: int, ridge: float) -> tup
     alpha, omega, start = white.back(u), v * values, 0
     covariance, square, variance = (values.new_zeros(len(values)) for _ in range(3))
     for block, projection in zip(blocks, fold.projections, strict=True):
-        energy = test[block.goal, block.goal]
+        outputs = test[block.features, block.goal].shape[1]
         for slot in range(block.slots):
             basis = alpha if block.slots == 1 else _in_slot(alpha, slot, block.slots)
             z, seen = _remaining(test, block, projection, basis)
-            out = omega[start : start + len(energy)]
-            start += len(energy)
+            out = omega[start : start + outputs]
+            start += outputs
             covariance += (seen.T * out).sum(0).cumsum(0)
             square += (z * (out.T @ out)).cumsum(0).cumsum(1).diagonal()
-            variance += (z * (out.T @ energy @ out)).cumsum(0).cumsum(1).diagonal() / test.samples
+            if block.energy in test:
+                noise = out.T @ test[block.energy] @ out
+                variance += (z * noise).cumsum(0).cumsum(1).diagonal() / test.samples
     return tuple(_padded(x, k) for x in (2 * covariance - square, covariance, variance))
 
 

@@ -4,5 +4,6 @@ from dagrow.operators.add_neurons import AddNeurons
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.move import MoveWeights
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators.widen import Widen
 
-__all__ = ["AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "WidenCandidate", "places"]
+__all__ = ["AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Widen", "WidenCandidate", "places"]

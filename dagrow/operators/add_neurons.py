@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dagrow.dag import Axis, Dag
 from dagrow.errors import GrowthError
-from dagrow.moments import Moments
+from dagrow.moments import Moments, Pair
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
@@ -112,12 +112,17 @@ class AddNeurons(Operator):
         return [
             WidenCandidate(
                 self, place, self._optimal if optimal else self._random,
-                tuple(pair for block in place.blocks(*self._theory) for pair in block.pairs()) if optimal else (),
+                self._needs(place) if optimal else (),
                 "all" if self.solver == "joint" else "constant", self.solver != "unprojected", self._ridges,
                 "random" if self.init == "random" else "fitted", self.paired, self.k is not None, self.seed,
             )
             for place in places(dag, axis)
         ]  # fmt: skip
+
+    def _needs(self, place: Place) -> tuple[Pair, ...]:
+        blocks = place.blocks(*self._theory)
+        pairs = tuple(pair for block in blocks for pair in block.pairs())
+        return pairs if self.k is not None else (*pairs, *(block.energy for block in blocks))
 
     @property
     def _theory(self) -> tuple[Compensation, bool]:

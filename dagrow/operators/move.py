@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from dagrow.dag import Dag, Edge
 from dagrow.errors import GrowthError
+from dagrow.features import Goal, Reads
 from dagrow.growth import Cost, Growth
-from dagrow.moments import Goal, Moments, Pair, Reads
+from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator
 from dagrow.solve import RIDGES, best_move, validate_move

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag, Edge
+from dagrow.features import Carried, Feature, Gathered, Goal, New, Reads, Stacked
 from dagrow.growth import Growth, cost_of
-from dagrow.moments import Carried, Feature, Gathered, Goal, Moments, New, Pair, Reads, Stacked
+from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
 from dagrow.positions import Arrival, arrival
@@ -252,7 +253,7 @@ class FanOutStage(Stage):
             draft.fan_out(consumer, widening.columns[consumer.name], self._fan(omega, consumer))
             if fit.compensation is not None and self.origin.fan == "fitted":
                 draft.move(consumer, fit.compensation)
-        self._calibrate(draft, m, widening, kept)
+        self._calibrate(draft, m, widening, kept, objective.mode)
         return self._described(draft, m, objective, kept, fits, held)
 
     def _fan(self, omega: Tensor, consumer: Edge) -> Tensor:
@@ -262,8 +263,11 @@ class FanOutStage(Stage):
         noise = torch.randn(omega.shape, generator=generator, dtype=omega.dtype)
         return noise * omega.norm() / noise.norm()
 
-    def _calibrate(self, draft: Draft, m: Moments, widening: Widening, kept: Tensor) -> None:
-        """New channels pass a BatchNorm unchanged in train mode as well: they get their own mean and variance."""
+    def _calibrate(self, draft: Draft, m: Moments, widening: Widening, kept: Tensor, mode: str) -> None:
+        """New channels pass a BatchNorm unchanged in train mode as well: they get their own mean and variance.
+
+        Where features were measured in train mode, behind the norm of the batch, its affine part stays as it was then.
+        """
         for rider in self.axis.riders:
             if rider.rule is None:
                 continue
@@ -273,9 +277,10 @@ class FanOutStage(Stage):
             mean = square[-1, :-1]
             variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
             columns = _columns(kept, landing.new.shape[1])
-            entries = rider.rule.calibrated(
-                self.place.dag.model.get_submodule(rider.name), mean[columns], variance[columns]
-            )
+            module = self.place.dag.model.get_submodule(rider.name)
+            entries = rider.rule.calibrated(module, mean[columns], variance[columns])
+            if mode == "train":
+                entries = {name: entry for name, entry in entries.items() if name in dict(module.named_buffers())}
             draft.rider(rider.name, landing, entries)
 
     def _described(

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
+from dagrow.features import Goal
 from dagrow.growth import Growth, cost_of
 from dagrow.linalg import leading_svd
-from dagrow.moments import Goal, Moments, Pair
+from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.neurons import Place, places
@@ -78,9 +80,13 @@ class GradMaxCandidate(PreservingCandidate):
     def pairs(self) -> list[Pair]:
         return [*super().pairs(), *((self._place.arriving(c)[0], Goal(c.name)) for c in self._place.linear())]
 
-    @property
+    @cached_property
     def _place(self) -> Place:
         return places(self.dag, self.axis)[0]
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth | None:
+        """None where the fan-in's gradient is not a linear function of what the producers read."""
+        return super().solve(moments, objective) if self._place.linear() else None
 
     def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
         place, sides = self._place, []
