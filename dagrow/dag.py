@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from dagrow import axes as _axes
 from dagrow.errors import GrowthError, TraceError
+from dagrow.generated import unwritable
 from dagrow.labels import Labelling, Rider, label
 from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
 from dagrow.trace import Program, record, symbolic
@@ -82,8 +83,8 @@ class Dag:
 
     def retrace(self, *, verified: bool = False) -> None:
         """Reads edges and axes off the model as it is now."""
-        given = self.example_inputs
-        self.program: Program = symbolic(self.model) if given is None else record(self.model, given, verified=verified)
+        self.__dict__.pop("_unwritable", None)
+        self.program: Program = self._read(verified=verified)
         self.labels: Labelling = label(self.graph, self.model, self.rules)
         _freeze_shared(self)
         layouts = _axes.layouts(self.labels)
@@ -91,6 +92,7 @@ class Dag:
         self.edges: tuple[Edge, ...] = tuple(_edges(self, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}
         self.axes: tuple[Axis, ...] = tuple(_named(by_name, layouts, reasons))
+        self._widths = {edge.name: edge.rule.widths(edge.module) for edge in self.edges}
         self.__dict__.pop("_graph", None)
 
     def view(self) -> dict[str, Any]:
@@ -98,7 +100,8 @@ class Dag:
         return dict(vars(self))
 
     def show(self, view: dict[str, Any]) -> None:
-        self.__dict__.pop("_graph", None)
+        for cached in ("_graph", "_unwritable"):
+            self.__dict__.pop(cached, None)
         self.__dict__.update(view)
 
     @property
@@ -130,10 +133,28 @@ class Dag:
 
     def _obstacle(self, layout: _axes.Layout) -> str | None:
         try:
-            _axes.widen(self.graph, self.model, self.rules, self.labels, layout, 1)
+            widening = _axes.widen(self.graph, self.model, self.rules, self.labels, layout, 1)
         except _axes.Misfit as misfit:
             return str(misfit)
-        return None
+        return self._unwritable if widening.literals else None
+
+    @cached_property
+    def _unwritable(self) -> str | None:
+        """Why no forward with other literal sizes can be written from the graph, or None."""
+        return unwritable(self.program, lambda: self._read(verified=False))
+
+    def _read(self, *, verified: bool) -> Program:
+        given = self.example_inputs
+        return symbolic(self.model) if given is None else record(self.model, given, verified=verified)
+
+    def check(self) -> None:
+        """Raises GrowthError if layers were replaced or resized by hand since the model was traced."""
+        modules = dict(self.model.named_modules())
+        for edge in self.edges:
+            if modules.get(edge.name) is not edge.module or edge.rule.widths(edge.module) != self._widths[edge.name]:
+                raise GrowthError(
+                    f"layer {edge.name} of the model was replaced or resized since it was traced; trace it again."
+                )
 
     def network(self) -> nx.MultiDiGraph:
         """A networkx view: nodes are activations that a layer reads (or the output), edges are weighted layers."""
@@ -150,8 +171,12 @@ class Dag:
         growing = sum(axis.growable for axis in self.axes)
         return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
 
+    def describe(self, width: int = 130) -> str:
+        """Tables of edges and axes, at most ``width`` columns wide."""
+        return render(*_tables(self), width=width)
+
     def __str__(self) -> str:
-        return render(*_tables(self))
+        return self.describe()
 
 
 def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[LayerRule] = ()) -> Dag:
@@ -207,8 +232,8 @@ def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Seq
 def _freeze_shared(dag: Dag) -> None:
     """Weights that several layers share, or that are read directly as well, cannot grow with one of them."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in dag.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for name, owned in dag.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(owned), []).append(name)
     direct = {str(node.target) for node in dag.graph.nodes if node.op == "get_attr"}
     modules = dict(dag.model.named_modules())
     for edge, rows in dag.labels.rows.items():

@@ -1,6 +1,6 @@
 """The errors that users meet. Each message says what was given, why it does not do, and what to do instead."""
 
-__all__ = ["BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "TraceError"]
+__all__ = ["BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError"]
 
 
 class DagrowError(Exception):
@@ -25,3 +25,7 @@ class GrowthError(DagrowError):
 
 class OptimizerError(DagrowError):
     """The optimizer holds state that cannot follow a parameter that grew."""
+
+
+class StoreError(DagrowError):
+    """A file cannot be written or read, or what it holds does not fit the model."""

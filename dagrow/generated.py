@@ -4,58 +4,229 @@ It is put on the object through a subclass of the user's class made for this obj
 the other methods, deepcopy, pickle and ``torch.compile`` go on working.
 """
 
+import functools
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from dagrow.dag import Dag
+from dagrow.record import is_leaf, leaves, mapped
+from dagrow.trace import Program, untouched
 
-__all__ = ["wear"]
+__all__ = ["unwritable", "wear"]
+
+_PREFIX = "_dagrow_"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def wear(dag: Dag, literals: Mapping[fx.Node, tuple[Any, ...]]) -> type[nn.Module]:
-    """A class like the model's own whose forward runs the dag's graph with other literal sizes."""
-    graph, copies = fx.Graph(), {}
-    graph.output(graph.graph_copy(dag.graph, copies))
+def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
+    """Why no forward can be written from a graph, or None. Marks the nodes whose flag follows the model's mode.
+
+    Args:
+        program: the graph.
+        again: traces the model once more, in the mode that it is in.
+    """
+    model = program.model
+    if "forward" in vars(model):
+        return "a size is written into the model's forward, which was put on the object and cannot be replaced"
+    hooked = [name for name, m in model.named_modules() if name and not is_leaf(m) and any(vars(m)[h] for h in _HOOKS)]
+    if hooked:
+        return f"a size is written into the model's forward; written anew, it would skip the hooks of {hooked[0]}"
+    if any(node.target is setattr for node in program.graph.nodes):
+        return "a size is written into the model's forward, which sets attributes and cannot be written anew"
+    return _mode_obstacle(program, again)
+
+
+def _mode_obstacle(program: Program, again: Callable[[], Program]) -> str | None:
+    """Compares the graphs of both modes: they may differ only in flags, which then follow the mode."""
+    model, other = program.model, None
+    with untouched(model):
+        model.train(not model.training)
+        try:
+            other = again()
+        except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
+            return f"a size is written into the model's forward, which fails in the other mode: {error}"
+    here, there = list(program.graph.nodes), list(other.graph.nodes)
+    partner = dict(zip(here, there, strict=False))
+    differing = [a for a, b in zip(here, there, strict=False) if not _agree(a, b, partner)]
+    if len(here) != len(there) or differing:
+        where = differing[0].meta.get("source", "") if differing else ""
+        return f"a size is written into the model's forward, which does other things in training {where}".strip()
+    for a, b in partner.items():
+        a.meta["follows_mode"] = _flags(a) != _flags(b)
+    return None
+
+
+def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node]) -> bool:
+    same = a.op == b.op and (a.target == b.target or a.target is b.target)
+    flexible = bool(a.meta.get("mode_dependent"))
+
+    def leaf(value: Any) -> Any:
+        return None if flexible and isinstance(value, bool) else value
+
+    def repeated(tree: Any, other: bool) -> str:
+        def shown(node: fx.Node) -> fx.Node:
+            return node if other else partner[node]
+
+        return repr(fx.map_arg(fx.node.map_aggregate(tree, leaf), shown))
+
+    return same and repeated((a.args, a.kwargs), False) == repeated((b.args, b.kwargs), True)
+
+
+def _flags(node: fx.Node) -> list[bool]:
+    return [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, bool)]
+
+
+def wear(program: Program, literals: Mapping[fx.Node, tuple[Any, ...]]) -> type[nn.Module]:
+    """A class like the model's own whose forward runs the program's graph with other literal sizes."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(program.graph, copies))  # type: ignore[arg-type]
     for node, args in literals.items():
-        copies[node].args = fx.map_arg(args, lambda n: copies[n])
+        copies[node].args = fx.map_arg(args, lambda n: copies[n])  # type: ignore[assignment]
     for node, copied in copies.items():
-        if node.meta.get("mode_dependent"):
+        if node.meta.get("follows_mode"):
             _follow_mode(graph, copied)
+    switches = _follow_grad(graph)
     code = graph.python_code("self")
-    source = re.sub(r"\bself\.(_constant\d+)\b", r"\1", code.src)
-    return _subclass(_own_class(dag.model), source, {**code.globals, **dag.program.constants})
+    source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
+    signature, names = _signature(program)
+    source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
+    structure = program.graph.output_node().meta["structure"]
+    names |= {**code.globals, f"{_PREFIX}structure": structure, f"{_PREFIX}fixed": _fixed}
+    names[f"{_PREFIX}switches"] = switches
+    names |= {_PREFIX + name: constant for name, constant in program.constants.items()}
+    return _subclass(_own_class(program.model), source, names)
+
+
+def _signature(program: Program) -> tuple[str, dict[str, Any]]:
+    """The user's own parameters of forward, those that the graph does not have fixed at what they were."""
+    made = {str(n.target).lstrip("*"): n for n in program.graph.nodes if n.op == "placeholder"}
+    parameters = list(inspect.signature(program.model.forward).parameters.values())
+    names: dict[str, Any] = {f"{_PREFIX}default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    listed: list[str] = []
+    checks: list[str] = []
+    for index, p in enumerate(parameters):
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        if p.kind is p.KEYWORD_ONLY and not any(
+            q.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) for q in parameters[:index]
+        ):
+            listed.append("*")
+        listed.append(star + p.name + (f"={_PREFIX}default_{p.name}" if p.default is not p.empty else ""))
+        baked = _baked(p, made.get(p.name))
+        if baked is not None:
+            names[f"{_PREFIX}baked_{p.name}"] = baked[0]
+            checks.append(f"    {_PREFIX}fixed({p.name!r}, {_PREFIX}baked_{p.name}, {p.name})")
+    return "\n".join([f"def forward(self, {', '.join(listed)}):", *checks]), names
+
+
+def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | None:
+    """What an argument must be because the graph was made with it; None where it is all tensors."""
+    empty: dict[Any, Any] = {parameter.VAR_POSITIONAL: (), parameter.VAR_KEYWORD: {}}
+    value = node.meta["val"] if node is not None else empty.get(parameter.kind, parameter.default)
+    if isinstance(value, Tensor):
+        return None
+    return (mapped(lambda leaf: _ANY if isinstance(leaf, Tensor) else leaf, value),)
+
+
+class _AnyTensor:
+    """Stands for a tensor among fixed values."""
+
+    def __reduce__(self) -> str:
+        return "_ANY"
+
+
+_ANY = _AnyTensor()
+
+
+def _fixed(name: str, made: Any, given: Any) -> None:
+    old, new = dict(leaves(made)), dict(leaves(given))
+    if old.keys() != new.keys() or not all(_alike(value, new[path]) for path, value in old.items()):
+        raise ValueError(
+            f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
+            f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
+        )
+
+
+def _alike(made: Any, given: Any) -> bool:
+    if made is _ANY or isinstance(given, Tensor):
+        return made is _ANY and isinstance(given, Tensor)
+    return made is given or (type(made) is type(given) and bool(made == given))
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:
     """The user's class, below any that we made."""
-    return next(kind for kind in type(model).__mro__ if "_dagrow_source" not in vars(kind))
+    return next(kind for kind in type(model).__mro__ if f"{_PREFIX}source" not in vars(kind))
 
 
 def _follow_mode(graph: fx.Graph, node: fx.Node) -> None:
     """The ``training`` flag that was fixed while recording follows the model's mode again."""
     with graph.inserting_before(node):
         mode = graph.get_attr("training")
-    if "training" in node.kwargs:
-        node.kwargs = {**node.kwargs, "training": mode}
-    elif "train" in node.kwargs:
-        node.kwargs = {**node.kwargs, "train": mode}
+    named = [name for name in ("training", "train") if name in node.kwargs]
+    if named:
+        node.kwargs = {**node.kwargs, named[0]: mode}
     else:
         node.args = tuple(mode if isinstance(arg, bool) else arg for arg in node.args)
+
+
+def _follow_grad(graph: fx.Graph) -> bool:
+    """Where the graph switches gradients on again, they come back only if they were on. Whether it switches at all."""
+    switches = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
+    if switches:
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            found = graph.call_function(torch.is_grad_enabled)
+        for node in switches:
+            node.args = tuple(found if arg is True else arg for arg in node.args)
+    return bool(switches)
 
 
 def _subclass(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> type[nn.Module]:
     scope = dict(names)
     exec(compile(source, f"<forward of {base.__name__}, written by dagrow>", "exec"), scope)
+    forward = _structured(scope["forward"], names[f"{_PREFIX}structure"])
     body = {
-        "forward": scope["forward"], "__reduce_ex__": _reduce, "__module__": base.__module__, "__doc__": base.__doc__,
-        "__qualname__": base.__qualname__, "_dagrow_source": source, "_dagrow_names": dict(names),
+        "forward": _graded(forward) if names[f"{_PREFIX}switches"] else forward, "__reduce_ex__": _reduce,
+        "__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__,
+        f"{_PREFIX}source": source, f"{_PREFIX}names": dict(names),
     }  # fmt: skip
     return type(base.__name__, (base,), body)
+
+
+def _structured(forward: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """Puts outputs back into the containers that the user's forward returns, where they are no plain ones."""
+    if _is_plain(structure):
+        return forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        values = [value for _, value in leaves(forward(*args, **kwargs))]
+        return mapped(lambda index: values[index], structure)
+
+    return wrapped
+
+
+def _graded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves gradients switched as they were found, also when the forward fails."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_plain(structure: Any) -> bool:
+    if type(structure) in (tuple, list, dict):
+        children = structure.values() if isinstance(structure, dict) else structure
+        return all(map(_is_plain, children))
+    return type(structure) is int
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -63,7 +234,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         key: _Module(value.__name__) if isinstance(value, ModuleType) else value
         for key, value in self._dagrow_names.items()
     }
-    return _rebuild, (_own_class(self), self._dagrow_source, names), self.__dict__
+    return _rebuild, (_own_class(self), self._dagrow_source, names), self.__getstate__()
 
 
 class _Module:

@@ -140,7 +140,7 @@ def _worth(growth: Growth) -> float:
 
 
 def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
-    given = [operators] if isinstance(operators, Operator) else list(operators)
+    given = list(operators) if isinstance(operators, Iterable) else [operators]
     wrong = [operator for operator in given if not isinstance(operator, Operator)]
     if wrong or not given:
         raise GrowthError(f"operators={operators!r}: give a list of operators such as [dagrow.AddNeurons()].")

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
+from math import isfinite, prod
 from typing import Any
+from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagrow.axes import Landing
 from dagrow.dag import Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.objective import Objective
-from dagrow.surgery import Change, Preview, Undo, apply
+from dagrow.surgery import Change, Preview, Saved, Undo, apply, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of"]
 
@@ -64,8 +66,19 @@ class Growth:
 
     def loss(self, gamma: float, objective: Objective | None = None) -> float:
         """The loss of the grown network at an amplitude, without growing it."""
+        self._check(gamma)
         with Preview(self.dag, self.change):
             return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
+
+    def _check(self, gamma: object) -> None:
+        if not isinstance(gamma, (int, float)) or not isfinite(gamma):
+            raise GrowthError(f"gamma={gamma!r}: give a finite number; 1.0 is the amplitude that was fitted.")
+        if self.change.program is not self.dag.program:
+            raise GrowthError(
+                f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "
+                "propose again, or undo what was applied since."
+            )
+        self.dag.check()
 
     def apply(self, gamma: float = 1.0, *, optimizer: Optimizer | None = None) -> "Receipt":
         """Grows the model in place.
@@ -78,9 +91,8 @@ class Growth:
             GrowthError: the model is no longer the one that was measured.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
         """
-        before = self.objective.mean()
-        after = self.loss(gamma)
-        return self.commit(gamma, before, after, optimizer)
+        self._check(gamma)
+        return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 
     def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
         """Applies the growth when the losses are known already."""
@@ -90,7 +102,11 @@ class Growth:
                 "way to the consumers a zero does not stay zero, which this init needs. Use another init."
             )
         undo = apply(self.dag, self.change, gamma, optimizer)
-        return Receipt(self.where, self.neurons, gamma, before, after, self.gain, self.change.where(), (), self, undo)
+        receipt = Receipt(
+            self.where, self.neurons, gamma, before, after, self.gain, self.change.where(), (), self, undo
+        )
+        undo.receipt = ref(receipt)
+        return receipt
 
     def __str__(self) -> str:
         held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
@@ -132,28 +148,43 @@ class Receipt:
         """By how much the loss fell."""
         return self.loss_before - self.loss_after
 
+    def carry(self, copy: nn.Module) -> None:
+        """Brings a copy of the model that was made before the growth to the grown shapes, in place.
+
+        For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
+        working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
+
+        Raises:
+            GrowthError: the copy is not one of the model as it was before the growth. It is as it was.
+        """
+        done: list[Saved] = []
+        try:
+            for part in self.parts or (self,):
+                if part.growth is not None and part._undo is not None:
+                    done.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
+        except BaseException:
+            for saved in reversed(done):
+                saved.restore()
+            raise
+
     def undo(self) -> None:
         """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
 
         Raises:
             GrowthError: later growths are still in place, or it was undone already.
         """
-        for part in reversed(self.parts):
-            part.undo()
-        if self._undo is None:
+        undos = [part._undo for part in self.parts or (self,) if part._undo is not None]
+        if not undos:
             return
-        applied = self._undo.dag.applied
-        if self._undo not in applied:
+        applied = undos[0].dag.applied
+        if any(undo not in applied for undo in undos):
             raise GrowthError(f"the growth at {self.where} is not in place any more; it was undone already.")
-        if applied[-1] is not self._undo:
+        if applied[-len(undos) :] != undos:
             raise GrowthError(
                 f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
             )
-        try:
-            self._undo.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            self._undo.restore()
-            raise
+        restore = partial(_restore, undos)
+        whole(restore, restore)
 
     def __str__(self) -> str:
         if self.parts:
@@ -164,6 +195,11 @@ class Receipt:
             f"{self.where}: {self.neurons} neurons at gamma {self.gamma:.3g}, gain {self.gain:.4g}, "
             f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}"
         )
+
+
+def _restore(undos: Sequence[Undo]) -> None:
+    for undo in reversed(undos):
+        undo.restore()
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:

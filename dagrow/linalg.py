@@ -60,21 +60,23 @@ class Whitening:
         return self.back(self.whiten(x))
 
 
-def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None) -> Whitening:
+def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, unit: Tensor | None = None) -> Whitening:
     """A whitening of a positive semidefinite matrix ``p [p, p]``.
 
     Args:
-        ridge: added to the diagonal, relative to each feature's own second moment.
+        ridge: added to the diagonal, relative to ``unit``.
         resolution: relative precision of the entries; directions below it are noise and are cut.
+        unit: what counts as large, per feature ``[p]``: by default the diagonal of ``p``. If ``p`` is what is left of
+            features once others are regressed out, the second moment that they had before.
     """
     d = len(p)
     resolution = max(resolution or 0.0, torch.finfo(p.dtype).eps)
     cut = resolution * max(d, 1)
-    diagonal = p.diagonal().clamp_min(0)
-    alive = diagonal > (cut**2 * diagonal.max() if d else 0)
-    scale = torch.where(alive, diagonal, 1).rsqrt() * alive
+    unit = (p.diagonal() if unit is None else unit).clamp_min(0)
+    alive = unit > (cut**2 * unit.max() if d else 0)
+    scale = torch.where(alive, unit, 1).rsqrt() * alive
     scaled = scale[:, None] * p * scale
-    scaled.diagonal().copy_(torch.where(alive, 1.0 + ridge, 1.0))  # a dead feature has weight zero, whatever its entry
+    scaled.diagonal().add_(torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0)))  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, int(alive.sum()), "")

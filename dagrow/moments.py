@@ -103,16 +103,16 @@ def measure(
     """
     pairs = _distinct(pairs)
     objective.reduction  # noqa: B018  (probed before hooks hang)
-    sums = _Sums(pairs, folds, dtype)
     watch = _Watch(dag, {f for pair in pairs for f in pair}, read or {}, written or {})
     with Undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
+        sums = _Sums(pairs, folds, dtype)
         objective.model.train(objective.mode == "train")
         for batch, n in objective:
             loss = objective.value(batch, preview)
             captures = watch.harvest(loss, -objective.scale(n) * n)
             sums.add(n, {f: f.rows(captures, n) for f in sums.features}, float(loss.detach()) * objective.scale(n) * n)
             del loss, captures
-    return sums.moments()
+        return sums.moments()
 
 
 def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
@@ -171,6 +171,8 @@ class _Watch:
     def harvest(self, loss: Tensor, scale: float) -> dict[str, Capture]:
         """Goals by one backward pass. ``scale`` turns the gradient of the batch's loss into per-sample goals."""
         missing = set(self.watched) - set(self.found)
+        if missing and not self.found:
+            raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "

@@ -3,7 +3,9 @@
 Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found.
 """
 
+import operator
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -13,27 +15,42 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
 
-from dagrow.errors import BatchError, LossError
+from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.trace import bind
 
 __all__ = ["Objective", "Undisturbed"]
 
 Loss = Callable[[Any, Any], Tensor]
 Step = Callable[[nn.Module, Any], Tensor]
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class Undisturbed:
-    """Leaves modes, buffers, random states and the gradient switch as they were when it was made."""
+    """Leaves a model and the random generators as they were when it was made.
+
+    Of the model: its class, every attribute of every module (modes, hooks, caches), buffers and gradients. Values of
+    parameters are not copied: nothing that runs inside may write them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in model.modules()]
+        self.model, self.kind = model, type(model)
+        modules = list(model.modules())
+        found = {
+            id(c): c for module in modules for c in (vars(module), *vars(module).values()) if type(c) in _CONTAINERS
+        }
+        self.contents = [(container, container.copy()) for container in found.values()]
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self.grad = torch.is_grad_enabled()
 
     def __enter__(self) -> "Undisturbed":
+        for parameter, _, gradient in self.parameters:
+            if gradient is not None:
+                parameter.grad = None  # a step of the user's may run backward
         return self
 
     def __exit__(
@@ -46,18 +63,36 @@ class Undisturbed:
             raise
 
     def restore(self) -> None:
+        """Puts everything back. May run twice."""
         torch.set_grad_enabled(self.grad)
-        for module, mode in self.modes:
-            module.training = mode
+        self.model.__class__ = self.kind
+        for container, content in self.contents:
+            _refill(container, content)
         with torch.no_grad():
             for buffer, value in self.buffers:
                 if buffer.shape == value.shape and not torch.equal(buffer, value):
                     buffer.copy_(value)
+        for parameter, requires_grad, gradient in self.parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         random.setstate(self.random[0])
         np.random.set_state(self.random[1])
         torch.set_rng_state(self.random[2])
         if self.cuda is not None:
             torch.cuda.set_rng_state_all(self.cuda)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Gives a container its old content back, in its old order."""
+    same = len(container) == len(content) and all(map(operator.is_, container, content))
+    if same and isinstance(container, dict):
+        same = all(map(operator.is_, container.values(), content.values()))
+    if same:
+        return
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
 
 
 class Objective:
@@ -75,31 +110,29 @@ class Objective:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss: Loss | None = None,
-        *,
-        step: Step | None = None,
-        mode: str = "eval",
-    ) -> None:
+        self, model: nn.Module, batches: Iterable[Any], loss: Loss | None = None, *, step: Step | None = None,
+        mode: str = "eval", name: str = "batches",
+    ) -> None:  # fmt: skip
         if (loss is None) == (step is None):
             raise LossError(
                 "give either loss=, called as loss(output, target), or step=, called as step(model, batch)."
             )
+        if not callable(loss if step is None else step):
+            given = type(loss if step is None else step).__name__
+            raise LossError(
+                f"the {'loss' if step is None else 'step'} is a {given}, which cannot be called; give loss=, called as "
+                "loss(output, target), such as torch.nn.functional.mse_loss, or step=, called as step(model, batch)."
+            )
         if mode not in ("eval", "train"):
             raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-        if not isinstance(batches, Iterable):
-            raise BatchError(f"batches is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
-        if isinstance(batches, Iterator):
-            raise BatchError("batches is an iterator, which can be read only once; give a list or a DataLoader.")
-        self.model, self.batches, self.mode = model, batches, mode
+        _check_batches(batches, name)
+        self.model, self.batches, self.mode, self.name = model, batches, mode, name
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
 
-    def with_batches(self, batches: Iterable[Any]) -> "Objective":
+    def with_batches(self, batches: Iterable[Any], name: str = "batches") -> "Objective":
         """The same loss on other batches."""
-        return Objective(self.model, batches, step=self.function, mode=self.mode)
+        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Batches with their numbers of samples."""
@@ -108,24 +141,43 @@ class Objective:
             empty = False
             yield batch, _samples(batch)
         if empty:
-            raise BatchError("batches is empty; at least one batch is needed to measure anything.")
+            raise BatchError(
+                f"{self.name} is empty: not one batch came out. Give at least one; and if it held some before, it can "
+                "be read only once: give a list or a DataLoader, which can be read again."
+            )
 
     def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
         try:
             if tensors:
-                replaced = {f"model.{name}": tensor for name, tensor in tensors.items()}
+                replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
                 result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,))
             else:
                 result = self.function(self.model, batch)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise BatchError(f"the model or the loss failed on a batch of {describe(batch)}: {error}") from error
+        except DagrowError:
+            raise
+        except Exception as error:
+            raise BatchError(self._failed(batch, error)) from error
         if not isinstance(result, Tensor) or result.numel() != 1:
             given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise LossError(f"the loss returned {given}; it must return a tensor with one number.")
+            raise LossError(
+                f"the loss returned {given}; it must return a tensor with one number, the mean or the sum over the "
+                "samples of the batch."
+            )
         if not torch.isfinite(result):
-            raise LossError(f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses.")
+            raise LossError(
+                f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses. Look for "
+                "such values in the batch and in the model's parameters, or lower the learning rate."
+            )
         return result.reshape(())
+
+    def _failed(self, batch: Any, error: Exception) -> str:
+        kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
+        return (
+            f"the model or the loss failed on a batch of {describe(batch)} ({type(error).__name__}: {error}). The "
+            f"model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device that "
+            "the model takes and the loss compares."
+        )
 
     def scale(self, samples: int) -> float:
         """The factor from the user's scalar for a batch to a mean over its samples."""
@@ -152,7 +204,8 @@ class Objective:
                 return "sum"
             raise LossError(
                 f"repeating a batch multiplies the loss by {ratio:.4g}; a mean over samples gives 1, a sum gives 2. "
-                "Return one of the two (a penalty on the weights goes with a mean)."
+                "Return one of the two (a penalty on the weights goes with a mean), and draw no random numbers in eval "
+                "mode."
             )
         return "mean"
 
@@ -179,16 +232,37 @@ class _Evaluation(nn.Module):
         return self.function(self.model, batch)
 
 
+def _check_batches(batches: object, name: str) -> None:
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which holds single samples; give batches of them: "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise BatchError(f"{name} is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
+    if isinstance(batches, Iterator):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which can be read only once; give a list, list({name}), or a "
+            "DataLoader."
+        )
+
+
 def _supervised(loss: Loss | None) -> Step:
     assert loss is not None
 
     def step(model: nn.Module, batch: Any) -> Tensor:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise BatchError(
-                f"a batch is {describe(batch)}; it must be (inputs, target). For other batches, give step=."
+                f"a batch is {describe(batch)}; it must be (inputs, target). One batch alone goes into a list, "
+                "[(inputs, target)]; for other batches, give step=, called as step(model, batch)."
+            )
+        n, target = _samples(batch), batch[1]
+        if isinstance(target, Tensor) and target.ndim and len(target) % n:
+            raise BatchError(
+                f"a batch has {n} inputs and {len(target)} targets: {describe(batch)}. Give as many of each."
             )
         args, kwargs = bind(batch[0])
-        return loss(model(*args, **kwargs), batch[1])
+        return loss(model(*args, **kwargs), target)
 
     return step
 

@@ -1,24 +1,26 @@
 """Optimizer state that follows its parameters. Floor 2: knows tensors and landings, not models.
 
-Every growth of a parameter is logged with the parameter. State whose shape is that of an earlier stage is brought
-to the present one: old entries bit-equal, new ones zero. An optimizer that nobody passed is brought along just
-before its next step.
+Every growth of a parameter is logged with the parameter. State that an optimizer keeps for an earlier version of it
+is brought to the present one: old entries bit-equal, new ones zero. An optimizer that nobody passed is brought along
+just before its next step.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dagrow.axes import Landing
 from dagrow.errors import OptimizerError
 
-__all__ = ["carry", "log_growth", "refusal"]
+__all__ = ["carry", "log_growth", "log_undo", "refusal", "settle"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,70 +28,137 @@ class _Stage:
     """One growth (or its undoing) of a tensor."""
 
     before: torch.Size
+    after: torch.Size
     landings: Sequence[Landing]
     shrink: bool
 
     def follow(self, state: Tensor) -> Tensor:
-        index = [torch.arange(size) for size in state.shape]
+        sizes = self.after if self.shrink else self.before
+        index = [torch.arange(size) for size in sizes]
         for landing in self.landings:
             index[landing.dim] = landing.old
         grid = torch.meshgrid(*(i.to(state.device) for i in index), indexing="ij")
         if self.shrink:
             return state[grid]
-        shape = list(state.shape)
-        for landing in self.landings:
-            shape[landing.dim] = landing.size
-        grown = state.new_zeros(shape)
+        grown = state.new_zeros(self.after)
         grown[grid] = state
         return grown
 
 
-_log: Any = WeakTensorKeyDictionary()
+@dataclass(eq=False)
+class _History:
+    """The growths of one tensor. Those that no shape leads to any more are dropped; ``first`` counts them."""
+
+    first: int = 0
+    stages: list[_Stage] = field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        return self.first + len(self.stages)
+
+    def add(self, stage: _Stage) -> None:
+        if self.stages and self.stages[-1].after == stage.after:
+            return  # an interrupted undo runs twice
+        self.stages.append(stage)
+        newest = {stage.before: index for index, stage in enumerate(self.stages)}
+        unreachable = min(newest.values())
+        self.first, self.stages = self.first + unreachable, self.stages[unreachable:]
+
+    def start(self, shape: torch.Size, seen: int | None) -> int | None:
+        """The first stage that state of this shape has still to follow; None if no version had the shape."""
+        if seen is not None and seen >= self.first:
+            at = seen - self.first
+            if at == len(self.stages) or self.stages[at].before == shape:
+                return at
+        if self.stages[-1].after == shape:
+            return len(self.stages)
+        return max((i for i, stage in enumerate(self.stages) if stage.before == shape), default=None)
+
+    def follow(self, state: Tensor, seen: int | None) -> Tensor:
+        start = self.start(state.shape, seen)
+        for stage in self.stages[len(self.stages) if start is None else start :]:
+            state = stage.follow(state)
+        return state
+
+
+_log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
+_seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
 _hooked: list[Any] = []
 
 
-def log_growth(tensor: Tensor, landings: Sequence[Landing], shrink: bool = False) -> None:
-    """Notes that a parameter has just taken a new shape."""
+def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
+    """Notes that a parameter has just grown to its present shape."""
     before = list(tensor.shape)
     for landing in landings:
-        before[landing.dim] = landing.size if shrink else len(landing.old)
-    _log.setdefault(tensor, []).append(_Stage(torch.Size(before), tuple(landings), shrink))
+        before[landing.dim] = len(landing.old)
+    _log.setdefault(tensor, _History()).add(_Stage(torch.Size(before), tensor.shape, tuple(landings), False))
     if not _hooked:
         _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: carry(optimizer)))
 
 
+def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
+    """Notes that a growth of a parameter has just been undone. May run twice."""
+    before = list(tensor.shape)
+    for landing in landings:
+        before[landing.dim] = landing.size
+    if tensor in _log:
+        _log[tensor].add(_Stage(torch.Size(before), tensor.shape, tuple(landings), True))
+
+
 def carry(optimizer: Optimizer) -> None:
     """Brings all state of an optimizer to its parameters' present shapes. Raises OptimizerError before any change."""
-    grown = [p for group in optimizer.param_groups for p in group["params"] if p in _log and p in optimizer.state]
-    stale = [p for p in grown if any(_is_stale(p, value) for value in optimizer.state[p].values())]
-    refusal(optimizer, stale, logged=True)
-    for parameter in stale:
-        state = optimizer.state[parameter]
-        optimizer.state[parameter] = {key: _followed(parameter, value) for key, value in state.items()}
+    seen = _seen.setdefault(optimizer, WeakTensorKeyDictionary())
+    grown = [p for p in _parameters(optimizer) if p in _log and seen.get(p) != _log[p].version]
+    if not grown:
+        return
+    refusal(optimizer, grown)
+    states = {p: _followed(p, optimizer.state[p], seen.get(p)) for p in grown if p in optimizer.state}
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state
+    settle(optimizer, grown)
 
 
-def refusal(optimizer: Optimizer, parameters: Iterable[Tensor], logged: bool = False) -> None:
-    """Raises OptimizerError if state of one of the parameters has neither its shape nor a single entry."""
+def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Notes that the state of these parameters is that of their present versions."""
+    seen = _seen.setdefault(optimizer, WeakTensorKeyDictionary())
     for parameter in parameters:
-        shapes = {tuple(parameter.shape)} | ({tuple(s.before) for s in _log.get(parameter, ())} if logged else set())
+        if parameter in _log:
+            seen[parameter] = _log[parameter].version
+
+
+def refusal(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
+    """Raises OptimizerError if one of the parameters is the optimizer's and some of its state cannot follow."""
+    mine = {id(p) for p in _parameters(optimizer)}
+    if not any(id(p) in mine for p in growing):
+        return
+    for parameter in _parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and tuple(value.shape) not in shapes:
+            if not all(_fits(parameter, leaf) for leaf in tree_leaves(value)):
+                found = next(leaf for leaf in tree_leaves(value) if not _fits(parameter, leaf))
                 raise OptimizerError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(found.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}: nothing says where new entries belong. Make a new optimizer after the "
                     "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
                 )
 
 
-def _is_stale(parameter: Tensor, value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape != parameter.shape and value.numel() > 0
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _followed(parameter: Tensor, value: Any) -> Any:
-    if not _is_stale(parameter, value):
-        return value
-    stages = _log[parameter]
-    start = max((i for i, stage in enumerate(stages) if stage.before == value.shape), default=len(stages))
-    for stage in stages[start:]:
-        value = stage.follow(value)
-    return value
+def _fits(parameter: Tensor, value: object) -> bool:
+    """Whether state is one number, or has the shape of the parameter as it is or once was."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or not value.numel() or value.shape == parameter.shape:
+        return True
+    if value.shape == (1,) or parameter not in _log:
+        return value.shape == (1,)
+    return _log[parameter].start(value.shape, None) is not None
+
+
+def _followed(parameter: Tensor, state: dict[str, Any], seen: int | None) -> dict[str, Any]:
+    history = _log[parameter]
+
+    def follow(value: Any) -> Any:
+        return history.follow(value, seen) if isinstance(value, Tensor) and value.ndim else value
+
+    return {key: tree_map(follow, value) for key, value in state.items()}

@@ -12,22 +12,25 @@ the cross-validation are this package's own.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from dagrow.features import Feature, Goal, Reads
-from dagrow.linalg import leading_svd, whitening
+from dagrow.linalg import Whitening, leading_svd, whitening
 from dagrow.moments import Moments, Pair
 
 __all__ = [
-    "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out", "settled",
+    "NEURON_RIDGES", "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out", "settled",
     "validate_directions", "validate_fan_out", "validate_move",
 ]  # fmt: skip
 
-RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  #: candidates, relative to each feature's second moment
+#: ridges that are tried for a layer's own weights, relative to each feature's second moment
+RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: ridges that are tried for new neurons: smaller ones explain more at first order and train worse (docs/mnist.md)
+NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SIGNIFICANT = 3.0  #: standard deviations of the null by which a held-out gain must exceed zero
 MOST = 64  #: neurons considered at once when their number is open
 
@@ -151,7 +154,19 @@ def _projection(m: Moments, block: Block) -> _Projection:
     return _Projection(move, taken, white.note if white else "")
 
 
-def _remaining(m: Moments, block: Block, projection: _Projection, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class _Left(NamedTuple):
+    """What is left of new features and goals: ``P = E p' p'^T``, ``N = E p' t^T``, and ``E p^2`` as it was before."""
+
+    p: Tensor
+    n: Tensor
+    unit: Tensor
+
+    def whitening(self, ridge: float, resolution: float) -> Whitening:
+        """Of P, with a ridge relative to what the features were before anything was taken out of them."""
+        return whitening(self.p, ridge, resolution, self.unit)
+
+
+def _remaining(m: Moments, block: Block, projection: _Projection, basis: Tensor | None = None) -> _Left:
     """Equation 2 and its joint form: ``P = E p' p'^T`` and ``N = E p' t^T``.
 
     p' are the new features (or the combinations ``basis^T p`` of them) and t the goal, less what the projection takes
@@ -160,8 +175,9 @@ def _remaining(m: Moments, block: Block, projection: _Projection, basis: Tensor 
     p, n = m[block.features, block.features], m[block.features, block.goal]
     if basis is not None:
         p, n = basis.T @ (p @ basis), basis.T @ n
+    unit = p.diagonal()
     if block.reads is None or (projection.move is None and projection.taken is None):
-        return p, n
+        return _Left(p, n, unit)
     c = m[block.features, block.reads]
     c = c if basis is None else basis.T @ c
     if projection.move is not None:
@@ -173,33 +189,34 @@ def _remaining(m: Moments, block: Block, projection: _Projection, basis: Tensor 
             rest = rest - s @ projection.move
         overlap = d @ c.T
         n, p = n - d @ rest, p - overlap - overlap.T + d @ s @ d.T
-    return p, n
+    return _Left(p, n, unit)
 
 
-def _stacked(m: Moments, blocks: Sequence[Block], projections: Sequence[_Projection]) -> tuple[Tensor, Tensor]:
+def _stacked(m: Moments, blocks: Sequence[Block], projections: Sequence[_Projection]) -> _Left:
     """Several consumers, or several channels of a unit in one: N side by side, P averaged over them.
 
     The average is exact when all read the new features at the same positions with the same ``b`` taken out of them;
     otherwise it is a proposal, and the fan-outs are fitted to each consumer afterwards.
     """
-    grams, sides = [], []
+    parts = []
     for block, projection in zip(blocks, projections, strict=True):
-        p, n = _remaining(m, block, projection)
+        p, n, unit = _remaining(m, block, projection)
         if block.slots > 1:
             p = rearrange(p, "(e p) (f q) -> e f p q", e=block.slots, f=block.slots).diagonal().mean(-1)
             n = rearrange(n, "(e p) o -> p (e o)", e=block.slots)
-        grams.append(p)
-        sides.append(n)
-    return sum(grams[1:], grams[0]) / len(grams), torch.cat(sides, 1)
+            unit = unit.view(block.slots, -1).mean(0)
+        parts.append(_Left(p, n, unit))
+    grams, sides, units = zip(*parts, strict=True)
+    return _Left(sum(grams[1:], grams[0]) / len(parts), torch.cat(sides, 1), sum(units[1:], units[0]) / len(parts))
 
 
 def directions(m: Moments, blocks: Sequence[Block], k: int, ridge: float = 0.0) -> Directions:
     """Equation 3 (and 4 with compensation "all"): ``U L V^T = svd(W N)``, ``alpha_k = W^T u_k``."""
     projections = [_projection(m, block) for block in blocks]
-    p, n = _stacked(m, blocks, projections)
-    white = whitening(p, ridge, m.resolution)
-    u, values, _ = leading_svd(white.whiten(n), k)
-    kept = values > m.resolution * len(p) * values.max() if len(values) else values > 0
+    left = _stacked(m, blocks, projections)
+    white = left.whitening(ridge, m.resolution)
+    u, values, _ = leading_svd(white.whiten(left.n), k)
+    kept = values > m.resolution * len(left.p) * values.max() if len(values) else values > 0
     notes = dict.fromkeys(note for note in (white.note, *(q.note for q in projections)) if note)
     return Directions(white.back(u[:, kept]), values[kept], "; ".join(notes))
 
@@ -236,20 +253,19 @@ def validate_directions(m: Moments, blocks: Sequence[Block], k: int | None, ridg
 
 @dataclass(frozen=True)
 class _Fold:
-    """One fold's own moments, and what is fitted on the others: projections, P and N."""
+    """One fold's own moments, and what the others give: projections and what they leave."""
 
     test: Moments
     projections: Sequence[_Projection]
-    p: Tensor
-    n: Tensor
+    left: _Left
 
 
 def _fold(train: Moments, test: Moments, blocks: Sequence[Block]) -> _Fold:
     projections = [_projection(train, block) for block in blocks]
-    return _Fold(test, projections, *_stacked(train, blocks, projections))
+    return _Fold(test, projections, _stacked(train, blocks, projections))
 
 
-def settled(m: Moments, block: Block, ridges: Sequence[float]) -> Block:
+def settled(m: Moments, block: Block, ridges: Sequence[float] = RIDGES) -> Block:
     """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
     if block.reads is None or m.folds == 1:
         return block
@@ -294,15 +310,15 @@ def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
 
 def _held_out(fold: _Fold, blocks: Sequence[Block], k: int, ridge: float) -> tuple[Tensor, ...]:
     """By rank ``[k]``: the held-out drop, the held-out covariance, and its variance under the null."""
-    test, white = fold.test, whitening(fold.p, ridge, fold.test.resolution)
-    u, values, v = leading_svd(white.whiten(fold.n), k, iterations=3)
+    test, white = fold.test, fold.left.whitening(ridge, fold.test.resolution)
+    u, values, v = leading_svd(white.whiten(fold.left.n), k, iterations=3)
     alpha, omega, start = white.back(u), v * values, 0
     covariance, square, variance = (values.new_zeros(len(values)) for _ in range(3))
     for block, projection in zip(blocks, fold.projections, strict=True):
         outputs = test[block.features, block.goal].shape[1]
         for slot in range(block.slots):
             basis = alpha if block.slots == 1 else _in_slot(alpha, slot, block.slots)
-            z, seen = _remaining(test, block, projection, basis)
+            z, seen, _ = _remaining(test, block, projection, basis)
             out = omega[start : start + outputs]
             start += outputs
             covariance += (seen.T * out).sum(0).cumsum(0)
@@ -327,9 +343,9 @@ def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit
         choice: ``[features, k]``: which of the measured features (or which sums of them) are offered.
     """
     projection = _projection(m, block)
-    p, n = _remaining(m, block, projection, choice)
-    white = whitening(p, ridge, m.resolution)
-    x = white.solve(n).T
+    left = _remaining(m, block, projection, choice)
+    white = left.whitening(ridge, m.resolution)
+    x = white.solve(left.n).T
     slope = choice.T @ m[block.features, block.goal]
     compensation = None
     if projection.taken is not None:
@@ -337,7 +353,7 @@ def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit
         taken = choice.T @ projection.taken
         slope = slope - taken @ m[block.reads, block.goal]
         compensation = -x @ taken
-    drop = 2 * float((x.T * n).sum()) - float((x @ p * x).sum())
+    drop = 2 * float((x.T * left.n).sum()) - float((x @ left.p * x).sum())
     return Fit(x, compensation, float((x.T * slope).sum()), drop, white.note)
 
 
@@ -346,9 +362,9 @@ def validate_fan_out(m: Moments, block: Block, choice: Tensor, ridges: Sequence[
 
     def drop(train: Moments, test: Moments, ridge: float) -> float:
         projection = _projection(train, block)
-        p, n = _remaining(train, block, projection, choice)
-        x = whitening(p, ridge, m.resolution).solve(n).T
-        p, n = _remaining(test, block, projection, choice)
+        left = _remaining(train, block, projection, choice)
+        x = left.whitening(ridge, m.resolution).solve(left.n).T
+        p, n, _ = _remaining(test, block, projection, choice)
         return 2 * float((x.T * n).sum()) - float((x @ p * x).sum())
 
     return _validated(m, block.pairs(), ridges, drop, choice.shape[1])
@@ -368,7 +384,7 @@ def _validated(
     m: Moments, pairs: Sequence[Pair], ridges: Sequence[float], drop: Callable[[Moments, Moments, float], float], k: int
 ) -> HeldOut:
     folds = list(m.split(pairs))
-    drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in folds]))
+    drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in folds], dtype=torch.float64))
     ridge = _climbed(ridges, lambda ridge: float(drops(ridge).mean()))
     gain, error = float(drops(ridge).mean()), _standard_error(drops(ridge))
     return HeldOut(ridge, k, gain, error, gain > 0)

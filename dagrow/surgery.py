@@ -4,22 +4,27 @@ At gamma = 0 the grown network computes what the network computed before. Applyi
 every parameter; it is all or nothing, and can be undone bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from dagrow.axes import Landing, Widening
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
 from dagrow.labels import Rider
-from dagrow.optimizers import carry, log_growth, refusal
+from dagrow.objective import Undisturbed
+from dagrow.optimizers import carry, log_growth, log_undo, refusal, settle
+from dagrow.trace import Program
 
-__all__ = ["Change", "Draft", "Preview", "Undo", "apply", "pad"]
+__all__ = ["Change", "Draft", "Preview", "Saved", "Undo", "apply", "pad", "transaction", "whole", "widen_copy"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +38,7 @@ class Change:
         attributes: module -> its attributes that state widths.
         literals: node of the graph -> its arguments with the sizes of the grown network.
         widths: axis -> units added.
+        program: what the graph was when the change was drafted.
     """
 
     landings: Mapping[str, tuple[Landing, ...]]
@@ -41,6 +47,7 @@ class Change:
     attributes: Mapping[str, Mapping[str, int]]
     literals: Mapping[fx.Node, tuple[Any, ...]]
     widths: Mapping[str, int]
+    program: Program
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
         """Parameters and buffers that differ from the model's, at an amplitude."""
@@ -115,9 +122,11 @@ class Draft:
             self._fresh(rider.name).fill_(rider.neutral)
             return
         self.read[rider.name] = landing
-        for entry, neutral in rider.rule.neutral.items():
+        mean, variance = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        passing = rider.rule.calibrated(self.dag.model.get_submodule(rider.name), mean, variance)
+        for entry in rider.rule.neutral:
             self.landings[f"{rider.name}.{entry}"] = (Landing(0, landing.size, landing.old, landing.new),)
-            self._fresh(f"{rider.name}.{entry}").fill_(neutral)
+            self._fresh(f"{rider.name}.{entry}").fill_(float(passing[entry]))
         self.attributes[rider.name] = rider.rule.attributes(landing.size)
 
     def _fresh(self, name: str) -> Tensor:
@@ -179,7 +188,9 @@ class Draft:
         return next((at.old for at in self.landings.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:
-        return Change(self.landings, self.fresh, self.slope, self.attributes, self.literals, self.widths)
+        return Change(
+            self.landings, self.fresh, self.slope, self.attributes, self.literals, self.widths, self.dag.program
+        )
 
 
 def pad(tensor: Tensor, landings: Sequence[Landing], fresh: Tensor | None = None) -> Tensor:
@@ -201,7 +212,7 @@ class Preview:
 
     def __init__(self, dag: Dag, change: Change) -> None:
         self.model, self.found = dag.model, type(dag.model)
-        self.forward = wear(dag, change.literals) if change.literals else self.found
+        self.forward = wear(dag.program, change.literals) if change.literals else self.found
 
     def __enter__(self) -> "Preview":
         self.model.__class__ = self.forward
@@ -211,12 +222,11 @@ class Preview:
         self.model.__class__ = self.found
 
 
-class Undo:
-    """Everything that a change overwrote, as it was."""
+class Saved:
+    """What a change overwrites in a model, as it was: old storages, not copies, where a tensor gets a new shape."""
 
-    def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None) -> None:
-        model = dag.model
-        self.dag, self.change, self.optimizer = dag, change, optimizer
+    def __init__(self, model: nn.Module, change: Change) -> None:
+        self.model, self.change = model, change
         names = dict.fromkeys((*change.landings, *change.slope))
         self.tensors = {name: _tensor(model, name) for name in names}
         self.storages = {name: tensor.detach() for name, tensor in self.tensors.items()}
@@ -228,33 +238,120 @@ class Undo:
         self.attributes = [
             (modules[n], a, getattr(modules[n], a)) for n, values in change.attributes.items() for a in values
         ]
-        self.forward = type(model)
-        self.view = dag.view()
-        self.state = {} if optimizer is None else {
-            tensor: dict(optimizer.state[tensor]) for tensor in self.tensors.values() if tensor in optimizer.state
-        }  # fmt: skip
+        self.kind = type(model)
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 if name in self.change.landings:
-                    tensor.grad = None
-                    tensor.set_(self.storages[name])
-                else:
+                    _resize(tensor, self.storages[name])
+                elif not torch.equal(tensor, self.values[name]):
                     tensor.copy_(self.values[name])
                 tensor.grad = self.gradients[name]
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
-        self.dag.model.__class__ = self.forward
-        for tensor, state in self.state.items():
-            assert self.optimizer is not None
-            self.optimizer.state[tensor] = dict(state)
+        self.model.__class__ = self.kind
         for name, landings in self.change.landings.items():
-            log_growth(self.tensors[name], landings, shrink=True)
+            log_undo(self.tensors[name], landings)
+
+    def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
+        """Puts grown tensors and their forward in place; gradients get zeros where tensors are new."""
+        with torch.no_grad():
+            for name, value in tensors.items():
+                tensor, landings = self.tensors[name], self.change.landings.get(name)
+                if landings is None:
+                    tensor.copy_(value)
+                    continue
+                _resize(tensor, value)
+                gradient = self.gradients[name]
+                tensor.grad = None if gradient is None else pad(gradient, landings)
+                log_growth(tensor, landings)
+        for name, values in self.change.attributes.items():
+            for attribute, size in values.items():
+                setattr(self.model.get_submodule(name), attribute, size)
+        self.model.__class__ = kind
+
+
+def _resize(tensor: Tensor, value: Tensor) -> None:
+    """Gives a tensor another storage and shape; it stays the same object."""
+    tensor.grad = None
+    tensor.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+
+
+def whole(work: Callable[[], T], restore: Callable[[], None]) -> T:
+    """Does some work, or restores what it found if it does not end, whatever the reason."""
+    try:
+        return work()
+    except BaseException:
+        try:
+            restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            restore()
+            raise
+        raise
+
+
+class Undo:
+    """Everything that a growth overwrote, as it was."""
+
+    def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None, kind: type[nn.Module]) -> None:
+        self.dag, self.change, self.optimizer = dag, change, optimizer
+        self.saved, self.view, self.kind = Saved(dag.model, change), dag.view(), kind
+        self.receipt: Any = None  #: weak reference to the receipt that can call this
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        for name, tensor in self.saved.tensors.items() if optimizer is not None else ():
+            if tensor in optimizer.state:  # type: ignore[union-attr]
+                self.state[tensor] = _kept(optimizer.state[tensor], name in change.landings)  # type: ignore[union-attr]
+
+    def restore(self) -> None:
+        """Puts everything back. May run twice."""
+        self.saved.restore()
+        if self.optimizer is not None:
+            for tensor in self.saved.tensors.values():
+                if tensor in self.state:
+                    self.optimizer.state[tensor] = _kept(self.state[tensor], False)
+                else:
+                    self.optimizer.state.pop(tensor, None)
+            settle(self.optimizer, [self.saved.tensors[name] for name in self.change.landings])
         self.dag.show(self.view)
         if self in self.dag.applied:
             self.dag.applied.remove(self)
+
+
+def _kept(state: Mapping[str, Any], replaced: bool) -> dict[str, Any]:
+    """State to come back to: copied, unless the growth puts another tensor in its place."""
+
+    def kept(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and (value.numel() == 1 or not replaced) else value
+
+    return tree_map(kept, dict(state))
+
+
+def _unreachable(undo: Undo) -> bool:
+    """Whether nobody can undo the growth any more, so that what it overwrote need not be kept."""
+    return undo.receipt is not None and undo.receipt() is None
+
+
+class _Found:
+    """The model and the dag as they were found."""
+
+    def __init__(self, dag: Dag) -> None:
+        dag.applied[:] = [None if undo is None or _unreachable(undo) else undo for undo in dag.applied]
+        self.dag, self.count = dag, len(dag.applied)
+        self.state, self.view = Undisturbed(dag.model), dag.view()
+
+    def restore(self) -> None:
+        """Undoes growths and puts everything else back. May run twice."""
+        for undo in reversed(self.dag.applied[self.count :]):
+            undo.restore()
+        self.dag.show(self.view)
+        self.state.restore()
+
+
+def transaction(dag: Dag, work: Callable[[], T]) -> T:
+    """Does some work that may grow the model. If it does not end, the model and the dag are as they were found."""
+    return whole(work, _Found(dag).restore)
 
 
 def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = None) -> Undo:
@@ -265,44 +362,56 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
         OptimizerError: the optimizer holds state that cannot follow.
     """
     tensors = change.tensors(dag.model, gamma)
-    forward = wear(dag, change.literals) if change.literals else None
-    undo = Undo(dag, change, optimizer)
+    kind = wear(dag.program, change.literals) if change.literals else type(dag.model)
+    undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
-        refusal(optimizer, [undo.tensors[name] for name in change.landings])
-    try:
-        _write(undo, tensors)
-        if forward is not None:
-            dag.model.__class__ = forward
+        refusal(optimizer, [undo.saved.tensors[name] for name in change.landings])
+
+    def write() -> None:
+        undo.saved.write(tensors, kind)
         if optimizer is not None:
             carry(optimizer)
         dag.retrace()
         dag.applied.append(undo)
-    except BaseException:
-        try:
-            undo.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            undo.restore()
-            raise
-        raise
+
+    whole(write, undo.restore)
     return undo
 
 
-def _write(undo: Undo, tensors: Mapping[str, Tensor]) -> None:
-    change = undo.change
-    with torch.no_grad():
-        for name, value in tensors.items():
-            tensor = undo.tensors[name]
-            if name not in change.landings:
-                tensor.copy_(value)
-                continue
-            gradient = tensor.grad
-            tensor.grad = None
-            tensor.set_(value)
-            tensor.grad = None if gradient is None else pad(gradient, change.landings[name])
-            log_growth(tensor, change.landings[name])
-    for name, values in change.attributes.items():
-        for attribute, value in values.items():
-            setattr(undo.dag.model.get_submodule(name), attribute, value)
+def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Saved:
+    """Gives a copy of the model as it was the shapes of the grown one. All or nothing.
+
+    Old entries keep the copy's own values, new ones are those that the growth wrote.
+
+    Raises:
+        GrowthError: the copy is not one of the model as it was before the growth.
+    """
+    _check_copy(change, copy)
+    tensors = {}
+    for name, landings in change.landings.items():
+        old, fresh, slope = _tensor(copy, name).detach(), change.fresh.get(name), change.slope.get(name)
+        if slope is not None:
+            fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
+        tensors[name] = pad(old, landings, fresh)
+    saved = Saved(copy, replace(change, slope={}))
+    whole(lambda: saved.write(tensors, kind if change.literals else type(copy)), saved.restore)
+    return saved
+
+
+def _check_copy(change: Change, copy: nn.Module) -> None:
+    for name, landings in change.landings.items():
+        try:
+            shape = _tensor(copy, name).shape
+        except AttributeError as error:
+            raise GrowthError(
+                f"a {type(copy).__name__} without {name} is no copy of the grown model; give copy.deepcopy(model), or "
+                "AveragedModel(model).module, made before the growth."
+            ) from error
+        if any(shape[at.dim] != len(at.old) for at in landings):
+            raise GrowthError(
+                f"{name} of the copy has shape {tuple(shape)}, not that of the model before the growth; carry each "
+                "copy along once after each growth, in order."
+            )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

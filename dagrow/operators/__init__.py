@@ -6,4 +6,6 @@ from dagrow.operators.move import MoveWeights
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.widen import Widen
 
-__all__ = ["AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Widen", "WidenCandidate", "places"]
+__all__ = [
+    "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Widen", "WidenCandidate", "places",
+]  # fmt: skip

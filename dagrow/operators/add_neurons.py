@@ -13,7 +13,7 @@ from dagrow.moments import Moments, Pair
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
-from dagrow.solve import RIDGES, Compensation, directions, settled, validate_directions
+from dagrow.solve import NEURON_RIDGES, Compensation, directions, settled, validate_directions
 
 __all__ = ["AddNeurons"]
 
@@ -133,7 +133,7 @@ class AddNeurons(Operator):
     def _ridges(self) -> tuple[float, ...]:
         if self.ridge is not None:
             return (self.ridge,)
-        return RIDGES if self.folds > 1 else (0.0,)
+        return NEURON_RIDGES if self.folds > 1 else (0.0,)
 
     def _optimal(self, m: Moments, place: Place) -> Proposal | None:
         blocks = place.blocks(*self._theory)
@@ -141,7 +141,7 @@ class AddNeurons(Operator):
             return self._random(m, place)
         held, ridge, k = None, self._ridges[0], self.k
         if m.folds > 1:
-            blocks = [settled(m, block, self._ridges) for block in blocks]
+            blocks = [settled(m, block) for block in blocks]
             held = validate_directions(m, blocks, k, self._ridges)
             ridge, k = held.ridge, held.k
             if self.k is None and not held.significant:

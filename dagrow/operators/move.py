@@ -30,6 +30,14 @@ class MoveWeights(Operator):
     ridge: float | None = None
     folds: int = 4
 
+    def __post_init__(self) -> None:
+        if isinstance(self.edges, str):
+            raise GrowthError(f"MoveWeights(edges={self.edges!r}): give a tuple of names, ({self.edges!r},).")
+        if not isinstance(self.folds, int) or self.folds < 1:
+            raise GrowthError(f"MoveWeights(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
+        if self.ridge is not None and not self.ridge >= 0:
+            raise GrowthError(f"MoveWeights(ridge={self.ridge!r}): give a number that is not negative, or None.")
+
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         if self.edges is None:
             return [MoveCandidate(self, dag, edge) for edge in dag.edges if _movable(edge)]

@@ -216,7 +216,7 @@ class FanOutStage(Stage):
         fits, held = {}, []
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
             choice = _per_slot(units, self.widening.columns[consumer.name].new.shape[1])
-            block, ridge = settled(moments, block, self.origin.ridges), self.origin.ridges[0]
+            block, ridge = settled(moments, block), self.origin.ridges[0]
             if moments.folds > 1:
                 held.append(validate_fan_out(moments, block, choice, self.origin.ridges))
                 ridge = held[-1].ridge

@@ -1,0 +1,201 @@
+"""What the demo says: a line per growth, a table that compares the runs, a figure."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dagrow.data import Dataset
+from dagrow.demo import HIDDEN, Config, Run, Step
+from dagrow.errors import DagrowError
+
+__all__ = [
+    "FigureError", "check_figure", "comparison", "ending", "equal", "figure", "legend", "refusals", "step_head", "step_line",
+]  # fmt: skip
+
+REACH = 0.9  #: the test accuracy whose epoch the table tells
+WIDE = 100  #: columns from which the lines of growths tell more
+STYLES = {"grown": ("#0b6e4f", "-"), "random neurons": ("#d1495b", "--"), "from scratch": ("#3d5a80", ":")}
+
+
+class FigureError(DagrowError):
+    """The figure cannot be drawn or written."""
+
+
+#: title, width, content, whether only a wide terminal shows it
+Column = tuple[str, int, Callable[[Step], str], bool]
+COLUMNS: tuple[Column, ...] = (
+    ("#", 2, lambda s: str(s.number), False),
+    ("epoch", 5, lambda s: str(s.epoch), False),
+    ("where", 7, lambda s: s.where, False),
+    ("new", 3, lambda s: f"+{s.neurons}", False),
+    ("gain", 7, lambda s: _small(s.gain), False),
+    ("heldout", 7, lambda s: _small(s.heldout), False),
+    ("+/-", 7, lambda s: _small(s.error), True),
+    ("gamma", 6, lambda s: f"{s.gamma:.3g}", True),
+    ("loss at growth", 14, lambda s: f"{s.before:.3f} -> {s.after:.3f}", False),
+    ("params", 6, lambda s: f"{s.parameters}", False),
+    ("train", 11, lambda s: f"{s.train.loss:.3f} {s.train.accuracy:5.1%}", False),
+    ("test", 11, lambda s: f"{s.test.loss:.3f} {s.test.accuracy:5.1%}", False),
+)
+
+
+def _small(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5f}" if abs(value) < 10 and abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _columns(width: int) -> list[Column]:
+    return [column for column in COLUMNS if width >= WIDE or not column[3]]
+
+
+def step_head(width: int) -> str:
+    """Titles over :func:`step_line`."""
+    return " ".join(f"{title:>{size}}" for title, size, _, _ in _columns(width))
+
+
+def step_line(step: Step, width: int) -> str:
+    """One growth, and the network right after it."""
+    return " ".join(f"{content(step):>{size}}" for _, size, content, _ in _columns(width))
+
+
+def legend(width: int) -> str:
+    """What the titles mean."""
+    gamma = " gamma: the amplitude that the line search chose." if width >= WIDE else ""
+    return (
+        "gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on folds that the "
+        f"neurons were not fitted to.{gamma} loss at growth: on the validation part, right before and right after. "
+        "train, test: loss and accuracy right after."
+    )
+
+
+def ending(run: Run, config: Config) -> str:
+    """Why the growth of a run ended."""
+    last = run.steps[-1].epoch if run.steps else 0
+    if last + config.patience > min(config.growing, config.epochs):
+        return f"Growth was still under way when it was cut off after epoch {min(config.growing, config.epochs)}."
+    return f"Growth ended by itself: after the {config.patience} epochs behind epoch {last} no neuron was worth adding."
+
+
+def equal(data: Dataset, config: Config) -> str:
+    """What is the same in all runs, and what is not."""
+    steps = -(-len(data.train) // config.batch)
+    return (
+        f"Equal in all runs: the split, {config.epochs} epochs of {steps} steps with batches of {config.batch} in the "
+        f"same order, Adam at a learning rate of {config.lr:g}, the last architecture. The two that grow also start "
+        "from the same weights and widen the same layers by as much at the same times, each growth at the amplitude "
+        "that is best on the validation part. Nothing was chosen on the test part. Not equal: the run from scratch has "
+        "its full size from the first epoch, and the last architecture was told to it by the run that grew."
+    )
+
+
+def refusals(run: Run) -> str | None:
+    """A line on the growths that no amplitude made worth it."""
+    refused = sum(step.refused for step in run.steps)
+    if not refused:
+        return None
+    return (
+        f"{refused} of the {len(run.steps)} growths of {run.name} lowered the validation loss at no amplitude; "
+        "those neurons came in with zero fan-out."
+    )
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """One column per run."""
+    table = Table("", *(run.name for run in runs), title="After equal training", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    work = max(run.work for run in runs)
+    rows: list[tuple[str, Callable[[Run], str]]] = [
+        ("hidden widths, start", lambda r: _widths(r.points[0].widths)),
+        ("hidden widths, end", lambda r: _widths(r.last.widths)),
+        ("parameters", lambda r: f"{r.last.parameters:,}"),
+        ("fall of the loss at growths", lambda r: f"{r.fall:.3f}" if r.steps else "-"),
+        ("train loss", lambda r: f"{r.train.loss:.4f}"),
+        ("train accuracy", lambda r: f"{r.train.accuracy:.1%}"),
+        ("test loss", lambda r: f"{r.last.test.loss:.4f}"),
+        ("test accuracy", lambda r: f"{r.last.test.accuracy:.1%}"),
+        (f"epochs to {REACH:.0%} test accuracy", lambda r: str(r.reached(REACH) or "never")),
+        ("operations of training", lambda r: f"{r.work / work:.0%}" if work else "-"),
+        ("seconds, all included", lambda r: f"{r.seconds:.1f}"),
+    ]
+    for title, content in rows:
+        table.add_row(title, *map(content, runs))
+    return table
+
+
+def _widths(widths: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, widths))}]"
+
+
+def check_figure(path: Path) -> None:
+    """Finds out early whether :func:`figure` can be written.
+
+    Raises:
+        FigureError: it cannot.
+    """
+    known = _backend()[1]
+    if path.suffix.lstrip(".").lower() not in known:
+        raise FigureError(f"figure {path}: the name must end in one of {', '.join(f'.{k}' for k in sorted(known))}.")
+    if path.is_dir():
+        raise FigureError(f"figure {path} is a folder; give a file.")
+    if not path.parent.is_dir():
+        raise FigureError(f"figure {path}: there is no folder {path.parent} to write it to.")
+
+
+def _backend() -> tuple[Any, dict[str, str]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FigureError(f'the figure needs matplotlib ({error}): pip install "dagrow[demo]"') from error
+    return Figure, FigureCanvasAgg.get_supported_filetypes()
+
+
+def figure(runs: Sequence[Run], data: Dataset, path: Path) -> None:
+    """Test loss and accuracy of all runs over epochs, and the widths of the one that grew.
+
+    Raises:
+        FigureError: matplotlib is not installed, or the file cannot be written.
+    """
+    drawing = _backend()[0](figsize=(13, 4.2), layout="constrained")
+    loss, accuracy, widths = drawing.subplots(1, 3)
+    for run in runs:
+        color, line = STYLES.get(run.name, (None, "-"))
+        style = {"color": color, "linestyle": line, "linewidth": 2, "label": run.name}
+        epochs = [point.epoch for point in run.points]
+        loss.plot(epochs, [point.test.loss for point in run.points], **style)
+        accuracy.plot(epochs, [100 * point.test.accuracy for point in run.points], **style)
+    _draw_widths(widths, runs[0])
+    loss.set(title="Test loss", ylabel="cross-entropy", yscale="log")
+    accuracy.set(title="Test accuracy", ylabel="%")
+    loss.legend()
+    accuracy.legend(loc="lower right")
+    for axes in (loss, accuracy, widths):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing.suptitle(f"{data.name}: from {_widths(runs[0].points[0].widths)} to {_widths(runs[0].last.widths)}")
+    _write(drawing, path)
+
+
+def _draw_widths(axes: Any, run: Run) -> None:
+    epochs = [point.epoch for point in run.points]
+    for index, name in enumerate(HIDDEN):
+        sizes = [point.widths[index] for point in run.points]
+        color = ("#0b6e4f", "#e09f3e")[index]
+        axes.step(epochs, sizes, where="post", color=color, linewidth=2, label=f"{name}: {sizes[-1]}")
+    axes.set(title="Width of each hidden layer", ylabel="neurons", ylim=(0, None))
+    axes.legend(loc="lower right")
+
+
+def _write(drawing: Any, path: Path) -> None:
+    content = io.BytesIO()
+    drawing.savefig(content, format=path.suffix.lstrip(".").lower(), dpi=130)
+    try:
+        path.write_bytes(content.getvalue())
+    except OSError as error:
+        raise FigureError(f"figure {path} cannot be written: {error.strerror or error}.") from error

@@ -1,0 +1,156 @@
+"""Grown networks in files: widths and weights, no pickled code."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dagrow.dag import Dag, trace
+from dagrow.errors import GrowthError, StoreError
+from dagrow.surgery import Draft, apply, transaction, whole
+
+__all__ = ["load", "save"]
+
+FORMAT, VERSION = "dagrow", 1
+
+
+def save(dag: Dag, path: str | os.PathLike[str]) -> None:
+    """Writes a model's widths and weights. A file that is there is replaced only when the new one is complete.
+
+    The file is what ``torch.save`` makes of a dict of numbers and tensors; ``torch.load(path, weights_only=True)``
+    reads it.
+
+    Raises:
+        StoreError: the path cannot be written.
+        GrowthError: the model is no longer the one that was traced.
+    """
+    if not isinstance(dag, Dag):
+        raise StoreError(f"save was given a {type(dag).__name__}; give the dag, dagrow.save(dag, path).")
+    dag.check()
+    widths = {axis.name: axis.width for axis in dag.axes}
+    content = {"format": FORMAT, "version": VERSION, "widths": widths, "state": dict(dag.model.state_dict())}
+    target = Path(path)
+    part = target.with_name(target.name + ".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, target)
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"{target} cannot be written ({error}); give a path in a folder that exists.") from error
+    finally:
+        part.unlink(missing_ok=True) if part.is_file() else None
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None) -> Dag:
+    """Grows a freshly built model to the widths in a file, in place, and gives it the weights in the file.
+
+    Args:
+        model: as it was built before it grew, or anywhere on the way.
+        path: what :func:`save` wrote.
+        example_inputs: as for :func:`dagrow.trace`.
+
+    Raises:
+        StoreError: the file is none of ours, or of another architecture. The model is as it was.
+        TraceError: the model cannot be traced.
+    """
+    widths, state = _read(path)
+    dag = trace(model, example_inputs)
+    before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+
+    def work() -> None:
+        _check_axes(dag, widths)
+        for name, width in widths.items():
+            _widen(dag, name, width)
+        _check_state(_tensors(model), state)
+        model.load_state_dict(state)
+
+    whole(lambda: transaction(dag, work), lambda: _refill(model, before))
+    dag.applied.clear()
+    return dag
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({_first_line(error)}); give a file that dagrow.save wrote."
+        ) from error
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        raise StoreError(f"{path} was not written by dagrow.save; for a plain state_dict, use model.load_state_dict.")
+    if content.get("version") != VERSION:
+        raise StoreError(
+            f"{path} has version {content.get('version')!r} of the format; this dagrow reads version {VERSION}. "
+            "Install the one that wrote it."
+        )
+    widths: Any = content.get("widths")
+    state: Any = content.get("state")
+    complete = isinstance(widths, Mapping) and isinstance(state, Mapping)
+    if not complete or not all(type(width) is int for width in widths.values()):
+        raise StoreError(f"{path} is damaged: its widths or weights are missing. Save it again.")
+    return dict(widths), dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:
+    found = {axis.name: axis for axis in dag.axes}
+    if found.keys() != widths.keys():
+        missing, extra = sorted(widths.keys() - found.keys()), sorted(found.keys() - widths.keys())
+        raise StoreError(
+            f"the file is of another architecture: the model lacks the axes {missing} and has {extra} instead. Build "
+            "the model as it was built before it was grown and saved."
+        )
+    for name, axis in found.items():
+        if widths[name] < axis.width:
+            raise StoreError(
+                f"axis {name} is {axis.width} wide in the model but {widths[name]} in the file; build the model as "
+                "small as it was when it was traced first."
+            )
+        if widths[name] > axis.width and not axis.growable:
+            raise StoreError(
+                f"axis {name} is {widths[name]} wide in the file but {axis.width} in the model, where it cannot grow "
+                f"({axis.reason}); build the model with the right width."
+            )
+
+
+def _widen(dag: Dag, name: str, width: int) -> None:
+    axis = dag.axis(name)
+    if width == axis.width:
+        return
+    try:
+        apply(dag, Draft(dag, [(axis, dag.widening(axis, width - axis.width))]).change(), 0.0)
+    except GrowthError as error:
+        raise StoreError(f"the model does not take the widths in the file: {error}") from error
+
+
+def _check_state(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    missing, extra = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
+    if missing or extra:
+        raise StoreError(
+            f"the file is of another architecture: it lacks {missing} and has {extra} instead. Build the model as it "
+            "was built before it was grown and saved."
+        )
+    for name, tensor in here.items():
+        given = state[name]
+        if isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
+            raise StoreError(
+                f"{name} is {tuple(given.shape)} {given.dtype} in the file but {tuple(tensor.shape)} {tensor.dtype} in "
+                "the model; build the model with the sizes and the type that it was saved with."
+            )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def _refill(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _tensors(model).items():
+            if not torch.equal(tensor, before[name]):
+                tensor.copy_(before[name])

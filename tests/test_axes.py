@@ -1,0 +1,129 @@
+"""Which channels grow together, where new ones land, and how they arrive."""
+
+import pytest
+import torch
+from hypothesis import given
+from test_laws import LAW
+from torch import nn
+from zoo import Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, plans
+
+import dagrow
+from dagrow.labels import NEUTRAL, Classes
+from dagrow.positions import arrival
+
+
+def plan_dag(**stage) -> dagrow.Dag:
+    case = built(Plan((Stage(**stage),), inputs=3, tokens=0))
+    return dagrow.trace(case.model, case.batches[0][0])
+
+
+def summary(dag: dagrow.Dag) -> dict[str, tuple[int, tuple[str, ...], bool]]:
+    return {a.name: (a.width, tuple(c.name for c in a.consumers), a.growable) for a in dag.axes}
+
+
+def test_a_chain() -> None:
+    dag = dagrow.trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    assert summary(dag) == {"0": (4, ("2",), True), "2": (5, ("4",), True), "4": (2, (), False)}
+    assert "output" in dag.axis("4").reason
+
+
+def test_a_residual_stream_is_one_axis_of_many() -> None:
+    dag = dagrow.trace(Stream(4, 3, 2), torch.randn(2, 3))
+    stream = dag.axis("embed+downs.0+downs.1")
+    assert {c.name for c in stream.consumers} == {"ups.0", "ups.1", "head"}
+    assert (stream.width, stream.growable) == (4, True)
+    assert summary(dag)["ups.0"] == (3, ("downs.0",), True)
+    last = next(p for p in stream.producers if p.name == "downs.1")
+    assert arrival(dag, stream, last, dag.edge("ups.0")) is None
+    assert arrival(dag, stream, last, dag.edge("head")).aligned
+
+
+def test_several_producers_and_consumers() -> None:
+    dag = dagrow.trace(TwoProducers(), torch.randn(2, 3))
+    assert summary(dag)["left+right"] == (4, ("readers.0", "readers.1", "readers.2"), True)
+
+
+def test_a_concatenation_with_itself_has_two_columns_per_unit() -> None:
+    dag = plan_dag(kind="cat_self", width=3)
+    axis = dag.axis("parts.0.up")
+    assert axis.layout.columns["head"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    landing = dag.widening(axis, 2).columns["head"]
+    assert landing.old.tolist() == [0, 1, 2, 5, 6, 7]
+    assert landing.new.tolist() == [[3, 8], [4, 9]]
+    assert arrival(dag, axis, dag.edge("parts.0.up"), dag.edge("head")).index.tolist() == [[0, 0]]
+
+
+def test_a_concatenation_with_the_input_keeps_the_input_in_its_place() -> None:
+    dag = plan_dag(kind="cat_input", width=2)
+    landing = dag.widening(dag.axis("parts.0.up"), 1).columns["head"]
+    assert (landing.old.tolist(), landing.new.tolist()) == ([0, 1, 3, 4, 5], [[2]])
+
+
+def test_a_gate_grows_both_halves() -> None:
+    dag = plan_dag(kind="gate", width=2)
+    axis = dag.axis("parts.0.up")
+    assert axis.layout.rows["parts.0.up"].tolist() == [[0, 2], [1, 3]]
+    widening = dag.widening(axis, 1)
+    assert widening.rows["parts.0.up"].new.tolist() == [[2, 5]]
+    assert widening.columns["head"].new.tolist() == [[2]]
+
+
+def test_a_view_that_splits_features_into_tokens() -> None:
+    dag = dagrow.trace(Split(), torch.randn(2, 3))
+    axis = dag.axis("up")
+    assert axis.width == 8
+    assert axis.layout.rows["up"][0].tolist() == [0, 8, 16, 24]
+    widening = dag.widening(axis, 1)
+    assert widening.rows["up"].new.tolist() == [[8, 17, 26, 35]]
+    assert [args[1:] for args in widening.literals.values()] == [(-1, 4, 9)]
+    assert arrival(dag, axis, dag.edge("up"), dag.edge("token")).index.tolist() == [[0], [1], [2], [3]]
+    token = dag.axis("token")
+    assert token.layout.columns["head"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert dag.widening(token, 1).columns["head"].new.tolist() == [[2, 5, 8, 11]]
+
+
+def test_riders_of_a_channel() -> None:
+    dag = plan_dag(kind="scale", width=2, norm="before")
+    axis = dag.axis("parts.0.up")
+    neutral = {rider.name: rider.neutral for rider in axis.riders}
+    assert set(neutral) == {"parts.0.between.0.norm", "parts.0.scale", "parts.0.shift"}
+    assert (neutral["parts.0.scale"], neutral["parts.0.shift"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("make", "names"), [(Twice, {"first", "again"}), (Tied, {"inner", "twin"})])
+def test_shared_weights_do_not_grow(make, names: set[str]) -> None:
+    dag = dagrow.trace(make(), torch.randn(2, 3))
+    frozen = {p.name for axis in dag.axes if not axis.growable for p in axis.producers}
+    assert names <= frozen
+    assert all(axis.reason for axis in dag.axes if not axis.growable)
+
+
+def test_a_frozen_class_keeps_its_first_cause() -> None:
+    classes = Classes()
+    classes.fresh(4)
+    classes.freeze(torch.tensor([1, NEUTRAL]), "first")
+    classes.unite(0, 1)
+    classes.freeze(torch.tensor([0]), "second")
+    assert [classes.cause(label) for label in range(4)] == ["first", "first", None, None]
+
+
+@given(plan=plans())
+@LAW
+def test_every_growable_axis_widens_and_every_other_one_says_why(plan: Plan) -> None:
+    case = built(plan)
+    dag = dagrow.trace(case.model, case.batches[0][0])
+    before = {key: value.clone() for key, value in case.model.state_dict().items()}
+    for axis in dag.axes:
+        assert axis.growable == (axis.reason is None)
+        if not axis.growable:
+            with pytest.raises(dagrow.GrowthError):
+                dag.widening(axis, 1)
+            continue
+        widening = dag.widening(axis, 2)
+        for places in (widening.rows, widening.columns):
+            for landing in places.values():
+                landed = sorted([*landing.old.tolist(), *landing.new.flatten().tolist()])
+                assert landed == list(range(landing.size))
+                assert landing.old.tolist() == sorted(landing.old.tolist())
+                assert len(landing.new) == 2
+    assert all(torch.equal(value, case.model.state_dict()[key]) for key, value in before.items())

@@ -1,0 +1,96 @@
+"""Whatever README, docs and examples show runs as it is printed."""
+
+import ast
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Code blocks of a page with the number of their first line."""
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in found]
+
+
+def run(page: Path, line: int, code: str, names: dict[str, Any]) -> None:
+    """Runs a block; a failure points into the page."""
+    exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_hold_what_they_assert(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = example.read_text()
+    assert source.count("\n") < 80
+    assert "\nassert " in source or "\n    assert " in source
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_python_blocks_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": page.stem}
+    torch.manual_seed(0)
+    found = blocks(page, "python")
+    for line, code in found:
+        run(page, line, code, names)
+    assert len(found) == page.read_text().count("```python")
+
+
+def test_the_loop_of_the_readme_trains_and_grows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(600, 5)
+    y = torch.sin(x @ torch.randn(5, 4))
+    batches = list(zip(x.split(100), y.split(100), strict=True))
+    model = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 4))
+    names: dict[str, Any] = {
+        "torch": torch, "model": model, "loader": batches[:5], "held_out": batches[5:], "example": x[:2],
+        "loss": nn.functional.mse_loss, "epochs": 15, "learning_rate": 1e-2,
+    }  # fmt: skip
+    for line, code in blocks(ROOT / "README.md", "diff"):
+        assert not re.search(r"^-", code, re.MULTILINE), "growing takes nothing out of a loop"
+        run(ROOT / "README.md", line, re.sub(r"^[+ ] ", "", code, flags=re.MULTILINE), names)
+    assert len(model[0].weight) > 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def floors() -> dict[str, int]:
+    """The rooms of docs/architecture.md, by the row of the table that they are in."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    return {room.strip("/"): floor for floor, row in enumerate(rows) for room in re.findall(r"`([\w/]+)`", row)}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file of the package imports from."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    deep = {node.module.split(".")[1] for node in nodes if (node.module or "").startswith("dagrow.")}
+    return deep | {alias.name for node in nodes if node.module == "dagrow" for alias in node.names}
+
+
+def test_the_package_stands_as_its_architecture_says() -> None:
+    known, package = floors(), ROOT / "dagrow"
+    files = {path: path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
+    files = {path: room for path, room in files.items() if not room.startswith("__")}
+    assert set(files.values()) == set(known)
+    upwards = [(room, other) for path, room in files.items() for other in imported(path)
+               if other != room and known[other] >= known[room]]  # fmt: skip
+    assert not upwards

@@ -1,0 +1,156 @@
+"""Every law over the zoo: drawn models times drawn operators, then fixed awkward models, then wrong operators."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, case_of, plans
+
+import dagrow
+from dagrow import AddNeurons, GrowthError, MoveWeights, testing
+from dagrow.operators import Candidate, Operator
+from dagrow.operators.base import Stage as Previewed
+from dagrow.testing import Case, check_operator
+
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
+LAW = settings(
+    max_examples=EXAMPLES or 4, derandomize=not EXAMPLES, deadline=None, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+OPERATORS: tuple[Operator, ...] = (
+    MoveWeights(),
+    MoveWeights(ridge=0.0, folds=1),
+    AddNeurons(k=2),
+    AddNeurons(),
+    AddNeurons(k=1, folds=1),
+    AddNeurons(k=2, folds=1, solver="joint"),
+    AddNeurons(k=2, solver="joint"),
+    AddNeurons(k=2, folds=1, solver="unprojected"),
+    AddNeurons(k=1, folds=1, paired=True),
+    AddNeurons(k=2, solver="joint", paired=True),
+    AddNeurons(k=2, init="random_features"),
+    AddNeurons(k=1, init="random"),
+    AddNeurons(k=2, init="gradmax"),
+    AddNeurons(k=2, init="copy"),
+    AddNeurons(k=2, init="zero"),
+)
+
+
+def holds(law: testing.Law, operator: Operator, case: Case) -> None:
+    dag = case.copy()
+    assume(isinstance(operator, MoveWeights) or any(axis.growable for axis in dag.axes))
+    offset = any(isinstance(module, (nn.Sigmoid, nn.Softplus)) for module in dag.model.modules())
+    assume(not (offset and getattr(operator, "init", "") == "gradmax"))  # refused: a zero does not stay zero
+    law(operator, case)
+
+
+@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@given(plan=plans(), operator=st.sampled_from(OPERATORS))
+@LAW
+def test_a_law_over_the_zoo(law: testing.Law, plan: Plan, operator: Operator) -> None:
+    holds(law, operator, built(plan))
+
+
+@pytest.mark.parametrize("law", [testing.preservation, testing.slope, testing.descent], ids=lambda law: law.__name__)
+@given(plan=plans(norms=("before", "after"), depth=2), operator=st.sampled_from(OPERATORS))
+@LAW
+def test_a_law_of_goals_measured_in_train_mode(law: testing.Law, plan: Plan, operator: Operator) -> None:
+    stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in plan.stages)
+    holds(law, operator, built(dataclasses.replace(plan, stages=stages, mode="train")))
+
+
+FIXED = {
+    "residual stream": (lambda: Stream(), (3,)),
+    "residual stream of tokens": (lambda: Stream(width=3, hidden=2, depth=1), (2, 3)),
+    "sizes written into view": (lambda: Split(), (3,)),
+    "two producers, three consumers": (lambda: TwoProducers(), (3,)),
+    "width one": (lambda: nn.Sequential(nn.Linear(1, 1), nn.SELU(), nn.Linear(1, 1)), (1,)),
+    "tokens side by side": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("operator", [MoveWeights(), AddNeurons(k=2), AddNeurons(k=3, folds=1, solver="joint")])
+@pytest.mark.parametrize("name", FIXED)
+def test_all_laws_on_awkward_models(name: str, operator: Operator) -> None:
+    make, shape = FIXED[name]
+    torch.manual_seed(0)
+    check_operator(operator, [case_of(make(), *shape)])
+
+
+@pytest.mark.parametrize("operator", [MoveWeights(), AddNeurons(), AddNeurons(k=2, paired=True)])
+def test_the_check_for_users(operator: Operator) -> None:
+    check_operator(operator)
+
+
+@pytest.mark.parametrize("activation", SMOOTH + KINKED)
+@pytest.mark.parametrize("bias", [True, False])
+def test_slope_and_residual_behind_any_activation(activation: str, bias: bool) -> None:
+    stage = Stage("dense", 4, activation, bias)
+    case = built(Plan((stage, dataclasses.replace(stage, width=3)), sizes=(21, 30), bias=bias, seed=5))
+    check_operator(AddNeurons(k=2, folds=1), [case], [testing.slope, testing.residual, testing.optimality])
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(Operator):
+    """An operator that promises another gain than it has."""
+
+    folds: int = 1
+    factor: float = 1.01
+
+    def candidates(self, dag: dagrow.Dag) -> Sequence[Candidate]:
+        return [WrongCandidate(self, inner) for inner in AddNeurons(k=1, folds=1).candidates(dag)]
+
+
+class WrongCandidate(Candidate):
+    def __init__(self, operator: Wrong, inner: Candidate) -> None:
+        self.operator, self.inner, self.where = operator, inner, inner.where
+
+    def pairs(self):
+        return self.inner.pairs()
+
+    def solve(self, moments, objective):
+        found = self.inner.solve(moments, objective)
+        if not isinstance(found, dagrow.Growth):
+            return None if found is None else WrongStage(found, self.operator)
+        return found
+
+
+class WrongStage(Previewed):
+    def __init__(self, inner, operator: Wrong) -> None:
+        self.inner, self.operator = inner, operator
+        self.where, self.axis, self.widening = inner.where, inner.axis, inner.widening
+
+    def pairs(self):
+        return self.inner.pairs()
+
+    def fill(self, draft) -> None:
+        self.inner.fill(draft)
+
+    def solve(self, moments, objective):
+        found = self.inner.solve(moments, objective)
+        return dataclasses.replace(found, gain=found.gain * self.operator.factor)
+
+
+def test_an_operator_that_promises_too_much_is_found_out() -> None:
+    check_operator(Wrong(factor=1.0), laws=[testing.preservation])
+    with pytest.raises(AssertionError, match="slope of Wrong"):
+        check_operator(Wrong())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(Twice, "more than once"), (Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x)
+)
+def test_what_cannot_grow_says_why(make, reason: str) -> None:
+    dag = dagrow.trace(make(), torch.randn(2, 3))
+    refused = [axis.reason for axis in dag.axes if not axis.growable]
+    assert any(reason in why for why in refused if why)
+    asked = next(axis for axis in dag.axes if axis.reason and reason in axis.reason)
+    with pytest.raises(GrowthError, match=reason):
+        dagrow.propose(
+            dag, [(torch.randn(6, 3), torch.randn(6, 2))], nn.functional.mse_loss, [AddNeurons(axes=(asked.name,))]
+        )
