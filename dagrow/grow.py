@@ -221,17 +221,21 @@ def _check_optimizer(optimizer: Optimizer | None, dag: Dag) -> None:
 def _grown(
     dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None
 ) -> Receipt | None:
-    """The operator's best growth, applied; None if none is worth it."""
-    growths = _growths(dag, objective, operator)
-    growths = sorted((g for g in growths if g.significant), key=_worth, reverse=True)
-    if not growths:
-        return None
-    best, before = growths[0], judge.mean()
-    if best.preserving:
-        return best.commit(1.0, before, best.loss(1.0, judge), optimizer)
-    with Preview(dag, best.change):
-        gamma, after = line_search(lambda gamma: judge.mean(best.change.tensors(dag.model, gamma)), before)
-    return best.commit(gamma, before, after, optimizer) if gamma > 0 else None
+    """The operator's best growth that lowers the loss, applied; None if there is none."""
+    growths = [g for g in _growths(dag, objective, operator) if g.preserving or (g.significant and g.gain > 0)]
+    before = judge.mean() if growths else 0.0
+    for growth in sorted(growths, key=_worth, reverse=True):
+        if growth.preserving:
+            return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
+        gamma, after = _amplitude(growth, judge, before)
+        if gamma > 0:
+            return growth.commit(gamma, before, after, optimizer)
+    return None
+
+
+def _amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
+    with Preview(growth.dag, growth.change):
+        return line_search(lambda gamma: judge.mean(growth.change.tensors(growth.dag.model, gamma)), before)
 
 
 def _summed(parts: Sequence[Receipt], before: float) -> Receipt:

@@ -76,7 +76,9 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     scaled = scale[:, None] * p * scale
-    scaled.diagonal().add_(torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0)))  # a dead feature has weight zero, whatever its entry
+    scaled.diagonal().add_(
+        torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
+    )  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, int(alive.sum()), "")

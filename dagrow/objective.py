@@ -151,7 +151,7 @@ class Objective:
         try:
             if tensors:
                 replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
-                result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,))
+                result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,), tie_weights=False)
             else:
                 result = self.function(self.model, batch)
         except DagrowError:

@@ -23,8 +23,8 @@ from dagrow.linalg import Whitening, leading_svd, whitening
 from dagrow.moments import Moments, Pair
 
 __all__ = [
-    "NEURON_RIDGES", "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out", "settled",
-    "validate_directions", "validate_fan_out", "validate_move",
+    "NEURON_RIDGES", "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out",
+    "settled", "validate_directions", "validate_fan_out", "validate_move",
 ]  # fmt: skip
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
