@@ -298,6 +298,9 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
             _table([_row(name, found) for name, found in ordered]),
             "Differences to the default, seed by seed (mean ± standard error over seeds; below 0 is less loss):",
             _comparison(dict(ordered)),
+            "Along the way: by how much a growth itself lowers the loss of the images set aside (mean over growths), "
+            "and that loss before some steps, an epoch of training after the growth before:",
+            _along({name: found for name, found in ordered if VARIANTS[name].neurons is not None}),
             *(_open(name, by_name[name]) for name in by_name if VARIANTS[name].open),
         ]
     )
@@ -345,10 +348,25 @@ def _comparison(by_name: dict[str, list[dict[str, Any]]]) -> str:
         accuracy, doubt, _ = paired(column(name, "test_accuracy"), column(DEFAULT, "test_accuracy"))
         lower = sum(losses[seed] < base[seed] for seed in set(losses) & set(base))
         rows.append([
-            VARIANTS[name].label, f"{loss:+.4f} ± {error:.4f}", f"{-100 * accuracy:+.2f} ± {100 * doubt:.2f}",
+            VARIANTS[name].label, _difference(loss, error, 4), _difference(-100 * accuracy, 100 * doubt, 2),
             f"{lower} of {n}",
         ])  # fmt: skip
     return table(("variant", "test loss", "test error, %", "seeds with less loss"), rows)
+
+
+def _difference(value: float, error: float, digits: int) -> str:
+    return f"{value:+.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
+
+
+def _along(by_name: dict[str, list[dict[str, Any]]]) -> str:
+    steps, rows = (2, 4, 6, 8), []
+    for name, runs in by_name.items():
+        growths = [growth for r in runs for growth in r["growths"]]
+        fall = 100 * mean(1 - growth["loss_after"] / growth["loss_before"] for growth in growths)
+        first = [growth for growth in growths if growth["axis"] == AXES[-1]]
+        before = [mean(growth["loss_before"] for growth in first if growth["step"] == step) for step in steps]
+        rows.append([VARIANTS[name].label, f"{round(fall, 1) + 0.0:.1f} %", *(f"{loss:.3f}" for loss in before)])
+    return table(("variant", "fall at a growth", *(f"before step {step}" for step in steps)), rows)
 
 
 def _open(name: str, runs: Sequence[dict[str, Any]]) -> str:
