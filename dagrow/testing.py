@@ -197,7 +197,7 @@ def invariance(operator: Operator, case: Case) -> None:
     """
     dag = case.copy()
     first = _by_place(case.propose(operator, dag))
-    if any(growth.neurons and growth.singular_values is None for growth in first.values()):
+    if any(map(_is_drawn, first.values())):
         return
     scaled = replace(case, loss=lambda output, target: 0.01 * case.loss(output, target))
     _same_growths(case, first, case, _by_place(scaled.propose(operator, dag)), "loss scaled by 0.01", 0.01)
@@ -209,6 +209,13 @@ def invariance(operator: Operator, case: Case) -> None:
     if rescaled is not None:
         found = _by_place(rescaled.propose(operator, rescaled.copy()))
         _same_growths(case, first, rescaled, found, "first input scaled by 1000")
+
+
+def _is_drawn(growth: Growth) -> bool:
+    """Whether some of the neurons are drawn at random: all of them, or those beyond the rank of the goal."""
+    pairs = 2 if getattr(growth.operator, "paired", False) else 1
+    theory = 0 if growth.singular_values is None else len(growth.singular_values) * pairs
+    return growth.neurons > theory
 
 
 def undoing(operator: Operator, case: Case) -> None:

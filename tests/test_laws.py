@@ -90,7 +90,7 @@ def test_the_check_for_users(operator: Operator) -> None:
 @pytest.mark.parametrize("activation", SMOOTH + KINKED)
 @pytest.mark.parametrize("bias", [True, False])
 def test_slope_and_residual_behind_any_activation(activation: str, bias: bool) -> None:
-    stage = Stage("dense", 4, activation, bias)
+    stage = Stage("dense", 12, activation, bias)  # wide: where all ReLUs are dead, the next one sits on its kink
     case = built(Plan((stage, dataclasses.replace(stage, width=3)), sizes=(21, 30), bias=bias, seed=5))
     check_operator(AddNeurons(k=2, folds=1), [case], [testing.slope, testing.residual, testing.optimality])
 
