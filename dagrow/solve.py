@@ -230,7 +230,8 @@ def validate_directions(m: Moments, blocks: Sequence[Block], k: int | None, ridg
     """
     most = MOST if k is None else k
     pairs = [pair for block in blocks for pair in (*block.pairs(), *([block.energy] if k is None else []))]
-    folds = [_fold(train, test, blocks) for train, test in m.split(pairs, _precision(m))]
+    middle = ridges[len(ridges) // 2]
+    folds = [_fold(train, test, blocks, most, middle) for train, test in m.split(pairs, _precision(m))]
 
     @functools.cache
     def seen(ridge: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,16 +254,20 @@ def validate_directions(m: Moments, blocks: Sequence[Block], k: int | None, ridg
 
 @dataclass(frozen=True)
 class _Fold:
-    """One fold's own moments, and what the others give: projections and what they leave."""
+    """One fold's own moments, and what the others give: projections, what they leave, and the goals' leading
+    directions ``[o, q]`` in which the leading directions of every ridge are sought."""
 
     test: Moments
     projections: Sequence[_Projection]
     left: _Left
+    goals: Tensor
 
 
-def _fold(train: Moments, test: Moments, blocks: Sequence[Block]) -> _Fold:
+def _fold(train: Moments, test: Moments, blocks: Sequence[Block], k: int, ridge: float) -> _Fold:
     projections = [_projection(train, block) for block in blocks]
-    return _Fold(test, projections, _stacked(train, blocks, projections))
+    left = _stacked(train, blocks, projections)
+    _, _, goals = leading_svd(left.whitening(ridge, train.resolution).whiten(left.n), k + 16, iterations=2)
+    return _Fold(test, projections, left._replace(n=left.n @ goals), goals)
 
 
 def settled(m: Moments, block: Block, ridges: Sequence[float] = RIDGES) -> Block:
@@ -312,7 +317,7 @@ def _held_out(fold: _Fold, blocks: Sequence[Block], k: int, ridge: float) -> tup
     """By rank ``[k]``: the held-out drop, the held-out covariance, and its variance under the null."""
     test, white = fold.test, fold.left.whitening(ridge, fold.test.resolution)
     u, values, v = leading_svd(white.whiten(fold.left.n), k, iterations=3)
-    alpha, omega, start = white.back(u), v * values, 0
+    alpha, omega, start = white.back(u), fold.goals @ (v * values), 0
     covariance, square, variance = (values.new_zeros(len(values)) for _ in range(3))
     for block, projection in zip(blocks, fold.projections, strict=True):
         outputs = test[block.features, block.goal].shape[1]

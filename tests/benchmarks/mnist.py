@@ -91,6 +91,7 @@ VARIANTS: dict[str, Variant] = {
     "open": Variant("open: sequential, cross-validated, k=None", AddNeurons(k=None), open=True),
     "zero": Variant("zero fan-out", AddNeurons(k=1, init="zero", folds=1)),
     "scratch": Variant(f"from scratch, {HIDDEN[0]} and {HIDDEN[1]}", hidden=HIDDEN),
+    "scratch_small": Variant("from scratch, 33 and 25 (about where the open run ends)", hidden=(33, 25)),
     "scratch_large": Variant("from scratch, 1000 and 1000", hidden=(1000, 1000)),
 }  # fmt: skip
 DEFAULT = "sequential_cv"
