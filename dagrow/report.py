@@ -12,7 +12,8 @@ from dagrow.demo import HIDDEN, Config, Run, Step
 from dagrow.errors import DagrowError
 
 __all__ = [
-    "FigureError", "check_figure", "comparison", "ending", "equal", "figure", "legend", "refusals", "step_head", "step_line",
+    "FigureError", "check_figure", "comparison", "ending", "equal", "figure", "legend", "refusals",
+    "step_head", "step_line",
 ]  # fmt: skip
 
 REACH = 0.9  #: the test accuracy whose epoch the table tells
