@@ -17,10 +17,10 @@ from dagrow import ops
 from dagrow.labels import NEUTRAL, ChannelRunner, Labelling, Rider
 from dagrow.layers import LayerRule
 
-__all__ = ["Landing", "Layout", "Misfit", "Widening", "layouts", "widen"]
+__all__ = ["Landing", "Layout", "MisfitError", "Widening", "layouts", "widen"]
 
 
-class Misfit(Exception):  # noqa: N818
+class MisfitError(Exception):
     """An axis cannot widen; the message is the reason."""
 
 
@@ -107,14 +107,14 @@ def _layout(found: Labelling, roots: Sequence[int], places: Mapping[int, Mapping
 def widen(
     graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule], found: Labelling, layout: Layout, k: int
 ) -> Widening:
-    """Plans k new units on an axis. Raises :class:`Misfit` with the reason if the model cannot take them."""
+    """Plans k new units on an axis. Raises :class:`MisfitError` with the reason if the model cannot take them."""
     if layout.reason:
-        raise Misfit(layout.reason)
+        raise MisfitError(layout.reason)
     runner = _GrowthRunner(model, rules, found, layout, k)
     try:
         runner.run_reached(graph)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise Misfit(f"an operation does not accept the wider axis: {error}") from error
+        raise MisfitError(f"an operation does not accept the wider axis: {error}") from error
     runner.check()
     columns = {edge: runner.landed(edge, runner.found.columns[edge], found.columns[edge], 1) for edge in layout.columns}
     entries = {
@@ -174,7 +174,7 @@ class _GrowthRunner(ChannelRunner):
         before = node.all_input_nodes[0].meta["val"].shape
         dim = rule.channel_dim(inputs.ndim)
         if [s for d, s in enumerate(inputs.shape) if d != dim] != [s for d, s in enumerate(before) if d != dim]:
-            raise Misfit(f"new channels would land beside the features that {node.target} reads")
+            raise MisfitError(f"new channels would land beside the features that {node.target} reads")
         return super().edge(node, rule, inputs)
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -189,7 +189,7 @@ class _GrowthRunner(ChannelRunner):
         literals = _rewritten(node, expected)
         if literals is None:
             where = node.meta.get("source", "")
-            raise Misfit(
+            raise MisfitError(
                 f"a size written into {ops.op_name(node) or node.target} does not follow the axis {where}".strip()
             )
         self.literals[node] = literals
@@ -216,26 +216,26 @@ class _GrowthRunner(ChannelRunner):
         for label in self.fresh.tolist():
             cause = self.classes.cause(label)
             if cause:
-                raise Misfit(cause)
+                raise MisfitError(cause)
         roots = self.classes.roots(torch.arange(len(self.classes.parent)))
         if (
             not torch.equal(roots[: len(self.old_roots)], self.old_roots)
             or len(set(roots[self.fresh].tolist())) < self.k
         ):
-            raise Misfit("new channels would meet channels that they must stay apart from")
+            raise MisfitError("new channels would meet channels that they must stay apart from")
         missed = [edge for edge in self.layout.columns if edge not in self.found.columns]
         missed += [r.name for r in self.layout.entries if r not in self.found.entries]
         if missed:
-            raise Misfit(f"new channels do not arrive at {', '.join(missed)}")
+            raise MisfitError(f"new channels do not arrive at {', '.join(missed)}")
 
     def landed(self, name: str, grown: Tensor, old: Tensor, dim: int) -> Landing:
         roots, fresh = self.classes.roots(grown), self.classes.roots(self.fresh)
         new = [torch.nonzero(roots == f).flatten().tolist() for f in fresh.tolist()]
         kept = torch.nonzero(~torch.isin(roots, fresh)).flatten()
         if not torch.equal(roots[kept], self.classes.roots(old)):
-            raise Misfit(f"the channels that {name} reads would change their order")
+            raise MisfitError(f"the channels that {name} reads would change their order")
         if not new or len(set(map(len, new))) != 1 or not new[0]:
-            raise Misfit(f"new channels do not arrive at {name} as the old ones do")
+            raise MisfitError(f"new channels do not arrive at {name} as the old ones do")
         return Landing(dim, len(grown), kept, torch.tensor(new))
 
 
@@ -254,7 +254,7 @@ def _insert(units: Tensor, width: int, k: int, dim: int, name: str) -> Landing:
     outer = len(sequence) // block
     pattern = torch.arange(width).repeat_interleave(inner).repeat(outer)
     if not torch.equal(sequence, pattern):
-        raise Misfit(f"the channels of the axis lie in {name} in an order that is not a repeated block")
+        raise MisfitError(f"the channels of the axis lie in {name} in an order that is not a repeated block")
     ends = positions[block - 1 :: block]  # behind these, k * inner new entries
     position = torch.arange(len(units))
     old = position + (position[:, None] > ends).sum(1) * k * inner
@@ -270,11 +270,11 @@ def _insert_along(units: Tensor, width: int, k: int, name: str) -> Landing:
     if width == 1:
         carrying = [units.ndim - 1]
     if len(carrying) != 1:
-        raise Misfit(f"the axis lies across several dimensions of {name}")
+        raise MisfitError(f"the axis lies across several dimensions of {name}")
     dim = carrying[0]
     flat = units.movedim(dim, 0).reshape(units.shape[dim], -1)
     if not bool((flat == flat[:, :1]).all()):
-        raise Misfit(f"the axis does not lie along one dimension of {name}")
+        raise MisfitError(f"the axis does not lie along one dimension of {name}")
     return _insert(flat[:, 0], width, k, dim, name)
 
 

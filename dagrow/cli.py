@@ -26,6 +26,7 @@ from dagrow.errors import DagrowError
 __all__ = ["main"]
 
 WRONG, INTERRUPTED = 2, 130
+ITSELF = "(the model itself)"
 DIGITS, MNIST = Config(epochs=30, growing=20, batch=32), Config(epochs=12, growing=8, batch=128)
 DTYPES = {
     "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16,
@@ -211,7 +212,7 @@ def _compared(console: Console, data: Dataset, config: Config) -> list[Run]:
 
 def _conclude(console: Console, data: Dataset, config: Config, runs: Sequence[Run]) -> None:
     _say(console, f"{report.legend(console.width)}\n\n{report.ending(runs[0], config)}\n")
-    console.print(report.comparison(runs))
+    console.print(report.comparison(runs, data))
     for run in runs:
         line = report.refusals(run)
         if line is not None:
@@ -241,8 +242,8 @@ def _inspect(given: argparse.Namespace) -> int:
 def _traced(model: nn.Module, given: argparse.Namespace) -> Dag:
     try:
         return trace(model, tuple(given.inputs) or None)
-    except DagrowError:
-        raise
+    except DagrowError as error:
+        _refuse(f"{_line(error)}{'' if given.inputs else ' Here: give --input.'}", error)
     except Exception as error:  # whatever a model does with inputs that do not suit it
         _refuse(f"{given.target} cannot be traced with these inputs: {type(error).__name__}: {_line(error)}", error)
 
@@ -250,8 +251,8 @@ def _traced(model: nn.Module, given: argparse.Namespace) -> Dag:
 def _summary(dag: Dag) -> str:
     growing = sum(axis.growable for axis in dag.axes)
     lines = [f"{dag.parameter_count():,} parameters; {growing} of {len(dag.axes)} axes can grow."]
-    frozen = [(f"axis {axis.name}", axis.reason) for axis in dag.axes if not axis.growable]
-    frozen += [(f"edge {edge.name}", edge.reason) for edge in dag.edges if not edge.growable]
+    frozen = [(f"axis {axis.name or ITSELF}", axis.reason) for axis in dag.axes if not axis.growable]
+    frozen += [(f"edge {edge.name or ITSELF}", edge.reason) for edge in dag.edges if not edge.growable]
     reasons: dict[str, list[str]] = {}
     for name, reason in frozen:
         reasons.setdefault(reason or "unknown", []).append(name)

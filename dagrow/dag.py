@@ -126,7 +126,7 @@ class Dag:
         """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""
         try:
             return _axes.widen(self.graph, self.model, self.rules, self.labels, axis.layout, k)
-        except _axes.Misfit as misfit:
+        except _axes.MisfitError as misfit:
             raise GrowthError(
                 f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
@@ -134,7 +134,7 @@ class Dag:
     def _obstacle(self, layout: _axes.Layout) -> str | None:
         try:
             widening = _axes.widen(self.graph, self.model, self.rules, self.labels, layout, 1)
-        except _axes.Misfit as misfit:
+        except _axes.MisfitError as misfit:
             return str(misfit)
         return self._unwritable if widening.literals else None
 

@@ -53,8 +53,10 @@ class Feature(ABC):
     Features are keys: equal features are measured once.
     """
 
-    #: names of the layers that are captured for it
-    edges: tuple[str, ...]
+    @property
+    @abstractmethod
+    def edges(self) -> tuple[str, ...]:
+        """Names of the layers that are captured for it."""
 
     @abstractmethod
     def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
@@ -69,7 +71,7 @@ class Reads(Feature):
     bias: bool = True
 
     @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+    def edges(self) -> tuple[str, ...]:
         return (self.edge,)
 
     def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
@@ -105,7 +107,7 @@ class Goal(Feature):
     edge: str
 
     @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+    def edges(self) -> tuple[str, ...]:
         return (self.edge,)
 
     def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
@@ -120,7 +122,7 @@ class Stacked(Feature):
     parts: tuple[Feature, ...]
 
     @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+    def edges(self) -> tuple[str, ...]:
         return tuple(edge for part in self.parts for edge in part.edges)
 
     def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
@@ -145,7 +147,7 @@ class Gathered(Feature):
     length: int
 
     @property
-    def edges(self) -> tuple[str, ...]:  # type: ignore[override]
+    def edges(self) -> tuple[str, ...]:
         return self.source.edges
 
     def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:

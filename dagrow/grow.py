@@ -1,6 +1,6 @@
 """The verbs: bottlenecks, propose, grow."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Bottlenecks(Mapping[str, Bottleneck]):
     def __getitem__(self, edge: str) -> Bottleneck:
         return self._found[edge]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ bias is one more feature, constant 1) and rows of pre-activations ``a``. A *ride
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from einops import rearrange
@@ -82,7 +83,7 @@ class LinearRule(EdgeRule):
     """``nn.Linear``: any number of leading dimensions, each position is one row."""
 
     types = (nn.Linear,)
-    dims = {"weight": (0, 1), "bias": (0, None)}  # noqa: RUF012
+    dims = MappingProxyType({"weight": (0, 1), "bias": (0, None)})
 
     def channel_dim(self, ndim: int) -> int:
         return ndim - 1
@@ -106,7 +107,7 @@ class BatchNormRule(RiderRule):
     """``nn.BatchNorm1d``. With running mean m, variance s^2, weight sqrt(s^2 + eps) and bias m it is the identity."""
 
     types = (nn.BatchNorm1d,)
-    neutral = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # noqa: RUF012
+    neutral = MappingProxyType({"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0})
 
     def channel_dim(self, ndim: int) -> int:
         return 1

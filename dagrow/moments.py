@@ -102,7 +102,7 @@ def measure(
         read, written: layer -> which of its input and output channels are new in the preview.
     """
     pairs = _distinct(pairs)
-    objective.reduction  # noqa: B018  (probed before hooks hang)
+    objective.probe()
     watch = _Watch(dag, {f for pair in pairs for f in pair}, read or {}, written or {})
     with Undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
         sums = _Sums(pairs, folds, dtype)

@@ -186,13 +186,18 @@ class Objective:
     @property
     def reduction(self) -> str:
         """Whether the user's loss is a "mean" or a "sum" over samples, found by repeating a batch."""
+        self.probe()
+        assert self._reduction is not None
+        return self._reduction
+
+    def probe(self) -> None:
+        """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
         if self._reduction is None:
             with Undisturbed(self.model), torch.no_grad():
                 self.model.eval()
-                self._reduction = self._probe()
-        return self._reduction
+                self._reduction = self._probed()
 
-    def _probe(self) -> str:
+    def _probed(self) -> str:
         for batch, n in self:
             one = float(self.value(batch))
             if one == 0:
@@ -211,7 +216,7 @@ class Objective:
 
     def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
         """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
-        self.reduction  # noqa: B018  (probed before the model's state is saved)
+        self.probe()
         total, count = 0.0, 0
         with Undisturbed(self.model), torch.no_grad():
             self.model.train(self.mode == "train")

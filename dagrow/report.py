@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from dagrow.data import Dataset
-from dagrow.demo import HIDDEN, Config, Run, Step
+from dagrow.demo import HIDDEN, Config, Run, Scores, Step
 from dagrow.errors import DagrowError
 
 __all__ = [
@@ -29,17 +29,17 @@ class FigureError(DagrowError):
 Column = tuple[str, int, Callable[[Step], str], bool]
 COLUMNS: tuple[Column, ...] = (
     ("#", 2, lambda s: str(s.number), False),
-    ("epoch", 5, lambda s: str(s.epoch), False),
+    ("ep", 2, lambda s: str(s.epoch), False),
     ("where", 7, lambda s: s.where, False),
     ("new", 3, lambda s: f"+{s.neurons}", False),
     ("gain", 7, lambda s: _small(s.gain), False),
     ("heldout", 7, lambda s: _small(s.heldout), False),
     ("+/-", 7, lambda s: _small(s.error), True),
     ("gamma", 6, lambda s: f"{s.gamma:.3g}", True),
-    ("loss at growth", 14, lambda s: f"{s.before:.3f} -> {s.after:.3f}", False),
+    ("loss at growth", 14, lambda s: f"{s.before:.4f}->{s.after:.4f}", False),
     ("params", 6, lambda s: f"{s.parameters}", False),
-    ("train", 11, lambda s: f"{s.train.loss:.3f} {s.train.accuracy:5.1%}", False),
-    ("test", 11, lambda s: f"{s.test.loss:.3f} {s.test.accuracy:5.1%}", False),
+    ("train", 11, lambda s: _both(s.train), False),
+    ("test", 11, lambda s: _both(s.test), False),
 )
 
 
@@ -47,6 +47,10 @@ def _small(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.5f}" if abs(value) < 10 and abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _both(scores: Scores) -> str:
+    return f"{scores.loss:.3f} {100 * scores.accuracy:5.1f}"
 
 
 def _columns(width: int) -> list[Column]:
@@ -67,9 +71,9 @@ def legend(width: int) -> str:
     """What the titles mean."""
     gamma = " gamma: the amplitude that the line search chose." if width >= WIDE else ""
     return (
-        "gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on folds that the "
+        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on folds that the "
         f"neurons were not fitted to.{gamma} loss at growth: on the validation part, right before and right after. "
-        "train, test: loss and accuracy right after."
+        "train, test: loss and accuracy in % right after."
     )
 
 
@@ -104,8 +108,8 @@ def refusals(run: Run) -> str | None:
     )
 
 
-def comparison(runs: Sequence[Run]) -> Table:
-    """One column per run."""
+def comparison(runs: Sequence[Run], data: Dataset) -> Table:
+    """One column per run; the test accuracy comes with its standard error."""
     table = Table("", *(run.name for run in runs), title="After equal training", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -118,7 +122,7 @@ def comparison(runs: Sequence[Run]) -> Table:
         ("train loss", lambda r: f"{r.train.loss:.4f}"),
         ("train accuracy", lambda r: f"{r.train.accuracy:.1%}"),
         ("test loss", lambda r: f"{r.last.test.loss:.4f}"),
-        ("test accuracy", lambda r: f"{r.last.test.accuracy:.1%}"),
+        ("test accuracy", lambda r: f"{r.last.test.accuracy:.1%} +/- {_error(r, data):.1%}"),
         (f"epochs to {REACH:.0%} test accuracy", lambda r: str(r.reached(REACH) or "never")),
         ("operations of training", lambda r: f"{r.work / work:.0%}" if work else "-"),
         ("seconds, all included", lambda r: f"{r.seconds:.1f}"),
@@ -126,6 +130,11 @@ def comparison(runs: Sequence[Run]) -> Table:
     for title, content in rows:
         table.add_row(title, *map(content, runs))
     return table
+
+
+def _error(run: Run, data: Dataset) -> float:
+    accuracy = run.last.test.accuracy
+    return (accuracy * (1 - accuracy) / len(data.test)) ** 0.5
 
 
 def _widths(widths: Sequence[int]) -> str:
@@ -172,6 +181,8 @@ def figure(runs: Sequence[Run], data: Dataset, path: Path) -> None:
         accuracy.plot(epochs, [100 * point.test.accuracy for point in run.points], **style)
     _draw_widths(widths, runs[0])
     loss.set(title="Test loss", ylabel="cross-entropy", yscale="log")
+    for axis in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
     accuracy.set(title="Test accuracy", ylabel="%")
     loss.legend()
     accuracy.legend(loc="lower right")
@@ -190,6 +201,7 @@ def _draw_widths(axes: Any, run: Run) -> None:
         color = ("#0b6e4f", "#e09f3e")[index]
         axes.step(epochs, sizes, where="post", color=color, linewidth=2, label=f"{name}: {sizes[-1]}")
     axes.set(title="Width of each hidden layer", ylabel="neurons", ylim=(0, None))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="lower right")
 
 

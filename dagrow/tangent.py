@@ -148,7 +148,7 @@ class _Jacobian:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        self.objective.reduction  # noqa: B018  (probed before the model's state is saved)
+        self.objective.probe()
         with Undisturbed(self.model), torch.inference_mode(False), torch.enable_grad():
             self.model.train(self.objective.mode == "train")
             yield

@@ -20,8 +20,10 @@ __all__ = ["Candidate", "Operator", "Stage"]
 class Candidate(ABC):
     """One place where an operator could grow."""
 
-    #: the axis or edge, for messages
-    where: str
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The axis or edge, for messages."""
 
     @abstractmethod
     def pairs(self) -> Iterable[Pair]:

@@ -63,7 +63,7 @@ class MoveCandidate(Candidate):
     edge: Edge
 
     @property
-    def where(self) -> str:  # type: ignore[override]
+    def where(self) -> str:
         return self.edge.name
 
     @property

@@ -151,7 +151,7 @@ class WidenCandidate(Candidate):
     seed: int = 0
 
     @property
-    def where(self) -> str:  # type: ignore[override]
+    def where(self) -> str:
         return self.place.axis.name
 
     def pairs(self) -> list[Pair]:
@@ -186,7 +186,7 @@ class FanOutStage(Stage):
     widening: Widening
 
     @property
-    def where(self) -> str:  # type: ignore[override]
+    def where(self) -> str:
         return self.axis.name
 
     @property

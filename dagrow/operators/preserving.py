@@ -34,7 +34,7 @@ class PreservingCandidate(Candidate):
     seed: int
 
     @property
-    def where(self) -> str:  # type: ignore[override]
+    def where(self) -> str:
         return self.axis.name
 
     def pairs(self) -> list[Pair]:
