@@ -172,8 +172,17 @@ class Dag:
         return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
 
     def describe(self, width: int = 130) -> str:
-        """Tables of edges and axes, at most ``width`` columns wide."""
-        return render(*_tables(self), width=width)
+        """Tables of edges and axes, at most ``width`` columns wide, and the layers that no rule knows."""
+        unknown = [f"{name} ({type(module).__name__})" for name, module in self._without_rule()]
+        text = render(*_tables(self), width=width)
+        return f"{text}\nNo rule yet for {', '.join(unknown)}: what they touch cannot grow." if unknown else text
+
+    def _without_rule(self) -> Iterator[tuple[str, nn.Module]]:
+        """Leaf modules with parameters that are neither edges nor riders."""
+        modules = dict(self.model.named_modules())
+        for name in dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"):
+            if rule_for(modules[name], self.rules) is None and any(True for _ in modules[name].parameters()):
+                yield name, modules[name]
 
     def __str__(self) -> str:
         return self.describe()
@@ -213,9 +222,10 @@ def _edges(dag: Dag, layouts: Sequence[_axes.Layout], reasons: Sequence[str | No
         around = [(layout, why) for layout, why in zip(layouts, reasons, strict=True)
                   if name in layout.rows or name in layout.columns]  # fmt: skip
         growable = any(why is None for _, why in around)
-        causes = {why: None for _, why in around if why}
-        reads = "" if any(name in layout.columns for layout, _ in around) else "it reads no hidden axis; "
-        yield Edge(name, modules[name], rule, growable, None if growable else reads + "; ".join(causes))
+        causes = [f"what it writes {why}" if name in layout.rows else f"what it reads {why}" for layout, why in around]
+        if not any(name in layout.columns for layout, _ in around):
+            causes.insert(0, f"what it reads {dag.labels.classes.cause(int(dag.labels.columns[name][0]))}")
+        yield Edge(name, modules[name], rule, growable, None if growable else "; ".join(dict.fromkeys(causes)))
 
 
 def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:

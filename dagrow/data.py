@@ -92,7 +92,9 @@ def mnist(folder: str | Path, seed: int = 0) -> Dataset:
     if int(test.target.max()) > int(train.target.max()):
         raise DataError(f"{files[3]} holds class {int(test.target.max())}, which {files[1]} does not.")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return _standardized(f"IDX files in {folder}", Samples(train.inputs[order], train.target[order]), test, 10)
+    return _standardized(
+        f"IDX files in {folder.resolve().name}", Samples(train.inputs[order], train.target[order]), test, 10
+    )
 
 
 def _standardized(name: str, rest: Samples, test: Samples, part: int) -> Dataset:

@@ -11,10 +11,11 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import cache, partial
 from traceback import walk_stack, walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -68,10 +69,15 @@ def is_leaf(module: nn.Module) -> bool:
 
 def source(error: BaseException | None = None) -> str:
     """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
-    frames = walk_tb(error.__traceback__) if error else walk_stack(sys._getframe(1))
+    frames = walk_tb(error.__traceback__) if error else _inside(walk_stack(sys._getframe(1)))
     users = ((frame, line) for frame, line in frames if not _is_ours(frame.f_globals.get("__name__", "")))
     found = list(users)[-1:] if error else list(itertools.islice(users, 1))
     return f"{os.path.basename(found[0][0].f_code.co_filename)}:{found[0][1]}" if found else "unknown line"
+
+
+def _inside(stack: Iterable[tuple[FrameType, int]]) -> Iterator[tuple[FrameType, int]]:
+    """The frames of the model's forward, without those of who asked for it."""
+    return itertools.takewhile(lambda at: at[0].f_globals.get("__name__", "") != "dagrow.dag", stack)
 
 
 def _user_names() -> tuple[str, ...]:

@@ -71,9 +71,9 @@ def legend(width: int) -> str:
     """What the titles mean."""
     gamma = " gamma: the amplitude that the line search chose." if width >= WIDE else ""
     return (
-        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on folds that the "
-        f"neurons were not fitted to.{gamma} loss at growth: on the validation part, right before and right after. "
-        "train, test: loss and accuracy in % right after."
+        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on "
+        f"folds that the neurons were not fitted to.{gamma} loss at growth: on the validation part, right before and "
+        "right after. train, test: loss and accuracy in % right after."
     )
 
 
@@ -118,12 +118,12 @@ def comparison(runs: Sequence[Run], data: Dataset) -> Table:
         ("hidden widths, start", lambda r: _widths(r.points[0].widths)),
         ("hidden widths, end", lambda r: _widths(r.last.widths)),
         ("parameters", lambda r: f"{r.last.parameters:,}"),
-        ("fall of the loss at growths", lambda r: f"{r.fall:.3f}" if r.steps else "-"),
+        ("loss fall at growths", lambda r: f"{r.fall:.3f}" if r.steps else "-"),
         ("train loss", lambda r: f"{r.train.loss:.4f}"),
         ("train accuracy", lambda r: f"{r.train.accuracy:.1%}"),
         ("test loss", lambda r: f"{r.last.test.loss:.4f}"),
         ("test accuracy", lambda r: f"{r.last.test.accuracy:.1%} +/- {_error(r, data):.1%}"),
-        (f"epochs to {REACH:.0%} test accuracy", lambda r: str(r.reached(REACH) or "never")),
+        (f"epochs to {REACH:.0%} on test", lambda r: str(r.reached(REACH) or "never")),
         ("operations of training", lambda r: f"{r.work / work:.0%}" if work else "-"),
         ("seconds, all included", lambda r: f"{r.seconds:.1f}"),
     ]

@@ -8,11 +8,11 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from test_demo import write_mnist
 
 from dagrow import cli
 from dagrow.cli import main
 from dagrow.data import NAMES
-from test_demo import write_mnist
 
 MODELS = """
 import torch
