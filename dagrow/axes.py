@@ -167,8 +167,22 @@ class _GrowthRunner(ChannelRunner):
             )
             if changed or any(source in dirty for source in node.all_input_nodes):
                 values[node] = self.node(node, values)
+                self._check_reached(node)
                 if changed or node.target not in self.before.rows or node.op != "call_module":
                     dirty.add(node)
+
+    def _check_reached(self, node: fx.Node) -> None:
+        """Old labels stay where they were among themselves, and no number that is computed with follows the width."""
+        value, before = self.values[node], self.before.values[node]
+        if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+            return
+        numbers = [s for s in node.all_input_nodes if isinstance(self.values[s], (int, float))]
+        moved = ops.op_name(node) in ops.MOVES | ops.CREATION
+        if not moved and any(self.values[s] != self.before.values[s] for s in numbers):
+            raise MisfitError("its width is used as a number in the model's forward")
+        roots, old = self.classes.roots(value).flatten(), self.classes.roots(before).flatten()
+        if not torch.equal(roots[~torch.isin(roots, self.classes.roots(self.fresh))], old):
+            raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before")
 
     def edge(self, node: fx.Node, rule: Any, inputs: Tensor) -> Any:
         before = node.all_input_nodes[0].meta["val"].shape
@@ -189,9 +203,7 @@ class _GrowthRunner(ChannelRunner):
         literals = _rewritten(node, expected)
         if literals is None:
             where = node.meta.get("source", "")
-            raise MisfitError(
-                f"a size written into {ops.op_name(node) or node.target} does not follow the axis {where}".strip()
-            )
+            raise MisfitError(f"what {ops.op_name(node) or node.target} gives does not follow the axis {where}".strip())
         self.literals[node] = literals
         return super().move(node, fx.map_arg(literals, lambda n: self.values[n]), kwargs)
 
@@ -208,6 +220,8 @@ class _GrowthRunner(ChannelRunner):
         d = carrying[0]
         count = int(members.movedim(d, 0).reshape(labels.shape[d], -1).any(dim=1).sum())
         shape = list(labels.shape)
+        if count % self.layout.width:  # a part of the axis: what it must be is seen from the labels
+            return None
         shape[d] += count * self.k // self.layout.width
         return torch.Size(shape)
 
@@ -273,6 +287,7 @@ def _insert_along(units: Tensor, width: int, k: int, name: str) -> Landing:
         raise MisfitError(f"the axis lies across several dimensions of {name}")
     dim = carrying[0]
     flat = units.movedim(dim, 0).reshape(units.shape[dim], -1)
+    flat = flat[:, (flat != NEUTRAL).any(0)]  # positions that no activation reached carry nothing
     if not bool((flat == flat[:, :1]).all()):
         raise MisfitError(f"the axis does not lie along one dimension of {name}")
     return _insert(flat[:, 0], width, k, dim, name)

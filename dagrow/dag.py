@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ class Edge:
         module: the layer itself.
         growable: whether an axis that it writes or reads can widen.
         reason: why not, or None.
+        shared: why its weights do not act at this place alone, so that no closed form holds for them; or None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Edge:
     rule: EdgeRule = field(repr=False, compare=False)
     growable: bool
     reason: str | None
+    shared: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own weight and bias, by their names in the rule."""
@@ -225,7 +227,14 @@ def _edges(dag: Dag, layouts: Sequence[_axes.Layout], reasons: Sequence[str | No
         causes = [f"what it writes {why}" if name in layout.rows else f"what it reads {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
             causes.insert(0, f"what it reads {dag.labels.classes.cause(int(dag.labels.columns[name][0]))}")
-        yield Edge(name, modules[name], rule, growable, None if growable else "; ".join(dict.fromkeys(causes)))
+        yield Edge(
+            name,
+            modules[name],
+            rule,
+            growable,
+            None if growable else "; ".join(dict.fromkeys(causes)),
+            dag.labels.shared.get(name),
+        )
 
 
 def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
@@ -240,28 +249,46 @@ def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Seq
 
 
 def _freeze_shared(dag: Dag) -> None:
-    """Weights that several layers share, or that are read directly as well, cannot grow with one of them."""
+    """Tensors that act at several places cannot grow at one of them."""
     owners: dict[int, list[str]] = {}
-    for name, owned in dag.model.named_parameters(remove_duplicate=False):
+    tensors = (*dag.model.named_parameters(remove_duplicate=False), *dag.model.named_buffers(remove_duplicate=False))
+    for name, owned in tensors:
         owners.setdefault(id(owned), []).append(name)
     direct = {str(node.target) for node in dag.graph.nodes if node.op == "get_attr"}
-    modules = dict(dag.model.named_modules())
-    for edge, rows in dag.labels.rows.items():
-        rule, cause = rule_for(modules[edge], dag.rules), None
+    found = dag.labels
+    for edge in found.rows:
+        rule, module = rule_for(dag.model.get_submodule(edge), dag.rules), dag.model.get_submodule(edge)
         assert isinstance(rule, EdgeRule)
-        for name in rule.dims:
-            parameter = getattr(modules[edge], name, None)
-            names = owners.get(id(parameter), []) if parameter is not None else []
-            if parameter is not None and not names:
-                cause = f"{edge}.{name} is computed, not a parameter"
-            elif len(names) > 1:
-                cause = f"{edge}.{name} is shared with {', '.join(n for n in names if n != f'{edge}.{name}')}"
-            elif direct & set(names):
-                cause = f"{edge}.{name} is also used directly"
-        cause = cause or rule.refusal(modules[edge])
+        cause = _sharing(edge, module, rule.dims, owners, direct) or rule.refusal(module)
         if cause:
-            dag.labels.classes.freeze(rows, cause)
-            dag.labels.classes.freeze(dag.labels.columns[edge], cause)
+            found.shared.setdefault(edge, cause)
+            found.classes.freeze(found.rows[edge], cause)
+            found.classes.freeze(found.columns[edge], cause)
+    for rider, labels in found.entries.items():
+        owner, _, leaf = rider.name.rpartition(".")
+        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, tuple(rider.rule.neutral))
+        used = direct - {rider.name}
+        cause = _sharing(name, dag.model.get_submodule(name), entries, owners, used)
+        if cause:
+            found.classes.freeze(labels, cause)
+
+
+def _sharing(
+    name: str, module: nn.Module, entries: Iterable[str], owners: Mapping[int, list[str]], direct: set[str]
+) -> str | None:
+    """Why one of a module's tensors does not belong to it alone, or None."""
+    for entry in entries:
+        tensor, path = getattr(module, entry, None), f"{name}.{entry}".lstrip(".")
+        if tensor is None:
+            continue
+        names = owners.get(id(tensor), [])
+        if not names:
+            return f"{path} is computed, not a parameter"
+        if len(names) > 1:
+            return f"{path} is shared with {', '.join(other for other in names if other != path)}"
+        if direct & set(names):
+            return f"{path} is also used directly"
+    return None
 
 
 def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:

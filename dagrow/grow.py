@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dagrow.dag import Dag, render
@@ -12,7 +14,7 @@ from dagrow.errors import GrowthError, OptimizerError
 from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt
 from dagrow.moments import Moments, Pair, measure
-from dagrow.objective import Loss, Objective, Step
+from dagrow.objective import Loss, Objective, Step, Undisturbed
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed
 from dagrow.search import line_search
@@ -47,9 +49,9 @@ class Bottleneck:
 class Bottlenecks(Mapping[str, Bottleneck]):
     """Bottlenecks by edge, largest first; prints as a table."""
 
-    def __init__(self, found: Iterable[Bottleneck], samples: int, loss: float) -> None:
+    def __init__(self, found: Iterable[Bottleneck], samples: int, loss: float, left_out: tuple[str, ...] = ()) -> None:
         self._found = {b.edge: b for b in sorted(found, key=lambda b: -b.bottleneck)}
-        self.samples, self.loss = samples, loss
+        self.samples, self.loss, self.left_out = samples, loss, left_out
 
     def __getitem__(self, edge: str) -> Bottleneck:
         return self._found[edge]
@@ -71,7 +73,7 @@ class Bottlenecks(Mapping[str, Bottleneck]):
         )
         for b in self.values():
             table.add_row(b.edge, f"{b.goal:.4g}", f"{b.explained:.4g}", f"{b.bottleneck:.4g}", f"{b.share:.1%}")
-        return render(table)
+        return "\n".join([render(table), *(f"Left out: {why}." for why in self.left_out)])
 
 
 def bottlenecks(
@@ -107,13 +109,14 @@ def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step |
 
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
-    keys = [(edge, Reads(edge.name, edge.bias), Goal(edge.name)) for edge in dag.edges]
+    keys = [(edge, Reads(edge.name, edge.bias), Goal(edge.name)) for edge in dag.edges if not edge.shared]
     pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
     m = measure(dag, objective, pairs, folds=1)
     moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
     return Bottlenecks(
-        (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves), m.samples, m.loss
-    )
+        (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves), m.samples, m.loss,
+        tuple(edge.shared for edge in dag.edges if edge.shared),
+    )  # fmt: skip
 
 
 def propose(
@@ -169,7 +172,22 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
     pairs = [pair for stage in stages for pair in stage.pairs()]
     with Preview(dag, change):
         tensors = change.tensors(dag.model, 0.0)
+        _check_preserved(objective, tensors, ", ".join(stage.where for stage in stages))
         return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
+
+
+def _check_preserved(objective: Objective, tensors: Mapping[str, Tensor], where: str) -> None:
+    """New channels with zero fan-out must not change the loss of a batch: the last net under the label rules."""
+    batch = next(iter(objective))[0]
+    with Undisturbed(objective.model), torch.no_grad():
+        objective.model.eval()
+        before, after = objective.value(batch), objective.value(batch, tensors)
+    if not torch.allclose(after, before, rtol=max(1e-9, 100 * torch.finfo(before.dtype).eps), atol=1e-12):
+        raise GrowthError(
+            f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
+            f"{float(before):.9g} becomes {float(after):.9g}. Its forward uses the width where its "
+            "graph does not show it; leave the axis out with axes=."
+        )
 
 
 def grow(

@@ -111,6 +111,7 @@ class Growth:
     def __str__(self) -> str:
         held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
         doubt = "" if self.significant else " (not more than chance)"
+        doubt += " (raises the loss)" if self.gain < 0 else ""
         return (
             f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{held}{doubt}, "
             f"{self.cost.parameters:+,} parameters, {self.cost.flops:+,} FLOPs"

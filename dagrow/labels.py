@@ -88,6 +88,7 @@ class Labelling:
         rows: edge -> labels of its output channels.
         columns: edge -> labels of its input channels.
         entries: rider -> labels of its entries.
+        shared: edge -> why its weights do not act at one place only.
     """
 
     classes: Classes
@@ -95,6 +96,7 @@ class Labelling:
     rows: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[Rider, Tensor] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
 
 
 class Runner(ABC):
@@ -131,7 +133,11 @@ class Runner(ABC):
     def run(self, nodes: Iterable[fx.Node], values: Values) -> Values:
         """Adds the nodes' values to ``values``."""
         for node in nodes:
-            values[node] = self.node(node, values)
+            try:
+                values[node] = self.node(node, values)
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError):
+                touched = [values[source] for source in node.all_input_nodes]
+                values[node] = self.unknown(node, touched, f"operation {ops.op_name(node)} cannot run on labels")
         return values
 
     def node(self, node: fx.Node, values: Values) -> Any:
@@ -166,7 +172,7 @@ class Runner(ABC):
             return ops.executor(node)(*args, **kwargs)
         if name in ops.CREATION:
             return self.opaque(node, f"is a constant made by {name}")
-        if name in ops.MOVES:
+        if name in ops.MOVES and not (name == "getitem" and _tensors(args[1:])):  # labels are no indices
             return self.move(node, args, kwargs)
         if name in ops.POINTWISE and isinstance(args[0], Tensor):
             return args[0] if len(tensors) == 1 else self.merge(_broadcast(tensors, self.freeze))
@@ -187,11 +193,12 @@ class Runner(ABC):
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """Entries along the reduced dimensions meet; different channels must not."""
         inputs = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim", tuple(range(inputs.ndim)))
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = tuple(range(inputs.ndim)) if dims is None else dims
         dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
         if any(_varies(inputs, d) for d in dims):
             return self.unknown(node, inputs, f"{ops.op_name(node)} mixes channels")
-        keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+        keep = node.meta["val"].ndim == inputs.ndim
         index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
         return inputs[index] if keep else inputs[index].squeeze(dims)
 
@@ -240,12 +247,16 @@ class ChannelRunner(Runner):
     def source(self, node: fx.Node) -> Any:
         if node.op == "placeholder" or node.target not in self._direct():
             return self.opaque(node, "is an input of the model" if node.op == "placeholder" else "is a constant")
+        if not node.meta["val"].is_floating_point():
+            return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
         shape = node.meta["val"].shape
         known = next((t for r, t in self.found.entries.items() if r.name == node.target), None)
         if known is None:
             known = self.classes.fresh(shape.numel()).reshape(shape) if shape else torch.tensor(NEUTRAL)
-            user = next(iter(node.users), node)
-            self.found.entries[Rider(str(node.target), None, ops.identity_of(ops.op_name(user)))] = known
+            neutral = ops.neutral_entries(node)
+            if len(neutral) > 1:
+                self.freeze([known], f"is bound to {node.target}, which is used in sums and in products")
+            self.found.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = known
         return known
 
     def _direct(self) -> set[str]:
@@ -255,8 +266,9 @@ class ChannelRunner(Runner):
         name, module = str(node.target), self.modules[str(node.target)]
         dim = rule.channel_dim(inputs.ndim)
         if name in self.found.columns:
+            self.found.shared[name] = f"{name} is called more than once"
             twice = (inputs, self.found.rows[name], self.found.columns[name])
-            return self.unknown(node, twice, f"{name} is called more than once")
+            return self.unknown(node, twice, self.found.shared[name])
         self.found.columns[name] = self._per_channel(inputs, dim)
         if name not in self.found.rows:
             self.found.rows[name] = self.classes.fresh(rule.widths(module)[1])

@@ -160,6 +160,8 @@ class _Watch:
         self.found = {}
 
     def catch(self, name: str, args: tuple, output: Tensor) -> Tensor | None:
+        if name in self.found:
+            raise GrowthError(f"{name} ran twice on a batch, but once when the model was traced; trace it again.")
         inputs = args[0].detach()
         self.found[name] = Capture(*self.watched[name], inputs, inputs._version)
         if name not in self.goals:
@@ -219,6 +221,7 @@ class _Sums:
 
     def add(self, n: int, rows: Mapping[Feature, Tensor], loss: float) -> None:
         self.loss += loss
+        rows = {f: values.float() if values.dtype.itemsize < 4 else values for f, values in rows.items()}
         for feature, values in rows.items():
             if len(values) % n:
                 raise BatchError(
@@ -253,6 +256,8 @@ class _Sums:
         self.started |= {fold} if joined else set()
 
     def moments(self) -> Moments:
+        if self.seen < self.folds:
+            raise BatchError(f"there are {self.seen} samples for {self.folds} folds; give more samples, or folds=1.")
         for fold in range(self.folds):
             self.flush(fold)
         for empty in set(range(self.folds)) - self.started:

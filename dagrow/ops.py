@@ -7,7 +7,7 @@ from torch import fx, nn
 
 __all__ = [
     "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "REDUCTIONS", "SIZES",
-    "executor", "identity_of", "is_move_module", "is_pointwise_module", "op_name",
+    "executor", "is_move_module", "is_pointwise_module", "neutral_entries", "op_name",
 ]  # fmt: skip
 
 #: y = f(x), entry by entry
@@ -39,7 +39,7 @@ MOVES = frozenset(
 #: entries along some dimensions are merged
 REDUCTIONS = frozenset(
     """
-    mean sum amax amin prod std var logsumexp norm
+    mean sum amax amin prod logsumexp
     """.split()
 )
 #: results are sizes or facts about a tensor, not values
@@ -97,6 +97,16 @@ def _is_torch(target: object) -> bool:
 def identity_of(name: str | None) -> float:
     """The entry of a per-channel operand that leaves the channel as it is: 1 for products, 0 otherwise."""
     return 1.0 if name in {"mul", "multiply", "div", "divide", "truediv", "pow"} else 0.0
+
+
+def neutral_entries(node: fx.Node) -> set[float]:
+    """What leaves a channel as it is, at each operation that computes with a tensor used directly."""
+    found: set[float] = set()
+    for user in node.users:
+        name = op_name(user)
+        moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "detach"}
+        found |= neutral_entries(user) if moved else {identity_of(name)}
+    return found
 
 
 def executor(node: fx.Node) -> Callable[..., object]:

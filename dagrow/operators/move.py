@@ -40,13 +40,16 @@ class MoveWeights(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         if self.edges is None:
-            return [MoveCandidate(self, dag, edge) for edge in dag.edges if _movable(edge)]
+            return [MoveCandidate(self, dag, edge) for edge in dag.edges if _movable(edge) and not edge.shared]
         chosen = [dag.edge(name) for name in self.edges]
         frozen = [edge.name for edge in chosen if not _movable(edge)]
         if frozen:
             raise GrowthError(
                 f"the weights of {', '.join(frozen)} are frozen (requires_grad=False); leave them out of edges=."
             )
+        shared = [edge.shared for edge in chosen if edge.shared]
+        if shared:
+            raise GrowthError(f"no closed form moves weights that act at several places: {'; '.join(shared)}.")
         return [MoveCandidate(self, dag, edge) for edge in chosen]
 
 
