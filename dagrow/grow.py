@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dagrow.dag import Dag, render
@@ -19,7 +18,7 @@ from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed
 from dagrow.search import line_search
 from dagrow.solve import best_move
-from dagrow.surgery import Draft, Preview, transaction
+from dagrow.surgery import Change, Draft, Preview, transaction
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
 
@@ -170,23 +169,25 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
         stage.fill(draft)
     change = draft.change()
     pairs = [pair for stage in stages for pair in stage.pairs()]
+    _check_preserved(dag, objective, change, ", ".join(stage.where for stage in stages))
     with Preview(dag, change):
         tensors = change.tensors(dag.model, 0.0)
-        _check_preserved(objective, tensors, ", ".join(stage.where for stage in stages))
         return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
 
 
-def _check_preserved(objective: Objective, tensors: Mapping[str, Tensor], where: str) -> None:
+def _check_preserved(dag: Dag, objective: Objective, change: Change, where: str) -> None:
     """New channels with zero fan-out must not change the loss of a batch: the last net under the label rules."""
-    batch = next(iter(objective))[0]
     with Undisturbed(objective.model), torch.no_grad():
         objective.model.eval()
-        before, after = objective.value(batch), objective.value(batch, tensors)
+        batch = next(iter(objective))[0]
+        before = objective.value(batch)
+        with Preview(dag, change):
+            after = objective.value(batch, change.tensors(dag.model, 0.0))
     if not torch.allclose(after, before, rtol=max(1e-9, 100 * torch.finfo(before.dtype).eps), atol=1e-12):
         raise GrowthError(
             f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
-            f"{float(before):.9g} becomes {float(after):.9g}. Its forward uses the width where its "
-            "graph does not show it; leave the axis out with axes=."
+            f"{float(before):.9g} becomes {float(after):.9g}. Its forward uses the width where its graph does not show "
+            "it; leave the axis out with axes=."
         )
 
 
