@@ -260,8 +260,5 @@ class _Sums:
             raise BatchError(f"there are {self.seen} samples for {self.folds} folds; give more samples, or folds=1.")
         for fold in range(self.folds):
             self.flush(fold)
-        for empty in set(range(self.folds)) - self.started:
-            for total in self.totals.values():
-                total[empty] = 0
         positions = {feature: count / self.seen for feature, count in self.positions.items()}
         return Moments(self.counts, self.totals, positions, self.resolution, self.loss / self.seen)

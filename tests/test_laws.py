@@ -108,7 +108,11 @@ class Wrong(Operator):
 
 class WrongCandidate(Candidate):
     def __init__(self, operator: Wrong, inner: Candidate) -> None:
-        self.operator, self.inner, self.where = operator, inner, inner.where
+        self.operator, self.inner = operator, inner
+
+    @property
+    def where(self) -> str:
+        return self.inner.where
 
     def pairs(self):
         return self.inner.pairs()
@@ -123,7 +127,11 @@ class WrongCandidate(Candidate):
 class WrongStage(Previewed):
     def __init__(self, inner, operator: Wrong) -> None:
         self.inner, self.operator = inner, operator
-        self.where, self.axis, self.widening = inner.where, inner.axis, inner.widening
+        self.axis, self.widening = inner.axis, inner.widening
+
+    @property
+    def where(self) -> str:
+        return self.inner.where
 
     def pairs(self):
         return self.inner.pairs()
