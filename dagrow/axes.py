@@ -17,7 +17,7 @@ from dagrow import ops
 from dagrow.labels import NEUTRAL, ChannelRunner, Labelling, Rider
 from dagrow.layers import LayerRule
 
-__all__ = ["Landing", "Layout", "MisfitError", "Widening", "layouts", "widen"]
+__all__ = ["Landing", "Layout", "MisfitError", "Widening", "group", "widen"]
 
 
 class MisfitError(Exception):
@@ -72,7 +72,7 @@ class Widening:
     literals: Mapping[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def layouts(found: Labelling) -> list[Layout]:
+def group(found: Labelling) -> list[Layout]:
     """Groups the classes of labels into axes: channels written, read and carried by the same things."""
     places: dict[int, dict[tuple[str, Any], list[int]]] = defaultdict(lambda: defaultdict(list))
     for kind, table in (("rows", found.rows), ("columns", found.columns), ("entries", found.entries)):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-from dagrow import axes as _axes
+from dagrow.axes import Layout, MisfitError, Widening, group, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling, Rider, label
@@ -72,7 +72,7 @@ class Axis:
     riders: tuple[Rider, ...]
     growable: bool
     reason: str | None
-    layout: _axes.Layout = field(repr=False, compare=False)
+    layout: Layout = field(repr=False, compare=False)
 
 
 class Dag:
@@ -89,7 +89,7 @@ class Dag:
         self.program: Program = self._read(verified=verified)
         self.labels: Labelling = label(self.graph, self.model, self.rules)
         _freeze_shared(self)
-        layouts = _axes.layouts(self.labels)
+        layouts = group(self.labels)
         reasons = [layout.reason or self._obstacle(layout) for layout in layouts]
         self.edges: tuple[Edge, ...] = tuple(_edges(self, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}
@@ -124,19 +124,19 @@ class Dag:
         assert rule is not None
         return rule
 
-    def widening(self, axis: Axis, k: int) -> _axes.Widening:
+    def widening(self, axis: Axis, k: int) -> Widening:
         """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""
         try:
-            return _axes.widen(self.graph, self.model, self.rules, self.labels, axis.layout, k)
-        except _axes.MisfitError as misfit:
+            return widen(self.graph, self.model, self.rules, self.labels, axis.layout, k)
+        except MisfitError as misfit:
             raise GrowthError(
                 f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
 
-    def _obstacle(self, layout: _axes.Layout) -> str | None:
+    def _obstacle(self, layout: Layout) -> str | None:
         try:
-            widening = _axes.widen(self.graph, self.model, self.rules, self.labels, layout, 1)
-        except _axes.MisfitError as misfit:
+            widening = widen(self.graph, self.model, self.rules, self.labels, layout, 1)
+        except MisfitError as misfit:
             return str(misfit)
         return self._unwritable if widening.literals else None
 
@@ -216,7 +216,7 @@ def render(*tables: Table, width: int = 130) -> str:
     return capture.get().rstrip()
 
 
-def _edges(dag: Dag, layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Edge]:
+def _edges(dag: Dag, layouts: Sequence[Layout], reasons: Sequence[str | None]) -> Iterator[Edge]:
     modules = dict(dag.model.named_modules())
     for name in dag.labels.rows:
         rule = rule_for(modules[name], dag.rules)
@@ -237,7 +237,7 @@ def _edges(dag: Dag, layouts: Sequence[_axes.Layout], reasons: Sequence[str | No
         )
 
 
-def _named(edges: dict[str, Edge], layouts: Sequence[_axes.Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
+def _named(edges: dict[str, Edge], layouts: Sequence[Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
     """Axes, named after their producers; a number tells apart those of the same producers."""
     base = ["+".join(layout.rows) for layout in layouts]
     for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):

@@ -23,8 +23,8 @@ from dagrow.linalg import Whitening, leading_svd, whitening
 from dagrow.moments import Moments, Pair
 
 __all__ = [
-    "NEURON_RIDGES", "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions", "fan_out",
-    "settled", "validate_directions", "validate_fan_out", "validate_move",
+    "NEURON_RIDGES", "RIDGES", "Block", "Directions", "Fit", "HeldOut", "Move", "best_move", "directions",
+    "explained_alone", "fan_out", "settled", "validate_directions", "validate_fan_out", "validate_move",
 ]  # fmt: skip
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
@@ -360,6 +360,16 @@ def fan_out(m: Moments, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit
         compensation = -x @ taken
     drop = 2 * float((x.T * left.n).sum()) - float((x @ left.p * x).sum())
     return Fit(x, compensation, float((x.T * slope).sum()), drop, white.note)
+
+
+def explained_alone(m: Moments, block: Block, slots: int, ridge: float = 0.0) -> Tensor:
+    """What each unit (``slots`` neighbouring features) would explain alone: ``n^T (p + ridge)^-1 n`` ``[units]``."""
+    left = _remaining(m, block, _projection(m, block))
+    p = rearrange(left.p, "(u s) (w t) -> u w s t", s=slots, t=slots).diagonal().permute(2, 0, 1)
+    n = rearrange(left.n, "(u s) o -> u s o", s=slots)
+    damping = max(ridge, 100 * m.resolution) * rearrange(left.unit, "(u s) -> u s", s=slots)
+    inverse = torch.linalg.pinv(p + torch.diag_embed(damping), hermitian=True)
+    return torch.einsum("uso, ust, uto -> u", n, inverse, n)
 
 
 def validate_fan_out(m: Moments, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:

@@ -22,7 +22,7 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
 from dagrow.positions import Arrival, arrival
-from dagrow.solve import Block, Compensation, HeldOut, fan_out, settled, validate_fan_out
+from dagrow.solve import Block, Compensation, HeldOut, explained_alone, fan_out, settled, validate_fan_out
 from dagrow.surgery import Draft
 
 __all__ = ["Place", "Proposal", "WidenCandidate", "places"]
@@ -231,9 +231,7 @@ class FanOutStage(Stage):
         explained = torch.zeros(2 * k, dtype=torch.float64)
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
             slots = self.widening.columns[consumer.name].new.shape[1]
-            for unit in range(2 * k):
-                alone = _per_slot(torch.eye(2 * k, dtype=torch.float64)[:, unit : unit + 1], slots)
-                explained[unit] += fan_out(m, block, alone, self.origin.ridges[0]).drop
+            explained += explained_alone(m, block, slots, self.origin.ridges[0])
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
