@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dagrow import ops
-from dagrow.labels import NEUTRAL, ChannelRunner, Labelling, Rider
+from dagrow.labels import NEUTRAL, ChannelRunner, Labelling, Rider, narrow
 from dagrow.layers import LayerRule
 
 __all__ = ["Landing", "Layout", "MisfitError", "Widening", "group", "widen"]
@@ -180,6 +180,8 @@ class _GrowthRunner(ChannelRunner):
         moved = ops.op_name(node) in ops.MOVES | ops.CREATION
         if not moved and any(self.values[s] != self.before.values[s] for s in numbers):
             raise MisfitError("its width is used as a number in the model's forward")
+        if [s == 0 for s in value.stride()] == [s == 0 for s in before.stride()]:
+            value, before = narrow(value), narrow(before)
         roots, old = self.classes.roots(value).flatten(), self.classes.roots(before).flatten()
         if not torch.equal(roots[~torch.isin(roots, self.classes.roots(self.fresh))], old):
             raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dagrow import ops
 from dagrow.layers import EdgeRule, LayerRule, RiderRule, rule_for
 
-__all__ = ["NEUTRAL", "ChannelRunner", "Classes", "Labelling", "Rider", "Runner", "label"]
+__all__ = ["NEUTRAL", "ChannelRunner", "Classes", "Labelling", "Rider", "Runner", "label", "narrow"]
 
 NEUTRAL = -1  #: the label of entries that belong to no channel: masks, scalars, positions
 Values = dict[fx.Node, Any]
@@ -30,9 +30,10 @@ class Classes:
 
     parent: list[int] = field(default_factory=list)
     frozen: dict[int, str] = field(default_factory=dict)
+    _table: Tensor | None = None  #: every label's representative, until classes change
 
     def fresh(self, count: int) -> Tensor:
-        start = len(self.parent)
+        start, self._table = len(self.parent), None
         self.parent.extend(range(start, start + count))
         return torch.arange(start, start + count)
 
@@ -50,13 +51,13 @@ class Classes:
     def unite(self, a: int, b: int) -> None:
         a, b = self.find(a), self.find(b)
         if a != b:
-            self.parent[b] = a
+            self.parent[b], self._table = a, None
             cause = self.frozen.get(a) or self.frozen.pop(b, None)
             if cause:
                 self.frozen[a] = cause
 
     def freeze(self, labels: Tensor, cause: str) -> None:
-        for label in torch.unique(_narrow(labels)).tolist():
+        for label in torch.unique(narrow(labels)).tolist():
             if label != NEUTRAL:
                 self.frozen.setdefault(self.find(label), cause)
 
@@ -66,8 +67,9 @@ class Classes:
 
     def roots(self, labels: Tensor) -> Tensor:
         """The labels' representatives, entry by entry."""
-        table = torch.tensor([self.find(label) for label in range(len(self.parent))] + [NEUTRAL])
-        return table[labels]
+        if self._table is None:
+            self._table = torch.tensor([self.find(label) for label in range(len(self.parent))] + [NEUTRAL])
+        return self._table[labels]
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class ChannelRunner(Runner):
         self.found, self.classes = found, found.classes
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        first, *others = (_narrow(t) for t in tensors)
+        first, *others = (narrow(t) for t in tensors)
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         merged = first
         for other in others:
@@ -290,8 +292,8 @@ class ChannelRunner(Runner):
 
     def _per_channel(self, inputs: Tensor, dim: int) -> Tensor:
         """One label per channel; labels that share a channel at different positions are united."""
-        narrow = _narrow(inputs.movedim(dim, 0))
-        flat = torch.unique(narrow.reshape(len(narrow), -1), dim=1)
+        inputs_narrow = narrow(inputs.movedim(dim, 0))
+        flat = torch.unique(inputs_narrow.reshape(len(inputs_narrow), -1), dim=1)
         if len(flat) == 1 and inputs.shape[dim] > 1:
             flat = flat.expand(inputs.shape[dim], -1)
         for column in flat.T[1:]:
@@ -310,7 +312,7 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _narrow(tensor: Tensor) -> Tensor:
+def narrow(tensor: Tensor) -> Tensor:
     """The tensor with every repeated (stride 0) dimension cut to one entry."""
     return tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())] if tensor.numel() else tensor
 

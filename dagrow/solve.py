@@ -261,13 +261,20 @@ class _Fold:
     projections: Sequence[_Projection]
     left: _Left
     goals: Tensor
+    whitenings: dict[float, Whitening]
+
+    def whitening(self, ridge: float) -> Whitening:
+        if ridge not in self.whitenings:
+            self.whitenings[ridge] = self.left.whitening(ridge, self.test.resolution)
+        return self.whitenings[ridge]
 
 
 def _fold(train: Moments, test: Moments, blocks: Sequence[Block], k: int, ridge: float) -> _Fold:
     projections = [_projection(train, block) for block in blocks]
     left = _stacked(train, blocks, projections)
-    _, _, goals = leading_svd(left.whitening(ridge, train.resolution).whiten(left.n), k + 16, iterations=2)
-    return _Fold(test, projections, left._replace(n=left.n @ goals), goals)
+    white = left.whitening(ridge, train.resolution)
+    _, _, goals = leading_svd(white.whiten(left.n), k + 16, iterations=2)
+    return _Fold(test, projections, left._replace(n=left.n @ goals), goals, {ridge: white})
 
 
 def settled(m: Moments, block: Block, ridges: Sequence[float] = RIDGES) -> Block:
@@ -315,7 +322,7 @@ def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
 
 def _held_out(fold: _Fold, blocks: Sequence[Block], k: int, ridge: float) -> tuple[Tensor, ...]:
     """By rank ``[k]``: the held-out drop, the held-out covariance, and its variance under the null."""
-    test, white = fold.test, fold.left.whitening(ridge, fold.test.resolution)
+    test, white = fold.test, fold.whitening(ridge)
     u, values, v = leading_svd(white.whiten(fold.left.n), k, iterations=3)
     alpha, omega, start = white.back(u), fold.goals @ (v * values), 0
     covariance, square, variance = (values.new_zeros(len(values)) for _ in range(3))
