@@ -12,7 +12,8 @@ from dagrow.dag import Dag, render
 from dagrow.errors import GrowthError, OptimizerError
 from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt
-from dagrow.moments import Moments, Pair, measure
+from dagrow.measure import measure
+from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step, Undisturbed
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed

@@ -4,25 +4,38 @@ All cut-offs are relative to the data: matrices are first scaled to a unit diago
 a single feature nor the size of all of them decides what counts as zero.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Whitening", "gram", "leading_svd", "whitening"]
+__all__ = ["Whitening", "add_gram", "complete", "leading_subspace", "leading_svd", "whitening"]
 
+_SMALL = 192  #: up to this width subspaces are not worth iterating for
 _HALVED = 256  #: Grams from this width on are computed by blocks, without the redundant one
-_SMALL = 192  #: matrices up to this width are decomposed in full
 
 
-def gram(x: Tensor) -> Tensor:
-    """``x^T x`` ``[d, d]``, exactly symmetric; a quarter cheaper than the plain product when d is large."""
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds ``x^T x`` ``[d, d]`` by halves, without the lower one, which :func:`complete` fills in: fewer products."""
     d = x.shape[1]
     if d < _HALVED:
-        return x.T @ x
-    left, right = x[:, : d // 2], x[:, d // 2 :]
-    cross = left.T @ right
-    return torch.cat([torch.cat([gram(left), cross], 1), torch.cat([cross.T, gram(right)], 1)])
+        total += x.T @ x
+        return
+    left, right = slice(d // 2), slice(d // 2, d)
+    add_gram(total[left, left], x[:, left])
+    add_gram(total[right, right], x[:, right])
+    total[left, right] += x[:, left].T @ x[:, right]
+
+
+def complete(total: Tensor) -> None:
+    """Fills in what :func:`add_gram` left out of ``[..., d, d]``."""
+    d = total.shape[-1]
+    if d >= _HALVED:
+        left, right = slice(d // 2), slice(d // 2, d)
+        complete(total[..., left, left])
+        complete(total[..., right, right])
+        total[..., right, left] = total[..., left, right].mT
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,11 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     unit = (p.diagonal() if unit is None else unit).clamp_min(0)
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
-    scaled = scale[:, None] * p * scale
+    scaled = (p * scale).mul_(scale[:, None])
     scaled.diagonal().add_(
         torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     )  # a dead feature has weight zero, whatever its entry
-    factor, failed = torch.linalg.cholesky_ex(scaled)
+    factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, int(alive.sum()), "")
     scaled.diagonal().mul_(alive)
@@ -89,13 +102,27 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     return Whitening(factor, scale, False, rank, f"rank cut from {d} to {rank}")
 
 
-def leading_svd(matrix: Tensor, k: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def leading_subspace(
+    times: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    width: int,
+    q: int,
+    like: Tensor,
+    iterations: int,
+) -> Tensor:
+    """Orthonormal columns ``[width, q]`` that hold the leading right singular vectors of a matrix, known by products.
+
+    Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; all columns if there are no more.
+    """
+    if width <= max(q, _SMALL):
+        return torch.eye(width).to(like)
+    columns = torch.randn(width, q, generator=torch.Generator().manual_seed(0)).to(like)
+    for _ in range(iterations):
+        columns = torch.linalg.qr(transposed(torch.linalg.qr(times(columns)).Q)).Q
+    return columns
+
+
+def leading_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k leading singular triples ``u [m, k], s [k], v [n, k]``, largest first."""
-    k = min(k, *matrix.shape)
-    if min(matrix.shape) <= _SMALL or 4 * k > min(matrix.shape):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :k], s[:k], vh[:k].T
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, q=k + 16, niter=iterations)
-    return u[:, :k], s[:k], v[:, :k]
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :k], s[:k], vh[:k].T

@@ -32,7 +32,8 @@ from dagrow.comparing import (
 from dagrow.dag import Dag, trace
 from dagrow.grow import grow, propose
 from dagrow.growth import Growth, Receipt
-from dagrow.moments import Moments, measure
+from dagrow.measure import measure
+from dagrow.moments import Means, Moments
 from dagrow.objective import Loss, Objective, Undisturbed
 from dagrow.operators import Operator
 from dagrow.surgery import Preview
@@ -175,7 +176,7 @@ def additivity(operator: Operator, case: Case) -> None:
     def moments(batches: Sequence[Any], folds: int = 1) -> Moments:
         return measure(dag, Objective(dag.model, batches, case.loss, mode="eval"), pairs, folds=folds)
 
-    def same_moments(found: Moments, expected: Moments, what: str) -> None:
+    def same_moments(found: Means, expected: Means, what: str) -> None:
         assert found.samples == expected.samples, f"{what}: {found.samples} samples, not {expected.samples}"
         for x, y in pairs:
             close(found[x, y], expected[x, y], f"moment {x}, {y}: {what}", rtol=1e-10, atol=1e-12)
@@ -184,7 +185,7 @@ def additivity(operator: Operator, case: Case) -> None:
     whole = moments(case.batches)
     same_moments(moments(single), whole, "batches of one")
     same_moments(moments(single[1::2]) + moments(single[::2]), whole, "two parts, in another order")
-    folds = [list(moments(batches, 2).split(pairs)) for batches in (case.batches, single)]
+    folds = [moments(batches, 2).split() for batches in (case.batches, single)]
     for fold, (found, expected) in enumerate(zip(*folds, strict=True)):
         for part, of in zip(found, expected, strict=True):
             same_moments(of, part, f"fold {fold}, batches of one")

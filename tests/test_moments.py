@@ -9,10 +9,10 @@ from torch import nn
 from zoo import mean_loss, sum_loss
 
 import dagrow
-from dagrow import moments
 from dagrow.errors import BatchError
 from dagrow.features import Goal, Reads
-from dagrow.moments import measure
+from dagrow.measure import measure
+from dagrow.moments import Moments
 from dagrow.objective import Objective
 
 READS, GOAL = Reads("2"), Goal("2")
@@ -30,7 +30,7 @@ def samples(*leading: int, n: int = 22, dtype: torch.dtype = torch.float64) -> t
     return x.to(dtype), torch.randn(n, *leading, 2, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def measured(net: nn.Module, x, y, *sizes: int, loss=mean_loss, folds: int = 4, **options) -> moments.Moments:
+def measured(net: nn.Module, x, y, *sizes: int, loss=mean_loss, folds: int = 4, **options) -> Moments:
     batches = list(zip(x.split(sizes or len(x)), y.split(sizes or len(y)), strict=True))
     return measure(dagrow.trace(net, x[:2]), Objective(net, batches, loss), PAIRS, folds=folds, **options)
 
@@ -64,7 +64,7 @@ def test_sample_j_is_in_fold_j_whatever_the_batches(sizes: tuple[int, ...], fold
     assert m.counts.tolist() == [len(range(f, 22, folds)) for f in range(folds)]
     if folds == 1:
         return
-    for fold, (others, own) in enumerate(m.split(PAIRS)):
+    for fold, (others, own) in enumerate(m.split()):
         kept = torch.arange(22) % folds == fold
         for part, chosen in ((own, kept), (others, ~kept)):
             alone = measured(net, x[chosen], y[chosen], folds=1)
@@ -84,7 +84,7 @@ def test_more_folds_than_samples() -> None:
 def test_what_is_collected_before_it_is_multiplied_does_not_matter(rows: int, monkeypatch) -> None:
     net, (x, y) = model(), samples(2)
     whole = measured(net, x, y, 9, 13)
-    monkeypatch.setattr(moments, "FLUSH_ROWS", rows)
+    monkeypatch.setattr(dagrow.measure, "FLUSH_ROWS", rows)
     streamed = measured(net, x, y, 9, 13)
     for pair in PAIRS:
         close(streamed[pair], whole[pair])

@@ -9,7 +9,8 @@ import torch
 
 from dagrow.features import Feature, Goal, Reads
 from dagrow.moments import Moments
-from dagrow.solve import Block, best_move, directions, fan_out, validate_directions, validate_fan_out, validate_move
+from dagrow.solve import Block, best_move, directions, fan_out
+from dagrow.validate import validate_directions, validate_fan_out, validate_move
 
 B, P, V, W = Reads("b"), Reads("p"), Goal("v"), Goal("w")
 VARIANTS = {"none": "raw", "constant": "centred", "all": "residual"}
@@ -184,7 +185,7 @@ def test_nothing_depends_on_units(factor: float) -> None:
     here, there = directions(of(d), [block], 2), directions(of(scaled), [block], 2)
     near(there.values, here.values.numpy() * factor, 1e-7)
     near(fan_out(of(scaled), block, there.alpha).drop, fan_out(of(d), block, here.alpha).drop * factor**2, 1e-7)
-    chosen = [validate_directions(of(x, 4), [block], None, (1e-3, 0.1)) for x in (d, scaled)]
+    chosen = [validate_directions(of(x, 4).split(), [block], None, (1e-3, 0.1)) for x in (d, scaled)]
     assert chosen[0].significant
     assert chosen[1].significant
     assert (chosen[0].k, chosen[0].ridge) == (chosen[1].k, chosen[1].ridge)
@@ -196,7 +197,7 @@ def test_noise_is_not_significant_in_any_unit() -> None:
     d = data(n=200, seed=15)
     for factor in (1e-6, 1.0, 1e6):
         noise = d._replace(v=rng.normal(size=d.v.shape) * factor)
-        assert not validate_directions(of(noise, 4), [Block(P, 1, B, V)], None, (1e-3, 0.1)).significant
+        assert not validate_directions(of(noise, 4).split(), [Block(P, 1, B, V)], None, (1e-3, 0.1)).significant
 
 
 # ---------------------------------------------------------------- held out
@@ -222,7 +223,7 @@ def test_held_out_directions(k: int, ridge: float) -> None:
         size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
         x = truth.ridge_rank(train.p / size, seen, ridge, k) / size
         drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
-    found = validate_directions(of(d, 4), [Block(P, 1, B, V)], k, (ridge,))
+    found = validate_directions(of(d, 4).split(), [Block(P, 1, B, V)], k, (ridge,))
     near(found.gain, np.mean(drops))
     near(found.error, np.std(drops, ddof=1) / 2)
     assert found.k == k
@@ -236,7 +237,7 @@ def test_held_out_fan_out(ridge: float) -> None:
         size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
         x = truth.regress(train.p / size, seen, ridge) / size
         drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
-    found = validate_fan_out(of(d, 4), Block(P, 1, B, V), torch.eye(5, dtype=torch.float64), (ridge,))
+    found = validate_fan_out(of(d, 4).split(), Block(P, 1, B, V), torch.eye(5, dtype=torch.float64), (ridge,))
     near(found.gain, np.mean(drops))
 
 
@@ -244,12 +245,12 @@ def test_held_out_move() -> None:
     d, drops = data(n=43, seed=18), []
     for train, test in folds_of(d, 4):
         drops.append(truth.energy(test.v) - truth.energy(left_over(train, test)[1]))
-    near(validate_move(of(d, 4), B, V, (0.0,)).gain, np.mean(drops))
+    near(validate_move(of(d, 4).split(), B, V, (0.0,)).gain, np.mean(drops))
 
 
 def test_the_ridge_that_explains_most_of_the_other_folds_is_chosen() -> None:
     d, ridges = data(n=16, i=8, p=6, seed=19), (1e-4, 1e-2, 1.0)
-    alone = [validate_move(of(d, 4), B, V, (ridge,)) for ridge in ridges]
+    alone = [validate_move(of(d, 4).split(), B, V, (ridge,)) for ridge in ridges]
     best = max(alone, key=lambda held: held.gain)
-    found = validate_move(of(d, 4), B, V, ridges)
+    found = validate_move(of(d, 4).split(), B, V, ridges)
     assert (found.ridge, found.gain) == (best.ridge, best.gain)

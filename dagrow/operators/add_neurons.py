@@ -13,7 +13,8 @@ from dagrow.moments import Moments, Pair
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
-from dagrow.solve import NEURON_RIDGES, Compensation, directions, settled, validate_directions
+from dagrow.solve import Compensation, directions
+from dagrow.validate import NEURON_RIDGES, settled, validate_directions
 
 __all__ = ["AddNeurons"]
 
@@ -141,8 +142,9 @@ class AddNeurons(Operator):
             return self._random(m, place)
         held, ridge, k = None, self._ridges[0], self.k
         if m.folds > 1:
-            blocks = [settled(m, block) for block in blocks]
-            held = validate_directions(m, blocks, k, self._ridges)
+            split = m.split()
+            blocks = [settled(split, block) for block in blocks]
+            held = validate_directions(split, blocks, k, self._ridges)
             ridge, k = held.ridge, held.k
             if self.k is None and not held.significant:
                 return None

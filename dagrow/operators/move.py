@@ -10,8 +10,9 @@ from dagrow.growth import Cost, Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator
-from dagrow.solve import RIDGES, best_move, validate_move
+from dagrow.solve import best_move
 from dagrow.surgery import Draft
+from dagrow.validate import RIDGES, validate_move
 
 __all__ = ["MoveWeights"]
 
@@ -81,7 +82,7 @@ class MoveCandidate(Candidate):
         reads, goal = self._features
         held, ridge = None, self.operator.ridge or 0.0
         if moments.folds > 1:
-            held = validate_move(moments, reads, goal, RIDGES if self.operator.ridge is None else (ridge,))
+            held = validate_move(moments.split(), reads, goal, RIDGES if self.operator.ridge is None else (ridge,))
             ridge = held.ridge
         move = best_move(moments, reads, goal, ridge)
         draft = Draft(self.dag)

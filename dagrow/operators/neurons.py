@@ -22,8 +22,9 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
 from dagrow.positions import Arrival, arrival
-from dagrow.solve import Block, Compensation, HeldOut, explained_alone, fan_out, settled, validate_fan_out
+from dagrow.solve import Block, Compensation, explained_alone, fan_out
 from dagrow.surgery import Draft
+from dagrow.validate import HeldOut, settled, validate_fan_out
 
 __all__ = ["Place", "Proposal", "WidenCandidate", "places"]
 
@@ -212,13 +213,13 @@ class FanOutStage(Stage):
         return [pair for block in self.blocks() for pair in block.pairs()] + [(norm, norm) for norm in self._norms()]
 
     def solve(self, moments: Moments, objective: Objective) -> Growth | None:
-        units = self._units(moments)
+        units, split = self._units(moments), moments.split()
         fits, held = {}, []
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
             choice = _per_slot(units, self.widening.columns[consumer.name].new.shape[1])
-            block, ridge = settled(moments, block), self.origin.ridges[0]
+            block, ridge = settled(split, block), self.origin.ridges[0]
             if moments.folds > 1:
-                held.append(validate_fan_out(moments, block, choice, self.origin.ridges))
+                held.append(validate_fan_out(split, block, choice, self.origin.ridges))
                 ridge = held[-1].ridge
             fits[consumer.name] = fan_out(moments, block, choice, ridge)
         return self._growth(moments, objective, units, fits, held)

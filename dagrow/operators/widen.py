@@ -8,7 +8,7 @@ from dagrow.dag import Dag
 from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
-from dagrow.solve import RIDGES
+from dagrow.validate import RIDGES
 
 __all__ = ["Widen"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import dagrow
-from dagrow.moments import measure
+from dagrow.measure import measure
 from dagrow.objective import Objective
 
 

@@ -1,0 +1,189 @@
+"""Ridge and rank by cross-validation: what is fitted on all folds but one is measured on that one.
+
+For a fit ``X`` on the other folds, the held-out drop of the bottleneck is ``2 tr(X N_f) - tr(X P_f X^T)``. Moments
+add, so this costs no pass. The cross-validation is this package's own.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dagrow.features import Goal, Reads
+from dagrow.linalg import Whitening, leading_svd
+from dagrow.moments import Fold, Means, Split
+from dagrow.solve import OVERSAMPLED, Block, Remainder, Stack, best_move, fan_out
+
+__all__ = ["NEURON_RIDGES", "RIDGES", "HeldOut", "settled", "validate_directions", "validate_fan_out", "validate_move"]
+
+#: ridges that are tried for a layer's own weights, relative to each feature's second moment
+RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: ridges that are tried for new neurons: smaller ones explain more at first order and train worse (docs/mnist.md)
+NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SIGNIFICANT = 3.0  #: standard deviations of the null by which a held-out gain must exceed zero
+MOST = 64  #: neurons considered at once when their number is open
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a fit on the other folds explains of each fold: mean over folds, standard error, and whether it is real."""
+
+    ridge: float
+    k: int
+    gain: float
+    error: float
+    significant: bool
+
+
+def settled(split: Split, block: Block, ridges: Sequence[float] = RIDGES) -> Block:
+    """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
+    if block.reads is None or len(split) == 1:
+        return block
+    reads, goal = block.reads, block.goal
+    some = _sketch(split[0][0][reads, goal])
+
+    @functools.cache
+    def drop(ridge: float) -> float:
+        """Held out, on a few random combinations of the goals: the ridge needs no more."""
+        total = 0.0
+        for train, test in split:
+            dw = train.whitening(reads, ridge).solve(train[reads, goal] @ some)
+            total += _drop(dw, test[reads, goal] @ some, test[reads, reads])
+        return total
+
+    return replace(block, ridge=_climbed(ridges, drop))
+
+
+def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
+    """``2 tr(X N) - tr(X P X^T)`` for ``X^T [p, o]``."""
+    return float(2 * (xt * n).sum() - (xt * (p @ xt)).sum())
+
+
+def _sketch(side: Tensor, few: int = 32) -> Tensor:
+    """Random combinations of goals, or all of them if they are few."""
+    outputs = side.shape[1]
+    if outputs <= few:
+        return torch.eye(outputs).to(side)
+    return torch.randn(outputs, few, generator=torch.Generator().manual_seed(0)).to(side)
+
+
+def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ridges: Sequence[float]) -> HeldOut:
+    """Chooses ridge and rank by what directions from the other folds explain of each fold.
+
+    The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Under the null that
+    goals are independent of the new features, the held-out covariance ``tr(X N_f)`` has mean 0 and variance
+    ``tr(X P_f X^T E v v^T) / n_f``.
+    """
+    most = MOST if k is None else k
+    trials = [_Trial.of(train, test, blocks, most, ridges[len(ridges) // 2]) for train, test in split]
+
+    @functools.cache
+    def seen(ridge: float) -> Tensor:
+        """Drop, covariance and its variance, by fold and rank ``[3, folds, ranks]``."""
+        return torch.stack([trial.held_out(most, ridge) for trial in trials], 1)
+
+    def mean_drop(ridge: float) -> Tensor:
+        drop = seen(ridge)[0].mean(0)
+        return drop if k is None else drop[-1:]
+
+    ridge = _climbed(ridges, lambda ridge: float(mean_drop(ridge).max()))
+    drop, covariance, variance = seen(ridge)
+    rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
+    spread = (2 * variance[:, rank].sum()).clamp_min(1e-300).sqrt()  # folds share what they are fitted on: at most 2
+    gain = float(drop[:, rank].mean())
+    significant = gain > 0 and bool(covariance[:, rank].sum() > SIGNIFICANT * spread)
+    return HeldOut(ridge, rank + 1, gain, _standard_error(drop[:, rank]), significant)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """What all folds but one leave to explain, seen in the goals' leading directions ``goals [o, q]``."""
+
+    test: Fold
+    stack: Stack
+    goals: Tensor
+    side: Tensor  #: ``N G [p, q]``
+    whiten: Callable[[float], Whitening]
+
+    @classmethod
+    def of(cls, train: Fold, test: Fold, blocks: Sequence[Block], k: int, ridge: float) -> "_Trial":
+        """The leading directions are those for a middle ridge, with room for the others'."""
+        stack = Stack.of(train, blocks)
+        whiten = functools.cache(stack.whitening)
+        goals = stack.leading_goals(whiten(ridge), k + OVERSAMPLED, iterations=2)
+        return cls(test, stack, goals, stack.times(goals), whiten)
+
+    def held_out(self, k: int, ridge: float) -> Tensor:
+        """The held-out drop, the held-out covariance, and its variance under the null, by rank ``[3, k]``."""
+        white = self.whiten(ridge)
+        u, values, v = leading_svd(white.whiten(self.side), k)
+        alpha, omegas = white.back(u), (self.goals @ (v * values)).split(self.stack.widths)
+        covariance, square, variance = values.new_zeros(3, len(values)).unbind()
+        for part, omega in zip(self.stack.parts, omegas, strict=True):
+            for slot, out in enumerate(omega.chunk(part.block.slots)):
+                basis = alpha if part.block.slots == 1 else _in_slot(alpha, slot, part.block.slots)
+                z = part.gram(basis, self.test)
+                covariance += part.times(out, basis, self.test).diagonal().cumsum(0)
+                square += (z * (out.T @ out)).cumsum(0).cumsum(1).diagonal()
+                if part.block.energy in self.test:
+                    noise = out.T @ self.test[part.block.energy] @ out
+                    variance += (z * noise).cumsum(0).cumsum(1).diagonal() / self.test.samples
+        return _padded(torch.stack([2 * covariance - square, covariance, variance]), k).double()
+
+
+def _in_slot(alpha: Tensor, slot: int, slots: int) -> Tensor:
+    """Directions as they act on one of several groups of features."""
+    basis = alpha.new_zeros(slots, *alpha.shape)
+    basis[slot] = alpha
+    return basis.flatten(0, 1)
+
+
+def validate_fan_out(split: Split, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:
+    """Chooses the ridge of :func:`dagrow.solve.fan_out` by what the fit on the other folds explains of each fold."""
+
+    def drop(train: Means, test: Means, ridge: float) -> float:
+        basis = choice.to(train[block.features, block.goal])
+        x, fitted = fan_out(train, block, basis, ridge).weights, Remainder(train, block)
+        return float(2 * fitted.times(x, basis, test).trace() - (x @ fitted.gram(basis, test) * x).sum())
+
+    return _validated(split, ridges, drop, choice.shape[1])
+
+
+def validate_move(split: Split, reads: Reads, goal: Goal, ridges: Sequence[float]) -> HeldOut:
+    """Chooses the ridge of :func:`dagrow.solve.best_move` in the same way."""
+
+    def drop(train: Means, test: Means, ridge: float) -> float:
+        return _drop(best_move(train, reads, goal, ridge).weights.T, test[reads, goal], test[reads, reads])
+
+    return _validated(split, ridges, drop, 0)
+
+
+def _validated(split: Split, ridges: Sequence[float], drop: Callable[[Means, Means, float], float], k: int) -> HeldOut:
+    drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in split], dtype=torch.float64))
+    ridge = _climbed(ridges, lambda ridge: float(drops(ridge).mean()))
+    gain, error = float(drops(ridge).mean()), _standard_error(drops(ridge))
+    return HeldOut(ridge, k, gain, error, gain > 0)
+
+
+def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
+    """The best ridge, by climbing from the middle one: held-out gains have one maximum in the ridge."""
+    start = at = len(ridges) // 2
+    for step in (1, -1):
+        while 0 <= at + step < len(ridges) and value(ridges[at + step]) > value(ridges[at]):
+            at += step
+        if at != start:
+            break
+    return ridges[at]
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """Beyond the available ranks nothing changes any more."""
+    if not values.shape[1]:
+        return values.new_zeros(len(values), length)
+    return torch.cat([values, values[:, -1:].expand(-1, max(0, length - values.shape[1]))], 1)
