@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagrow.dag import Axis, Dag, Edge
+from dagrow.draft import Change
 from dagrow.growth import Growth
 from dagrow.layers import EdgeRule
-from dagrow.objective import Loss, Objective, Undisturbed
-from dagrow.surgery import Change, Preview
+from dagrow.objective import Loss, Objective
+from dagrow.surgery import Preview
+from dagrow.undisturbed import Undisturbed
 
 __all__ = [
     "Target", "close", "derivative", "is_picklable", "observe", "permute", "regressed", "same", "sample", "snapshot",

@@ -17,7 +17,8 @@ from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling, Rider, label
 from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
-from dagrow.trace import Program, record, symbolic
+from dagrow.symbolic import symbolic
+from dagrow.trace import Program, record
 
 __all__ = ["Axis", "Dag", "Edge", "trace"]
 

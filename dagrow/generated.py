@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow.record import is_leaf, leaves, mapped
-from dagrow.trace import Program, untouched
+from dagrow.record import is_leaf
+from dagrow.trace import Program, fits
+from dagrow.trees import is_plain, leaves, mapped
+from dagrow.undisturbed import Undisturbed
 
 __all__ = ["unwritable", "wear"]
 
@@ -45,7 +47,7 @@ def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
 def _mode_obstacle(program: Program, again: Callable[[], Program]) -> str | None:
     """Compares the graphs of both modes: they may differ only in flags, which then follow the mode."""
     model, other = program.model, None
-    with untouched(model):
+    with Undisturbed(model, weights=True):
         model.train(not model.training)
         try:
             other = again()
@@ -131,32 +133,15 @@ def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | N
     value = node.meta["val"] if node is not None else empty.get(parameter.kind, parameter.default)
     if isinstance(value, Tensor):
         return None
-    return (mapped(lambda leaf: _ANY if isinstance(leaf, Tensor) else leaf, value),)
-
-
-class _AnyTensor:
-    """Stands for a tensor among fixed values."""
-
-    def __reduce__(self) -> str:
-        return "_ANY"
-
-
-_ANY = _AnyTensor()
+    return (mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value),)  # any tensor fits
 
 
 def _fixed(name: str, made: Any, given: Any) -> None:
-    old, new = dict(leaves(made)), dict(leaves(given))
-    if old.keys() != new.keys() or not all(_alike(value, new[path]) for path, value in old.items()):
+    if not fits(made, given):
         raise ValueError(
             f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
             f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
         )
-
-
-def _alike(made: Any, given: Any) -> bool:
-    if made is _ANY or isinstance(given, Tensor):
-        return made is _ANY and isinstance(given, Tensor)
-    return made is given or (type(made) is type(given) and bool(made == given))
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:
@@ -200,7 +185,7 @@ def _subclass(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> t
 
 def _structured(forward: Callable[..., Any], structure: Any) -> Callable[..., Any]:
     """Puts outputs back into the containers that the user's forward returns, where they are no plain ones."""
-    if _is_plain(structure):
+    if is_plain(structure):
         return forward
 
     @functools.wraps(forward)
@@ -220,13 +205,6 @@ def _graded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     return wrapped
-
-
-def _is_plain(structure: Any) -> bool:
-    if type(structure) in (tuple, list, dict):
-        children = structure.values() if isinstance(structure, dict) else structure
-        return all(map(_is_plain, children))
-    return type(structure) is int
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:

@@ -9,17 +9,19 @@ from rich.table import Table
 from torch.optim import Optimizer
 
 from dagrow.dag import Dag, render
+from dagrow.draft import Change, Draft
 from dagrow.errors import GrowthError, OptimizerError
 from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt
 from dagrow.measure import measure
 from dagrow.moments import Moments, Pair
-from dagrow.objective import Loss, Objective, Step, Undisturbed
+from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed
 from dagrow.search import line_search
 from dagrow.solve import best_move
-from dagrow.surgery import Change, Draft, Preview, transaction
+from dagrow.surgery import Preview, transaction
+from dagrow.undisturbed import Undisturbed
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
 

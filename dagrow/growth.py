@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from dagrow.axes import Landing
 from dagrow.dag import Dag, Edge
+from dagrow.draft import Change
 from dagrow.errors import GrowthError
 from dagrow.objective import Objective
-from dagrow.surgery import Change, Preview, Saved, Undo, apply, transaction, whole, widen_copy
+from dagrow.surgery import Preview, Saved, Undo, apply, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of"]
 

@@ -12,7 +12,8 @@ from dagrow.errors import BatchError, GrowthError, LossError
 from dagrow.features import Capture, Feature, Goal
 from dagrow.linalg import add_gram, complete
 from dagrow.moments import Moments, Pair, distinct
-from dagrow.objective import Objective, Undisturbed
+from dagrow.objective import Objective
+from dagrow.undisturbed import Undisturbed
 
 __all__ = ["measure"]
 

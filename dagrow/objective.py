@@ -3,14 +3,9 @@
 Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found.
 """
 
-import operator
-import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,80 +14,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.trace import bind
+from dagrow.undisturbed import Undisturbed
 
-__all__ = ["Objective", "Undisturbed"]
+__all__ = ["Loss", "Objective", "Step", "describe"]
 
 Loss = Callable[[Any, Any], Tensor]
 Step = Callable[[nn.Module, Any], Tensor]
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
-class Undisturbed:
-    """Leaves a model and the random generators as they were when it was made.
-
-    Of the model: its class, every attribute of every module (modes, hooks, caches), buffers and gradients. Values of
-    parameters are not copied: nothing that runs inside may write them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.kind = model, type(model)
-        modules = list(model.modules())
-        found = {
-            id(c): c for module in modules for c in (vars(module), *vars(module).values()) if type(c) in _CONTAINERS
-        }
-        self.contents = [(container, container.copy()) for container in found.values()]
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        self.random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self.grad = torch.is_grad_enabled()
-
-    def __enter__(self) -> "Undisturbed":
-        for parameter, _, gradient in self.parameters:
-            if gradient is not None:
-                parameter.grad = None  # a step of the user's may run backward
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            self.restore()
-            raise
-
-    def restore(self) -> None:
-        """Puts everything back. May run twice."""
-        torch.set_grad_enabled(self.grad)
-        self.model.__class__ = self.kind
-        for container, content in self.contents:
-            _refill(container, content)
-        with torch.no_grad():
-            for buffer, value in self.buffers:
-                if buffer.shape == value.shape and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        for parameter, requires_grad, gradient in self.parameters:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
-        random.setstate(self.random[0])
-        np.random.set_state(self.random[1])
-        torch.set_rng_state(self.random[2])
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Gives a container its old content back, in its old order."""
-    same = len(container) == len(content) and all(map(operator.is_, container, content))
-    if same and isinstance(container, dict):
-        same = all(map(operator.is_, container.values(), content.values()))
-    if same:
-        return
-    container.clear()
-    (container.extend if isinstance(container, list) else container.update)(content)
 
 
 class Objective:

@@ -5,17 +5,13 @@ control flow simply runs. Sizes read from tensors are integers that remember the
 graph holds for other batch sizes and sequence lengths than those it was recorded with.
 """
 
-import dataclasses
 import inspect
 import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from copy import copy
+from collections.abc import Callable
 from functools import cache, partial
-from traceback import walk_stack, walk_tb
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,10 +27,12 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode, get_testing_overrides
 
 from dagrow.errors import TraceError
+from dagrow.frames import refusal, source, user_names
+from dagrow.sizes import LiveInt, described
+from dagrow.trees import is_plain, leaves, mapped, opened, tensors
 
 __all__ = [
-    "VALUE_ERRORS", "FakeMode", "LiveInt", "Recorder",
-    "is_leaf", "leaves", "mapped", "mark_mode", "opened", "refusal", "snapshot", "source",
+    "VALUE_ERRORS", "FakeMode", "Recorder", "is_leaf", "mark_mode", "snapshot",
 ]  # fmt: skip
 
 Versions = dict[int, int]
@@ -50,7 +48,6 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
     "matmul": operator.matmul, "pow": operator.pow, "neg": operator.neg,
 }  # fmt: skip
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
 VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -67,98 +64,11 @@ def is_leaf(module: nn.Module) -> bool:
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
-def source(error: BaseException | None = None) -> str:
-    """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
-    frames = walk_tb(error.__traceback__) if error else _inside(walk_stack(sys._getframe(1)))
-    users = ((frame, line) for frame, line in frames if not _is_ours(frame.f_globals.get("__name__", "")))
-    found = list(users)[-1:] if error else list(itertools.islice(users, 1))
-    return f"{os.path.basename(found[0][0].f_code.co_filename)}:{found[0][1]}" if found else "unknown line"
-
-
-def _inside(stack: Iterable[tuple[FrameType, int]]) -> Iterator[tuple[FrameType, int]]:
-    """The frames of the model's forward, without those of who asked for it."""
-    return itertools.takewhile(lambda at: at[0].f_globals.get("__name__", "") != "dagrow.dag", stack)
-
-
-def _user_names() -> tuple[str, ...]:
-    """The names that the user's running function uses. A loop to a size cannot be seen, but `range` can."""
-    frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
-    names = (f.f_code.co_names for f in frames if not _is_ours(f.f_globals.get("__name__", "")))
-    return next(names, ())
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "functools", "contextlib") or module in (
-        __name__,
-        "dagrow.trace",
-    )
-
-
-def refusal(what: str, where: str) -> str:
-    """Why a graph cannot hold something that depends on the values of a tensor, and what to do instead."""
-    return (
-        f"{where}: {what} needs the values of a tensor, so the graph would silently depend on the values of "
-        "the example. Keep the choice in tensors (torch.where, a mask), pass the number to forward as a "
-        "Python number, or compute it once in __init__."
-    )
-
-
-def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
-    """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf.
-
-    Containers are what pytree knows, and dataclasses that it does not know (rebuilt as shallow copies).
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
-        names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
-        pairs = [(pytree.GetAttrKey(name), getattr(value, name)) for name in names]
-        return pairs, partial(_refilled, value, names)
-    flat, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
-    if spec.is_leaf():
-        return None
-    try:
-        keys = [path[0] for path, _ in pytree.tree_flatten_with_path(value, is_leaf=lambda v: v is not value)[0]]
-    except ValueError:
-        keys = [pytree.SequenceKey(i) for i in range(len(flat))]
-    return list(zip(keys, flat, strict=True)), lambda children: pytree.tree_unflatten(children, spec)
-
-
-def _refilled(value: Any, names: list[str], children: list[Any]) -> Any:
-    twin = copy(value)
-    for name, child in zip(names, children, strict=True):
-        object.__setattr__(twin, name, child)
-    return twin
-
-
-def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same nest of containers with `function` applied to every leaf, in the order of `leaves`."""
-    level = opened(tree)
-    if level is None:
-        return function(tree)
-    return level[1]([mapped(function, child) for _, child in level[0]])
-
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) for every leaf of a nest of containers; paths read like Python: `['logits'][0]`."""
-    level = opened(tree)
-    if level is None:
-        yield path, tree
-        return
-    for key, child in level[0]:
-        yield from leaves(child, f"{path}{key}")
-
-
 def snapshot(fake: FakeMode, value: Any) -> Any:
     """`value` as a node keeps it: fake, detached, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value
     return (value if isinstance(value, FakeTensor) else fake.from_tensor(value)).detach()
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in lists, tuples, dicts and slices."""
-    found: list[Tensor] = []
-    map_aggregate(tree, lambda v: found.append(v) if isinstance(v, Tensor) else None)
-    return iter(found)
 
 
 @cache
@@ -180,91 +90,6 @@ def mark_mode(node: fx.Node) -> None:
         flags += [node.args[i] for i in _mode_positions(node.target) if i < len(node.args)]  # type: ignore[arg-type]
     if any(isinstance(flag, bool) for flag in flags):
         node.meta["mode_dependent"] = True
-
-
-def _described(node: Any) -> str:
-    if not isinstance(node, fx.Node):
-        return str(node)
-    given = [_described(arg) for arg in node.args]
-    if node.target is operator.getitem:
-        return f"{given[0]}[{given[1]}]"
-    if node.target is getattr:
-        return f"{given[0]}.{given[1]}"
-    if node.op == "call_method":
-        return f"{given[0]}.{node.target}({', '.join(given[1:])})"
-    sign = _SIGNS.get(getattr(node.target, "__name__", ""))
-    return f"({given[0]} {sign} {given[1]})" if sign and len(given) == 2 else node.name
-
-
-def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
-    def method(self: "LiveInt", *others: Any) -> Any:
-        if not all(isinstance(other, int) for other in others):
-            self.bake(*others)
-            return NotImplemented
-        operands = (*others, self) if swapped else (self, *others)
-        value = function(*(int.__int__(o) for o in operands))
-        return self.recorder.computed(function, operands, value) if self.recorder.live else value
-
-    return method
-
-
-def _guarding(name: str, sign: str) -> Callable[..., Any]:
-    def method(self: "LiveInt", *others: Any) -> Any:
-        result = getattr(int, name)(self, *others)
-        other = others[0] if others else 0
-        if isinstance(other, (int, float)) and self.recorder.live:
-            right = other.node if isinstance(other, LiveInt) else other
-            if right is not self.node:
-                self.recorder.note(f"{_described(self.node)} {sign} {_described(right)} is {result}")
-        return result
-
-    return method
-
-
-def _baking(name: str) -> Callable[..., Any]:
-    def method(self: "LiveInt", *others: Any) -> Any:
-        self.bake(*others)
-        return getattr(int, name)(self, *others)
-
-    return method
-
-
-class LiveInt(int):
-    """A size that remembers its node: whole-number arithmetic on it is recorded, comparisons become guards.
-
-    What leaves the whole numbers (`int(n)`, `float(n)`, `n / 2`, `n ** 2`) is baked in and noted. It hashes
-    by identity, not by value: a cache keyed by size must miss, or numbers of an earlier call would get in.
-    """
-
-    node: fx.Node
-    recorder: "Recorder"
-
-    def __new__(cls, value: int, node: fx.Node, recorder: "Recorder") -> "LiveInt":
-        self = super().__new__(cls, value)
-        self.node, self.recorder = node, recorder
-        return self
-
-    def bake(self, *others: Any) -> None:
-        if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
-            self.recorder.note(f"{_described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
-
-    __hash__ = object.__hash__
-    __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)
-    __sub__, __rsub__ = _arithmetic(operator.sub), _arithmetic(operator.sub, True)
-    __mul__, __rmul__ = _arithmetic(operator.mul), _arithmetic(operator.mul, True)
-    __floordiv__, __rfloordiv__ = _arithmetic(operator.floordiv), _arithmetic(operator.floordiv, True)
-    __mod__, __rmod__ = _arithmetic(operator.mod), _arithmetic(operator.mod, True)
-    __neg__ = _arithmetic(operator.neg)
-    __eq__, __ne__ = _guarding("__eq__", "=="), _guarding("__ne__", "!=")
-    __lt__, __le__ = _guarding("__lt__", "<"), _guarding("__le__", "<=")
-    __gt__, __ge__ = _guarding("__gt__", ">"), _guarding("__ge__", ">=")
-    __bool__ = _guarding("__bool__", "!=")
-    __int__, __float__, __trunc__ = _baking("__int__"), _baking("__float__"), _baking("__trunc__")
-    __truediv__, __rtruediv__ = _baking("__truediv__"), _baking("__rtruediv__")
-    __pow__, __rpow__, __abs__ = _baking("__pow__"), _baking("__rpow__"), _baking("__abs__")
-    __divmod__, __rdivmod__, __round__ = _baking("__divmod__"), _baking("__rdivmod__"), _baking("__round__")
-    __and__, __or__, __xor__ = _baking("__and__"), _baking("__or__"), _baking("__xor__")
-    __lshift__, __rshift__, __ceil__, __floor__ = map(_baking, ("__lshift__", "__rshift__", "__ceil__", "__floor__"))
 
 
 class Recorder(TorchFunctionMode):
@@ -351,8 +176,8 @@ class Recorder(TorchFunctionMode):
         node = self._emit(*_normal(func, attribute, *lowered))
         if name in _SIZES:
             self._disposable.add(node)
-            if "range" in _user_names():
-                self.note(f"{_described(node)} is read next to range(): a loop that counts to it is unrolled")
+            if "range" in user_names():
+                self.note(f"{described(node)} is read next to range(): a loop that counts to it is unrolled")
         return self._adopt(node, result, before)
 
     def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -493,7 +318,7 @@ class Recorder(TorchFunctionMode):
                     "Return tensors in tuples, lists, dicts or dataclasses, switch it off (such as "
                     "use_cache=False), or register the class with torch.utils._pytree."
                 )
-        lowered = mapped(self._lower_leaf, value) if _is_plain(value) else None
+        lowered = mapped(self._lower_leaf, value) if is_plain(value) else None
         flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
         node = self._emit("output", "output", (flat if lowered is None else lowered,))
         count = itertools.count()
@@ -514,11 +339,6 @@ class Recorder(TorchFunctionMode):
 
 def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-
-
-def _is_plain(value: Any) -> bool:
-    level = opened(value)
-    return level is None or (type(value) in (tuple, list, dict) and all(_is_plain(child) for _, child in level[0]))
 
 
 def _access(key: Any) -> tuple[Callable[..., Any], Any]:

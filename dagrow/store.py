@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.dag import Dag, trace
+from dagrow.draft import Draft
 from dagrow.errors import GrowthError, StoreError
-from dagrow.surgery import Draft, apply, transaction, whole
+from dagrow.surgery import apply, transaction, whole
 
 __all__ = ["load", "save"]
 

@@ -24,8 +24,9 @@ from torch.func import functional_call
 from dagrow.dag import Dag, render
 from dagrow.errors import GrowthError, LossError
 from dagrow.grow import Bottlenecks, bottlenecks
-from dagrow.objective import Loss, Objective, Undisturbed
+from dagrow.objective import Loss, Objective
 from dagrow.trace import bind
+from dagrow.undisturbed import Undisturbed
 
 __all__ = ["Tangent", "tangent"]
 

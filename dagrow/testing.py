@@ -34,10 +34,11 @@ from dagrow.grow import grow, propose
 from dagrow.growth import Growth, Receipt
 from dagrow.measure import measure
 from dagrow.moments import Means, Moments
-from dagrow.objective import Loss, Objective, Undisturbed
+from dagrow.objective import Loss, Objective
 from dagrow.operators import Operator
 from dagrow.surgery import Preview
 from dagrow.trace import bind
+from dagrow.undisturbed import Undisturbed
 
 __all__ = [
     "LAWS", "Case", "Law", "additivity", "atomicity", "check_operator", "descent", "invariance", "optimality",

@@ -7,15 +7,12 @@ Two front-ends, one normal form. `record` runs the model once on fake tensors an
 import collections
 import contextlib
 import dataclasses
-import functools
 import inspect
-import itertools
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,24 +22,16 @@ from dagrow.record import (
     VALUE_ERRORS,
     FakeMode,
     Recorder,
-    is_leaf,
-    leaves,
-    mapped,
-    mark_mode,
     refusal,
-    snapshot,
     source,
 )  # fmt: skip
+from dagrow.trees import leaves, mapped
+from dagrow.undisturbed import Undisturbed
 
-__all__ = ["Executor", "Program", "bind", "record", "symbolic", "untouched", "verify"]
+__all__ = ["Executor", "Program", "bind", "explained", "fits", "record", "refuse_lazy", "verify"]
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
-_SHAPELESS = {
-    "relu", "relu_", "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "leaky_relu", "softplus", "mish",
-    "hardtanh", "relu6", "dropout", "flatten", "float", "contiguous", "view", "reshape",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +57,7 @@ class Program:
         known = inspect.signature(self.model.forward).parameters
         made = {n.target.lstrip("*"): n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
         given = {name: given.get(name, known[name].default) for name in {**made, **given}}
-        wrong = [name for name, value in given.items() if not _fits(made.get(name, known[name].default), value)]
+        wrong = [name for name, value in given.items() if not fits(made.get(name, known[name].default), value)]
         if wrong:
             raise TraceError(
                 f"The graph of {type(self.model).__name__} was made for other values of {wrong}: not given "
@@ -94,10 +83,7 @@ class Executor(fx.Interpreter):
         return next(self.args_iter)  # also for *args and **kwargs: one value each
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self._constants:
-            return self._constants[target]
-        owner, _, name = target.rpartition(".")
-        return getattr(self.module.get_submodule(owner), name)
+        return self._constants[target] if target in self._constants else attrgetter(target)(self.module)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.module.get_submodule(target)(*args, **kwargs)
@@ -143,7 +129,7 @@ def _shapes(tree: Any) -> str:
     return ", ".join(shown) or "nothing"
 
 
-def _fits(made: Any, given: Any) -> bool:
+def fits(made: Any, given: Any) -> bool:
     """Whether a graph made for the first value can take the second: only tensors may differ."""
     old, new = dict(leaves(made)), dict(leaves(given))
     return old.keys() == new.keys() and all(_alike(old[path], new[path]) for path in old)
@@ -158,9 +144,9 @@ def _alike(a: Any, b: Any) -> bool:
 def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> Program:
     """The program of `model`, recorded in the mode that it is in, and verified on the example inputs."""
     args, kwargs = bind(example_inputs)
-    _refuse_lazy(model)
+    refuse_lazy(model)
     bound = _arguments(model, args, kwargs)
-    with untouched(model), FakeMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
+    with Undisturbed(model, weights=True), FakeMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
         for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
@@ -168,7 +154,7 @@ def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> P
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
             bound.arguments[name] = recorder.placeholder(star + name, value)
-        with _explained(model, (args, kwargs)), recorder:
+        with explained(model, (args, kwargs)), recorder:
             output = model(*bound.args, **bound.kwargs)
         recorder.output(output)
         _note_buffers(model, recorder)
@@ -177,7 +163,8 @@ def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> P
 
 
 @contextlib.contextmanager
-def _explained(model: nn.Module, inputs: Any) -> Iterator[None]:
+def explained(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Turns what a forward raises while it is traced into a TraceError with the user's line."""
     try:
         yield
     except TraceError:
@@ -192,7 +179,8 @@ def _explained(model: nn.Module, inputs: Any) -> Iterator[None]:
         ) from error
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises TraceError for parameters that have no shape yet."""
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise TraceError(f"Parameters {lazy} have no shape yet. Run one batch through the model first.")
@@ -203,117 +191,6 @@ def _note_buffers(model: nn.Module, recorder: Recorder) -> None:
     for name, buffer in model.named_buffers():
         if isinstance(buffer, FakeTensor):
             recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
-
-
-class _Tracer(fx.Tracer):
-    """`torch.fx` with our leaf rule; parameters of forward that have a default are fixed at it."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta["source"] = source()
-        mark_mode(node)
-        return node
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for i, arg in enumerate(args):
-            if isinstance(arg, fx.Proxy) and arg.node.args:
-                args[i] = arg.node.args[0]
-                self.graph.erase_node(arg.node)
-        return function, args
-
-
-def symbolic(model: nn.Module) -> Program:
-    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input."""
-    _refuse_lazy(model)
-    with untouched(model):
-        try:
-            tracer = _Tracer()
-            graph = tracer.trace(model)
-        except Exception as error:
-            raise TraceError(f"torch.fx cannot follow {type(model).__name__}.forward: {error} {_ASK}") from error
-        constants = _named_constants(model, graph)
-    result = graph.output_node()
-    count = itertools.count()
-    result.meta["structure"] = mapped(lambda _: next(count), _thawed(result.args[0]))
-    program = Program(model, graph, constants, ())
-    example = _example(model, graph)
-    fake = FakeMode(allow_non_fake_inputs=True)
-    with untouched(model), fake, torch.no_grad(), _explained(model, example):
-        _Propagator(program, fake).run(fake.from_tensor(example))
-    return verify(program, example)
-
-
-class _Propagator(Executor):
-    def __init__(self, program: Program, fake: FakeMode) -> None:
-        super().__init__(program)
-        self._fake = fake
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        n.meta["val"] = mapped(functools.partial(snapshot, self._fake), value)
-        return value
-
-
-def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
-    """Rename the tensors that are neither parameters nor buffers; fx hangs some of them on the model."""
-    known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    constants: dict[str, Tensor] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in known:
-            tensor = functools.reduce(getattr, node.target.split("."), model)
-            node.target = f"_constant{len(constants)}"
-            constants[node.target] = tensor  # type: ignore[assignment]
-    return constants
-
-
-def _thawed(tree: Any) -> Any:
-    """fx's immutable containers as plain ones."""
-    if isinstance(tree, list):
-        return [_thawed(child) for child in tree]
-    if isinstance(tree, dict):
-        return {key: _thawed(child) for key, child in tree.items()}
-    if isinstance(tree, tuple):
-        children = [_thawed(child) for child in tree]
-        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-    return tree
-
-
-def _example(model: nn.Module, graph: fx.Graph) -> Tensor:
-    """A batch of two for the only input, its width read off the linear layer that it reaches first."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise TraceError(f"{type(model).__name__}.forward has {len(inputs)} inputs of unknown shape. {_ASK}")
-    weights = list(_first_weights(model, inputs[0]))
-    if len({w.shape[1] for w in weights}) != 1:
-        raise TraceError(f"The first layers of {type(model).__name__} leave the input's shape open. {_ASK}")
-    first = weights[0]
-    line = torch.linspace(-1, 1, 2 * first.shape[1], device=first.device)
-    return line.reshape(2, -1).to(first.dtype)
-
-
-def _first_weights(model: nn.Module, node: fx.Node) -> Iterator[Tensor]:
-    """The weights of the linear layers that read `node`, through what keeps the last dimension."""
-    for user in node.users:
-        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
-        name = getattr(user.target, "__name__", user.target)
-        if isinstance(module, nn.Linear):
-            yield module.weight
-        elif module is None and (name in ("size", "dim", "getattr") or user.op == "output"):
-            continue
-        elif _keeps_width(module) if module is not None else name in _SHAPELESS:
-            yield from _first_weights(model, user)
-        else:
-            raise TraceError(f"The input first reaches {user.target}, which leaves its shape open. {_ASK}")
-
-
-def _keeps_width(module: nn.Module) -> bool:
-    home = type(module).__module__.rpartition(".")[2]
-    plain = not any(True for _ in module.parameters()) and not isinstance(module, nn.GLU)
-    return plain and (home in ("activation", "dropout") or isinstance(module, (nn.Identity, nn.Flatten)))
 
 
 def verify(program: Program, example_inputs: Any) -> Program:
@@ -350,7 +227,7 @@ def _evaluated(model: nn.Module, function: Callable[..., Any], given: Any) -> An
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with untouched(model), torch.no_grad():
+        with Undisturbed(model, weights=True), torch.no_grad():
             args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
             return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
     finally:
@@ -359,7 +236,7 @@ def _evaluated(model: nn.Module, function: Callable[..., Any], given: Any) -> An
 
 def _compare(program: Program, given: Any, which: str) -> None:
     name = type(program.model).__name__
-    with _explained(program.model, given):
+    with explained(program.model, given):
         expected = dict(leaves(_evaluated(program.model, program.model, given)))
     fixed = "".join(f"\n  - {text}" for text in program.specialisations) or " none noted"
     advice = f"Fixed while tracing:{fixed}\nRead sizes as x.shape[i] and keep them in whole-number arithmetic."
@@ -395,86 +272,3 @@ def _doubled(given: Any) -> Any:
         return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
 
     return mapped(twice, given)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave the model and the random generators as they were found, whatever happens inside.
-
-    Covers every attribute of every module (modes, hooks, caches in dicts, lists and sets), and the value,
-    identity, gradient and `requires_grad` of every parameter, buffer and tensor attribute. Costs one copy of
-    the tensors.
-    """
-    containers: dict[int, Any] = {}
-    found: dict[int, Tensor] = {}
-    for module in list(model.modules()):
-        _collect(vars(module), containers, found)
-    copies = [(container, container.copy()) for container in containers.values()]
-    saved = [_Saved.of(tensor) for tensor in found.values()]
-    generators = _random_state()
-    try:
-        yield
-    finally:
-        for container, content in copies:
-            _refill(container, content)
-        for item in saved:
-            item.restore()
-        for setter, state in generators:
-            setter(state)
-
-
-def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found[id(value)] = value
-    elif type(value) in (dict, list, set, collections.OrderedDict, collections.deque) and id(value) not in containers:
-        containers[id(value)] = value
-        for child in list(value.values() if isinstance(value, dict) else value):
-            _collect(child, containers, found)
-
-
-def _refill(container: Any, content: Any) -> None:
-    flat = [[*c, *c.values()] if isinstance(c, dict) else list(c) for c in (container, content)]
-    if len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat, strict=True)):
-        return
-    container.clear()
-    (container.extend if hasattr(container, "extend") else container.update)(content)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    tensor: Tensor
-    data: Tensor
-    values: Tensor | None
-    requires_grad: bool
-    grad: Tensor | None
-
-    @staticmethod
-    def of(tensor: Tensor) -> "_Saved":
-        solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
-        values = tensor.detach().clone() if solid else None
-        return _Saved(tensor, tensor.data, values, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
-
-    def restore(self) -> None:
-        """Write back only what has changed: a write would break the backward of a loss still alive."""
-        tensor = self.tensor
-        if self.values is not None:
-            if tensor.data_ptr() != self.data.data_ptr() or tensor.shape != self.data.shape:
-                tensor.data = self.data
-            if not torch.equal(tensor, self.values):
-                with torch.no_grad():
-                    tensor.copy_(self.values)
-        if tensor.is_leaf:
-            tensor.requires_grad_(self.requires_grad)
-            if tensor.grad is not self.grad:
-                tensor.grad = self.grad
-
-
-def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-        (np.random.set_state, np.random.get_state()),
-    ]
-    if torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    return states

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import AddNeurons
-from dagrow.surgery import Draft, apply
+from dagrow.draft import Draft
+from dagrow.surgery import apply
 
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 BATCHES = [(X, X[:, :2] * X[:, 2:])]

@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from dagrow.errors import TraceError
 from dagrow.record import is_leaf
-from dagrow.trace import Program, bind, record, symbolic, untouched, verify
+from dagrow.symbolic import symbolic
+from dagrow.trace import Program, bind, record, verify
+from dagrow.undisturbed import Undisturbed
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
@@ -125,9 +127,9 @@ def test_program_computes_what_the_model_computes(name, train):
     assert all("val" in node.meta and "source" in node.meta for node in program.graph.nodes)
     for n in (2, 5):
         x = torch.randn(n, *shape)
-        with untouched(model):
+        with Undisturbed(model, weights=True):
             expected = model(x)
-        with untouched(model):
+        with Undisturbed(model, weights=True):
             found = program.run(x)
         assert type(found) is type(expected)
         if isinstance(found, torch.Tensor):

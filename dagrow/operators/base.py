@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
+from dagrow.draft import Draft
 from dagrow.growth import Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
-from dagrow.surgery import Draft
 
 __all__ = ["Candidate", "Operator", "Stage"]
 

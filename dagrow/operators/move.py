@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dagrow.dag import Dag, Edge
+from dagrow.draft import Draft
 from dagrow.errors import GrowthError
 from dagrow.features import Goal, Reads
 from dagrow.growth import Cost, Growth
@@ -11,7 +12,6 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator
 from dagrow.solve import best_move
-from dagrow.surgery import Draft
 from dagrow.validate import RIDGES, validate_move
 
 __all__ = ["MoveWeights"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag, Edge
+from dagrow.draft import Draft
 from dagrow.features import Carried, Feature, Gathered, Goal, New, Reads, Stacked
 from dagrow.growth import Growth, cost_of
 from dagrow.moments import Moments, Pair
@@ -23,7 +24,6 @@ from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
 from dagrow.positions import Arrival, arrival
 from dagrow.solve import Block, Compensation, explained_alone, fan_out
-from dagrow.surgery import Draft
 from dagrow.validate import HeldOut, settled, validate_fan_out
 
 __all__ = ["Place", "Proposal", "WidenCandidate", "places"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
+from dagrow.draft import Draft
 from dagrow.features import Goal
 from dagrow.growth import Growth, cost_of
 from dagrow.linalg import leading_svd
@@ -18,7 +19,6 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.neurons import Place, places
-from dagrow.surgery import Draft
 
 __all__ = ["CopyCandidate", "GradMaxCandidate", "ZeroCandidate"]
 

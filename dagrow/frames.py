@@ -1,0 +1,45 @@
+"""Where in the user's code something happens, for messages."""
+
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from traceback import walk_stack, walk_tb
+from types import FrameType
+
+__all__ = ["refusal", "source", "user_names"]
+
+_OURS = ("dagrow.frames", "dagrow.record", "dagrow.sizes", "dagrow.symbolic", "dagrow.trace", "dagrow.trees")
+
+
+def source(error: BaseException | None = None) -> str:
+    """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
+    frames = walk_tb(error.__traceback__) if error else _inside(walk_stack(sys._getframe(1)))
+    users = ((frame, line) for frame, line in frames if not _is_ours(frame.f_globals.get("__name__", "")))
+    found = list(users)[-1:] if error else list(itertools.islice(users, 1))
+    return f"{os.path.basename(found[0][0].f_code.co_filename)}:{found[0][1]}" if found else "unknown line"
+
+
+def _inside(stack: Iterable[tuple[FrameType, int]]) -> Iterator[tuple[FrameType, int]]:
+    """The frames of the model's forward, without those of who asked for it."""
+    return itertools.takewhile(lambda at: at[0].f_globals.get("__name__", "") != "dagrow.dag", stack)
+
+
+def user_names() -> tuple[str, ...]:
+    """The names that the user's running function uses. A loop to a size cannot be seen, but `range` can."""
+    frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
+    names = (f.f_code.co_names for f in frames if not _is_ours(f.f_globals.get("__name__", "")))
+    return next(names, ())
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "functools", "contextlib") or module in _OURS
+
+
+def refusal(what: str, where: str) -> str:
+    """Why a graph cannot hold something that depends on the values of a tensor, and what to do instead."""
+    return (
+        f"{where}: {what} needs the values of a tensor, so the graph would silently depend on the values of "
+        "the example. Keep the choice in tensors (torch.where, a mask), pass the number to forward as a "
+        "Python number, or compute it once in __init__."
+    )

@@ -1,0 +1,128 @@
+"""A model and the random generators, left as they were found, whatever happens inside a ``with``."""
+
+import collections
+import operator
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["Undisturbed"]
+
+_CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
+
+
+class Undisturbed:
+    """Leaves a model and the random generators as they were when it was made.
+
+    Of the model: its class, every attribute of every module (modes, hooks, caches in containers), and of every
+    parameter, buffer and other tensor there the gradient, ``requires_grad`` and the values.
+
+    Args:
+        weights: whether values of parameters are copied too; otherwise nothing inside may write them.
+    """
+
+    def __init__(self, model: nn.Module, *, weights: bool = False) -> None:
+        self.model, self.kind = model, type(model)
+        containers: dict[int, Any] = {}
+        found: dict[int, Tensor] = {}
+        for module in list(model.modules()):
+            _collect(vars(module), containers, found)
+        self.contents = [(container, container.copy()) for container in containers.values()]
+        self.tensors = [_Saved.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()]
+        self.generators = _random_state()
+        self.grad = torch.is_grad_enabled()
+
+    def __enter__(self) -> "Undisturbed":
+        for saved in self.tensors:
+            if saved.grad is not None:
+                saved.tensor.grad = None  # something inside may run backward
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Puts everything back. May run twice."""
+        torch.set_grad_enabled(self.grad)
+        self.model.__class__ = self.kind
+        for container, content in self.contents:
+            _refill(container, content)
+        for saved in self.tensors:
+            saved.restore()
+        for setter, state in self.generators:
+            setter(state)
+
+
+def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[id(value)] = value
+    elif type(value) in _CONTAINERS and id(value) not in containers:
+        containers[id(value)] = value
+        for child in list(value.values() if isinstance(value, dict) else value):
+            _collect(child, containers, found)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Gives a container its old content back, in its old order."""
+    same = len(container) == len(content) and all(map(operator.is_, container, content))
+    if same and isinstance(container, dict):
+        same = all(map(operator.is_, container.values(), content.values()))
+    if same:
+        return
+    container.clear()
+    (container.extend if hasattr(container, "extend") else container.update)(content)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    tensor: Tensor
+    data: Tensor
+    values: Tensor | None
+    requires_grad: bool
+    grad: Tensor | None
+
+    @staticmethod
+    def of(tensor: Tensor, copied: bool) -> "_Saved":
+        solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+        values = tensor.detach().clone() if copied and solid else None
+        return _Saved(tensor, tensor.detach(), values, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
+
+    def restore(self) -> None:
+        """Writes back only what has changed: a write would break the backward of a loss still alive."""
+        tensor = self.tensor
+        if self.values is not None:
+            if tensor.data_ptr() != self.data.data_ptr() or tensor.shape != self.data.shape:
+                tensor.data = self.data
+            if not torch.equal(tensor, self.values):
+                with torch.no_grad():
+                    tensor.copy_(self.values)
+        if not tensor.is_leaf:
+            return
+        if tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+        if tensor.grad is not self.grad:
+            tensor.grad = self.grad
+
+
+def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    return states
