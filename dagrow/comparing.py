@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dagrow.dag import Axis, Dag, Edge
+from dagrow.dag import Axis, Dag, Edge, tensor_at
 from dagrow.draft import Change
 from dagrow.growth import Growth
 from dagrow.layers import EdgeRule
@@ -127,8 +127,7 @@ def permute(dag: Dag, axis: Axis, order: Tensor) -> None:
             positions = torch.stack([torch.nonzero(units.flatten() == u).flatten() for u in range(axis.width)])
             names = [rider.name] if rider.rule is None else [f"{rider.name}.{entry}" for entry in rider.rule.neutral]
             for name in names:
-                owner, _, leaf = name.rpartition(".")
-                tensor = getattr(dag.model.get_submodule(owner), leaf)
+                tensor = tensor_at(dag.model, name)
                 flat = tensor.detach().flatten()
                 flat[positions] = flat[positions[order]]
                 tensor.copy_(flat.view_as(tensor))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import networkx as nx
 from rich.console import Console
 from rich.table import Table
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dagrow.axes import Layout, MisfitError, Widening, group, widen
 from dagrow.errors import GrowthError, TraceError
@@ -20,7 +21,7 @@ from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
 from dagrow.symbolic import symbolic
 from dagrow.trace import Program, record
 
-__all__ = ["Axis", "Dag", "Edge", "trace"]
+__all__ = ["Axis", "Dag", "Edge", "render", "tensor_at", "trace"]
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,11 @@ def _sharing(
         if direct & set(names):
             return f"{path} is also used directly"
     return None
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name, which starts with a dot where the model itself is the layer."""
+    return attrgetter(name.removeprefix("."))(model)
 
 
 def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:

@@ -5,19 +5,18 @@ At gamma = 0 the grown network computes what the network computed before.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dagrow.axes import Landing, Widening
-from dagrow.dag import Axis, Dag, Edge
+from dagrow.dag import Axis, Dag, Edge, tensor_at
 from dagrow.errors import GrowthError
 from dagrow.labels import Rider
 from dagrow.trace import Program
 
-__all__ = ["Change", "Draft", "pad", "tensor_at"]
+__all__ = ["Change", "Draft", "pad"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +197,3 @@ def pad(tensor: Tensor, landings: Sequence[Landing], fresh: Tensor | None = None
     grown = tensor.new_zeros(shape) if fresh is None else fresh.detach().clone()
     grown[torch.meshgrid(*(i.to(tensor.device) for i in index), indexing="ij")] = tensor
     return grown
-
-
-def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name, which starts with a dot where the model itself is the layer."""
-    return attrgetter(name.removeprefix("."))(model)

@@ -172,7 +172,7 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
         stage.fill(draft)
     change = draft.change()
     pairs = [pair for stage in stages for pair in stage.pairs()]
-    _check_preserved(dag, objective, change, ", ".join(stage.where for stage in stages))
+    _check_preserved(dag, objective, change, ", ".join(stage.axis.name for stage in stages))
     with Preview(dag, change):
         tensors = change.tensors(dag.model, 0.0)
         return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dagrow.dag import Dag
-from dagrow.draft import Change, pad, tensor_at
+from dagrow.dag import Dag, tensor_at
+from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
 from dagrow.optimizers import carry, log_growth, log_undo, refusal, settle

@@ -110,10 +110,6 @@ class WrongCandidate(Candidate):
     def __init__(self, operator: Wrong, inner: Candidate) -> None:
         self.operator, self.inner = operator, inner
 
-    @property
-    def where(self) -> str:
-        return self.inner.where
-
     def pairs(self):
         return self.inner.pairs()
 
@@ -128,10 +124,6 @@ class WrongStage(Previewed):
     def __init__(self, inner, operator: Wrong) -> None:
         self.inner, self.operator = inner, operator
         self.axis, self.widening = inner.axis, inner.widening
-
-    @property
-    def where(self) -> str:
-        return self.inner.where
 
     def pairs(self):
         return self.inner.pairs()

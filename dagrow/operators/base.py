@@ -20,11 +20,6 @@ __all__ = ["Candidate", "Operator", "Stage"]
 class Candidate(ABC):
     """One place where an operator could grow."""
 
-    @property
-    @abstractmethod
-    def where(self) -> str:
-        """The axis or edge, for messages."""
-
     @abstractmethod
     def pairs(self) -> Iterable[Pair]:
         """The moments that it needs."""

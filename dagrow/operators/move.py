@@ -67,10 +67,6 @@ class MoveCandidate(Candidate):
     edge: Edge
 
     @property
-    def where(self) -> str:
-        return self.edge.name
-
-    @property
     def _features(self) -> tuple[Reads, Goal]:
         return Reads(self.edge.name, self.edge.bias), Goal(self.edge.name)
 
@@ -88,7 +84,7 @@ class MoveCandidate(Candidate):
         draft = Draft(self.dag)
         draft.move(self.edge, move.weights)
         return Growth(
-            self.operator, self.where, 0, move.gain, {self.edge.name: move.gain}, Cost(),
+            self.operator, self.edge.name, 0, move.gain, {self.edge.name: move.gain}, Cost(),
             None if held is None else held.gain, None if held is None else held.error, move.goal - move.bottleneck,
             significant=held is None or held.significant, notes=(move.note,) if move.note else (),
             change=draft.change(), dag=self.dag, objective=objective,

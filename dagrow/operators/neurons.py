@@ -151,10 +151,6 @@ class WidenCandidate(Candidate):
     exact: bool = False
     seed: int = 0
 
-    @property
-    def where(self) -> str:
-        return self.place.axis.name
-
     def pairs(self) -> list[Pair]:
         return [(self.place.features, self.place.features), *self.needs]
 
@@ -185,10 +181,6 @@ class FanOutStage(Stage):
     proposal: Proposal
     axis: Axis
     widening: Widening
-
-    @property
-    def where(self) -> str:
-        return self.axis.name
 
     @property
     def place(self) -> Place:
@@ -300,7 +292,8 @@ class FanOutStage(Stage):
         gain = sum(h.gain for h in held)
         notes = (*proposal.notes, *(fit.note for fit in fits.values() if fit.note))
         return Growth(
-            self.origin.operator, self.where, len(kept), sum(gains.values()), gains, cost_of(self.place.dag, change),
+            self.origin.operator, self.axis.name, len(kept), sum(gains.values()), gains,
+            cost_of(self.place.dag, change),
             gain if held else None, sum(h.error**2 for h in held) ** 0.5 if held else None, drop, proposal.values,
             significant=self.origin.exact or ((first is None or first.significant) and gain > 0),
             notes=tuple(dict.fromkeys(notes)),

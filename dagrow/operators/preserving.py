@@ -33,10 +33,6 @@ class PreservingCandidate(Candidate):
     k: int
     seed: int
 
-    @property
-    def where(self) -> str:
-        return self.axis.name
-
     def pairs(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
         goal = Goal(self.axis.consumers[0].name)
@@ -48,7 +44,7 @@ class PreservingCandidate(Candidate):
         self.fill(draft, widening, moments)
         change = draft.change()
         return Growth(
-            self.operator, self.where, self.k, 0.0, {consumer.name: 0.0 for consumer in self.axis.consumers},
+            self.operator, self.axis.name, self.k, 0.0, {consumer.name: 0.0 for consumer in self.axis.consumers},
             cost_of(self.dag, change), preserving=True, change=change, dag=self.dag, objective=objective,
         )  # fmt: skip
 
