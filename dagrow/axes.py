@@ -299,8 +299,11 @@ def _rewritten(node: fx.Node, expected: torch.Size | None) -> tuple[Any, ...] | 
     """The node's arguments with the literal sizes that the wider axis needs, or None."""
     if expected is None or ops.op_name(node) not in ("view", "reshape") or node.kwargs:
         return None
-    nested = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
-    given = tuple(node.args[1]) if nested else node.args[1:]  # type: ignore[arg-type]
+    first: Any = node.args[1]
+    nested = isinstance(first, (tuple, list))
+    given = tuple(first) if nested else node.args[1:]
+    if len(given) != len(expected):  # view(dtype)
+        return None
     sizes = []
     for size, before, after in zip(given, node.meta["val"].shape, expected, strict=True):
         live = isinstance(size, fx.Node) or size == -1

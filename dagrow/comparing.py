@@ -73,8 +73,10 @@ def same(before: object, after: object, what: str, path: str = "") -> None:
         for index, pair in enumerate(zip(before, after, strict=True)):
             same(*pair, what, f"{path}[{index}]")
     else:
-        tensors = isinstance(before, Tensor) and isinstance(after, Tensor)
-        equal = tensors and torch.equal(before, after) if tensors else before == after  # type: ignore[arg-type]
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            equal = torch.equal(before, after)
+        else:
+            equal = bool(before == after)
         assert equal, f"{what}: {path} is {after}, was {before}"
 
 

@@ -187,8 +187,8 @@ class _Trainee:
         return grow(self.dag, measured, cross_entropy, [operator], validation=validation, optimizer=self.optimizer)
 
     def point(self, epoch: int) -> Point:
-        widths = tuple(self.model.get_submodule(name).out_features for name in HIDDEN)
-        return Point(epoch, widths, self.dag.parameter_count(), score(self.model, self.data.test))  # type: ignore[arg-type]
+        widths = tuple(len(self.model.get_parameter(f"{name}.weight")) for name in HIDDEN)
+        return Point(epoch, widths, self.dag.parameter_count(), score(self.model, self.data.test))
 
     def step(self, number: int, epoch: int, receipt: Receipt, refused: bool) -> Step:
         growth = receipt.growth

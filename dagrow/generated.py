@@ -88,9 +88,10 @@ def wear(program: Program, literals: Mapping[fx.Node, tuple[Any, ...]]) -> type[
     """A class like the model's own whose forward runs the program's graph with other literal sizes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, copies))  # type: ignore[arg-type]
+    result: Any = graph.graph_copy(program.graph, copies)
+    graph.output(result)
     for node, args in literals.items():
-        copies[node].args = fx.map_arg(args, lambda n: copies[n])  # type: ignore[assignment]
+        copies[node].args = tuple(fx.map_arg(arg, lambda n: copies[n]) for arg in args)
     for node, copied in copies.items():
         if node.meta.get("follows_mode"):
             _follow_mode(graph, copied)

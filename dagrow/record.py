@@ -83,11 +83,11 @@ def _mode_positions(function: Callable[..., Any]) -> tuple[int, ...]:
 
 def mark_mode(node: fx.Node) -> None:
     """Set `meta["mode_dependent"]` on a call that was given a boolean `training` or `train` argument."""
-    if node.op != "call_function":
+    if node.op != "call_function" or not callable(node.target):
         return
     flags = [node.kwargs.get("training"), node.kwargs.get("train")]
     if any(isinstance(arg, bool) for arg in node.args):
-        flags += [node.args[i] for i in _mode_positions(node.target) if i < len(node.args)]  # type: ignore[arg-type]
+        flags += [node.args[i] for i in _mode_positions(node.target) if i < len(node.args)]
     if any(isinstance(flag, bool) for flag in flags):
         node.meta["mode_dependent"] = True
 
@@ -219,7 +219,7 @@ class Recorder(TorchFunctionMode):
     def _node_of(self, tensor: Tensor) -> fx.Node:
         made_by = tensor.grad_fn
         if isinstance(made_by, torch.autograd.function.BackwardCFunction):
-            name = made_by._forward_cls.__name__  # type: ignore[attr-defined]
+            name = made_by.name().removesuffix("Backward")
             self.note(f"the graph differentiates the forward of {name}, it does not call its backward")
         if id(tensor) not in self._nodes:
             self._keep(tensor, self._attribute(tensor))

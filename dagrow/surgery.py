@@ -117,9 +117,10 @@ class Undo:
         self.saved, self.view, self.kind = Saved(dag.model, change), dag.view(), kind
         self.receipt: Any = None  #: weak reference to the receipt that can call this
         self.state: dict[Tensor, dict[str, Any]] = {}
-        for name, tensor in self.saved.tensors.items() if optimizer is not None else ():
-            if tensor in optimizer.state:  # type: ignore[union-attr]
-                self.state[tensor] = _kept(optimizer.state[tensor], name in change.landings)  # type: ignore[union-attr]
+        held = {} if optimizer is None else optimizer.state
+        for name, tensor in self.saved.tensors.items():
+            if tensor in held:
+                self.state[tensor] = _kept(held[tensor], name in change.landings)
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""

@@ -84,9 +84,8 @@ def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in known:
-            tensor = attrgetter(node.target)(model)
-            node.target = f"_constant{len(constants)}"
-            constants[node.target] = tensor  # type: ignore[assignment]
+            name = f"_constant{len(constants)}"
+            node.target, constants[name] = name, attrgetter(node.target)(model)
     return constants
 
 
