@@ -176,10 +176,11 @@ class Dag:
         return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
 
     def describe(self, width: int = 130) -> str:
-        """Tables of edges and axes, at most ``width`` columns wide, and the layers that no rule knows."""
+        """Tables of edges and axes, at most ``width`` columns wide; layers that no rule knows; what tracing fixed."""
         unknown = [f"{name} ({type(module).__name__})" for name, module in self._without_rule()]
-        text = render(*_tables(self), width=width)
-        return f"{text}\nNo rule yet for {', '.join(unknown)}: what they touch cannot grow." if unknown else text
+        notes = [f"No rule yet for {', '.join(unknown)}: what they touch cannot grow."] if unknown else []
+        notes += [f"Fixed while tracing: {text}." for text in self.program.specialisations]
+        return "\n".join([render(*_tables(self), width=width), *notes])
 
     def _without_rule(self) -> Iterator[tuple[str, nn.Module]]:
         """Leaf modules with parameters that are neither edges nor riders."""

@@ -170,3 +170,17 @@ def test_a_held_out_gain_is_never_more_than_there_is() -> None:
     for init in ("optimal", "random_features"):
         for growth in dagrow.propose(dag, batches, loss, [dagrow.AddNeurons(k=3, init=init)]):
             assert growth.heldout_gain <= goals["2"].goal
+
+
+def test_what_tracing_fixed_is_told() -> None:
+    class Guarded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(2 * x if x.shape[0] > 100 else x)
+
+    assert "Fixed while tracing: x.shape[0] > 100 is False (test_hard_cases.py:" in str(
+        dagrow.trace(Guarded(), torch.zeros(3, 4))
+    )

@@ -66,7 +66,7 @@ class AddNeurons(Operator):
                 raise GrowthError(
                     f"AddNeurons({name}={getattr(self, name)!r}) is not one of {', '.join(map(repr, options))}."
                 )
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise GrowthError(
                 f"AddNeurons(k={self.k!r}): give a positive number of neurons, or None for as many as are worth it."
             )
