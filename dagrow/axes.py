@@ -62,10 +62,8 @@ class Landing:
 
 @dataclass(frozen=True, eq=False)
 class Widening:
-    """What changes when an axis widens by k units."""
+    """What changes where when an axis widens."""
 
-    layout: Layout
-    k: int
     rows: Mapping[str, Landing]
     columns: Mapping[str, Landing]
     entries: Mapping[Rider, Landing]
@@ -121,7 +119,7 @@ def widen(
         r: runner.riders.get(r) or runner.landed(r.name, runner.found.entries[r], found.entries[r], 0)
         for r in layout.entries
     }
-    return Widening(layout, k, runner.landings, columns, entries, runner.literals)
+    return Widening(runner.landings, columns, entries, runner.literals)
 
 
 class _GrowthRunner(ChannelRunner):

@@ -127,8 +127,7 @@ def permute(dag: Dag, axis: Axis, order: Tensor) -> None:
                         moved(parameter, places[edge.name], dim)
         for rider, units in axis.layout.entries.items():
             positions = torch.stack([torch.nonzero(units.flatten() == u).flatten() for u in range(axis.width)])
-            names = [rider.name] if rider.rule is None else [f"{rider.name}.{entry}" for entry in rider.rule.neutral]
-            for name in names:
+            for name in rider.tensors:
                 tensor = tensor_at(dag.model, name)
                 flat = tensor.detach().flatten()
                 flat[positions] = flat[positions[order]]
@@ -199,8 +198,7 @@ def _target(
     reads, goal = before[edge.name]
     if edge.bias:
         reads = torch.cat([reads, reads.new_ones(len(reads), 1)], 1)
-    movable = all(parameter.requires_grad for parameter in edge.parameters().values())
-    wanted = goal - regressed(reads, goal) if project and movable else goal
+    wanted = goal - regressed(reads, goal) if project and edge.trainable else goal
     weight, written = change.slope.get(f"{edge.name}.weight"), torch.zeros_like(goal)
     new = read[:, :0]
     landings = {landing.dim: landing for landing in change.landings.get(f"{edge.name}.weight", ())}
@@ -213,7 +211,7 @@ def _target(
             entries = torch.arange(weight[0].numel()).view(weight.shape[1:])[landings[1].new]
             new = read[:, entries.flatten(1)]  # [rows, k, slots]
             new = (new[:, ::2] - new[:, 1::2] if paired else new).flatten(1)
-    centred = movable and edge.bias
+    centred = edge.trainable and edge.bias
     new = new - new.mean(0) if centred and len(new) else new
     offered = None if producer is None else before[producer.name][0]
     if offered is not None and producer is not None:

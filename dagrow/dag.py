@@ -49,6 +49,11 @@ class Edge:
         return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
 
     @property
+    def trainable(self) -> bool:
+        """Whether its own weights may move."""
+        return all(parameter.requires_grad for parameter in self.parameters().values())
+
+    @property
     def bias(self) -> bool:
         return "bias" in self.parameters()
 
@@ -269,7 +274,7 @@ def _freeze_shared(dag: Dag) -> None:
             found.classes.freeze(found.columns[edge], cause)
     for rider, labels in found.entries.items():
         owner, _, leaf = rider.name.rpartition(".")
-        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, tuple(rider.rule.neutral))
+        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, rider.rule.entries)
         used = direct - {rider.name}
         cause = _sharing(name, dag.model.get_submodule(name), entries, owners, used)
         if cause:

@@ -29,7 +29,6 @@ class Change:
         slope: parameter -> its derivative in gamma, in the grown shape.
         attributes: module -> its attributes that state widths.
         literals: node of the graph -> its arguments with the sizes of the grown network.
-        widths: axis -> units added.
         program: what the graph was when the change was drafted.
     """
 
@@ -38,7 +37,6 @@ class Change:
     slope: Mapping[str, Tensor]
     attributes: Mapping[str, Mapping[str, int]]
     literals: Mapping[fx.Node, tuple[Any, ...]]
-    widths: Mapping[str, int]
     program: Program
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
@@ -54,12 +52,6 @@ class Change:
                     tensor = tensor + gamma * slope.to(tensor)
                 found[name] = tensor
         return found
-
-    def where(self) -> dict[str, dict[int, list[int]]]:
-        """Parameter or buffer -> for each grown dimension the positions of its new entries."""
-        return {
-            name: {landing.dim: landing.new.flatten().tolist() for landing in at} for name, at in self.landings.items()
-        }
 
 
 class Draft:
@@ -77,7 +69,6 @@ class Draft:
         self.slope: dict[str, Tensor] = {}
         self.attributes: dict[str, Mapping[str, int]] = {}
         self.literals: dict[fx.Node, tuple[Any, ...]] = {}
-        self.widths = {axis.name: widening.k for axis, widening in widenings}
         self.read: dict[str, Landing] = {}
         self.written: dict[str, Landing] = {}
         riders: list[tuple[Rider, Landing]] = []
@@ -116,7 +107,7 @@ class Draft:
         self.read[rider.name] = landing
         mean, variance = torch.tensor([0.0, 1.0], dtype=torch.float64)
         passing = rider.rule.calibrated(self.dag.model.get_submodule(rider.name), mean, variance)
-        for entry in rider.rule.neutral:
+        for entry in rider.rule.entries:
             self.landings[f"{rider.name}.{entry}"] = (Landing(0, landing.size, landing.old, landing.new),)
             self._fresh(f"{rider.name}.{entry}").fill_(float(passing[entry]))
         self.attributes[rider.name] = rider.rule.attributes(landing.size)
@@ -157,10 +148,9 @@ class Draft:
 
     def copy_rider(self, rider: Rider, landing: Landing, units: Tensor, copied: Tensor) -> None:
         """New entries of a rider that repeat those of old units. ``units`` tells which unit each old entry is of."""
-        names = [rider.name] if rider.rule is None else [f"{rider.name}.{entry}" for entry in rider.rule.neutral]
         pattern = units.movedim(landing.dim, 0).reshape(units.shape[landing.dim], -1)[:, 0]
         source = torch.cat([torch.nonzero(pattern == unit).flatten() for unit in copied.tolist()])
-        for name in names:
+        for name in rider.tensors:
             old = tensor_at(self.dag.model, name).detach()
             self._fresh(name).index_copy_(landing.dim, landing.new.flatten(), old.index_select(landing.dim, source))
 
@@ -180,9 +170,7 @@ class Draft:
         return next((at.old for at in self.landings.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:
-        return Change(
-            self.landings, self.fresh, self.slope, self.attributes, self.literals, self.widths, self.dag.program
-        )
+        return Change(self.landings, self.fresh, self.slope, self.attributes, self.literals, self.dag.program)
 
 
 def pad(tensor: Tensor, landings: Sequence[Landing], fresh: Tensor | None = None) -> Tensor:

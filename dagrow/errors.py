@@ -1,6 +1,8 @@
-"""The errors that users meet. Each message says what was given, why it does not do, and what to do instead."""
+"""The errors that users meet. Each message says what was given, why it does not work, and what to do instead."""
 
-__all__ = ["BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError"]
+__all__ = [
+    "BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError", "first_line",
+]  # fmt: skip
 
 
 class DagrowError(Exception):
@@ -29,3 +31,8 @@ class OptimizerError(DagrowError):
 
 class StoreError(DagrowError):
     """A file cannot be written or read, or what it holds does not fit the model."""
+
+
+def first_line(error: Exception) -> str:
+    """An error of others in one line, for messages of ours."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -12,7 +12,7 @@ from dagrow.dag import Dag, render
 from dagrow.draft import Change, Draft
 from dagrow.errors import GrowthError, OptimizerError
 from dagrow.features import Goal, Reads
-from dagrow.growth import Growth, Receipt
+from dagrow.growth import Growth, Receipt, where_new
 from dagrow.measure import measure
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step
@@ -127,6 +127,10 @@ def propose(
 ) -> list[Growth]:  # fmt: skip
     """Measures what every operator could add at every place. Changes nothing.
 
+    Args:
+        dag, batches, loss, step, mode: as for :func:`bottlenecks`.
+        operators: ways to grow.
+
     Returns:
         Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples.
 
@@ -159,11 +163,22 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
         return []
     m = measure(dag, objective, [pair for c in candidates for pair in c.pairs()], folds=folds)
     solved = [found for c in candidates if (found := c.solve(m, objective)) is not None]
+    _check_solved(solved, operator, Growth, Stage)
     growths = [growth for growth in solved if isinstance(growth, Growth)]
     for stages in packed([stage for stage in solved if isinstance(stage, Stage)]):
         m = _previewed(dag, objective, stages, folds)
-        growths += [g for stage in stages if isinstance(g := stage.solve(m, objective), Growth)]
+        further = [found for stage in stages if (found := stage.solve(m, objective)) is not None]
+        _check_solved(further, operator, Growth)
+        growths += [growth for growth in further if isinstance(growth, Growth)]
     return growths
+
+
+def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> None:
+    wrong = [type(item).__name__ for item in found if not isinstance(item, kinds)]
+    if wrong:
+        raise GrowthError(
+            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, None, or, at first, a Stage."
+        )
 
 
 def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: int) -> Moments:
@@ -204,11 +219,14 @@ def grow(
     A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added.
 
     Args:
+        dag: what :func:`dagrow.trace` returned; its model grows in place.
+        batches, loss, step, mode: as for :func:`bottlenecks`.
+        operators: asked one after the other, each on the model that the one before has grown.
         validation: batches for the line search; by default those that were measured.
         optimizer: its state is brought along at once, for every parameter that grows.
 
     Returns:
-        A receipt, with one part per applied growth: the drop of a move and of a growth are told apart.
+        A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
 
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
@@ -265,8 +283,8 @@ def _summed(parts: Sequence[Receipt], before: float) -> Receipt:
         return parts[0]
     if not parts:
         return Receipt("", 0, 0.0, before, before, 0.0, {})
-    where = {name: at for part in parts for name, at in part.parameters.items()}
+    where = where_new([part.growth.change for part in parts if part.growth is not None])
     return Receipt(
         ", ".join(part.where for part in parts), sum(part.neurons for part in parts), parts[-1].gamma,
-        before, parts[-1].loss_after, sum(part.gain for part in parts), where, tuple(parts),
+        before, parts[-1].loss_after, sum(part.gain for part in parts), where, _parts=tuple(parts),
     )  # fmt: skip

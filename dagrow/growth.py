@@ -17,7 +17,7 @@ from dagrow.errors import GrowthError
 from dagrow.objective import Objective
 from dagrow.surgery import Preview, Saved, Undo, apply, transaction, whole, widen_copy
 
-__all__ = ["Cost", "Growth", "Receipt", "cost_of"]
+__all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Growth:
         singular_values: of the whitened goal, one per direction that was considered.
         significant: whether the held-out gain is more than chance; not asked where the number of neurons was given.
         preserving: whether the function stays the same at every amplitude, so that there is nothing to search.
+        invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
+            is drawn at random.
         notes: fallbacks that the solution needed.
     """
 
@@ -60,6 +62,7 @@ class Growth:
     singular_values: Tensor | None = None
     significant: bool = True
     preserving: bool = False
+    invariant: bool = True
     notes: tuple[str, ...] = ()
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
@@ -104,7 +107,7 @@ class Growth:
             )
         undo = apply(self.dag, self.change, gamma, optimizer)
         receipt = Receipt(
-            self.where, self.neurons, gamma, before, after, self.gain, self.change.where(), (), self, undo
+            self.where, self.neurons, gamma, before, after, self.gain, where_new([self.change]), self, undo
         )
         undo.receipt = ref(receipt)
         return receipt
@@ -126,12 +129,11 @@ class Receipt:
     Attributes:
         where: the axis or edge, or "" if nothing was worth adding.
         neurons: new units.
-        gamma: the amplitude that was chosen.
+        gamma: the amplitude that was chosen; of the last part, if there are several.
         loss_before, loss_after: the loss on the batches that chose the amplitude.
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
-        parts: the receipts of several growths applied in a row.
-        growth: the growth that was applied.
+        growth: the growth that was applied; None for several in a row, and for none.
     """
 
     where: str
@@ -141,9 +143,14 @@ class Receipt:
     loss_after: float
     gain: float
     parameters: Mapping[str, Mapping[int, list[int]]]
-    parts: tuple["Receipt", ...] = ()
     growth: Growth | None = field(default=None, repr=False)
     _undo: Undo | None = field(default=None, repr=False)
+    _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+
+    @property
+    def parts(self) -> tuple["Receipt", ...]:
+        """The receipts of the growths that were applied, first to last: for one growth, of itself."""
+        return self._parts or ((self,) if self.growth is not None else ())
 
     @property
     def drop(self) -> float:
@@ -161,7 +168,7 @@ class Receipt:
         """
         done: list[Saved] = []
         try:
-            for part in self.parts or (self,):
+            for part in self.parts:
                 if part.growth is not None and part._undo is not None:
                     done.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
         except BaseException:
@@ -175,7 +182,7 @@ class Receipt:
         Raises:
             GrowthError: later growths are still in place, or it was undone already.
         """
-        undos = [part._undo for part in self.parts or (self,) if part._undo is not None]
+        undos = [part._undo for part in self.parts if part._undo is not None]
         if not undos:
             return
         applied = undos[0].dag.applied
@@ -189,14 +196,26 @@ class Receipt:
         whole(restore, restore)
 
     def __str__(self) -> str:
-        if self.parts:
-            return "\n".join(map(str, self.parts))
+        if self._parts:
+            return "\n".join(map(str, self._parts))
         if not self.where:
             return f"nothing added; loss {self.loss_before:.6g}"
         return (
             f"{self.where}: {self.neurons} neurons at gamma {self.gamma:.3g}, gain {self.gain:.4g}, "
             f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}"
         )
+
+
+def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
+    """Parameter or buffer -> for each dimension that grew where the new entries are, after changes in a row."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for change in changes:
+        for name, landings in change.landings.items():
+            places = found.setdefault(name, {})
+            for at in landings:
+                moved = [int(at.old[place]) for place in places.get(at.dim, [])]
+                places[at.dim] = sorted(moved + at.new.flatten().tolist())
+    return found
 
 
 def _restore(undos: Sequence[Undo]) -> None:

@@ -80,6 +80,11 @@ class Rider:
     rule: RiderRule | None  #: None for a parameter or buffer used directly
     neutral: float = 0.0  #: for a tensor used directly: the entry that leaves a channel unchanged
 
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the parameters and buffers that carry the entries."""
+        return [self.name] if self.rule is None else [f"{self.name}.{entry}" for entry in self.rule.entries]
+
 
 @dataclass
 class Labelling:

@@ -59,8 +59,8 @@ class EdgeRule(LayerRule):
 class RiderRule(LayerRule):
     """A layer with one entry per channel, through which a new channel must pass unchanged."""
 
-    #: parameter or buffer name -> value of the entry with which the channel passes unchanged
-    neutral: Mapping[str, float]
+    #: parameters and buffers with one entry per channel
+    entries: tuple[str, ...]
 
     @abstractmethod
     def channel_dim(self, ndim: int) -> int:
@@ -107,7 +107,7 @@ class BatchNormRule(RiderRule):
     """``nn.BatchNorm1d``. With running mean m, variance s^2, weight sqrt(s^2 + eps) and bias m it is the identity."""
 
     types = (nn.BatchNorm1d,)
-    neutral = MappingProxyType({"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0})
+    entries = ("weight", "bias", "running_mean", "running_var")
 
     def channel_dim(self, ndim: int) -> int:
         return 1

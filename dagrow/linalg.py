@@ -45,14 +45,12 @@ class Whitening:
     Attributes:
         factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular.
         scale: the diagonal D ``[p]``.
-        rank: the number of directions.
         note: what had to be done to a singular matrix, or "".
     """
 
     factor: Tensor
     scale: Tensor
     triangular: bool
-    rank: int
     note: str
 
     def whiten(self, x: Tensor) -> Tensor:
@@ -94,12 +92,12 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     )  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
-        return Whitening(factor, scale, True, int(alive.sum()), "")
+        return Whitening(factor, scale, True, "")
     scaled.diagonal().mul_(alive)
     values, vectors = torch.linalg.eigh(scaled)
     kept = values > cut * values.max()
     factor, rank = (vectors[:, kept] * values[kept].rsqrt()).T, int(kept.sum())
-    return Whitening(factor, scale, False, rank, f"rank cut from {d} to {rank}")
+    return Whitening(factor, scale, False, f"rank cut from {d} to {rank}")
 
 
 def leading_subspace(

@@ -24,7 +24,7 @@ POINTWISE = frozenset(
 PAIRWISE = frozenset(
     """
     add sub subtract mul multiply div divide truediv floordiv mod pow maximum minimum where lerp addcmul addcdiv
-    eq ne lt le gt ge masked_fill logical_and logical_or fmod remainder atan2 iadd isub imul itruediv radd rsub
+    eq ne lt le gt ge masked_fill logical_and logical_or fmod remainder atan2 radd rsub
     rmul rtruediv rdiv rpow
     """.split()
 )

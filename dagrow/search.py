@@ -5,15 +5,14 @@ from collections.abc import Callable
 __all__ = ["line_search"]
 
 GOLDEN = (5**0.5 - 1) / 2
+EVALUATIONS = 16  #: of the loss, at most
 WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
 
 
-def line_search(
-    loss: Callable[[float], float], before: float, start: float = 1.0, evaluations: int = 16
-) -> tuple[float, float]:
+def line_search(loss: Callable[[float], float], before: float) -> tuple[float, float]:
     """The amplitude with the lowest loss, and that loss. Never above ``before``; amplitude 0 if nothing is lower.
 
-    Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
+    Brackets a minimum by doubling or halving from 1, then narrows it by golden sections.
     """
     known = {0.0: before}
 
@@ -22,17 +21,17 @@ def line_search(
             known[gamma] = loss(gamma)
         return known[gamma]
 
-    best = start
-    if at(start) < before:
-        while at(2 * best) < at(best) and len(known) < evaluations:
+    best = 1.0
+    if at(best) < before:
+        while at(2 * best) < at(best) and len(known) < EVALUATIONS:
             best *= 2
     else:
-        while at(best) >= before and len(known) < evaluations:
+        while at(best) >= before and len(known) < EVALUATIONS:
             best /= 2
-        while at(best / 2) < at(best) and len(known) < evaluations:
+        while at(best / 2) < at(best) and len(known) < EVALUATIONS:
             best /= 2
     low, high = best / 2, best * 2
-    while len(known) < evaluations and high - low > 0.05 * best:
+    while len(known) < EVALUATIONS and high - low > 0.05 * best:
         left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
         low, high = (low, right) if at(left) < at(right) else (left, high)
     gamma = min(known, key=lambda g: (known[g], g))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dagrow.dag import Dag, trace
 from dagrow.draft import Draft
-from dagrow.errors import GrowthError, StoreError
+from dagrow.errors import GrowthError, StoreError, first_line
 from dagrow.surgery import apply, transaction, whole
 
 __all__ = ["load", "save"]
@@ -42,7 +42,8 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     except (OSError, RuntimeError) as error:
         raise StoreError(f"{target} cannot be written ({error}); give a path in a folder that exists.") from error
     finally:
-        part.unlink(missing_ok=True) if part.is_file() else None
+        if part.is_file():
+            part.unlink(missing_ok=True)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None) -> Dag:
@@ -77,9 +78,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, Any]]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise StoreError(
-            f"{path} cannot be read ({_first_line(error)}); give a file that dagrow.save wrote."
-        ) from error
+        raise StoreError(f"{path} cannot be read ({first_line(error)}); give a file that dagrow.save wrote.") from error
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise StoreError(f"{path} was not written by dagrow.save; for a plain state_dict, use model.load_state_dict.")
     if content.get("version") != VERSION:
@@ -93,10 +92,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, Any]]
     if not complete or not all(type(width) is int for width in widths.values()):
         raise StoreError(f"{path} is damaged: its widths or weights are missing. Save it again.")
     return dict(widths), dict(state)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:

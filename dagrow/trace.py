@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dagrow.errors import TraceError
+from dagrow.errors import TraceError, first_line
 from dagrow.record import (
     VALUE_ERRORS,
     FakeMode,
@@ -209,17 +209,13 @@ def verify(program: Program, example_inputs: Any) -> Program:
     try:
         _evaluated(program.model, program.model, double)
     except Exception as error:
-        return _noted(program, f"the model refuses twice the batch of the example: {_first_line(error)}")
+        return _noted(program, f"the model refuses twice the batch of the example: {first_line(error)}")
     _compare(program, double, "the example inputs with every batch repeated twice")
     return program
 
 
 def _noted(program: Program, text: str) -> Program:
     return dataclasses.replace(program, specialisations=(*program.specialisations, text))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _evaluated(model: nn.Module, function: Callable[..., Any], given: Any) -> Any:
@@ -243,7 +239,7 @@ def _compare(program: Program, given: Any, which: str) -> None:
     try:
         found = dict(leaves(_evaluated(program.model, program.run, given)))
     except Exception as error:
-        raise TraceError(f"The graph of {name} fails on {which} ({_first_line(error)}). {advice}") from error
+        raise TraceError(f"The graph of {name} fails on {which} ({first_line(error)}). {advice}") from error
     for path in {**expected, **found}:
         if path not in expected or path not in found or not _close(expected[path], found[path]):
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")

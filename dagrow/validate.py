@@ -16,14 +16,25 @@ from dagrow.linalg import Whitening, leading_svd
 from dagrow.moments import Fold, Means, Split
 from dagrow.solve import OVERSAMPLED, Block, Remainder, Stack, best_move, fan_out
 
-__all__ = ["NEURON_RIDGES", "RIDGES", "HeldOut", "settled", "validate_directions", "validate_fan_out", "validate_move"]
+__all__ = [
+    "NEURON_RIDGES", "RIDGES", "HeldOut", "neuron_ridges", "settled", "validate_directions", "validate_fan_out",
+    "validate_move",
+]  # fmt: skip
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
 RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 #: ridges that are tried for new neurons: smaller ones explain more at first order and train worse (docs/mnist.md)
 NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SIGNIFICANT = 3.0  #: standard deviations of the null by which a held-out gain must exceed zero
+FEW = 32  #: combinations of goals by which a layer's own ridge is chosen
 MOST = 64  #: neurons considered at once when their number is open
+
+
+def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
+    """The ridges to choose from: the one that is given; several, if there are folds to choose by; or none at all."""
+    if ridge is not None:
+        return (ridge,)
+    return NEURON_RIDGES if folds > 1 else (0.0,)
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class HeldOut:
     significant: bool
 
 
-def settled(split: Split, block: Block, ridges: Sequence[float] = RIDGES) -> Block:
+def settled(split: Split, block: Block) -> Block:
     """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
     if block.reads is None or len(split) == 1:
         return block
@@ -53,7 +64,7 @@ def settled(split: Split, block: Block, ridges: Sequence[float] = RIDGES) -> Blo
             total += _drop(dw, test[reads, goal] @ some, test[reads, reads])
         return total
 
-    return replace(block, ridge=_climbed(ridges, drop))
+    return replace(block, ridge=_climbed(RIDGES, drop))
 
 
 def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
@@ -61,12 +72,12 @@ def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
     return float(2 * (xt * n).sum() - (xt * (p @ xt)).sum())
 
 
-def _sketch(side: Tensor, few: int = 32) -> Tensor:
+def _sketch(side: Tensor) -> Tensor:
     """Random combinations of goals, or all of them if they are few."""
     outputs = side.shape[1]
-    if outputs <= few:
+    if outputs <= FEW:
         return torch.eye(outputs).to(side)
-    return torch.randn(outputs, few, generator=torch.Generator().manual_seed(0)).to(side)
+    return torch.randn(outputs, FEW, generator=torch.Generator().manual_seed(0)).to(side)
 
 
 def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ridges: Sequence[float]) -> HeldOut:

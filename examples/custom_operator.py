@@ -17,10 +17,10 @@ from dagrow.testing import check_operator
 
 @dataclass(frozen=True)
 class PrincipalComponents(Widen):
-    """Widens every axis by neurons with fan-in along the k leading eigenvectors of the covariance of p.
+    """Widens every axis by neurons with fan-in along the k leading eigenvectors of the correlations of p.
 
     With the moments ``P = E p p^T [p, p]``, the constant last: covariance ``P_xx - P_x1 P_1x``, fan-in ``alpha [p, k]``
-    with the bias that centres each component.
+    with the bias that centres each component. Correlations, so that the unit of a feature does not matter.
     """
 
     k: int = 2
@@ -31,8 +31,10 @@ class PrincipalComponents(Widen):
         p = m[place.features, place.features]
         p = p / p[-1, -1]  # per position, where a sample has several
         mean = p[:-1, -1]
-        _, vectors = torch.linalg.eigh(p[:-1, :-1] - mean[:, None] * mean)
-        leading = vectors.flip(1)[:, : self.k]
+        covariance = p[:-1, :-1] - mean[:, None] * mean
+        deviation = covariance.diagonal().clamp_min(torch.finfo(p.dtype).tiny).sqrt()
+        _, vectors = torch.linalg.eigh(covariance / deviation / deviation[:, None])
+        leading = vectors.flip(1)[:, : self.k] / deviation[:, None]
         return Proposal(torch.cat([leading, -(mean @ leading)[None]]))
 
 

@@ -1,11 +1,12 @@
 """Ways to grow, one idea a file."""
 
 from dagrow.operators.add_neurons import AddNeurons
-from dagrow.operators.base import Candidate, Operator
+from dagrow.operators.base import Candidate, Operator, Stage
 from dagrow.operators.move import MoveWeights
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.widen import Widen
 
 __all__ = [
-    "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Widen", "WidenCandidate", "places",
+    "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Stage", "Widen", "WidenCandidate",
+    "places",
 ]  # fmt: skip

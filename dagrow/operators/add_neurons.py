@@ -14,7 +14,7 @@ from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
 from dagrow.solve import Compensation, directions
-from dagrow.validate import NEURON_RIDGES, settled, validate_directions
+from dagrow.validate import neuron_ridges, settled, validate_directions
 
 __all__ = ["AddNeurons"]
 
@@ -70,31 +70,25 @@ class AddNeurons(Operator):
             raise GrowthError(
                 f"AddNeurons(k={self.k!r}): give a positive number of neurons, or None for as many as are worth it."
             )
-        if not isinstance(self.folds, int) or self.folds < 1:
-            raise GrowthError(f"AddNeurons(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
+        self.check_regularisation(self.ridge)
         if self.k is None and (self.folds == 1 or self.init not in ("optimal", "random_features")):
             raise GrowthError(
                 "AddNeurons(k=None) needs folds of at least 2 and a fitted init: "
                 "it is the held-out gain that decides. Give k=."
             )
-        if self.ridge is not None and not self.ridge >= 0:
-            raise GrowthError(f"AddNeurons(ridge={self.ridge!r}): give a number that is not negative, or None.")
         if isinstance(self.axes, str):
             raise GrowthError(f"AddNeurons(axes={self.axes!r}): give a tuple of names, ({self.axes!r},).")
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        make: dict[str, Callable[[Dag, Axis], Sequence[Candidate]]] = {
-            "gradmax": lambda dag, axis: [GradMaxCandidate(self, dag, axis, self.count, self.seed)],
-            "copy": lambda dag, axis: [CopyCandidate(self, dag, axis, self.count, self.seed)],
-            "zero": lambda dag, axis: [ZeroCandidate(self, dag, axis, self.count, self.seed)],
+        preserving: dict[str, Callable[..., Candidate]] = {
+            "gradmax": GradMaxCandidate,
+            "copy": CopyCandidate,
+            "zero": ZeroCandidate,
         }
-        chosen = make.get(self.init, self._widening)
-        return [candidate for axis in self._axes(dag) for candidate in chosen(dag, axis)]
-
-    @property
-    def count(self) -> int:
+        if self.init not in preserving:
+            return [candidate for axis in self._axes(dag) for candidate in self._widening(dag, axis)]
         assert self.k is not None
-        return self.k
+        return [preserving[self.init](self, dag, axis, self.k, self.seed) for axis in self._axes(dag)]
 
     def _axes(self, dag: Dag) -> list[Axis]:
         if self.axes is None:
@@ -112,10 +106,11 @@ class AddNeurons(Operator):
         optimal = self.init == "optimal"
         return [
             WidenCandidate(
-                self, place, self._optimal if optimal else self._random,
-                self._needs(place) if optimal else (),
-                "all" if self.solver == "joint" else "constant", self.solver != "unprojected", self._ridges,
-                "random" if self.init == "random" else "fitted", self.paired, self.k is not None, self.seed,
+                self, place, propose=self._optimal if optimal else self._random,
+                needs=self._needs(place) if optimal else (),
+                compensation="all" if self.solver == "joint" else "constant", project=self.solver != "unprojected",
+                ridges=neuron_ridges(self.ridge, self.folds), fan="random" if self.init == "random" else "fitted",
+                paired=self.paired, exact=self.k is not None, seed=self.seed,
             )
             for place in places(dag, axis)
         ]  # fmt: skip
@@ -130,21 +125,16 @@ class AddNeurons(Operator):
         """What the first stage regresses out of new features, and whether its target is v_perp."""
         return "all" if self.solver == "joint" else "none", self.solver != "unprojected"
 
-    @property
-    def _ridges(self) -> tuple[float, ...]:
-        if self.ridge is not None:
-            return (self.ridge,)
-        return NEURON_RIDGES if self.folds > 1 else (0.0,)
-
     def _optimal(self, m: Moments, place: Place) -> Proposal | None:
         blocks = place.blocks(*self._theory)
         if not blocks:
             return self._random(m, place)
-        held, ridge, k = None, self._ridges[0], self.k
+        ridges = neuron_ridges(self.ridge, self.folds)
+        held, ridge, k = None, ridges[0], self.k
         if m.folds > 1:
             split = m.split()
             blocks = [settled(split, block) for block in blocks]
-            held = validate_directions(split, blocks, k, self._ridges)
+            held = validate_directions(split, blocks, k, ridges)
             ridge, k = held.ridge, held.k
             if self.k is None and not held.significant:
                 return None
@@ -155,10 +145,11 @@ class AddNeurons(Operator):
         if missing <= 0:
             return Proposal(found.alpha, found.values, held, notes)
         alpha = torch.cat([found.alpha, self._draw(m, place, missing)], 1)
-        return Proposal(alpha, found.values, held, (*notes, f"{missing} random directions beyond the rank of the goal"))
+        notes = (*notes, f"{missing} random directions beyond the rank of the goal")
+        return Proposal(alpha, found.values, held, notes, invariant=False)
 
     def _random(self, m: Moments, place: Place) -> Proposal:
-        return Proposal(self._draw(m, place, self.k or OPEN))
+        return Proposal(self._draw(m, place, self.k or OPEN), invariant=False)
 
     def _draw(self, m: Moments, place: Place, k: int) -> Tensor:
         """Random fan-in, another one each time that the axis has another width."""

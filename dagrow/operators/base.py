@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Draft
+from dagrow.errors import GrowthError
 from dagrow.growth import Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
@@ -25,7 +26,7 @@ class Candidate(ABC):
         """The moments that it needs."""
 
     @abstractmethod
-    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | Stage | None":
         """A growth, a further stage that needs moments of its own, or None if there is nothing to add."""
 
 
@@ -45,6 +46,14 @@ class Operator(ABC):
 
     #: samples go into this many folds; 1 measures without held-out gains
     folds: int = 4
+
+    def check_regularisation(self, ridge: float | None) -> None:
+        """Raises GrowthError unless folds and ridge are numbers that make sense."""
+        name = type(self).__name__
+        if not isinstance(self.folds, int) or self.folds < 1:
+            raise GrowthError(f"{name}(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
+        if ridge is not None and not ridge >= 0:
+            raise GrowthError(f"{name}(ridge={ridge!r}): give a number that is not negative, or None.")
 
     @abstractmethod
     def candidates(self, dag: Dag) -> Sequence[Candidate]:

@@ -34,16 +34,13 @@ class MoveWeights(Operator):
     def __post_init__(self) -> None:
         if isinstance(self.edges, str):
             raise GrowthError(f"MoveWeights(edges={self.edges!r}): give a tuple of names, ({self.edges!r},).")
-        if not isinstance(self.folds, int) or self.folds < 1:
-            raise GrowthError(f"MoveWeights(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
-        if self.ridge is not None and not self.ridge >= 0:
-            raise GrowthError(f"MoveWeights(ridge={self.ridge!r}): give a number that is not negative, or None.")
+        self.check_regularisation(self.ridge)
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         if self.edges is None:
-            return [MoveCandidate(self, dag, edge) for edge in dag.edges if _movable(edge) and not edge.shared]
+            return [MoveCandidate(self, dag, edge) for edge in dag.edges if edge.trainable and not edge.shared]
         chosen = [dag.edge(name) for name in self.edges]
-        frozen = [edge.name for edge in chosen if not _movable(edge)]
+        frozen = [edge.name for edge in chosen if not edge.trainable]
         if frozen:
             raise GrowthError(
                 f"the weights of {', '.join(frozen)} are frozen (requires_grad=False); leave them out of edges=."
@@ -52,10 +49,6 @@ class MoveWeights(Operator):
         if shared:
             raise GrowthError(f"no closed form moves weights that act at several places: {'; '.join(shared)}.")
         return [MoveCandidate(self, dag, edge) for edge in chosen]
-
-
-def _movable(edge: Edge) -> bool:
-    return all(parameter.requires_grad for parameter in edge.parameters().values())
 
 
 @dataclass(frozen=True)

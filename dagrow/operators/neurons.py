@@ -73,8 +73,7 @@ class Place:
 
     def reads(self, consumer: Edge) -> Reads | None:
         """What the consumer's own weights can use: nothing if they are frozen."""
-        movable = all(parameter.requires_grad for parameter in consumer.parameters().values())
-        return Reads(consumer.name, consumer.bias) if movable else None
+        return Reads(consumer.name, consumer.bias) if consumer.trainable else None
 
     def linear(self) -> list[Edge]:
         """The consumers that linear theory reaches."""
@@ -119,12 +118,14 @@ class Proposal:
         alpha: ``[p, k]``.
         values: singular values, if linear theory chose the directions.
         held: the cross-validation that chose ridge and rank.
+        invariant: whether permuted units or other units of measurement lead to the same directions.
     """
 
     alpha: Tensor
     values: Tensor | None = None
     held: HeldOut | None = None
     notes: tuple[str, ...] = ()
+    invariant: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +233,7 @@ class FanOutStage(Stage):
         self, m: Moments, objective: Objective, units: Tensor, fits: Mapping[str, Any], held: Sequence[HeldOut]
     ) -> Growth:
         kept, dag = _kept(units), self.place.dag
+        generator = torch.Generator().manual_seed(self.origin.seed + self.axis.width)
         widening = dag.widening(self.axis, len(kept))
         draft = Draft(dag, [(self.axis, widening)])
         alpha = torch.cat([self.proposal.alpha, -self.proposal.alpha], 1)[:, kept]
@@ -241,16 +243,15 @@ class FanOutStage(Stage):
             fit, slots = fits[consumer.name], widening.columns[consumer.name].new.shape[1]
             omega = fit.weights.view(len(fit.weights), -1, slots)
             omega = torch.einsum("u k, o k e -> o u e", units[kept], omega)
-            draft.fan_out(consumer, widening.columns[consumer.name], self._fan(omega, consumer))
+            draft.fan_out(consumer, widening.columns[consumer.name], self._fan(omega, generator))
             if fit.compensation is not None and self.origin.fan == "fitted":
                 draft.move(consumer, fit.compensation)
         self._calibrate(draft, m, widening, kept, objective.mode)
         return self._described(draft, m, objective, kept, fits, held)
 
-    def _fan(self, omega: Tensor, consumer: Edge) -> Tensor:
+    def _fan(self, omega: Tensor, generator: torch.Generator) -> Tensor:
         if self.origin.fan == "fitted":
             return omega
-        generator = torch.Generator().manual_seed(self.origin.seed + self.axis.width)
         noise = torch.randn(omega.shape, generator=generator, dtype=omega.dtype)
         return noise * omega.norm() / noise.norm()
 
@@ -296,7 +297,7 @@ class FanOutStage(Stage):
             cost_of(self.place.dag, change),
             gain if held else None, sum(h.error**2 for h in held) ** 0.5 if held else None, drop, proposal.values,
             significant=self.origin.exact or ((first is None or first.significant) and gain > 0),
-            notes=tuple(dict.fromkeys(notes)),
+            invariant=proposal.invariant and self.origin.fan == "fitted", notes=tuple(dict.fromkeys(notes)),
             change=change, dag=self.place.dag, objective=objective,
         )  # fmt: skip
 

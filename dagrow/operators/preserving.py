@@ -20,7 +20,7 @@ from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.neurons import Place, places
 
-__all__ = ["CopyCandidate", "GradMaxCandidate", "ZeroCandidate"]
+__all__ = ["CopyCandidate", "GradMaxCandidate", "PreservingCandidate", "ZeroCandidate"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,16 @@ class PreservingCandidate(Candidate):
         change = draft.change()
         return Growth(
             self.operator, self.axis.name, self.k, 0.0, {consumer.name: 0.0 for consumer in self.axis.consumers},
-            cost_of(self.dag, change), preserving=True, change=change, dag=self.dag, objective=objective,
+            cost_of(self.dag, change), preserving=True, invariant=False,
+            change=change, dag=self.dag, objective=objective,
         )  # fmt: skip
 
     @abstractmethod
     def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
         """Writes fan-in and fan-out."""
 
-    @property
     def generator(self) -> torch.Generator:
+        """Another one each time that the axis has another width."""
         return torch.Generator().manual_seed(self.seed + 7919 * self.axis.width)
 
 
@@ -61,10 +62,11 @@ class ZeroCandidate(PreservingCandidate):
     """Random fan-in with the norm of the old rows, zero fan-out."""
 
     def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
+        generator = self.generator()
         for edge in self.axis.producers:
             rows = self.axis.layout.rows[edge.name]
             weight = edge.parameters()["weight"].detach()
-            noise = torch.randn(self.k, rows.shape[1], weight[0].numel(), generator=self.generator)
+            noise = torch.randn(self.k, rows.shape[1], weight[0].numel(), generator=generator)
             noise *= weight[rows.flatten()].norm() / rows.numel() ** 0.5 / weight[0].numel() ** 0.5
             draft.fan_in(edge, widening.rows[edge.name], noise)
 
@@ -99,7 +101,7 @@ class GradMaxCandidate(PreservingCandidate):
     def _orthonormal(self, covariance: Tensor) -> Tensor:
         """Leading directions in the goals' space, random ones beyond its rank ``[o, k]``."""
         _, _, omega = leading_svd(covariance, self.k)
-        missing = torch.randn(len(omega), self.k - omega.shape[1], generator=self.generator, dtype=omega.dtype)
+        missing = torch.randn(len(omega), self.k - omega.shape[1], generator=self.generator(), dtype=omega.dtype)
         return torch.cat([omega, missing / missing.norm(dim=0)], 1)
 
 
@@ -107,9 +109,11 @@ class CopyCandidate(PreservingCandidate):
     """Net2Net: a new unit copies the fan-in of an old one, and both share its fan-out."""
 
     def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
-        copied = torch.randint(self.axis.width, (self.k,), generator=self.generator)
-        if self.k <= self.axis.width:
-            copied = torch.randperm(self.axis.width, generator=self.generator)[: self.k]
+        generator, width = self.generator(), self.axis.width
+        if self.k <= width:
+            copied = torch.randperm(width, generator=generator)[: self.k]
+        else:
+            copied = torch.randint(width, (self.k,), generator=generator)
         sharing = 1.0 + torch.bincount(copied, minlength=self.axis.width)
         layout = self.axis.layout
         for edge in self.axis.producers:

@@ -8,7 +8,7 @@ from dagrow.dag import Dag
 from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
-from dagrow.validate import RIDGES
+from dagrow.validate import neuron_ridges
 
 __all__ = ["Widen"]
 
@@ -27,6 +27,9 @@ class Widen(Operator):
     ridge: float | None = None
     folds: int = 4
 
+    def __post_init__(self) -> None:
+        self.check_regularisation(self.ridge)
+
     @abstractmethod
     def propose(self, m: Moments, place: Place) -> Proposal | None:
         """Fan-in directions ``alpha [p, k]`` from ``m[place.features, place.features]``, or None for none.
@@ -37,8 +40,6 @@ class Widen(Operator):
         """
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        ridges = (self.ridge,) if self.ridge is not None else RIDGES if self.folds > 1 else (0.0,)
-        growing = [axis for axis in dag.axes if axis.growable]
-        return [
-            WidenCandidate(self, place, self.propose, ridges=ridges) for axis in growing for place in places(dag, axis)
-        ]
+        ridges = neuron_ridges(self.ridge, self.folds)
+        found = [place for axis in dag.axes if axis.growable for place in places(dag, axis)]
+        return [WidenCandidate(self, place, propose=self.propose, ridges=ridges) for place in found]
