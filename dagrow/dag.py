@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import networkx as nx
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
@@ -176,6 +177,10 @@ class Dag:
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are traced anew, with the model and without the receipts that could undo growths."""
+        return Dag, (self.model, self.example_inputs, self.rules)
+
     def __repr__(self) -> str:
         growing = sum(axis.growable for axis in self.axes)
         return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
@@ -212,6 +217,13 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Layer
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace was given a {type(model).__name__}; it takes a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise TraceError(
+            f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
+        )
+    wrong = [rule for rule in rules if not isinstance(rule, LayerRule)]
+    if wrong:
+        raise TraceError(f"rules={rules!r}: give a list of instances of dagrow.layers.EdgeRule or RiderRule.")
     return Dag(model, example_inputs, (*rules, *DEFAULT_RULES))
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dagrow.dag import Dag, render
 from dagrow.draft import Change, Draft
-from dagrow.errors import GrowthError, OptimizerError
+from dagrow.errors import GrowthError
 from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt, where_new
 from dagrow.measure import measure
@@ -18,6 +18,7 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Stage, packed
+from dagrow.optimizers import check_optimizer
 from dagrow.search import line_search
 from dagrow.solve import best_move
 from dagrow.surgery import Preview, transaction
@@ -95,6 +96,8 @@ def bottlenecks(
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
     """
+    if not isinstance(ridge, (int, float)) or not 0 <= ridge < float("inf"):
+        raise GrowthError(f"bottlenecks(ridge={ridge!r}): give a finite number that is not negative.")
     objective = _objective(dag, batches, loss, step, mode)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
@@ -112,6 +115,8 @@ def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step |
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     keys = [(edge, Reads(edge.name, edge.bias), Goal(edge.name)) for edge in dag.edges if not edge.shared]
+    if not keys:
+        raise GrowthError(f"no layer can be measured, as dagrow has a rule for none that acts at one place:\n{dag}")
     pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
     m = measure(dag, objective, pairs, folds=1)
     moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
@@ -165,6 +170,9 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
     solved = [found for c in candidates if (found := c.solve(m, objective)) is not None]
     _check_solved(solved, operator, Growth, Stage)
     growths = [growth for growth in solved if isinstance(growth, Growth)]
+    for growth in growths:
+        if growth.preserving:
+            _check_unchanged(growth)
     for stages in packed([stage for stage in solved if isinstance(stage, Stage)]):
         m = _previewed(dag, objective, stages, folds)
         further = [found for stage in stages if (found := stage.solve(m, objective)) is not None]
@@ -195,18 +203,35 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
 
 def _check_preserved(dag: Dag, objective: Objective, change: Change, where: str) -> None:
     """New channels with zero fan-out must not change the loss of a batch: the last net under the label rules."""
+    before, after, slack = _compared(dag, objective, change, 0.0)
+    if abs(after - before) > slack:
+        raise GrowthError(
+            f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
+            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
+            "axis out with axes=."
+        )
+
+
+def _check_unchanged(growth: Growth) -> None:
+    """A growth that says that it preserves the function does so at its full amplitude."""
+    before, after, slack = _compared(growth.dag, growth.objective, growth.change, 1.0)
+    if abs(after - before) > slack:
+        raise GrowthError(
+            f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
+            "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
+            "the axis out with axes=."
+        )
+
+
+def _compared(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, float]:
+    """The loss of a batch before and after a change, in eval mode, and what rounding explains."""
     with Undisturbed(objective.model), torch.no_grad():
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)
         with Preview(dag, change):
-            after = objective.value(batch, change.tensors(dag.model, 0.0))
-    if not torch.allclose(after, before, rtol=max(1e-9, 100 * torch.finfo(before.dtype).eps), atol=1e-12):
-        raise GrowthError(
-            f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
-            f"{float(before):.9g} becomes {float(after):.9g}. Its forward uses the width where its graph does not show "
-            "it; leave the axis out with axes=."
-        )
+            after = objective.value(batch, change.tensors(dag.model, gamma))
+    return float(before), float(after), max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
 
 
 def grow(
@@ -233,29 +258,13 @@ def grow(
     """
     objective, chosen = _objective(dag, batches, loss, step, mode), _checked(operators)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
-    _check_optimizer(optimizer, dag)
+    check_optimizer(optimizer, dag.model)
 
     def work() -> Receipt:
         parts = [p for operator in chosen if (p := _grown(dag, objective, judge, operator, optimizer)) is not None]
         return _summed(parts, parts[0].loss_before if parts else judge.mean())
 
     return transaction(dag, work)
-
-
-def _check_optimizer(optimizer: Optimizer | None, dag: Dag) -> None:
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise OptimizerError(
-            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or leave it out: then its state "
-            "is brought along at its next step."
-        )
-    known = {id(parameter) for parameter in dag.model.parameters()}
-    if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
-        raise OptimizerError(
-            f"the {type(optimizer).__name__} holds none of the parameters of the {type(dag.model).__name__}; give the "
-            "one that trains this model, or leave it out."
-        )
 
 
 def _grown(

@@ -95,7 +95,8 @@ class LinearRule(EdgeRule):
         return rearrange(outputs, "... o -> (...) o")
 
     def widths(self, module: nn.Module) -> tuple[int, int]:
-        o, i = module.get_parameter("weight").shape
+        assert isinstance(module, nn.Linear)  # whose weight may be computed
+        o, i = module.weight.shape
         return i, o
 
     def attributes(self, inputs: int, outputs: int) -> dict[str, int]:

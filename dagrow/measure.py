@@ -1,5 +1,6 @@
 """One pass over batches that gathers moments. The only place that hangs hooks."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -67,7 +68,8 @@ class _Watch:
     def __enter__(self) -> "_Watch":
         for name in self.watched:
             self.watched[name][0].register_forward_hook(
-                lambda _m, args, output, name=name: self.catch(name, args, output)
+                lambda _m, args, output, name=name: self.catch(name, args, output),
+                prepend=True,  # before the user's
             )
         return self
 
@@ -86,7 +88,10 @@ class _Watch:
 
     def catch(self, name: str, args: tuple, output: Tensor) -> Tensor | None:
         if name in self.found:
-            raise GrowthError(f"{name} ran twice on a batch, but once when the model was traced; trace it again.")
+            raise GrowthError(
+                f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
+                "if the model itself has changed, trace it again."
+            )
         inputs = args[0].detach()
         self.found[name] = Capture(*self.watched[name], inputs, inputs._version)
         if name not in self.goals:
@@ -145,7 +150,8 @@ class _Sums:
 
     def add(self, n: int, rows: Mapping[Feature, Tensor], loss: float) -> None:
         """Rows of a batch of n samples, ``[n s, d]`` for each feature."""
-        rows = {f: values.float() if values.dtype.itemsize < 4 else values for f, values in rows.items()}
+        kind = functools.reduce(torch.promote_types, (values.dtype for values in rows.values()), torch.float32)
+        rows = {feature: values.to(kind) for feature, values in rows.items()}
         for feature, values in rows.items():
             if len(values) % n:
                 raise BatchError(
@@ -153,6 +159,12 @@ class _Sums:
                 )
             self.positions[feature] += len(values)
             self.resolution = max(self.resolution, torch.finfo(values.dtype).eps)
+        for x, y in self.pairs:
+            if len(rows[x]) != len(rows[y]):
+                raise BatchError(
+                    f"layer {', '.join(x.edges)} has {len(rows[x]) // n} positions in a sample of this batch, layer "
+                    f"{', '.join(y.edges)} {len(rows[y]) // n}, otherwise than in the example; trace with such a batch."
+                )
         self.waiting.append((self.seen, {f: values.view(n, -1, values.shape[1]) for f, values in rows.items()}))
         self.loss, self.seen = self.loss + loss, self.seen + n
         self.rows += max(len(values) for values in rows.values())
@@ -192,6 +204,18 @@ class _Sums:
         for (x, y), total in self.totals.items():
             if x == y:
                 complete(total)
+            self.check(x, y, total)
         counts = torch.tensor([len(range(fold, self.seen, self.folds)) for fold in range(self.folds)])
         positions = {feature: count / self.seen for feature, count in self.positions.items()}
         return Moments(counts, self.totals, positions, self.resolution, self.loss / self.seen)
+
+    @staticmethod
+    def check(x: Feature, y: Feature, total: Tensor) -> None:
+        """A number that is none shows in the first row or column, one that is too large on the diagonal."""
+        seen = [total[:, :1], total[:, :, :1], total.diagonal(dim1=1, dim2=2)]
+        if not all(bool(torch.isfinite(part).all()) for part in seen):
+            raise LossError(
+                f"what layers {', '.join(dict.fromkeys((*x.edges, *y.edges)))} read, or the gradients there, are not "
+                "finite, or too large for their type when squared, although the loss is finite. Look for infinite "
+                "inputs, for square roots and norms of zero in the loss, and scale large inputs."
+            )

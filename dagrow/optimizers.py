@@ -1,4 +1,4 @@
-"""Optimizer state that follows its parameters. Floor 2: knows tensors and landings, not models.
+"""Optimizer state that follows its parameters.
 
 Every growth of a parameter is logged with the parameter. State that an optimizer keeps for an earlier version of it
 is brought to the present one: old entries bit-equal, new ones zero. An optimizer that nobody passed is brought along
@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dagrow.axes import Landing
 from dagrow.errors import OptimizerError
 
-__all__ = ["carry", "log_growth", "log_undo", "refusal", "settle"]
+__all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refusal", "settle"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,9 @@ class _History:
         return state
 
 
+#: one entry per row or column, in Adafactor: of one neuron it has the parameter's shape by accident
+FACTORED = {"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
+
 _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
 _hooked: list[Any] = []
@@ -133,13 +136,30 @@ def refusal(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
         return
     for parameter in _parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not all(_fits(parameter, leaf) for leaf in tree_leaves(value)):
-                found = next(leaf for leaf in tree_leaves(value) if not _fits(parameter, leaf))
+            found = next((x for x in tree_leaves(value) if key in FACTORED or not _fits(parameter, x)), None)
+            if found is not None:
                 raise OptimizerError(
                     f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(found.shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}: nothing says where new entries belong. Make a new optimizer after the "
                     "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
                 )
+
+
+def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
+    """Raises OptimizerError for what is no optimizer, or not one of this model."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or leave it out: then its state "
+            "is brought along at its next step."
+        )
+    known = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+        raise OptimizerError(
+            f"the {type(optimizer).__name__} holds none of the parameters of the {type(model).__name__}; give the "
+            "one that trains this model, or leave it out."
+        )
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 import os
 import pickle
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dagrow.dag import Dag, trace
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError, StoreError, first_line
+from dagrow.layers import LayerRule
 from dagrow.surgery import apply, transaction, whole
 
 __all__ = ["load", "save"]
@@ -32,34 +34,42 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     if not isinstance(dag, Dag):
         raise StoreError(f"save was given a {type(dag).__name__}; give the dag, dagrow.save(dag, path).")
     dag.check()
-    widths = {axis.name: axis.width for axis in dag.axes}
-    content = {"format": FORMAT, "version": VERSION, "widths": widths, "state": dict(dag.model.state_dict())}
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
+    widths, state = {axis.name: axis.width for axis in dag.axes}, dict(dag.model.state_dict())
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor) or value.layout is not torch.strided]
+    if odd:
+        raise StoreError(f"{', '.join(odd)} in the model's state_dict cannot be saved: only dense tensors can.")
+    content = {"format": FORMAT, "version": VERSION, "widths": widths, "state": state}
+    target = _path(path)
     try:
-        torch.save(content, part)
-        os.replace(part, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # all of the file, or none
+            torch.save(content, Path(folder, target.name))
+            os.replace(Path(folder, target.name), target)
     except (OSError, RuntimeError) as error:
         raise StoreError(f"{target} cannot be written ({error}); give a path in a folder that exists.") from error
-    finally:
-        if part.is_file():
-            part.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None) -> Dag:
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise StoreError(f"path={path!r}: give the path of a file.")
+    return Path(path)
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, rules: Sequence[LayerRule] = ()
+) -> Dag:
     """Grows a freshly built model to the widths in a file, in place, and gives it the weights in the file.
 
     Args:
         model: as it was built before it grew, or anywhere on the way.
         path: what :func:`save` wrote.
-        example_inputs: as for :func:`dagrow.trace`.
+        example_inputs, rules: as for :func:`dagrow.trace`.
 
     Raises:
         StoreError: the file is none of ours, or of another architecture. The model is as it was.
         TraceError: the model cannot be traced.
     """
-    widths, state = _read(path)
-    dag = trace(model, example_inputs)
+    widths, state = _read(_path(path))
+    dag = trace(model, example_inputs, rules=rules)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:
@@ -74,7 +84,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = N
     return dag
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -89,7 +99,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, int], dict[str, Any]]
     widths: Any = content.get("widths")
     state: Any = content.get("state")
     complete = isinstance(widths, Mapping) and isinstance(state, Mapping)
-    if not complete or not all(type(width) is int for width in widths.values()):
+    whole_numbers = complete and all(type(width) is int for width in widths.values())
+    if not whole_numbers or not all(isinstance(value, Tensor) for value in state.values()):
         raise StoreError(f"{path} is damaged: its widths or weights are missing. Save it again.")
     return dict(widths), dict(state)
 
@@ -134,7 +145,7 @@ def _check_state(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         )
     for name, tensor in here.items():
         given = state[name]
-        if isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
+        if (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
             raise StoreError(
                 f"{name} is {tuple(given.shape)} {given.dtype} in the file but {tuple(tensor.shape)} {tensor.dtype} in "
                 "the model; build the model with the sizes and the type that it was saved with."

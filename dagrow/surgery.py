@@ -25,18 +25,37 @@ T = TypeVar("T")
 
 
 class Preview:
-    """While it is entered, the model runs the forward that the grown network needs."""
+    """While it is entered, the model has the forward and the stated widths of the grown network."""
 
     def __init__(self, dag: Dag, change: Change) -> None:
         self.model, self.found = dag.model, type(dag.model)
         self.forward = wear(dag.program, change.literals) if change.literals else self.found
+        self.after, self.before = change.attributes, _stated(dag.model, change.attributes)
 
     def __enter__(self) -> "Preview":
         self.model.__class__ = self.forward
+        _state(self.model, self.after)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.model.__class__ = self.found
+        _state(self.model, self.before)
+
+
+Attributes = Mapping[str, Mapping[str, int]]
+
+
+def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
+    """The attributes that state widths, as they are."""
+    return {
+        name: {key: getattr(model.get_submodule(name), key) for key in stated} for name, stated in attributes.items()
+    }
+
+
+def _state(model: nn.Module, attributes: Attributes) -> None:
+    for name, stated in attributes.items():
+        for key, size in stated.items():
+            setattr(model.get_submodule(name), key, size)
 
 
 class Saved:
@@ -51,10 +70,7 @@ class Saved:
             name: tensor.detach().clone() for name, tensor in self.tensors.items() if name not in change.landings
         }
         self.gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
-        modules = {name: model.get_submodule(name) for name in change.attributes}
-        self.attributes = [
-            (modules[n], a, getattr(modules[n], a)) for n, values in change.attributes.items() for a in values
-        ]
+        self.attributes = _stated(model, change.attributes)
         self.kind = type(model)
 
     def restore(self) -> None:
@@ -66,8 +82,7 @@ class Saved:
                 elif not torch.equal(tensor, self.values[name]):
                     tensor.copy_(self.values[name])
                 tensor.grad = self.gradients[name]
-        for module, attribute, value in self.attributes:
-            setattr(module, attribute, value)
+        _state(self.model, self.attributes)
         self.model.__class__ = self.kind
         for name, landings in self.change.landings.items():
             log_undo(self.tensors[name], landings)
@@ -84,9 +99,7 @@ class Saved:
                 gradient = self.gradients[name]
                 tensor.grad = None if gradient is None else pad(gradient, landings)
                 log_growth(tensor, landings)
-        for name, values in self.change.attributes.items():
-            for attribute, size in values.items():
-                setattr(self.model.get_submodule(name), attribute, size)
+        _state(self.model, self.change.attributes)
         self.model.__class__ = kind
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dagrow.features import Goal, Reads
@@ -133,22 +134,22 @@ class _Trial:
         alpha, omegas = white.back(u), (self.goals @ (v * values)).split(self.stack.widths)
         covariance, square, variance = values.new_zeros(3, len(values)).unbind()
         for part, omega in zip(self.stack.parts, omegas, strict=True):
-            for slot, out in enumerate(omega.chunk(part.block.slots)):
-                basis = alpha if part.block.slots == 1 else _in_slot(alpha, slot, part.block.slots)
-                z = part.gram(basis, self.test)
-                covariance += part.times(out, basis, self.test).diagonal().cumsum(0)
-                square += (z * (out.T @ out)).cumsum(0).cumsum(1).diagonal()
-                if part.block.energy in self.test:
-                    noise = out.T @ self.test[part.block.energy] @ out
-                    variance += (z * noise).cumsum(0).cumsum(1).diagonal() / self.test.samples
+            slots = part.block.slots
+            basis = torch.block_diag(*[alpha] * slots)
+            out = rearrange(omega, "(e o) k -> o (e k)", e=slots)
+            z = part.gram(basis, self.test)
+            explained = part.times(out, basis, self.test).diagonal()
+            covariance += rearrange(explained, "(e k) -> e k", e=slots).sum(0).cumsum(0)
+            square += _by_rank(z * (out.T @ out), slots)
+            if part.block.energy in self.test:
+                variance += _by_rank(z * (out.T @ self.test[part.block.energy] @ out), slots) / self.test.samples
         return _padded(torch.stack([2 * covariance - square, covariance, variance]), k).double()
 
 
-def _in_slot(alpha: Tensor, slot: int, slots: int) -> Tensor:
-    """Directions as they act on one of several groups of features."""
-    basis = alpha.new_zeros(slots, *alpha.shape)
-    basis[slot] = alpha
-    return basis.flatten(0, 1)
+def _by_rank(products: Tensor, slots: int) -> Tensor:
+    """For each r the sum over all pairs of the first r directions, in all slots: ``[slots k, slots k]`` to ``[k]``."""
+    pairs = rearrange(products, "(e k) (f l) -> e f k l", e=slots, f=slots).sum((0, 1))
+    return pairs.cumsum(0).cumsum(1).diagonal()
 
 
 def validate_fan_out(split: Split, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:

@@ -229,6 +229,26 @@ def test_held_out_directions(k: int, ridge: float) -> None:
     assert found.k == k
 
 
+def test_held_out_directions_that_arrive_in_several_slots() -> None:
+    """One direction acts on each of three groups of features, which are correlated: all pairs of groups count."""
+    slots, k, drops = 3, 2, []
+    d = data(n=61, p=6, seed=21)
+    p = d.p + 2 * d.p[..., :2].repeat(slots, -1).reshape(d.p.shape)
+    d = d._replace(p=p)
+    block = Block(P, slots, B, V)
+    for train, test in folds_of(d, 4):
+        unseen = left_over(train, test)[1]
+        found = directions(of(train), [block], k)
+        alpha = found.alpha.numpy()
+        n = truth.flat(train.p).T @ truth.flat(left_over(train, test)[0]) / len(train.p)
+        written = 0.0
+        for e in range(slots):  # the goals' part for each slot: V_e diag(l), from N_e^T alpha of all slots together
+            omega = n[2 * e : 2 * e + 2].T @ alpha
+            written = written + test.p[..., 2 * e : 2 * e + 2] @ alpha @ omega.T
+        drops.append(truth.energy(unseen) - truth.energy(unseen - written))
+    near(validate_directions(of(d, 4).split(), [block], k, (0.0,)).gain, np.mean(drops))
+
+
 @pytest.mark.parametrize("ridge", [0.0, 0.1])
 def test_held_out_fan_out(ridge: float) -> None:
     d, drops = data(n=43, seed=17), []

@@ -10,7 +10,7 @@ from torch import Tensor
 from dagrow.dag import Axis, Dag
 from dagrow.errors import GrowthError
 from dagrow.moments import Moments, Pair
-from dagrow.operators.base import Candidate, Operator
+from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
 from dagrow.solve import Compensation, directions
@@ -76,8 +76,9 @@ class AddNeurons(Operator):
                 "AddNeurons(k=None) needs folds of at least 2 and a fitted init: "
                 "it is the held-out gain that decides. Give k=."
             )
-        if isinstance(self.axes, str):
-            raise GrowthError(f"AddNeurons(axes={self.axes!r}): give a tuple of names, ({self.axes!r},).")
+        check_names(self, "axes")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise GrowthError(f"AddNeurons(seed={self.seed!r}): give a whole number.")
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         preserving: dict[str, Callable[..., Candidate]] = {

@@ -50,14 +50,25 @@ class Operator(ABC):
     def check_regularisation(self, ridge: float | None) -> None:
         """Raises GrowthError unless folds and ridge are numbers that make sense."""
         name = type(self).__name__
-        if not isinstance(self.folds, int) or self.folds < 1:
+        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 1:
             raise GrowthError(f"{name}(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
-        if ridge is not None and not ridge >= 0:
-            raise GrowthError(f"{name}(ridge={ridge!r}): give a number that is not negative, or None.")
+        if ridge is not None and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
+            raise GrowthError(f"{name}(ridge={ridge!r}): give a finite number that is not negative, or None.")
 
     @abstractmethod
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         """Every place where it could grow. Raises GrowthError for a place that was asked for and cannot."""
+
+
+def check_names(operator: Operator, field: str) -> None:
+    """Raises GrowthError unless a field holds names, or None for all."""
+    names = getattr(operator, field)
+    if names is None:
+        return
+    if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
+        raise GrowthError(
+            f"{type(operator).__name__}({field}={names!r}): give a tuple of names, {field}=('fc1',), or None for all."
+        )
 
 
 def _touched(stage: Stage) -> set[tuple[str, str]]:

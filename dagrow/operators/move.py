@@ -10,7 +10,7 @@ from dagrow.features import Goal, Reads
 from dagrow.growth import Cost, Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
-from dagrow.operators.base import Candidate, Operator
+from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.solve import best_move
 from dagrow.validate import RIDGES, validate_move
 
@@ -32,8 +32,7 @@ class MoveWeights(Operator):
     folds: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.edges, str):
-            raise GrowthError(f"MoveWeights(edges={self.edges!r}): give a tuple of names, ({self.edges!r},).")
+        check_names(self, "edges")
         self.check_regularisation(self.ridge)
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
