@@ -120,20 +120,19 @@ class Objective:
     def probe(self) -> None:
         """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
         if self._reduction is None:
-            before = [parameter._version for parameter in self.model.parameters()]
             with Undisturbed(self.model, weights=True), torch.no_grad():
                 self.model.eval()
-                reduction = self._probed()
-                if before != [parameter._version for parameter in self.model.parameters()]:
-                    raise LossError(
-                        "evaluating the loss changes the model's weights; give a loss or a step that computes the loss "
-                        "and leaves backward() and optimizer.step() to the training loop."
-                    )
-                self._reduction = reduction
+                self._reduction = self._probed()
 
     def _probed(self) -> str:
         for batch, n in self:
+            before = [parameter._version for parameter in self.model.parameters()]
             one = float(self.value(batch))
+            if before != [parameter._version for parameter in self.model.parameters()]:
+                raise LossError(
+                    "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
+                    "leaves backward() and optimizer.step() to the training loop."
+                )
             if one == 0:
                 continue
             ratio = float(self.value(_repeated(batch, n))) / one
