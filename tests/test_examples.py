@@ -81,7 +81,10 @@ def floors() -> dict[str, int]:
 
 def imported(path: Path) -> set[str]:
     """The rooms that a file of the package imports from."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    plain = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    assert not [name for name in plain if name.startswith("dagrow.")], "from dagrow.room import name"
     deep = {node.module.split(".")[1] for node in nodes if (node.module or "").startswith("dagrow.")}
     return deep | {alias.name for node in nodes if node.module == "dagrow" for alias in node.names}
 

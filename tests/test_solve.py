@@ -104,7 +104,8 @@ def test_directions_are_those_of_the_singular_value_decomposition(d: Data, k: in
     wrote = new @ found.alpha.numpy()[:, real[: len(found.values)]] * np.sqrt(neurons.values[real])
     wanted = new @ neurons.fan_in[:, real]
     signs = np.sign((wrote * wanted).sum((0, 1)))
-    near(wrote * signs, wanted, 1e-6) if real.any() else None
+    if real.any():
+        near(wrote * signs, wanted, 1e-6)
 
 
 def test_the_residual_falls_by_the_squared_singular_values() -> None:

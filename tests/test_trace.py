@@ -4,7 +4,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import operator
 import random
 
 import einops
@@ -145,7 +144,7 @@ def test_random_models_stay_live_in_the_batch(steps, n):
             if step == "residual":
                 x = x + self.a(x)
             elif step == "relu":
-                x = functional.relu(x, inplace=True) if x is not start else torch.relu(x)
+                x = functional.relu(x, inplace=True)
             elif step == "view":
                 x = x.view(x.shape[0] * 2, x.shape[1] // 2).reshape(x.shape)
             elif step == "cat":
@@ -154,7 +153,6 @@ def test_random_models_stay_live_in_the_batch(steps, n):
                 x = self.scale * x
         return x
 
-    start = None
     model = made(forward, a=nn.Linear(4, 4), scale=nn.Parameter(torch.ones(4)))
     program = record(model, torch.randn(3, 4))
     x = torch.randn(n, 4)
@@ -305,9 +303,8 @@ def test_parameters_buffers_and_constants_used_directly():
 
 def test_operators_have_one_spelling():
     program = record(made(lambda self, x: (1 - x) * 2 + x.add(x) / x), torch.randn(2, 4))
-    expected = [operator.sub, operator.mul, operator.add, operator.truediv, operator.add]
-    found = targets(program, "call_function")
-    assert found[1:] == expected[1:]
+    found = [target.__name__ for target in targets(program, "call_function")]  # 1 - x is Tensor.rsub or operator.sub
+    assert found == ["sub", "mul", "add", "truediv", "add"]
 
 
 def test_training_flags_are_marked():
