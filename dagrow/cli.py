@@ -35,7 +35,7 @@ DTYPES = {
 
 
 class CommandError(Exception):
-    """What the user gave does not do."""
+    """What the user gave does not work."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

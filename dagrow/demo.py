@@ -59,7 +59,7 @@ class Step:
 
     Attributes:
         gain: minus the slope of the loss in gamma, predicted.
-        heldout: the same for samples that the neurons were not fitted to; with its standard error.
+        heldout: what a fan-out fitted on the other folds explains of each; with its standard error.
         before, after: the loss on the validation samples, right before and after.
         refused: no amplitude lowered the loss, so the neurons came in with zero fan-out.
     """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dagrow.errors import TraceError
 from dagrow.record import is_leaf
 from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
@@ -139,7 +140,7 @@ def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | N
 
 def _fixed(name: str, made: Any, given: Any) -> None:
     if not fits(made, given):
-        raise ValueError(
+        raise TraceError(
             f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
             f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
         )

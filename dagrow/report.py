@@ -71,9 +71,9 @@ def legend(width: int) -> str:
     """What the titles mean."""
     gamma = " gamma: the amplitude that the line search chose." if width >= WIDE else ""
     return (
-        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: the same on "
-        f"folds that the neurons were not fitted to.{gamma} loss at growth: on the validation part, right before and "
-        "right after. train, test: loss and accuracy in % right after."
+        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: what a "
+        f"fan-out fitted on the other folds explains of each.{gamma} loss at growth: on the validation part, "
+        "right before and right after. train, test: loss and accuracy in % right after."
     )
 
 
@@ -82,7 +82,7 @@ def ending(run: Run, config: Config) -> str:
     last = run.steps[-1].epoch if run.steps else 0
     if last + config.patience > min(config.growing, config.epochs):
         return f"Growth was still under way when it was cut off after epoch {min(config.growing, config.epochs)}."
-    return f"Growth ended by itself: after the {config.patience} epochs behind epoch {last} no neuron was worth adding."
+    return f"Growth ended by itself: for {config.patience} epochs after epoch {last} no neuron was worth adding."
 
 
 def equal(data: Dataset, config: Config) -> str:

@@ -4,9 +4,9 @@ One regression carries everything. At a pre-activation with goal ``v`` that read
 
     v  =  dW b  +  v_perp,        v_perp  ~  X p,
 
-with ``S = E b b^T``, ``M = E b v^T``, ``C = E p b^T``, ``R = E p v^T``, ``P = E p p^T``. Source: Verbockhaven and
-Charpiat, "Neural Architecture Growth using Tangent Space"; the joint form and the compensation of the constant
-are this package's own.
+with ``S = E b b^T``, ``M = E b v^T``, ``C = E p b^T``, ``R = E p v^T``, ``P = E p p^T``. Equations
+are numbered as in docs/method.md. Source: Verbockhaven and Charpiat, "Neural Architecture Growth using Tangent Space";
+the joint form and the compensation of the constant are this package's own.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Directions:
-    """The leading directions ``alpha [p, k]`` (whitened: ``alpha^T P alpha = 1``) and singular values ``l [k]``."""
+    """The leading directions ``alpha [p, k]``, ``alpha^T (P + ridge) alpha = 1``, and singular values ``l [k]``."""
 
     alpha: Tensor
     values: Tensor
@@ -106,7 +106,7 @@ class Fit:
 
 
 def best_move(m: Means, reads: Reads, goal: Goal, ridge: float = 0.0) -> Move:
-    """Equation 1: ``dW = M^T S^-1``, residual bottleneck ``E|v|^2 - tr(dW M)`` (exact for any ridge)."""
+    """Equation 1: ``dW = M^T S^-1``, bottleneck ``E|v|^2 - 2 tr(dW M) + tr(dW S dW^T)``, for any ridge."""
     s, cross, energy = m[reads, reads], m[reads, goal], float(m[goal, goal].trace())
     white = m.whitening(reads, ridge)
     dw = white.solve(cross).T

@@ -177,9 +177,9 @@ def test_signature_and_defaults_stay() -> None:
     model, _, _ = grown()
     assert list(inspect.signature(model.forward).parameters) == ["x", "scale", "shift"]
     assert torch.equal(model(x=X, scale=1.0, shift=None), model(X))
-    with pytest.raises(ValueError, match=r"traced with scale = 1\.0"):
+    with pytest.raises(dagrow.TraceError, match=r"traced with scale = 1\.0"):
         model(X, 2.0)
-    with pytest.raises(ValueError, match="traced with shift = None"):
+    with pytest.raises(dagrow.TraceError, match="traced with shift = None"):
         model(X, shift=X)
 
 
@@ -206,7 +206,7 @@ def test_structured_outputs_and_starred_arguments() -> None:
     assert isinstance(after, Answer)
     assert torch.allclose(after.logits, before.logits, atol=1e-6)
     assert after.extra[1] == 7
-    with pytest.raises(ValueError, match="others"):
+    with pytest.raises(dagrow.TraceError, match="others"):
         model(X, X)
 
 

@@ -25,7 +25,7 @@ OPEN = 16  #: random directions offered when their number is open
 
 @dataclass(frozen=True)
 class AddNeurons(Operator):
-    """Widens hidden axes by the neurons that explain most of the bottleneck behind them.
+    """Widens hidden axes by the neurons that explain most of their consumers' bottleneck.
 
     Args:
         k: neurons per axis, exactly; None takes as many as the held-out gain supports, possibly none. Where linear

@@ -258,7 +258,8 @@ class FanOutStage(Stage):
     def _calibrate(self, draft: Draft, m: Moments, widening: Widening, kept: Tensor, mode: str) -> None:
         """New channels pass a BatchNorm unchanged in train mode as well: they get their own mean and variance.
 
-        Where features were measured in train mode, behind the norm of the batch, its affine part stays as it was then.
+        Where features were measured in train mode, downstream of the norm of the batch, its affine part stays as it was
+        then.
         """
         for rider in self.axis.riders:
             if rider.rule is None:
