@@ -184,3 +184,14 @@ def test_what_tracing_fixed_is_told() -> None:
     assert "Fixed while tracing: x.shape[0] > 100 is False (test_hard_cases.py:" in str(
         dagrow.trace(Guarded(), torch.zeros(3, 4))
     )
+
+
+def test_noise_does_not_grow_an_axis_that_arrives_at_many_positions() -> None:
+    """One direction acts on 16 correlated groups of features: chance must count all pairs of them."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        tokens = torch.randn(400, 1, 4).expand(400, 16, 4) + 0.05 * torch.randn(400, 16, 4)
+        model = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(32, 5))
+        batches = list(zip(tokens.split(100), torch.randn(400, 5).split(100), strict=True))
+        dag = dagrow.trace(model, tokens[:2])
+        assert not dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons()]), seed
