@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Undisturbed"]
 
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 _CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
 
 
@@ -23,6 +24,8 @@ class Undisturbed:
 
     Of the model: its class, every attribute of every module (modes, hooks, caches in containers), and of every
     parameter, buffer and other tensor there the gradient, ``requires_grad`` and the values.
+
+    Of torch: whether gradients are enabled, and the modes under which functions run.
 
     Args:
         weights: whether values of parameters are copied too; otherwise nothing inside may write them.
@@ -38,6 +41,7 @@ class Undisturbed:
         self.tensors = [_Saved.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()]
         self.generators = _random_state()
         self.grad = torch.is_grad_enabled()
+        self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
 
     def __enter__(self) -> "Undisturbed":
         for saved in self.tensors:
@@ -56,6 +60,12 @@ class Undisturbed:
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
+        while torch._C._len_torch_function_stack() > self.modes:  # an interrupt kept a mode from leaving
+            torch._C._pop_torch_function_stack()
+        if torch._C._get_dispatch_mode(FAKE) is not self.fake:
+            torch._C._unset_dispatch_mode(FAKE)
+            if self.fake is not None:
+                torch._C._set_dispatch_mode(self.fake)
         torch.set_grad_enabled(self.grad)
         self.model.__class__ = self.kind
         for container, content in self.contents:
