@@ -95,7 +95,7 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
         return Whitening(factor, scale, True, "")
     scaled.diagonal().mul_(alive)
     values, vectors = torch.linalg.eigh(scaled)
-    kept = values > cut * values.max()
+    kept = values > cut * values.max().clamp_min(1)  # of what the features were, where little is left
     factor, rank = (vectors[:, kept] * values[kept].rsqrt()).T, int(kept.sum())
     return Whitening(factor, scale, False, f"rank cut from {d} to {rank}")
 

@@ -27,6 +27,7 @@ __all__ = [
     "explained_alone", "fan_out",
 ]  # fmt: skip
 
+LOST = 100  #: precision lost by regressing features out of others
 OVERSAMPLED = 16  #: more goals than neurons in which singular vectors are sought
 
 Compensation = Literal["none", "constant", "all"]
@@ -138,6 +139,11 @@ class Remainder:
         return self.white.note if self.block.reads and (self.block.project or self.block.compensation == "all") else ""
 
     @property
+    def resolution(self) -> float:
+        """Relative precision of P: what is left once all of ``b`` is taken out is a difference of larger numbers."""
+        return self.m.resolution * (LOST if self.block.compensation == "all" else 1)
+
+    @property
     def unit(self) -> Tensor:
         """``E p^2``: what the features were before anything was taken out of them."""
         return self.m[self.block.features, self.block.features].diagonal()
@@ -233,7 +239,7 @@ class Stack:
     def whitening(self, ridge: float) -> Whitening:
         """Of P, with a ridge relative to what the features were before anything was taken out of them."""
         unit = _mean([part.unit.view(part.block.slots, -1).mean(0) for part in self.parts])
-        return whitening(self.gram, ridge, self.parts[0].m.resolution, unit)
+        return whitening(self.gram, ridge, max(part.resolution for part in self.parts), unit)
 
     def times(self, goals: Tensor) -> Tensor:
         """``N G [p, q]``."""
@@ -291,7 +297,7 @@ def fan_out(m: Means, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit:
     """
     remainder = Remainder(m, block)
     p, n, taken = remainder.gram(choice), remainder.rows(choice), remainder.taken(choice)
-    white = whitening(p, ridge, m.resolution, _unit_of(remainder, choice))
+    white = whitening(p, ridge, remainder.resolution, _unit_of(remainder, choice))
     x = white.solve(n).T
     slope, compensation = choice.T @ m[block.features, block.goal], None
     if taken is not None:

@@ -114,7 +114,7 @@ class CopyCandidate(PreservingCandidate):
             copied = torch.randperm(width, generator=generator)[: self.k]
         else:
             copied = torch.randint(width, (self.k,), generator=generator)
-        sharing = 1.0 + torch.bincount(copied, minlength=self.axis.width)
+        sharing = 1 + torch.bincount(copied, minlength=width).double()
         layout = self.axis.layout
         for edge in self.axis.producers:
             rows = layout.rows[edge.name][copied]
