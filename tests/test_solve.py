@@ -166,6 +166,17 @@ def test_the_constant_is_one_of_the_features() -> None:
     assert fan_out(of(constant), Block(P, 1, B, V, "constant"), torch.eye(5, dtype=torch.float64)).drop < 1e-12
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_features_that_are_read_already_bring_nothing(seed: int) -> None:
+    """What is left of them is rounding; it must not be mistaken for a direction."""
+    d = data(seed=seed)
+    read = d._replace(p=d.b @ np.random.default_rng(seed).normal(size=(5, 5)))
+    fit = fan_out(of(read), Block(P, 1, B, V, "all"), torch.eye(5, dtype=torch.float64))
+    assert not fit.weights.any()
+    assert fit.drop == fit.gain == 0
+    assert not len(directions(of(read), [Block(P, 1, B, V, "all")], 2).values)
+
+
 def test_consumers_side_by_side() -> None:
     d, other = data(seed=12), data(seed=13)
     m = moments({B: d.b, P: d.p, V: d.v, W: other.v})
