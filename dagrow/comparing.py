@@ -19,8 +19,8 @@ from dagrow.draft import Change
 from dagrow.growth import Growth
 from dagrow.layers import EdgeRule
 from dagrow.objective import Loss, Objective
-from dagrow.surgery import Preview
-from dagrow.undisturbed import Undisturbed
+from dagrow.surgery import preview
+from dagrow.undisturbed import undisturbed
 
 __all__ = [
     "Target", "close", "derivative", "is_picklable", "observe", "permute", "regressed", "same", "sample", "snapshot",
@@ -178,7 +178,7 @@ def observe(
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
     before = _look(objective, edges if producer is None or producer.name in names else [*edges, producer])
-    with Preview(dag, growth.change):
+    with preview(dag, growth.change):
         grown = _look(objective, edges, growth.change.tensors(dag.model, 0.0))
     samples = sum(n for _, n in objective)
     return [
@@ -252,7 +252,7 @@ def _look(
     """What edges read, and minus the gradient of each sample's loss at a zero that is added to what they write."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {edge.name: [] for edge in edges}
     edges, reduction = list(edges), objective.reduction
-    with Undisturbed(objective.model), torch.enable_grad():
+    with undisturbed(objective.model), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         for batch, n in objective:
             caught: dict[str, tuple[Tensor, Tensor]] = {}

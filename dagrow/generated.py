@@ -19,7 +19,7 @@ from dagrow.errors import TraceError
 from dagrow.record import is_leaf
 from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["unwritable", "wear"]
 
@@ -48,7 +48,7 @@ def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
 def _mode_obstacle(program: Program, again: Callable[[], Program]) -> str | None:
     """Compares the graphs of both modes: they may differ only in flags, which then follow the mode."""
     model, other = program.model, None
-    with Undisturbed(model, weights=True):
+    with undisturbed(model, weights=True):
         model.train(not model.training)
         try:
             other = again()

@@ -21,8 +21,8 @@ from dagrow.operators.base import Stage, packed
 from dagrow.optimizers import check_optimizer
 from dagrow.search import line_search
 from dagrow.solve import best_move
-from dagrow.surgery import Preview, transaction
-from dagrow.undisturbed import Undisturbed
+from dagrow.surgery import preview, transaction
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
 
@@ -196,7 +196,7 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
     change = draft.change()
     pairs = [pair for stage in stages for pair in stage.pairs()]
     _check_preserved(dag, objective, change, ", ".join(stage.axis.name for stage in stages))
-    with Preview(dag, change):
+    with preview(dag, change):
         tensors = change.tensors(dag.model, 0.0)
         return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
 
@@ -225,11 +225,11 @@ def _check_unchanged(growth: Growth) -> None:
 
 def _compared(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, float]:
     """The loss of a batch before and after a change, in eval mode, and what rounding explains."""
-    with Undisturbed(objective.model), torch.no_grad():
+    with undisturbed(objective.model), torch.no_grad():
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)
-        with Preview(dag, change):
+        with preview(dag, change):
             after = objective.value(batch, change.tensors(dag.model, gamma))
     return float(before), float(after), max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
 
@@ -283,7 +283,7 @@ def _grown(
 
 
 def _amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
-    with Preview(growth.dag, growth.change):
+    with preview(growth.dag, growth.change):
         return line_search(lambda gamma: judge.mean(growth.change.tensors(growth.dag.model, gamma)), before)
 
 

@@ -16,7 +16,7 @@ from dagrow.draft import Change
 from dagrow.errors import GrowthError
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
-from dagrow.surgery import Preview, Saved, Undo, apply, transaction, whole, widen_copy
+from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
 
@@ -72,7 +72,7 @@ class Growth:
     def loss(self, gamma: float, objective: Objective | None = None) -> float:
         """The loss of the grown network at an amplitude, without growing it."""
         self._check(gamma)
-        with Preview(self.dag, self.change):
+        with preview(self.dag, self.change):
             return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
 
     def _check(self, gamma: object) -> None:

@@ -14,7 +14,7 @@ from dagrow.features import Capture, Feature, Goal
 from dagrow.linalg import add_gram, complete
 from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["measure"]
 
@@ -39,7 +39,7 @@ def measure(
     pairs = distinct(pairs)
     objective.probe()
     watch = _Watch(dag, {f for pair in pairs for f in pair}, read or {}, written or {})
-    with Undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
         sums = _Sums(pairs, folds, dtype)
         objective.model.train(objective.mode == "train")
         for batch, n in objective:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.trace import bind
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["Loss", "Objective", "Step", "describe"]
 
@@ -120,7 +120,7 @@ class Objective:
     def probe(self) -> None:
         """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
         if self._reduction is None:
-            with Undisturbed(self.model, weights=True), torch.no_grad():
+            with undisturbed(self.model, weights=True), torch.no_grad():
                 self.model.eval()
                 self._reduction = self._probed()
 
@@ -151,7 +151,7 @@ class Objective:
         """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
         self.probe()
         total, count = 0.0, 0
-        with Undisturbed(self.model), torch.no_grad():
+        with undisturbed(self.model), torch.no_grad():
             self.model.train(self.mode == "train")
             for batch, n in self:
                 total += float(self.value(batch, tensors)) * self.scale(n) * n

@@ -3,7 +3,8 @@
 Every parameter keeps its identity, so that optimizers, schedulers, hooks and losses still alive go on.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,29 +18,29 @@ from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
 from dagrow.optimizers import carry, log_growth, log_undo, refusal, settle
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import AsFound
 
-__all__ = ["Preview", "Saved", "Undo", "apply", "transaction", "whole", "widen_copy"]
+__all__ = ["Saved", "Undo", "apply", "preview", "transaction", "whole", "widen_copy"]
 
 T = TypeVar("T")
 
 
-class Preview:
-    """While it is entered, the model has the forward and the stated widths of the grown network."""
-
-    def __init__(self, dag: Dag, change: Change) -> None:
-        self.model, self.found = dag.model, type(dag.model)
-        self.forward = wear(dag.program, change.literals) if change.literals else self.found
-        self.after, self.before = change.attributes, _stated(dag.model, change.attributes)
-
-    def __enter__(self) -> "Preview":
-        self.model.__class__ = self.forward
-        _state(self.model, self.after)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.model.__class__ = self.found
-        _state(self.model, self.before)
+@contextlib.contextmanager
+def preview(dag: Dag, change: Change) -> Iterator[None]:
+    """Inside, the model has the forward and the stated widths of the grown network."""
+    model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
+    grown = wear(dag.program, change.literals) if change.literals else found
+    try:
+        model.__class__ = grown
+        _state(model, change.attributes)
+        yield
+    finally:
+        model.__class__ = found
+        try:
+            _state(model, before)
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            _state(model, before)
+            raise
 
 
 Attributes = Mapping[str, Mapping[str, int]]
@@ -170,7 +171,7 @@ class _Found:
     def __init__(self, dag: Dag) -> None:
         dag.applied[:] = [None if undo is None or _unreachable(undo) else undo for undo in dag.applied]
         self.dag, self.count = dag, len(dag.applied)
-        self.state, self.view = Undisturbed(dag.model), dag.view()
+        self.state, self.view = AsFound(dag.model), dag.view()
 
     def restore(self) -> None:
         """Undoes growths and puts everything else back. May run twice."""

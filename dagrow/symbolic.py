@@ -14,7 +14,7 @@ from dagrow.frames import source
 from dagrow.record import FakeMode, is_leaf, mark_mode, snapshot
 from dagrow.trace import Executor, Program, explained, refuse_lazy, verify
 from dagrow.trees import mapped
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["symbolic"]
 
@@ -49,7 +49,7 @@ class _Tracer(fx.Tracer):
 def symbolic(model: nn.Module) -> Program:
     """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input."""
     refuse_lazy(model)
-    with Undisturbed(model, weights=True):
+    with undisturbed(model, weights=True):
         try:
             tracer = _Tracer()
             graph = tracer.trace(model)
@@ -62,7 +62,7 @@ def symbolic(model: nn.Module) -> Program:
     program = Program(model, graph, constants, ())
     example = _example(model, graph)
     fake = FakeMode(allow_non_fake_inputs=True)
-    with Undisturbed(model, weights=True), fake, torch.no_grad(), explained(model, example):
+    with undisturbed(model, weights=True), fake, torch.no_grad(), explained(model, example):
         _Propagator(program, fake).run(fake.from_tensor(example))
     return verify(program, example)
 

@@ -26,7 +26,7 @@ from dagrow.errors import GrowthError, LossError
 from dagrow.grow import Bottlenecks, bottlenecks
 from dagrow.objective import Loss, Objective
 from dagrow.trace import bind
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import AsFound, undisturbed
 
 __all__ = ["Tangent", "tangent"]
 
@@ -132,7 +132,7 @@ class _Jacobian:
         energy, pulled = 0.0, torch.zeros_like(move)
         with self._running():
             for batch, _ in self.objective:
-                with Undisturbed(self.model):
+                with undisturbed(self.model):
                     pushed = self._push(batch, move)
                 energy += float(pushed.double().square().sum())
                 pulled += self._pull(batch, pushed)
@@ -150,7 +150,7 @@ class _Jacobian:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self.objective.probe()
-        with Undisturbed(self.model), torch.inference_mode(False), torch.enable_grad():
+        with undisturbed(self.model), torch.inference_mode(False), torch.enable_grad():
             self.model.train(self.objective.mode == "train")
             yield
 
@@ -167,7 +167,7 @@ class _Jacobian:
 
     def _goal(self, batch: Any, samples: int) -> Tensor:
         """``v`` of a batch, in the output's own shape."""
-        with Undisturbed(self.model):
+        with undisturbed(self.model):
             value = self.objective.value(batch)
             if not value.requires_grad:
                 raise LossError("the loss does not depend on the model: no gradient reaches its output.")
@@ -187,7 +187,7 @@ class _Jacobian:
 
     def _push(self, batch: Any, move: Tensor) -> Tensor:
         """``J dtheta``, in the output's shape: forward mode, or reverse mode twice where a layer has no other."""
-        direction, before = self._shaped(move), Undisturbed(self.model)
+        direction, before = self._shaped(move), AsFound(self.model)
         try:
             with forward_ad.dual_level(), torch.no_grad():
                 duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in self.parameters.items()}

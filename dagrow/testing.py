@@ -36,9 +36,9 @@ from dagrow.measure import measure
 from dagrow.moments import Means, Moments
 from dagrow.objective import Loss, Objective
 from dagrow.operators import Operator
-from dagrow.surgery import Preview
+from dagrow.surgery import preview
 from dagrow.trace import bind
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = [
     "LAWS", "Case", "Law", "additivity", "atomicity", "check_operator", "descent", "invariance", "optimality",
@@ -77,7 +77,7 @@ class Case:
 
     def outputs(self, model: nn.Module, mode: str = "eval", tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """All outputs. Train mode is that of every layer but dropout, whose masks depend on widths."""
-        with Undisturbed(model), torch.no_grad():
+        with undisturbed(model), torch.no_grad():
             model.train(mode == "train")
             for module in model.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -87,7 +87,7 @@ class Case:
 
     def grown(self, growth: Growth, gamma: float, mode: str = "eval") -> Tensor:
         """All outputs that the model would have."""
-        with Preview(growth.dag, growth.change):
+        with preview(growth.dag, growth.change):
             return self.outputs(growth.dag.model, mode, growth.change.tensors(growth.dag.model, gamma))
 
 
@@ -398,7 +398,7 @@ def _case(model: nn.Module) -> Case:
     dag, generator = trace(model), torch.Generator().manual_seed(0)
     value = next(node.meta["val"] for node in dag.graph.nodes if node.op == "placeholder")
     x = torch.randn(60, *value.shape[1:], generator=generator, dtype=torch.float64)
-    with Undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         y = model.eval()(x)
     waves, mix = (torch.randn(*size, generator=generator).double() for size in ((x[0].numel(), 3), (3, y[0].numel())))
     y = ((x.flatten(1) @ waves / 2).sin() @ mix).view_as(y)

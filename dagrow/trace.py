@@ -26,7 +26,7 @@ from dagrow.record import (
     source,
 )  # fmt: skip
 from dagrow.trees import leaves, mapped
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 __all__ = ["Executor", "Program", "bind", "explained", "fits", "record", "refuse_lazy", "verify"]
 
@@ -146,7 +146,7 @@ def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> P
     args, kwargs = bind(example_inputs)
     refuse_lazy(model)
     bound = _arguments(model, args, kwargs)
-    with Undisturbed(model, weights=True), FakeMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
+    with undisturbed(model, weights=True), FakeMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
         for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
@@ -223,7 +223,7 @@ def _evaluated(model: nn.Module, function: Callable[..., Any], given: Any) -> An
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with Undisturbed(model, weights=True), torch.no_grad():
+        with undisturbed(model, weights=True), torch.no_grad():
             args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
             return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
     finally:

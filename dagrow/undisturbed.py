@@ -1,11 +1,11 @@
 """A model and the random generators, left as they were found, whatever happens inside a ``with``."""
 
 import collections
+import contextlib
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,34 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Undisturbed"]
+__all__ = ["AsFound", "undisturbed"]
 
 FAKE = torch._C._TorchDispatchModeKey.FAKE
 _CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
 
 
-class Undisturbed:
-    """Leaves a model and the random generators as they were when it was made.
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
+    """Leaves a model and the random generators as they were, whatever happens inside. See :class:`AsFound`.
+
+    Gradients are None inside, as something there may run backward.
+    """
+    found = AsFound(model, weights=weights)
+    try:
+        for saved in found.tensors:
+            if saved.grad is not None:
+                saved.tensor.grad = None
+        yield
+    finally:
+        try:
+            found.restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            found.restore()
+            raise
+
+
+class AsFound:
+    """A model and the random generators as they are when it is made, to come back to.
 
     Of the model: its class, every attribute of every module (modes, hooks, caches in containers), and of every
     parameter, buffer and other tensor there the gradient, ``requires_grad`` and the values.
@@ -42,21 +62,6 @@ class Undisturbed:
         self.generators = _random_state()
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
-
-    def __enter__(self) -> "Undisturbed":
-        for saved in self.tensors:
-            if saved.grad is not None:
-                saved.tensor.grad = None  # something inside may run backward
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            self.restore()
-            raise
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""

@@ -19,7 +19,7 @@ from dagrow.errors import TraceError
 from dagrow.record import is_leaf
 from dagrow.symbolic import symbolic
 from dagrow.trace import Program, bind, record, verify
-from dagrow.undisturbed import Undisturbed
+from dagrow.undisturbed import undisturbed
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
@@ -126,9 +126,9 @@ def test_program_computes_what_the_model_computes(name, train):
     assert all("val" in node.meta and "source" in node.meta for node in program.graph.nodes)
     for n in (2, 5):
         x = torch.randn(n, *shape)
-        with Undisturbed(model, weights=True):
+        with undisturbed(model, weights=True):
             expected = model(x)
-        with Undisturbed(model, weights=True):
+        with undisturbed(model, weights=True):
             found = program.run(x)
         assert type(found) is type(expected)
         if isinstance(found, torch.Tensor):

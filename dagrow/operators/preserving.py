@@ -130,5 +130,5 @@ class CopyCandidate(PreservingCandidate):
             share = 1 / sharing[copied]
             draft.fan_out(consumer, widening.columns[consumer.name], weight[:, columns[copied]] * share[:, None])
             less = weight.new_zeros(weight.shape[0], weight.shape[1] + consumer.bias)
-            less[:, columns.flatten()] = -(weight[:, columns] * (1 - 1 / sharing)[:, None]).flatten(1)
+            less[:, columns.flatten()] = -(weight[:, columns] * (1 - 1 / sharing)[:, None]).flatten(1).to(weight)
             draft.move(consumer, less)
