@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,15 +277,10 @@ def _grown(
     for growth in sorted(growths, key=_worth, reverse=True):
         if growth.preserving:
             return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
-        gamma, after = _amplitude(growth, judge, before)
+        gamma, after = line_search(partial(growth.loss, objective=judge), before)
         if gamma > 0:
             return growth.commit(gamma, before, after, optimizer)
     return None
-
-
-def _amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
-    with preview(growth.dag, growth.change):
-        return line_search(lambda gamma: judge.mean(growth.change.tensors(growth.dag.model, gamma)), before)
 
 
 def _summed(parts: Sequence[Receipt], before: float) -> Receipt:

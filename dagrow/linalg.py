@@ -110,7 +110,8 @@ def leading_subspace(
 ) -> Tensor:
     """Orthonormal columns ``[width, q]`` that hold the leading right singular vectors of a matrix, known by products.
 
-    Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; all columns if there are no more.
+    Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; the identity where the matrix has
+    few columns anyway.
     """
     if width <= max(q, _SMALL):
         return torch.eye(width).to(like)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dagrow.axes import Landing
 from dagrow.errors import OptimizerError
 
-__all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refusal", "settle"]
+__all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refuse", "settle"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def carry(optimizer: Optimizer) -> None:
     grown = [p for p in _parameters(optimizer) if p in _log and seen.get(p) != _log[p].version]
     if not grown:
         return
-    refusal(optimizer, grown)
+    refuse(optimizer, grown)
     states = {p: _followed(p, optimizer.state[p], seen.get(p)) for p in grown if p in optimizer.state}
     for parameter, state in states.items():
         optimizer.state[parameter] = state
@@ -129,7 +129,7 @@ def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             seen[parameter] = _log[parameter].version
 
 
-def refusal(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
+def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
     """Raises OptimizerError if one of the parameters is the optimizer's and some of its state cannot follow."""
     mine = {id(p) for p in _parameters(optimizer)}
     if not any(id(p) in mine for p in growing):

@@ -17,12 +17,13 @@ from dagrow.dag import Dag, tensor_at
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
-from dagrow.optimizers import carry, log_growth, log_undo, refusal, settle
+from dagrow.optimizers import carry, log_growth, log_undo, refuse, settle
 from dagrow.undisturbed import AsFound
 
 __all__ = ["Saved", "Undo", "apply", "preview", "transaction", "whole", "widen_copy"]
 
 T = TypeVar("T")
+Attributes = Mapping[str, Mapping[str, int]]  #: module -> its attributes that state widths
 
 
 @contextlib.contextmanager
@@ -41,9 +42,6 @@ def preview(dag: Dag, change: Change) -> Iterator[None]:
         except BaseException:  # an interrupt while cleaning up: finish the cleaning first
             _state(model, before)
             raise
-
-
-Attributes = Mapping[str, Mapping[str, int]]
 
 
 def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
@@ -197,7 +195,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     kind = wear(dag.program, change.literals) if change.literals else type(dag.model)
     undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
-        refusal(optimizer, [undo.saved.tensors[name] for name in change.landings])
+        refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
 
     def write() -> None:
         undo.saved.write(tensors, kind)

@@ -93,11 +93,10 @@ def test_products_that_overflow_are_refused() -> None:
         dagrow.bottlenecks(dag, batches, mse_loss)
 
 
-@pytest.mark.parametrize("gamma", [1e-6, 1.0])
-def test_gradmax_is_refused_where_zero_does_not_stay_zero(gamma: float) -> None:
+def test_gradmax_is_refused_where_zero_does_not_stay_zero() -> None:
     dag = dagrow.trace(mlp(3, 2, 2, act=nn.Sigmoid), torch.randn(2, 3).double())
     with pytest.raises(dagrow.DagrowError, match="a zero does not stay zero"):
-        dagrow.propose(dag, data(), mse_loss, [AddNeurons(k=1, init="gradmax")])[0].apply(gamma)
+        dagrow.propose(dag, data(), mse_loss, [AddNeurons(k=1, init="gradmax")])
 
 
 def test_a_step_that_trains_is_refused_and_undone() -> None:
@@ -305,5 +304,5 @@ def test_two_growths_in_a_row_tell_where_all_new_entries_are() -> None:
             for dim, size in enumerate(grown.shape)
         ]
         assert [len(places) for places in kept] == list(old.shape), name
-        if name == "2.weight":
+        if name.endswith("weight"):
             assert torch.equal(grown[torch.meshgrid(*map(torch.tensor, kept), indexing="ij")], old)

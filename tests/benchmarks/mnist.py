@@ -290,11 +290,10 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
     """The tables, from the results file and nothing else."""
     by_name = {name: [r for r in runs if r["variant"] == name] for name in VARIANTS}
     by_name = {name: found for name, found in by_name.items() if found}
-    seeds = {len(found) for found in by_name.values()}
     ordered = sorted(by_name.items(), key=lambda item: mean(r["test_loss"] for r in item[1]))
     return "\n\n".join(
         [
-            f"{len(runs)} runs, {min(seeds)} to {max(seeds)} seeds for each variant (column n). Package sources "
+            f"{len(runs)} runs; column n counts the seeds of each variant. Package sources "
             f"{', '.join(sorted({r['version'] for r in runs}))}. Best test loss first; mean ± standard deviation.",
             _table([_row(name, found) for name, found in ordered]),
             "Differences to the default, seed by seed (mean ± standard error over seeds; below 0 is less loss):",
