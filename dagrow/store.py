@@ -28,7 +28,7 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     reads it.
 
     Raises:
-        StoreError: the path cannot be written.
+        StoreError: the path cannot be written, or the model's state_dict holds more than dense tensors.
         GrowthError: the model is no longer the one that was traced.
     """
     if not isinstance(dag, Dag):
