@@ -68,6 +68,7 @@ class Widening:
     columns: Mapping[str, Landing]
     entries: Mapping[Rider, Landing]
     literals: Mapping[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  #: of modules that state a size
 
 
 def group(found: Labelling) -> list[Layout]:
@@ -119,7 +120,7 @@ def widen(
         r: runner.riders.get(r) or runner.landed(r.name, runner.found.entries[r], found.entries[r], 0)
         for r in layout.entries
     }
-    return Widening(runner.landings, columns, entries, runner.literals)
+    return Widening(runner.landings, columns, entries, runner.literals, runner.attributes)
 
 
 class _GrowthRunner(ChannelRunner):
@@ -133,6 +134,7 @@ class _GrowthRunner(ChannelRunner):
         self.fresh = classes.fresh(k)
         self.values = dict(before.values)
         self.literals: dict[fx.Node, tuple[Any, ...]] = {}
+        self.attributes: dict[str, dict[str, Any]] = {}
         self.landings: dict[str, Landing] = {}
         self.riders: dict[Rider, Landing] = {}
         for edge, labels in before.rows.items():
@@ -200,6 +202,11 @@ class _GrowthRunner(ChannelRunner):
         except (RuntimeError, IndexError):
             if expected is None:
                 raise
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and expected is not None:
+            sizes = _unflattened(module.dim, module.unflattened_size, node, expected)
+            self.attributes[str(node.target)] = {"unflattened_size": sizes}
+            return args[0].unflatten(module.dim, sizes)
         literals = _rewritten(node, expected)
         if literals is None:
             where = node.meta.get("source", "")
@@ -295,8 +302,13 @@ def _insert_along(units: Tensor, width: int, k: int, name: str) -> Landing:
 
 def _rewritten(node: fx.Node, expected: torch.Size | None) -> tuple[Any, ...] | None:
     """The node's arguments with the literal sizes that the wider axis needs, or None."""
-    if expected is None or ops.op_name(node) not in ("view", "reshape") or node.kwargs:
+    if expected is None or ops.op_name(node) not in ("view", "reshape", "unflatten") or node.kwargs:
         return None
+    if ops.op_name(node) == "unflatten":
+        source, dim, sizes = node.args
+        if not isinstance(dim, int) or any(isinstance(size, fx.Node) for size in sizes):  # type: ignore[union-attr]
+            return None
+        return source, dim, _unflattened(dim, sizes, node, expected)
     first: Any = node.args[1]
     nested = isinstance(first, (tuple, list))
     given = tuple(first) if nested else node.args[1:]
@@ -309,3 +321,9 @@ def _rewritten(node: fx.Node, expected: torch.Size | None) -> tuple[Any, ...] | 
             return None
         sizes.append(size if live else after)
     return (node.args[0], tuple(sizes)) if nested else (node.args[0], *sizes)
+
+
+def _unflattened(dim: int, given: Any, node: fx.Node, expected: torch.Size) -> tuple[int, ...]:
+    """The sizes of an ``unflatten``, as the wider axis needs them; a -1 stays."""
+    start = dim % (node.meta["val"].ndim - len(given) + 1)
+    return tuple(-1 if size == -1 else expected[start + i] for i, size in enumerate(given))

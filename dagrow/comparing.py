@@ -129,9 +129,9 @@ def permute(dag: Dag, axis: Axis, order: Tensor) -> None:
             positions = torch.stack([torch.nonzero(units.flatten() == u).flatten() for u in range(axis.width)])
             for name in rider.tensors:
                 tensor = tensor_at(dag.model, name)
-                flat = tensor.detach().flatten()
-                flat[positions] = flat[positions[order]]
-                tensor.copy_(flat.view_as(tensor))
+                entries = tensor.detach().clone() if rider.rule else tensor.detach().flatten()
+                entries[positions] = entries[positions[order]]
+                tensor.copy_(entries.view_as(tensor))
 
 
 # ---------------------------------------------------------------- brute force
@@ -199,16 +199,17 @@ def _target(
     if edge.bias:
         reads = torch.cat([reads, reads.new_ones(len(reads), 1)], 1)
     wanted = goal - regressed(reads, goal) if project and edge.trainable else goal
-    weight, written = change.slope.get(f"{edge.name}.weight"), torch.zeros_like(goal)
-    new = read[:, :0]
+    slope, written = change.slope.get(f"{edge.name}.weight"), torch.zeros_like(goal)
+    new, (o, i) = read[:, :0], edge.rule.dims["weight"]
     landings = {landing.dim: landing for landing in change.landings.get(f"{edge.name}.weight", ())}
-    if weight is not None:
-        rows = landings[0].old if 0 in landings else torch.arange(len(weight))
+    if slope is not None:
+        weight = edge.matrix(slope)
+        rows = landings[o].old if o in landings else torch.arange(len(weight))
         written = read @ weight[rows].flatten(1).T
         bias = change.slope.get(f"{edge.name}.bias")
         written = written if bias is None else written + bias[rows]
-        if 1 in landings:
-            entries = torch.arange(weight[0].numel()).view(weight.shape[1:])[landings[1].new]
+        if i in landings:
+            entries = torch.arange(weight[0].numel()).view(weight.shape[1:])[landings[i].new]
             new = read[:, entries.flatten(1)]  # [rows, k, slots]
             new = (new[:, ::2] - new[:, 1::2] if paired else new).flatten(1)
     centred = edge.trainable and edge.bias

@@ -44,6 +44,12 @@ class Edge:
     reason: str | None
     shared: str | None = None
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A view of a tensor of the weight's shape as ``[o, i, *kernel]``."""
+        dims = self.rule.dims["weight"]
+        assert dims[1] is not None
+        return weight.movedim((dims[0], dims[1]), (0, 1))
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own weight and bias, by their names in the rule."""
         found = {name: getattr(self.module, name, None) for name in self.rule.dims}
@@ -286,7 +292,7 @@ def _freeze_shared(dag: Dag) -> None:
             found.classes.freeze(found.columns[edge], cause)
     for rider, labels in found.entries.items():
         owner, _, leaf = rider.name.rpartition(".")
-        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, rider.rule.entries)
+        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, rider.entries)
         used = direct - {rider.name}
         cause = _sharing(name, dag.model.get_submodule(name), entries, owners, used)
         if cause:

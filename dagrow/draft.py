@@ -35,7 +35,7 @@ class Change:
     landings: Mapping[str, tuple[Landing, ...]]
     fresh: Mapping[str, Tensor]
     slope: Mapping[str, Tensor]
-    attributes: Mapping[str, Mapping[str, int]]
+    attributes: Mapping[str, Mapping[str, Any]]
     literals: Mapping[fx.Node, tuple[Any, ...]]
     program: Program
 
@@ -67,13 +67,14 @@ class Draft:
         self.landings: dict[str, tuple[Landing, ...]] = {}
         self.fresh: dict[str, Tensor] = {}
         self.slope: dict[str, Tensor] = {}
-        self.attributes: dict[str, Mapping[str, int]] = {}
+        self.attributes: dict[str, Mapping[str, Any]] = {}
         self.literals: dict[fx.Node, tuple[Any, ...]] = {}
         self.read: dict[str, Landing] = {}
         self.written: dict[str, Landing] = {}
         riders: list[tuple[Rider, Landing]] = []
         for axis, widening in widenings:
             self.literals |= widening.literals
+            self.attributes |= widening.attributes
             for edge in axis.producers:
                 self._land(edge, widening.rows[edge.name], 0)
             for edge in axis.consumers:
@@ -105,12 +106,14 @@ class Draft:
             self._fresh(rider.name).fill_(rider.neutral)
             return
         self.read[rider.name] = landing
-        mean, variance = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        passing = rider.rule.calibrated(self.dag.model.get_submodule(rider.name), mean, variance)
-        for entry in rider.rule.entries:
+        module = self.dag.model.get_submodule(rider.name)
+        for entry, value in rider.rule.passing(module).items():
             self.landings[f"{rider.name}.{entry}"] = (Landing(0, landing.size, landing.old, landing.new),)
-            self._fresh(f"{rider.name}.{entry}").fill_(float(passing[entry]))
-        self.attributes[rider.name] = rider.rule.attributes(landing.size)
+            fresh = self._fresh(f"{rider.name}.{entry}")
+            if value.ndim:  # the entries of one group, as often as a unit has groups
+                value = value.repeat(landing.new.shape[1] // len(value), *[1] * (value.ndim - 1))
+            fresh[landing.new] = value.to(fresh)
+        self.attributes[rider.name] = rider.rule.attributes(module, landing.size)
 
     def _fresh(self, name: str) -> Tensor:
         return self.fresh.setdefault(name, self._blank(name))
@@ -130,14 +133,15 @@ class Draft:
         self._write(self._fresh, edge, alpha.flatten(0, 1), landing.new.flatten(), None)
 
     def fan_out(self, edge: Edge, landing: Landing, omega: Tensor) -> None:
-        """New columns of a consumer per unit of gamma: ``omega [o, k, slots]``."""
-        weight = self._slope(f"{edge.name}.weight")
-        rows = self._old(f"{edge.name}.weight", 0, weight.shape[0])
-        weight[rows[:, None], landing.new.flatten()] = omega.flatten(1).to(weight)
+        """New columns of a consumer per unit of gamma: ``omega [o, k, slots]``, with each slot's taps side by side."""
+        weight = edge.matrix(self._slope(f"{edge.name}.weight"))
+        rows = self._old(f"{edge.name}.weight", edge.rule.dims["weight"][0], len(weight))
+        columns = landing.new.flatten()
+        weight[rows[:, None], columns] = omega.reshape(len(rows), len(columns), *weight.shape[2:]).to(weight)
 
     def move(self, edge: Edge, delta: Tensor) -> None:
         """A move of an edge's old weights per unit of gamma: ``delta [o, i]``, the constant last if it has a bias."""
-        rows = self._old(f"{edge.name}.weight", 0, edge.rule.widths(edge.module)[1])
+        rows = self._old(f"{edge.name}.weight", edge.rule.dims["weight"][0], edge.rule.widths(edge.module)[1])
         self._write(self._slope, edge, delta, rows, delta)
 
     def rider(self, name: str, landing: Landing, values: Mapping[str, Tensor]) -> None:
@@ -155,18 +159,17 @@ class Draft:
             self._fresh(name).index_copy_(landing.dim, landing.new.flatten(), old.index_select(landing.dim, source))
 
     def _write(self, target: Any, edge: Edge, values: Tensor, rows: Tensor, add: Tensor | None) -> None:
-        parameters = edge.parameters()
-        inputs = edge.rule.widths(edge.module)[0]
-        weight = target(f"{edge.name}.weight")
-        columns = self._old(f"{edge.name}.weight", 1, inputs)
-        weight[rows[:, None], columns] = values[:, :inputs].to(weight) + (
-            weight[rows[:, None], columns] if add is not None else 0
-        )
-        if "bias" in parameters and values.shape[1] > inputs:
+        inputs, bias = edge.rule.widths(edge.module)[0], edge.parameters().get("bias")
+        weight = edge.matrix(target(f"{edge.name}.weight"))
+        at = rows[:, None], self._old(f"{edge.name}.weight", edge.rule.dims["weight"][1], inputs)
+        columns = inputs * edge.rule.taps(edge.module)
+        entries = values[:, :columns].reshape(len(rows), inputs, *weight.shape[2:]).to(weight)
+        weight[at] = entries + (weight[at] if add is not None else 0)
+        if bias is not None and values.shape[1] > columns:
             bias = target(f"{edge.name}.bias")
             bias[rows] = values[:, -1].to(bias) + (bias[rows] if add is not None else 0)
 
-    def _old(self, name: str, dim: int, size: int) -> Tensor:
+    def _old(self, name: str, dim: int | None, size: int) -> Tensor:
         return next((at.old for at in self.landings.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:

@@ -1,18 +1,24 @@
 """Features: what one row per sample and position can hold, computed from what layers read and write."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dagrow.axes import Landing
 from dagrow.errors import BatchError, GrowthError
-from dagrow.layers import with_constant
+from dagrow.layers import EdgeRule, with_constant
+from dagrow.patches import Geometry
+from dagrow.positions import Arrival
 
-__all__ = ["Capture", "Carried", "Feature", "Gathered", "Goal", "New", "Reads", "Stacked"]
+__all__ = [
+    "Arriving", "Batch", "Capture", "Carried", "Explained", "Feature", "Goal", "New", "Pulled", "Reads", "Remaining",
+    "Sliding", "Stacked",
+]  # fmt: skip
 
 
 @dataclass
@@ -25,8 +31,19 @@ class Capture:
     new_written: Landing | None
     inputs: Tensor
     version: int
+    positions: int  #: of its output, for all samples together
     output: Tensor | None = None
     goal: Tensor | None = None
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Of a convolution; None for other layers."""
+        return self.rule.geometry(self.module) if isinstance(self.rule, EdgeRule) else None
+
+    @property
+    def spatial(self) -> bool:
+        """Whether channels lie before the positions, so that each sample is an image."""
+        return self.rule.channel_dim(self.inputs.ndim) != self.inputs.ndim - 1
 
     def read(self, new: bool = False) -> Tensor:
         """The layer's input, restricted to its old or new channels."""
@@ -46,6 +63,39 @@ class Capture:
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
+    def part(self, samples: slice, of: int) -> "Capture":
+        """Some of the samples."""
+        inputs = self.inputs[samples]
+        positions = self.positions // of * len(inputs)
+        goal = None if self.goal is None else self.goal[samples]
+        return replace(self, inputs=inputs, goal=goal, version=inputs._version, positions=positions)
+
+
+@dataclass
+class Batch:
+    """What one batch left at all layers. Samples go round-robin into folds."""
+
+    captures: dict[str, Capture]
+    samples: int
+    seen: int = 0  #: samples before this batch
+    folds: int = 1
+    fold: int | None = None  #: the one that all samples belong to
+
+    def __getitem__(self, edge: str) -> Capture:
+        return self.captures[edge]
+
+    def members(self, fold: int) -> slice:
+        """The samples of a fold."""
+        return slice((fold - self.seen) % self.folds, self.samples, self.folds)
+
+    def of_fold(self, fold: int) -> "Batch":
+        return replace(self.part(self.members(fold)), fold=fold)
+
+    def part(self, samples: slice) -> "Batch":
+        """Some of the samples."""
+        found = {name: capture.part(samples, self.samples) for name, capture in self.captures.items()}
+        return replace(self, captures=found, samples=len(range(self.samples)[samples]))
+
 
 class Feature(ABC):
     """Something with one row per sample and position, computed from what layers read in the forward pass.
@@ -59,8 +109,26 @@ class Feature(ABC):
         """Names of the layers that are captured for it."""
 
     @abstractmethod
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
+    def rows(self, batch: Batch) -> Tensor:
         """The rows ``[n s, d]`` of a batch of n samples."""
+
+    def count(self, batch: Batch) -> int:
+        """How many rows."""
+        return batch[self.edges[0]].positions
+
+    def projected(self, batch: Batch, basis: Tensor) -> Tensor:
+        """The rows times ``basis [d, k]``."""
+        rows = self.rows(batch)
+        return rows @ basis.to(rows)
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """Names of the layers whose goals it needs."""
+        return ()
+
+    def picture(self, batch: Batch) -> Tensor | None:
+        """Rows without a constant as an image ``[n, d, *space]``, where they lie in memory as one; else None."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,9 +142,28 @@ class Reads(Feature):
     def edges(self) -> tuple[str, ...]:
         return (self.edge,)
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        return with_constant(capture.rule.features(capture.module, capture.read()), self.bias)
+    def image(self, batch: Batch) -> Tensor:
+        """The input that a convolution slides over."""
+        return batch[self.edge].read()
+
+    def rows(self, batch: Batch) -> Tensor:
+        capture = batch[self.edge]
+        return with_constant(capture.rule.features(capture.module, self.image(batch)), self.bias)
+
+    def projected(self, batch: Batch, basis: Tensor) -> Tensor:
+        geometry = batch[self.edge].geometry
+        if geometry is None:
+            return super().projected(batch, basis)
+        image = self.image(batch)
+        weight = basis.T.to(image)
+        found = (
+            geometry.convolved(image, weight[:, : weight.shape[1] - self.bias]).flatten(2).movedim(1, 2).flatten(0, 1)
+        )
+        return found + weight[:, -1] if self.bias else found
+
+    def picture(self, batch: Batch) -> Tensor | None:
+        geometry = batch[self.edge].geometry
+        return self.image(batch) if geometry is not None and geometry.trivial else None
 
 
 @dataclass(frozen=True)
@@ -85,17 +172,22 @@ class New(Reads):
 
     bias: bool = False
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
-        return with_constant(capture.rule.features(capture.module, capture.read(new=True)), self.bias)
+    def image(self, batch: Batch) -> Tensor:
+        return batch[self.edge].read(new=True)
 
 
 @dataclass(frozen=True)
-class Carried(Reads):
+class Carried(Feature):
     """What a rider carries in the new channels of a preview, with the constant 1."""
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
+    rider: str
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return (self.rider,)
+
+    def rows(self, batch: Batch) -> Tensor:
+        capture = batch[self.rider]
         inputs = capture.read(new=True)
         return with_constant(inputs.movedim(capture.rule.channel_dim(inputs.ndim), -1).flatten(0, -2), True)
 
@@ -110,9 +202,58 @@ class Goal(Feature):
     def edges(self) -> tuple[str, ...]:
         return (self.edge,)
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        capture = captures[self.edge]
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return (self.edge,)
+
+    def rows(self, batch: Batch) -> Tensor:
+        capture = batch[self.edge]
         return capture.rule.rows(capture.module, capture.wanted())
+
+    def picture(self, batch: Batch) -> Tensor | None:
+        capture = batch[self.edge]
+        return capture.wanted() if capture.geometry is not None else None
+
+
+@dataclass(frozen=True, eq=False)
+class Remaining(Feature):
+    """What moves of an edge's weights leave of its goal: ``v - dW b``, with the move of each sample's fold.
+
+    Attributes:
+        moves: for each fold ``[o, i]``.
+    """
+
+    goal: Goal
+    reads: Reads
+    moves: Sequence[Tensor]
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return self.goal.edges
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return self.goal.edges
+
+    def rows(self, batch: Batch) -> Tensor:
+        wanted = self.goal.rows(batch)
+        if batch.fold is not None:
+            reads = self.reads.rows(batch)
+            return wanted - reads @ self.moves[batch.fold].T.to(reads)
+        left = wanted.view(batch.samples, -1, wanted.shape[1]).clone()
+        for fold in range(batch.folds):
+            part = batch.of_fold(fold)
+            if part.samples:
+                left[batch.members(fold)] = self.rows(part).view(part.samples, -1, wanted.shape[1])
+        return left.flatten(0, 1)
+
+    def picture(self, batch: Batch) -> Tensor | None:
+        wanted, geometry = self.goal.picture(batch), batch[self.goal.edge].geometry
+        if wanted is None or geometry is None or batch.fold is None:
+            return None
+        image, move = self.reads.image(batch), self.moves[batch.fold].to(wanted)
+        left = wanted - geometry.convolved(image, move[:, : move.shape[1] - self.reads.bias])
+        return left.sub_(move[:, -1].view(-1, *[1] * geometry.space)) if self.reads.bias else left
 
 
 @dataclass(frozen=True)
@@ -125,42 +266,151 @@ class Stacked(Feature):
     def edges(self) -> tuple[str, ...]:
         return tuple(edge for part in self.parts for edge in part.edges)
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        return torch.cat([part.rows(captures, samples) for part in self.parts], dim=1)
+    def rows(self, batch: Batch) -> Tensor:
+        return torch.cat([part.rows(batch) for part in self.parts], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(Feature):
-    """A producer's features as they arrive at a consumer that reads them at other positions.
+class Arriving(Feature):
+    """What a producer reads, ``p``, as it arrives where a consumer reads: ``sqrt(w) A p`` at each cell.
+
+    A consumer that reads a cell in several slots (the taps of its kernel) has a fan-out for each of them. Weighted by
+    the part w of the slots that read a cell, ``E p p^T`` is the mean over slots of their Grams.
 
     Attributes:
-        source: the features at the producer ``[n S, p]``.
-        index: for each position of the consumer and each of the unit's channels there, the source position times
-            the number of producing channels plus the producing channel, or -1 ``[S', slots]``.
-        channels: producing channels R of a unit; the result has ``slots R p`` columns.
-        length: positions S of the producer.
+        source: the features at the producer ``[n S, p]``; the result has ``channels p`` columns.
     """
 
     source: Feature
-    index: Tensor
-    channels: int
-    length: int
+    arrival: Arrival
 
     @property
     def edges(self) -> tuple[str, ...]:
         return self.source.edges
 
-    def rows(self, captures: Mapping[str, Capture], samples: int) -> Tensor:
-        source = self.source.rows(captures, samples)
-        source = source.view(samples, -1, source.shape[1])
-        if source.shape[1] != self.length:
+    def count(self, batch: Batch) -> int:
+        return batch.samples * len(self.arrival.cells)
+
+    def rows(self, batch: Batch) -> Tensor:
+        source, arrival = self.source.rows(batch), self.arrival
+        source = source.view(batch.samples, -1, source.shape[1])
+        if source.shape[1] != arrival.positions:
             raise BatchError(
-                f"a batch has {source.shape[1]} positions where the traced example has {self.length}; "
+                f"a batch has {source.shape[1]} positions where the traced example has {arrival.positions}; "
                 "trace with such a batch."
             )
-        positions, slots = self.index.shape
-        out = source.new_zeros(samples, positions, slots, self.channels, source.shape[2])
-        t, e = torch.nonzero(self.index >= 0, as_tuple=True)
-        at = self.index[t, e]
-        out[:, t, e, at % self.channels] = source[:, at // self.channels]
-        return out.view(samples * positions, -1)
+        found = source
+        if not arrival.whole:
+            spread = source.movedim(0, 1).flatten(1)
+            found = arrival.matrix.to(spread) @ spread
+            found = found.view(-1, arrival.channels, *source[:, 0].shape).permute(2, 0, 1, 3).flatten(2)
+        return (found * arrival.weights.sqrt().to(found)[:, None]).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Pulled(Feature):
+    """A goal (or what remains of it), pulled back to the cells that the consumer reads: ``sum over t of v(t)`` by
+    slot, over the positions t that read the cell in that slot, divided by ``sqrt(w)``; ``slots o`` columns."""
+
+    goal: Goal | Remaining
+    arrival: Arrival
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return self.goal.edges
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return self.goal.edges
+
+    def count(self, batch: Batch) -> int:
+        return batch.samples * len(self.arrival.cells)
+
+    def rows(self, batch: Batch) -> Tensor:
+        goals, index = self.goal.rows(batch), self.arrival.index
+        goals = goals.view(batch.samples, -1, goals.shape[1])
+        if goals.shape[1] != len(index):
+            raise BatchError(
+                f"a batch has {goals.shape[1]} positions where the traced example has {len(index)}; "
+                "trace with such a batch."
+            )
+        found = goals.new_zeros(len(goals), len(self.arrival.cells), index.shape[1], goals.shape[2])
+        for slot in range(index.shape[1]):
+            read = torch.nonzero(index[:, slot] >= 0).flatten()
+            found[:, :, slot].index_add_(1, index[read, slot], goals[:, read])
+        return (found / self.arrival.weights.sqrt().to(found)[:, None, None]).flatten(0, 1).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Sliding(Feature):
+    """Combinations ``z = basis^T p`` of what a producer reads, as a consumer reads them: in all slots side by side.
+
+    Attributes:
+        basis: ``[channels p, q]``; the result has ``q slots`` columns, the slots of each combination together.
+    """
+
+    source: Feature
+    arrival: Arrival
+    basis: Tensor
+    consumer: str
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return (self.consumer, *self.source.edges)
+
+    def cells(self, batch: Batch) -> Tensor:
+        """What the combinations are at each cell ``[n, cells, q]``."""
+        q, channels = self.basis.shape[1], self.arrival.channels
+        basis = self.basis.view(channels, -1, q).movedim(0, 1).flatten(1)
+        return self.arrival.mean_of(self.source.projected(batch, basis).view(batch.samples, -1, channels * q))
+
+    def rows(self, batch: Batch) -> Tensor:
+        cells = self.cells(batch)
+        padded = torch.cat([cells, cells.new_zeros(len(cells), 1, cells.shape[2])], 1)  # NEUTRAL is the last
+        return padded[:, self.arrival.index].transpose(2, 3).flatten(2).flatten(0, 1)
+
+    def image(self, batch: Batch) -> Tensor | None:
+        """The image that the consumer slides over, if it does."""
+        sizes = self.arrival.image
+        return None if sizes is None else self.cells(batch).transpose(1, 2).unflatten(2, sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class Explained(Feature):
+    """What a fit on the other folds explains of each sample: ``c = sum over positions of <v_perp, X p>``, with the
+    constant 1. One row per sample, whatever its positions, as they are no independent ones.
+
+    Attributes:
+        targets: for each consumer what the producers read, how it arrives there, and the goal.
+        fits: for each fold ``alpha [p, k]`` and for each consumer ``omega [slots o, k]``.
+    """
+
+    targets: Sequence[tuple[Feature, Arrival, Goal | Remaining]]
+    fits: Sequence[tuple[Tensor, Sequence[Tensor]]]
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return tuple(edge for source, _, goal in self.targets for edge in (*source.edges, *goal.edges))
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return tuple(edge for _, _, goal in self.targets for edge in goal.edges)
+
+    def count(self, batch: Batch) -> int:
+        return batch.samples
+
+    def rows(self, batch: Batch) -> Tensor:
+        total = batch[self.edges[0]].inputs.new_zeros(batch.samples, dtype=torch.float64)
+        for fold in range(batch.folds) if batch.fold is None else (batch.fold,):
+            part = batch if batch.fold is not None else batch.of_fold(fold)
+            if part.samples:
+                total[batch.members(fold) if batch.fold is None else slice(None)] = self._sums(part, *self.fits[fold])
+        return with_constant(total[:, None], True)
+
+    def _sums(self, batch: Batch, alpha: Tensor, omegas: Sequence[Tensor]) -> Tensor:
+        total = batch[self.edges[0]].inputs.new_zeros(batch.samples, dtype=torch.float64)
+        for (source, arrival, goal), omega in zip(self.targets, omegas, strict=True):
+            read, goals = Sliding(source, arrival, alpha, goal.edges[0]).rows(batch), goal.rows(batch)
+            out = rearrange(omega, "(e o) k -> (k e) o", e=arrival.index.shape[1]).to(read)
+            total += (read @ out * goals).view(batch.samples, -1).sum(1)
+        return total

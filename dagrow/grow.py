@@ -18,7 +18,7 @@ from dagrow.measure import measure
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
-from dagrow.operators.base import Stage, packed
+from dagrow.operators.base import Candidate, Stage, packed
 from dagrow.optimizers import check_optimizer
 from dagrow.search import line_search
 from dagrow.solve import best_move
@@ -163,20 +163,22 @@ def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
 
 
 def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]:
-    """One pass for all candidates, then as few as possible for those that need a preview."""
-    candidates, folds = operator.candidates(dag), operator.folds
-    if not candidates:
-        return []
-    m = measure(dag, objective, [pair for c in candidates for pair in c.pairs()], folds=folds)
-    solved = [found for c in candidates if (found := c.solve(m, objective)) is not None]
-    _check_solved(solved, operator, Growth, Stage)
-    growths = [growth for growth in solved if isinstance(growth, Growth)]
+    """One pass for all candidates, more for those that ask for them, then as few as possible for previews."""
+    waiting: Sequence[Candidate] = operator.candidates(dag)
+    growths, stages, folds = [], [], operator.folds
+    while waiting:
+        m = measure(dag, objective, [pair for c in waiting for pair in c.pairs()], folds=folds)
+        solved = [found for c in waiting if (found := c.solve(m, objective)) is not None]
+        _check_solved(solved, operator, Growth, Candidate)
+        growths += [growth for growth in solved if isinstance(growth, Growth)]
+        stages += [stage for stage in solved if isinstance(stage, Stage)]
+        waiting = [c for c in solved if isinstance(c, Candidate) and not isinstance(c, Stage)]
     for growth in growths:
         if growth.preserving:
             _check_unchanged(growth)
-    for stages in packed([stage for stage in solved if isinstance(stage, Stage)]):
-        m = _previewed(dag, objective, stages, folds)
-        further = [found for stage in stages if (found := stage.solve(m, objective)) is not None]
+    for group in packed(stages):
+        m = _previewed(dag, objective, group, folds)
+        further = [found for stage in group if (found := stage.solve(m, objective)) is not None]
         _check_solved(further, operator, Growth)
         growths += [growth for growth in further if isinstance(growth, Growth)]
     return growths
@@ -186,7 +188,8 @@ def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> 
     wrong = [type(item).__name__ for item in found if not isinstance(item, kinds)]
     if wrong:
         raise GrowthError(
-            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, None, or, at first, a Stage."
+            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, None, or, before a preview, a "
+            "Stage or another Candidate."
         )
 
 

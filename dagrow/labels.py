@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dagrow import ops
 from dagrow.layers import EdgeRule, LayerRule, RiderRule, rule_for
+from dagrow.space import Tables, tables_of
 
 __all__ = ["NEUTRAL", "ChannelRunner", "Classes", "Labelling", "Rider", "Runner", "label", "narrow"]
 
@@ -79,11 +80,12 @@ class Rider:
     name: str
     rule: RiderRule | None  #: None for a parameter or buffer used directly
     neutral: float = 0.0  #: for a tensor used directly: the entry that leaves a channel unchanged
+    entries: tuple[str, ...] = ()  #: the layer's parameters and buffers that carry the entries
 
     @property
     def tensors(self) -> list[str]:
         """Names of the parameters and buffers that carry the entries."""
-        return [self.name] if self.rule is None else [f"{self.name}.{entry}" for entry in self.rule.entries]
+        return [self.name] if self.rule is None else [f"{self.name}.{entry}" for entry in self.entries]
 
 
 @dataclass
@@ -171,6 +173,9 @@ class Runner(ABC):
             return args[0]
         if plain and ops.is_move_module(module):
             return self.move(node, args, kwargs)
+        tables = tables_of(node, None, module) if plain else None
+        if tables is not None:
+            return self.spatial(node, tables, args[0])
         return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) has no rule")
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -187,6 +192,9 @@ class Runner(ABC):
             return self.merge(_broadcast(tensors, self.freeze))
         if name in ops.REDUCTIONS:
             return self.reduce(node, args, kwargs)
+        tables = tables_of(node, name, None)
+        if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
+            return self.spatial(node, tables, args[0])
         return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -208,6 +216,20 @@ class Runner(ABC):
         keep = node.meta["val"].ndim == inputs.ndim
         index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
         return inputs[index] if keep else inputs[index].squeeze(dims)
+
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+        """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
+        found = tables(inputs.shape)
+        for dim, table in zip(range(inputs.ndim - len(found), inputs.ndim), found, strict=True):
+            if not _varies(inputs, dim):
+                sizes = [len(table) if d == dim else -1 for d in range(inputs.ndim)]
+                inputs = inputs.narrow(dim, 0, 1).expand(sizes)
+            elif table.shape[1] == 1:
+                none = (table[:, 0] < 0).view([-1 if d == dim else 1 for d in range(inputs.ndim)])
+                inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NEUTRAL)
+            else:
+                return self.unknown(node, inputs, f"{ops.op_name(node) or node.target} mixes channels")
+        return inputs
 
     def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
         """Unknown never means pointwise: all that the operation touches freezes."""
@@ -289,11 +311,25 @@ class ChannelRunner(Runner):
         refusal = rule.refusal(self.modules[name])
         if refusal:
             self.freeze([inputs], f"{refusal} ({name})")
-        rider, labels = Rider(name, rule), self._per_channel(inputs, rule.channel_dim(inputs.ndim))
+        module = self.modules[name]
+        dim, (read, written) = rule.channel_dim(inputs.ndim), rule.group(module)
+        labels = self._per_channel(inputs, dim)
+        if len(labels) % read:
+            return self.unknown(node, inputs, f"{len(labels)} channels do not fall into the groups of {name}")
+        groups = labels.view(-1, read)
+        for column in groups.T[1:]:
+            self.merge([groups[:, 0], column])
+        if (read, written) != (1, 1):
+            labels = groups.amax(1, keepdim=True).expand(-1, written).reshape(-1)
+        rider = Rider(name, rule, entries=tuple(rule.passing(module)))
         if rider in self.found.entries:
             self.merge([self.found.entries[rider], labels])
         self.found.entries[rider] = labels
-        return inputs
+        shape = list(node.meta["val"].shape)
+        shape[dim] = len(labels)
+        if (read, written) == (1, 1) and inputs.shape == torch.Size(shape):
+            return inputs
+        return labels.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
     def _per_channel(self, inputs: Tensor, dim: int) -> Tensor:
         """One label per channel; labels that share a channel at different positions are united."""

@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch import Tensor
 from dagrow.axes import Landing
 from dagrow.dag import Dag
 from dagrow.errors import BatchError, GrowthError, LossError
-from dagrow.features import Capture, Feature, Goal
+from dagrow.features import Batch, Capture, Feature
 from dagrow.linalg import add_gram, complete
 from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective
+from dagrow.products import product
 from dagrow.undisturbed import undisturbed
 
 __all__ = ["measure"]
@@ -45,7 +47,7 @@ def measure(
         for batch, n in objective:
             loss = objective.value(batch, preview)
             captures = watch.harvest(loss, -objective.scale(n) * n)
-            sums.add(n, {f: f.rows(captures, n) for f in sums.features}, float(loss.detach()) * objective.scale(n) * n)
+            sums.add(Batch(captures, n, sums.seen, folds), float(loss.detach()) * objective.scale(n) * n)
             del loss, captures
         return sums.moments()
 
@@ -57,8 +59,9 @@ class _Watch:
         self, dag: Dag, features: Iterable[Feature], read: Mapping[str, Landing], written: Mapping[str, Landing]
     ) -> None:
         modules = dict(dag.model.named_modules())
+        features = list(features)
         names = {edge for feature in features for edge in feature.edges}
-        self.goals = {edge for feature in features if isinstance(feature, Goal) for edge in feature.edges}
+        self.goals = {edge for feature in features for edge in feature.goals}
         self.watched = {
             name: (modules[name], dag.rule(name), read.get(name), written.get(name)) for name in sorted(names)
         }
@@ -93,7 +96,11 @@ class _Watch:
                 "if the model itself has changed, trace it again."
             )
         inputs = args[0].detach()
-        self.found[name] = Capture(*self.watched[name], inputs, inputs._version)
+        rule: Any = self.watched[name][1]
+        channels = rule.channel_dim(output.ndim)
+        self.found[name] = Capture(
+            *self.watched[name], inputs, inputs._version, output.numel() // max(1, output.shape[channels])
+        )
         if name not in self.goals:
             return None
         output = output if output.requires_grad else output.detach().requires_grad_()
@@ -135,12 +142,17 @@ def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor | Non
     return gradients
 
 
+def _kind(values: Tensor) -> torch.dtype:
+    """The type that products are taken in: at least single precision."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 class _Sums:
-    """Accumulators with a buffer of rows, so that products are large and few."""
+    """Accumulators. Rows of layers without space wait in a buffer, so that products are large and few; images are
+    products enough."""
 
     def __init__(self, pairs: Sequence[Pair], folds: int, dtype: torch.dtype) -> None:
         self.pairs, self.folds, self.dtype = pairs, folds, dtype
-        self.features = list(dict.fromkeys(f for pair in pairs for f in pair))
         self.loss, self.seen = 0.0, 0
         self.totals: dict[Pair, Tensor] = {}
         self.waiting: list[tuple[int, dict[Feature, Tensor]]] = []
@@ -148,38 +160,63 @@ class _Sums:
         self.positions: dict[Feature, int] = defaultdict(int)
         self.resolution = 0.0
 
-    def add(self, n: int, rows: Mapping[Feature, Tensor], loss: float) -> None:
-        """Rows of a batch of n samples, ``[n s, d]`` for each feature."""
-        kind = functools.reduce(torch.promote_types, (values.dtype for values in rows.values()), torch.float32)
-        rows = {feature: values.to(kind) for feature, values in rows.items()}
-        for feature, values in rows.items():
-            if len(values) % n:
+    def add(self, batch: Batch, loss: float) -> None:
+        """A batch of n samples."""
+        for feature in dict.fromkeys(f for pair in self.pairs for f in pair):
+            count = feature.count(batch)
+            if count % batch.samples:
                 raise BatchError(
-                    f"a layer sees {len(values)} rows for {n} samples; samples must be the first dimension."
+                    f"a layer sees {count} rows for {batch.samples} samples; samples must be the first dimension."
                 )
-            self.positions[feature] += len(values)
-            self.resolution = max(self.resolution, torch.finfo(values.dtype).eps)
+            self.positions[feature] += count
+        self.check_rows(batch)
+        for capture in batch.captures.values():
+            self.resolution = max(self.resolution, torch.finfo(_kind(capture.inputs)).eps)
+        self.loss, self.seen = self.loss + loss, self.seen + batch.samples
+        images = [pair for pair in self.pairs if any(batch[edge].spatial for f in pair for edge in f.edges)]
+        for fold in range(self.folds) if images else ():
+            part = batch.of_fold(fold)
+            for pair in images if part.samples else ():
+                found = product(*pair, part)
+                self.total(pair, found)[fold] += found
+        self.wait([pair for pair in self.pairs if pair not in images], batch)
+
+    def check_rows(self, batch: Batch) -> None:
         for x, y in self.pairs:
-            if len(rows[x]) != len(rows[y]):
+            if x.count(batch) != y.count(batch):
+                n = batch.samples
                 raise BatchError(
-                    f"layer {', '.join(x.edges)} has {len(rows[x]) // n} positions in a sample of this batch, layer "
-                    f"{', '.join(y.edges)} {len(rows[y]) // n}, otherwise than in the example; trace with such a batch."
+                    f"layer {', '.join(x.edges)} has {x.count(batch) // n} positions in a sample of this batch, layer "
+                    f"{', '.join(y.edges)} {y.count(batch) // n}, otherwise than in the example; trace with such a "
+                    "batch."
                 )
-        self.waiting.append((self.seen, {f: values.view(n, -1, values.shape[1]) for f, values in rows.items()}))
-        self.loss, self.seen = self.loss + loss, self.seen + n
-        self.rows += max(len(values) for values in rows.values())
+
+    def total(self, pair: Pair, like: Tensor) -> Tensor:
+        """The sums of a pair ``[F, dx, dy]``."""
+        if pair not in self.totals:
+            self.totals[pair] = like.new_zeros(self.folds, *like.shape, dtype=self.dtype)
+        return self.totals[pair]
+
+    def wait(self, pairs: Sequence[Pair], batch: Batch) -> None:
+        """Puts the rows ``[n s, d]`` of pairs into the buffer."""
+        found = {f: f.rows(batch) for pair in pairs for f in pair}
+        kind = functools.reduce(torch.promote_types, (values.dtype for values in found.values()), torch.float32)
+        rows = {f: values.to(kind).view(batch.samples, -1, values.shape[1]) for f, values in found.items()}
+        if rows:
+            self.waiting.append((batch.seen, rows))
+            self.rows += max(values.shape[:2].numel() for values in rows.values())
         if self.rows >= FLUSH_ROWS * self.folds:
             self.flush()
 
     def flush(self) -> None:
         """Multiplies what is waiting."""
+        features = list(self.waiting[0][1])
         for fold in range(self.folds):
-            joined = {f: self.joined(f, fold) for f in self.features}
+            joined = {f: self.joined(f, fold) for f in features}
             for x, y in self.pairs:
-                if (x, y) not in self.totals:
-                    shape = self.folds, joined[x].shape[1], joined[y].shape[1]
-                    self.totals[x, y] = joined[x].new_zeros(shape, dtype=self.dtype)
-                total = self.totals[x, y][fold]
+                if x not in joined or y not in joined:
+                    continue
+                total = self.total((x, y), joined[x].new_empty(joined[x].shape[1], joined[y].shape[1]))[fold]
                 if x == y:
                     add_gram(total, joined[x])
                 else:

@@ -117,6 +117,11 @@ class Moments(Means):
         loss = share * self.loss + (1 - share) * other.loss
         return Moments(self.counts + other.counts, sums, positions, max(self.resolution, other.resolution), loss)
 
+    def joined(self, other: "Moments") -> "Moments":
+        """These moments and others of the same samples."""
+        positions = {**self.positions, **other.positions}
+        return Moments(self.counts, {**self.sums, **other.sums}, positions, self.resolution, self.loss)
+
     def split(self) -> "Split":
         """For each fold the moments of all others and its own, no more precise than the activations were."""
         return [
@@ -144,10 +149,14 @@ class Fold(Means):
 
     def mean(self, pair: Pair) -> Tensor:
         enough = torch.float32 if self.resolution > torch.finfo(torch.float64).eps else torch.float64
-        own = self.whole.sums[pair][self.fold]
+        folds = self.whole.sums[pair]
         if not self.others:
-            return (own / self.samples).to(enough)
-        return (self.whole[pair] * (self.whole.samples / self.samples)).sub_(own, alpha=1 / self.samples).to(enough)
+            return (folds[self.fold] / self.samples).to(enough)
+        first, *rest = [total for fold, total in enumerate(folds) if fold != self.fold]
+        total = first / self.samples
+        for other in rest:  # what is zero in all of them stays so, as it would not if the fold were subtracted
+            total.add_(other, alpha=1 / self.samples)
+        return total.to(enough)
 
 
 Split = list[tuple[Fold, Fold]]

@@ -13,7 +13,8 @@ __all__ = [
 #: y = f(x), entry by entry
 POINTWISE = frozenset(
     """
-    abs alpha_dropout celu clamp clip clone contiguous cos detach dropout elu erf exp expm1 feature_alpha_dropout
+    abs alpha_dropout celu clamp clip clone contiguous cos detach dropout dropout1d dropout2d dropout3d elu erf exp
+    expm1 feature_alpha_dropout
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
     mish nan_to_num neg negative pos reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin softplus
     softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16 zeros_like ones_like rand_like
@@ -31,9 +32,10 @@ PAIRWISE = frozenset(
 #: entries are moved, repeated or dropped, never computed with: executed as they are on labels
 MOVES = frozenset(
     """
-    broadcast_to cat chunk concat concatenate expand expand_as flatten flip getitem movedim moveaxis narrow
-    permute ravel repeat repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack
-    swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze view view_as
+    broadcast_to cat channel_shuffle chunk concat concatenate expand expand_as flatten flip getitem movedim moveaxis
+    narrow permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll select split
+    split_with_sizes squeeze stack swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze view
+    view_as
     """.split()
 )
 #: entries along some dimensions are merged
@@ -55,11 +57,12 @@ CREATION = frozenset(
 )
 
 _POINTWISE_MODULES = (
-    nn.Identity, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU,
-    nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid,
-    nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
+    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink,
+    nn.Softshrink, nn.Threshold, nn.PReLU,  # one with a slope for each channel has a rule of its own
 )  # fmt: skip
-_MOVE_MODULES = (nn.Flatten, nn.Unflatten)
+_MOVE_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 
 def is_move_module(module: nn.Module) -> bool:

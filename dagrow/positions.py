@@ -1,16 +1,20 @@
 """Where what a producer writes arrives at a consumer: the same kind of run as on labels, with positions for labels."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.labels import NEUTRAL, Runner
 from dagrow.layers import EdgeRule, RiderRule
+from dagrow.space import Tables
 
 __all__ = ["Arrival", "arrival"]
 
@@ -19,51 +23,108 @@ MIXED = -2  #: more than one position of the producer, or an unknown function of
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """How the channels of one unit, written by a producer, lie in the rows that a consumer reads.
+    """How the channels of one unit, written by a producer, arrive where a consumer reads them.
 
     Attributes:
-        index: for each position of the consumer and each of the unit's channels there: the producer's position times
-            its channels per unit, plus the channel; or NEUTRAL where nothing arrives ``[S', slots]``.
+        cells: what there is to read, each the mean of entries of the producer: its position times its channels per
+            unit, plus the channel; or NEUTRAL ``[cells, terms]``.
+        index: for each position of the consumer and each slot (a channel of the unit there, and a tap of its kernel):
+            the cell that is read, or NEUTRAL ``[positions', slots]``.
         positions: positions S of the producer.
         channels: the unit's channels R at the producer.
+        image: the sizes of the producer's output, if cells are all its positions in their order and the slots are
+            the taps of the consumer's kernel on it; else None.
     """
 
+    cells: Tensor
     index: Tensor
     positions: int
     channels: int
+    image: tuple[int, ...] | None
 
-    @property
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the cells are the producer's positions."""
+        return self.channels == 1 and torch.equal(self.cells, torch.arange(self.positions)[:, None])
+
+    @cached_property
     def aligned(self) -> bool:
         """Whether each row of the consumer reads the same row of the producer, once."""
-        return self.channels == 1 and torch.equal(self.index, torch.arange(self.positions)[:, None])
+        return self.whole and torch.equal(self.index, torch.arange(self.positions)[:, None])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The part of the slots that read a cell, at all positions together ``[cells]``."""
+        times = torch.bincount(self.index[self.index >= 0], minlength=len(self.cells))
+        return times.double() / self.index.shape[1]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """Cells and channels as means of positions ``[cells channels, positions]``, sparse."""
+        cell, term = torch.nonzero(self.cells >= 0, as_tuple=True)
+        entry = self.cells[cell, term]
+        share = 1 / (self.cells >= 0).sum(1)[cell].double()
+        at = torch.stack([cell * self.channels + entry % self.channels, entry // self.channels])
+        size = len(self.cells) * self.channels, self.positions
+        return torch.sparse_coo_tensor(at, share, size, check_invariants=False).coalesce()
+
+    def mean_of(self, written: Tensor) -> Tensor:
+        """What the cells hold of a unit's channels ``[n, positions, channels k]``: ``[n, cells, k]``."""
+        n, positions, _ = written.shape
+        if self.whole:
+            return written
+        spread = written.view(n, positions, self.channels, -1)
+        at = self.matrix.to(written).to_dense().view(len(self.cells), self.channels, positions)
+        return torch.einsum("crs, nsrk -> nck", at, spread)
 
 
 def arrival(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Arrival | None:
-    """Where a unit of the axis arrives. None if it does not, or not as a rearrangement of positions."""
+    """Where a unit of the axis arrives. None if it does not, or not as means of what the producer writes."""
     runner = _PositionRunner(dag, axis, producer)
     inputs = runner.run_reached(consumer)
     if inputs is None:
         return None
-    module, n = consumer.module, runner.samples
-    index = consumer.rule.features(module, inputs)[:, axis.layout.columns[consumer.name][0]]
-    channels = axis.layout.rows[producer.name].shape[1]
-    positions = runner.rows // n
+    dim = consumer.rule.channel_dim(inputs.ndim)
+    inputs = inputs.index_select(dim, axis.layout.columns[consumer.name][0])
+    entries = (inputs + 1).double()  # a margin of zeros is NEUTRAL
+    index = consumer.rule.features(consumer.module, entries).long() - 1
+    n, channels = runner.samples, axis.layout.rows[producer.name].shape[1]
     if bool((index == MIXED).any()) or bool((index == NEUTRAL).all()) or len(index) % n:
         return None
+    positions = runner.rows // n
     index = index.view(n, -1, index.shape[1])
-    shift = torch.arange(n).view(-1, 1, 1) * positions * channels
-    local = torch.where(index == NEUTRAL, NEUTRAL, index - shift)
-    return Arrival(local[0], positions, channels) if bool((local == local[:1]).all()) else None
+    found = [runner.resolved(part, shift * positions * channels) for shift, part in enumerate(index)]
+    if not all(torch.equal(other, found[0]) for other in found[1:]):
+        return None
+    ids = torch.unique(index[0])
+    ids = ids[ids != NEUTRAL]
+    where = torch.full((int(ids.max()) + 2,), NEUTRAL)  # the last is for NEUTRAL
+    where[ids] = torch.arange(len(ids))
+    local = Arrival(runner.resolved(ids, 0), where[index[0]], positions, channels, None)
+    return replace(local, image=_image(local, runner.sizes, consumer))
+
+
+def _image(found: Arrival, sizes: Sequence[int], consumer: Edge) -> tuple[int, ...] | None:
+    """See :class:`Arrival`."""
+    geometry = consumer.rule.geometry(consumer.module)
+    if geometry is None or not found.whole or len(sizes) != geometry.space:
+        return None
+    if prod(geometry.sizes(sizes)) != len(found.index):
+        return None
+    entries = torch.arange(1.0, found.positions + 1, dtype=torch.float64).view(1, 1, *sizes)
+    return tuple(sizes) if torch.equal(geometry.patches(entries)[0].long() - 1, found.index) else None
 
 
 class _PositionRunner(Runner):
-    """Only one unit of one axis counts; everything else is neutral."""
+    """Only one unit of one axis counts; everything else is neutral. Means of entries get numbers of their own."""
 
     def __init__(self, dag: Dag, axis: Axis, producer: Edge) -> None:
         super().__init__(dag.model, dag.rules)
         self.dag, self.axis, self.producer = dag, axis, producer
         self.inputs: dict[str, Tensor] = {}
-        self.samples, self.rows = 1, 0
+        self.samples, self.rows, self.sizes = 1, 0, torch.Size()
+        self.means: list[tuple[int, Tensor]] = []  #: the first number of some means, and the entries of each
+        self.next = 0
 
     def run_reached(self, consumer: Edge) -> Tensor | None:
         values = {node: tree_map(_neutral, value) for node, value in self.dag.labels.values.items()}
@@ -79,6 +140,53 @@ class _PositionRunner(Runner):
                 if start or node.op != "call_module" or node.target not in self.dag.labels.rows:
                     reached.add(node)
         return self.inputs.get(consumer.name)
+
+    def resolved(self, numbers: Tensor, shift: int) -> Tensor:
+        """Entries of the producer that each number is the mean of, NEUTRAL behind them ``[..., terms]``."""
+        found = [((numbers >= start) & (numbers < start + len(of)), start, of) for start, of in self.means]
+        parts = [part for part in found if bool(part[0].any())]
+        entries = torch.full((*numbers.shape, max([of.shape[1] for *_, of in parts], default=1)), NEUTRAL)
+        entries[..., 0] = numbers
+        for inside, start, of in parts:
+            of = of[numbers[inside] - start]
+            entries[inside] = functional.pad(of, (0, entries.shape[-1] - of.shape[1]), value=NEUTRAL)
+        return torch.where(entries >= 0, entries - shift, entries)
+
+    def mean(self, windows: Tensor) -> Tensor:
+        """New numbers for means over the last dimension."""
+        if windows.shape[-1] == 1:
+            return windows[..., 0]
+        numbers = torch.full(windows.shape[:-1], NEUTRAL)
+        mixed, some = (windows == MIXED).any(-1), (windows >= 0).any(-1)
+        entries = self.resolved(windows[some], 0).flatten(1).sort(1, descending=True).values
+        entries = entries[:, (entries >= 0).any(0)]
+        numbers[some] = self.next + torch.arange(len(entries))
+        self.means.append((self.next, entries))
+        self.next += len(entries)
+        return torch.where(mixed, MIXED, numbers)
+
+    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        inputs = args[0]
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = tuple(range(inputs.ndim)) if dims is None else dims
+        dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
+        kept = [d for d in range(inputs.ndim) if d not in dims]
+        found = self.mean(inputs.permute(*kept, *dims).flatten(len(kept)))
+        return found.view(node.meta["val"].shape)
+
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+        return self.windowed(inputs, tables(inputs.shape))
+
+    def windowed(self, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Means over the entries that tables name, along the last dimensions."""
+        held = torch.nonzero((inputs != NEUTRAL).movedim(1, 0).flatten(1).any(1)).flatten()  # few channels count
+        windows, first = inputs.index_select(1, held), inputs.ndim - len(tables)
+        for at, table in enumerate(tables):
+            none = (table < 0).view(*[1] * (first + at), *table.shape, *[1] * (windows.ndim - first - at - 1))
+            windows = windows.index_select(first + at, table.clamp_min(0).flatten()).unflatten(first + at, table.shape)
+            windows = windows.masked_fill(none, NEUTRAL).movedim(first + at + 1, -1)
+        found = torch.full((*inputs.shape[:first], *map(len, tables)), NEUTRAL)
+        return found.index_copy_(1, held, self.mean(windows.flatten(inputs.ndim)))
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         merged, *others = torch.broadcast_tensors(*tensors)
@@ -109,13 +217,21 @@ class _PositionRunner(Runner):
         if node.target == self.producer.name:
             channels = self.axis.layout.rows[self.producer.name][0]
             flat = output.movedim(rule.channel_dim(output.ndim), -1)
-            self.rows = flat[..., 0].numel()
+            self.rows, self.sizes = flat[..., 0].numel(), flat.shape[1:-1]
+            self.next = self.rows * len(channels)
             count = torch.arange(self.rows).view(flat.shape[:-1])
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))
         return output
 
     def rider(self, node: fx.Node, rule: RiderRule, inputs: Tensor) -> Any:
-        return inputs
+        """A new channel passes as the rule says."""
+        module, dim = self.modules[str(node.target)], rule.channel_dim(inputs.ndim)
+        read, written = rule.group(module)
+        if (read, written) != (1, 1):
+            groups = torch.arange(inputs.shape[dim] // read)[:, None] * read
+            inputs = inputs.index_select(dim, (groups + torch.arange(written) % read).flatten())
+        tables = rule.source(module, inputs.shape[dim + 1 :])
+        return inputs if tables is None else self.windowed(inputs, tables)
 
 
 def _neutral(value: Any) -> Any:

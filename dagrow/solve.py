@@ -38,8 +38,9 @@ class Block:
     """New features at one target.
 
     Attributes:
-        features: the new features ``p`` as they arrive there, ``slots`` groups of them side by side.
-        reads: the features ``b`` that the target's own weights can use, or None if they are frozen.
+        features: the new features ``p`` as they arrive there.
+        reads: the features ``b`` that the target's own weights can use; None if they are frozen, or if what they can
+            follow was taken out of the goal when it was measured.
         goal: the goal ``v``.
         compensation: which part of ``b`` is regressed out of the new features, with the target's own weights moving
             along: none of it, the constant only (the bias takes out the features' mean), or all (the joint optimum).
@@ -48,9 +49,8 @@ class Block:
     """
 
     features: Feature
-    slots: int
     reads: Reads | None
-    goal: Goal
+    goal: Feature
     compensation: Compensation = "none"
     project: bool = True
     ridge: float = 0.0
@@ -61,11 +61,6 @@ class Block:
         if self.reads is not None:
             pairs += [(self.features, self.reads), (self.reads, self.reads), (self.reads, self.goal)]
         return pairs
-
-    @property
-    def energy(self) -> Pair:
-        """The moment ``E v v^T``, which only the test for chance needs."""
-        return self.goal, self.goal
 
 
 @dataclass(frozen=True)
@@ -138,10 +133,16 @@ class Remainder:
     def note(self) -> str:
         return self.white.note if self.block.reads and (self.block.project or self.block.compensation == "all") else ""
 
-    @property
-    def resolution(self) -> float:
-        """Relative precision of P: what is left once all of ``b`` is taken out is a difference of larger numbers."""
-        return self.m.resolution * (LOST if self.block.compensation == "all" else 1)
+    def resolution(self, basis: Tensor | None = None) -> float:
+        """Relative precision of ``B^T P B``: once all of ``b`` is taken out, it is a difference of larger numbers."""
+        if self.block.compensation != "all" or self.block.reads is None:
+            return self.m.resolution
+        taken = self.taken(basis)
+        assert taken is not None
+        summed = (taken.abs() * (self.m[self.block.reads, self.block.reads].abs() @ taken.abs())).sum(0)
+        unit = self.unit if basis is None else _unit_of(self, basis)
+        lost = float((summed / torch.where(unit > 0, unit, 1)).max()) if len(unit) else 0.0
+        return self.m.resolution * max(LOST, lost)
 
     @property
     def unit(self) -> Tensor:
@@ -205,16 +206,10 @@ class Remainder:
             n = n if out is None else n - out.T @ m[reads, goal]
         return n
 
-    @cached_property
-    def _by_slot(self) -> Tensor:
-        """N with the slots' goals side by side ``[p, slots o]``."""
-        goals = self.m[self.block.features, self.block.goal]
-        return rearrange(self.times(torch.eye(goals.shape[1]).to(goals)), "(e p) o -> p (e o)", e=self.block.slots)
-
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Several consumers, or several channels of a unit in one: N side by side, P averaged over them.
+    """Several consumers: N side by side, P averaged over them.
 
     The average is exact when all read the new features at the same positions with the same ``b`` taken out of them;
     otherwise it is a proposal, and the fan-outs are fitted to each consumer afterwards.
@@ -229,29 +224,26 @@ class Stack:
     @cached_property
     def gram(self) -> Tensor:
         """``P [p, p]``."""
-        return _mean([_mean_of_slots(part.gram(), part.block.slots) for part in self.parts])
+        return _mean([part.gram() for part in self.parts])
 
     @cached_property
     def widths(self) -> list[int]:
         """Columns of N that belong to each part."""
-        return [part.m[part.block.features, part.block.goal].shape[1] * part.block.slots for part in self.parts]
+        return [part.m[part.block.features, part.block.goal].shape[1] for part in self.parts]
 
     def whitening(self, ridge: float) -> Whitening:
         """Of P, with a ridge relative to what the features were before anything was taken out of them."""
-        unit = _mean([part.unit.view(part.block.slots, -1).mean(0) for part in self.parts])
-        return whitening(self.gram, ridge, max(part.resolution for part in self.parts), unit)
+        unit = _mean([part.unit for part in self.parts])
+        return whitening(self.gram, ridge, max(part.resolution() for part in self.parts), unit)
 
     def times(self, goals: Tensor) -> Tensor:
         """``N G [p, q]``."""
-        sides = zip(self.parts, goals.split(self.widths), strict=True)
-        products = [part.times(g) if part.block.slots == 1 else part._by_slot @ g for part, g in sides]
+        products = [part.times(g) for part, g in zip(self.parts, goals.split(self.widths), strict=True)]
         return sum(products[1:], products[0])
 
     def rows(self, basis: Tensor) -> Tensor:
         """``B^T N [k, o]``."""
-        return torch.cat([
-            part.rows(basis) if part.block.slots == 1 else basis.T @ part._by_slot for part in self.parts
-        ], 1)  # fmt: skip
+        return torch.cat([part.rows(basis) for part in self.parts], 1)
 
     def leading_goals(self, white: Whitening, few: int, iterations: int) -> Tensor:
         """Orthonormal combinations of goals ``[o, few]`` that hold the leading right singular vectors of ``W N``."""
@@ -264,10 +256,6 @@ class Stack:
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
-
-
-def _mean_of_slots(p: Tensor, slots: int) -> Tensor:
-    return p if slots == 1 else rearrange(p, "(e p) (f q) -> e f p q", e=slots, f=slots).diagonal().mean(-1)
 
 
 def _times(a: Tensor, basis: Tensor | None) -> Tensor:
@@ -297,7 +285,7 @@ def fan_out(m: Means, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit:
     """
     remainder = Remainder(m, block)
     p, n, taken = remainder.gram(choice), remainder.rows(choice), remainder.taken(choice)
-    white = whitening(p, ridge, remainder.resolution, _unit_of(remainder, choice))
+    white = whitening(p, ridge, remainder.resolution(choice), _unit_of(remainder, choice))
     x = white.solve(n).T
     slope, compensation = choice.T @ m[block.features, block.goal], None
     if taken is not None:

@@ -23,7 +23,7 @@ from dagrow.undisturbed import AsFound
 __all__ = ["Saved", "Undo", "apply", "preview", "transaction", "whole", "widen_copy"]
 
 T = TypeVar("T")
-Attributes = Mapping[str, Mapping[str, int]]  #: module -> its attributes that state widths
+Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that state widths
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dagrow.features import Goal, Reads
@@ -18,7 +17,8 @@ from dagrow.moments import Fold, Means, Split
 from dagrow.solve import OVERSAMPLED, Block, Remainder, Stack, best_move, fan_out
 
 __all__ = [
-    "NEURON_RIDGES", "RIDGES", "HeldOut", "neuron_ridges", "settled", "validate_directions", "validate_fan_out",
+    "NEURON_RIDGES", "RIDGES", "Directed", "HeldOut", "neuron_ridges", "settled", "significant",
+    "validate_directions", "validate_fan_out",
     "validate_move",
 ]  # fmt: skip
 
@@ -81,32 +81,48 @@ def _sketch(side: Tensor) -> Tensor:
     return torch.randn(outputs, FEW, generator=torch.Generator().manual_seed(0)).to(side)
 
 
-def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ridges: Sequence[float]) -> HeldOut:
+@dataclass(frozen=True, eq=False)
+class Directed(HeldOut):
+    """With the fits on the other folds: for each fold ``alpha [p, k]``, and for each block its ``omega [o, k]``."""
+
+    fits: Sequence[tuple[Tensor, Sequence[Tensor]]]
+
+
+def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ridges: Sequence[float]) -> Directed:
     """Chooses ridge and rank by what directions from the other folds explain of each fold.
 
-    The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Under the null that
-    goals are independent of the new features, the held-out covariance ``tr(X N_f)`` has mean 0 and variance
-    ``tr(X P_f X^T E v v^T) / n_f``.
+    The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Whether it is more
+    than chance is not seen from moments: see :func:`significant`.
     """
     most = MOST if k is None else k
     trials = [_Trial.of(train, test, blocks, most, ridges[len(ridges) // 2]) for train, test in split]
 
     @functools.cache
-    def seen(ridge: float) -> Tensor:
-        """Drop, covariance and its variance, by fold and rank ``[3, folds, ranks]``."""
-        return torch.stack([trial.held_out(most, ridge) for trial in trials], 1)
+    def drops(ridge: float) -> Tensor:
+        """By fold and rank ``[folds, ranks]``."""
+        return torch.stack([trial.held_out(most, ridge) for trial in trials])
 
     def mean_drop(ridge: float) -> Tensor:
-        drop = seen(ridge)[0].mean(0)
+        drop = drops(ridge).mean(0)
         return drop if k is None else drop[-1:]
 
     ridge = _climbed(ridges, lambda ridge: float(mean_drop(ridge).max()))
-    drop, covariance, variance = seen(ridge)
     rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
-    spread = (2 * variance[:, rank].sum()).clamp_min(1e-300).sqrt()  # folds share what they are fitted on: at most 2
-    gain = float(drop[:, rank].mean())
-    significant = gain > 0 and bool(covariance[:, rank].sum() > SIGNIFICANT * spread)
-    return HeldOut(ridge, rank + 1, gain, _standard_error(drop[:, rank]), significant)
+    drop = drops(ridge)[:, rank]
+    fits = [trial.fit(rank + 1, ridge) for trial in trials]
+    return Directed(ridge, rank + 1, float(drop.mean()), _standard_error(drop), bool(drop.mean() > 0), fits)
+
+
+def significant(scores: Tensor) -> bool:
+    """Whether what fits explain of samples that they have not seen is more than chance.
+
+    Were the goals independent of the new features, each sample's ``c = sum over positions of <v_perp, X p>`` would have
+    mean 0. Folds share what they are fitted on, which at most doubles the variance of the sum.
+
+    Args:
+        scores: sums over samples of products of ``(c, 1)`` ``[2, 2]``.
+    """
+    return bool(scores[0, 1] > SIGNIFICANT * (2 * scores[0, 0]).clamp_min(1e-300).sqrt())
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,29 +143,25 @@ class _Trial:
         goals = stack.leading_goals(whiten(ridge), k + OVERSAMPLED, iterations=2)
         return cls(test, stack, goals, stack.times(goals), whiten)
 
-    def held_out(self, k: int, ridge: float) -> Tensor:
-        """The held-out drop, the held-out covariance, and its variance under the null, by rank ``[3, k]``."""
+    def fit(self, k: int, ridge: float) -> tuple[Tensor, Sequence[Tensor]]:
+        """``alpha [p, k]`` and each block's ``omega [o, k]``."""
         white = self.whiten(ridge)
         u, values, v = leading_svd(white.whiten(self.side), k)
-        alpha, omegas = white.back(u), (self.goals @ (v * values)).split(self.stack.widths)
-        covariance, square, variance = values.new_zeros(3, len(values)).unbind()
-        for part, omega in zip(self.stack.parts, omegas, strict=True):
-            slots = part.block.slots
-            basis = torch.block_diag(*[alpha] * slots)
-            out = rearrange(omega, "(e o) k -> o (e k)", e=slots)
-            z = part.gram(basis, self.test)
-            explained = part.times(out, basis, self.test).diagonal()
-            covariance += rearrange(explained, "(e k) -> e k", e=slots).sum(0).cumsum(0)
-            square += _by_rank(z * (out.T @ out), slots)
-            if part.block.energy in self.test:
-                variance += _by_rank(z * (out.T @ self.test[part.block.energy] @ out), slots) / self.test.samples
-        return _padded(torch.stack([2 * covariance - square, covariance, variance]), k).double()
+        return white.back(u), (self.goals @ (v * values)).split(self.stack.widths)
+
+    def held_out(self, k: int, ridge: float) -> Tensor:
+        """The held-out drop by rank ``[k]``."""
+        alpha, omegas = self.fit(k, ridge)
+        drop = alpha.new_zeros(alpha.shape[1])
+        for part, out in zip(self.stack.parts, omegas, strict=True):
+            explained = part.times(out, alpha, self.test).diagonal().cumsum(0)
+            drop += 2 * explained - _by_rank(part.gram(alpha, self.test) * (out.T @ out))
+        return _padded(drop, k).double()
 
 
-def _by_rank(products: Tensor, slots: int) -> Tensor:
-    """For each r the sum over all pairs of the first r directions, in all slots: ``[slots k, slots k]`` to ``[k]``."""
-    pairs = rearrange(products, "(e k) (f l) -> e f k l", e=slots, f=slots).sum((0, 1))
-    return pairs.cumsum(0).cumsum(1).diagonal()
+def _by_rank(products: Tensor) -> Tensor:
+    """For each r the sum over all pairs of the first r directions: ``[k, k]`` to ``[k]``."""
+    return products.cumsum(0).cumsum(1).diagonal()
 
 
 def validate_fan_out(split: Split, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:
@@ -196,6 +208,6 @@ def _standard_error(values: Tensor) -> float:
 
 def _padded(values: Tensor, length: int) -> Tensor:
     """Beyond the available ranks nothing changes any more."""
-    if not values.shape[1]:
-        return values.new_zeros(len(values), length)
-    return torch.cat([values, values[:, -1:].expand(-1, max(0, length - values.shape[1]))], 1)
+    if not len(values):
+        return values.new_zeros(length)
+    return torch.cat([values, values[-1:].expand(max(0, length - len(values)))])

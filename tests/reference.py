@@ -89,7 +89,7 @@ def eval_mode(forward: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def is_convolution(edge: nn.Module) -> bool:
-    return isinstance(edge, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return isinstance(edge, nn.modules.conv._ConvNd)
 
 
 def rows(edge: nn.Module, a: Tensor) -> Tensor:
@@ -150,6 +150,8 @@ def patches(conv: Any, x: Tensor) -> Tensor:
     """What a convolution reads at each position: [s, channels * kernel], from a batch of one."""
     if conv.groups != 1:
         raise NotImplementedError("a grouped convolution reads other features for each group")
+    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return _transposed_patches(conv, x)
     x = padded(conv, x)[0]
     spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     sizes = [(x.shape[1 + a] - spans[a]) // conv.stride[a] + 1 for a in range(len(spans))]
@@ -159,6 +161,23 @@ def patches(conv: Any, x: Tensor) -> Tensor:
         window = [slice(starts[a], starts[a] + spans[a], conv.dilation[a]) for a in range(len(spans))]
         found.append(x[(slice(None), *window)].reshape(-1))
     return torch.stack(found)
+
+
+def _transposed_patches(conv: Any, x: Tensor) -> Tensor:
+    """Input position s writes through tap j to output position s * stride - padding + j * dilation."""
+    space = range(len(conv.kernel_size))
+    sizes = [
+        (x.shape[2 + a] - 1) * conv.stride[a] - 2 * conv.padding[a] + conv.dilation[a] * (conv.kernel_size[a] - 1)
+        + conv.output_padding[a] + 1
+        for a in space
+    ]  # fmt: skip
+    found = x.new_zeros(*sizes, x.shape[1], *conv.kernel_size)
+    for s in np.ndindex(*x.shape[2:]):
+        for j in np.ndindex(*conv.kernel_size):
+            t = tuple(s[a] * conv.stride[a] - conv.padding[a] + j[a] * conv.dilation[a] for a in space)
+            if all(0 <= t[a] < sizes[a] for a in space):
+                found[(*t, slice(None), *j)] = x[(0, slice(None), *s)]
+    return found.flatten(0, len(sizes) - 1).flatten(1)
 
 
 def padded(conv: Any, x: Tensor) -> Tensor:
@@ -323,6 +342,38 @@ def _taken_out(B: Array, H: Array, variant: str) -> Array:
     elif variant != "raw":
         raise ValueError(f"variant is {variant!r}, not raw, centred or residual")
     return T
+
+
+# ---------------------------------------------------------------- between convolutions
+
+
+def read_at(consumer: Any, hidden: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Which position of the hidden image each output position reads through each tap, -1 for none: [s', taps]."""
+    numbered = torch.arange(1.0, float(np.prod(hidden)) + 1, dtype=torch.float64).view(1, 1, *hidden)
+    return patches(consumer, numbered).numpy().astype(np.int64) - 1
+
+
+def in_slots(P: Array, index: npt.NDArray[np.int64]) -> Array:
+    """P [n,s,p] as a consumer reads it through each of its taps e: [n,s',e,p], zero where there is nothing."""
+    found = np.zeros((len(P), *index.shape, P.shape[-1]))
+    for t, e in np.ndindex(*index.shape):
+        if index[t, e] >= 0:
+            found[:, t, e] = P[:, index[t, e]]
+    return found
+
+
+def neurons_between(B: Array, P: Array, V: Array, index: npt.NDArray[np.int64]) -> Array:
+    """Singular values of P^-1/2 N, N = E p_e v_perp^T with taps side by side, P the mean over taps of E p_e p_e^T."""
+    arrived, v_perp = in_slots(P, index), residual(B, V)
+    taps = [arrived[:, :, e] for e in range(index.shape[1])]
+    mean = np.mean([moment(p, p) for p in taps], axis=0)
+    return np.linalg.svd(inverse_root(mean) @ np.hstack([moment(p, v_perp) for p in taps]), compute_uv=False)
+
+
+def fall_between(B: Array, P: Array, V: Array, index: npt.NDArray[np.int64], fan_in: Array) -> float:
+    """E |v_perp|^2 less what is left by linear neurons with this fan-in [p,k] and their best fan-out for every tap."""
+    arrived = in_slots(P, index) @ fan_in
+    return energy(residual(B, V)) - energy(residual(arrived.reshape(*arrived.shape[:2], -1), residual(B, V)))
 
 
 # ---------------------------------------------------------------- out of sample

@@ -84,8 +84,9 @@ def test_inputs_in_every_form(form: str, reference: Tensor) -> None:
 def test_a_loader_that_shuffles_works_and_random_numbers_stay() -> None:
     data = torch.utils.data.TensorDataset(X, Y)
     loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+    dag = traced()
     before = torch.get_rng_state()
-    receipt = dagrow.grow(traced(), loader, mean, OPERATORS)
+    receipt = dagrow.grow(dag, loader, mean, OPERATORS)
     assert receipt.loss_after < receipt.loss_before
     assert torch.equal(before, torch.get_rng_state())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from torch import nn
 from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, case_of, plans
 
@@ -19,6 +19,7 @@ from dagrow.testing import Case, check_operator
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 LAW = settings(
     max_examples=EXAMPLES or 3, derandomize=not EXAMPLES, deadline=None, database=None,
+    phases=(Phase.explicit, Phase.generate),  # plans are short as they are drawn
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 OPERATORS: tuple[Operator, ...] = (

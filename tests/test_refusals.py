@@ -181,9 +181,16 @@ def test_layers_of_different_precision() -> None:
     assert slope == pytest.approx(gain, rel=2e-2)
 
 
+class Output(nn.Module):
+    """What a recurrent layer gives, without its state."""
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        return given[0]
+
+
 def test_a_model_without_layers_that_can_be_measured() -> None:
-    dag = dagrow.trace(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), torch.randn(2, 1, 4, 4))
-    batches = [(torch.randn(8, 1, 4, 4), torch.randn(8, 8))]
+    dag = dagrow.trace(nn.Sequential(nn.GRU(2, 2), Output()), torch.randn(2, 4, 2))
+    batches = [(torch.randn(8, 4, 2), torch.randn(8, 4, 2))]
     for verb in (dagrow.bottlenecks, dagrow.tangent):
         with pytest.raises(dagrow.DagrowError, match="no layer can be measured"):
             verb(dag, batches, mse_loss)
@@ -259,33 +266,31 @@ def test_a_compiled_model_is_refused() -> None:
         dagrow.trace(torch.compile(mlp(3, 2, 2), backend="eager"), torch.randn(2, 3).double())
 
 
-class ChannelPReLU(RiderRule):
-    """``nn.PReLU`` with a slope per channel; at slope 1 a new channel passes unchanged."""
+class StraightPReLU(RiderRule):
+    """``nn.PReLU`` with a slope per channel, where new channels start at slope 1: they pass unchanged."""
 
     types = (nn.PReLU,)
-    entries = ("weight",)
 
     def channel_dim(self, ndim: int) -> int:
         return 1
 
-    def attributes(self, width: int) -> dict[str, int]:
+    def attributes(self, module: nn.Module, width: int) -> dict[str, int]:
         return {"num_parameters": width}
 
-    def calibrated(self, module: nn.Module, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
-        return {"weight": torch.ones_like(mean)}
+    def passing(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"weight": torch.ones(())}
 
 
 def test_a_layer_rule_of_the_users_own(tmp_path: Path) -> None:
     def network() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)).double()
 
-    model, example, rules = network(), torch.randn(2, 3).double(), [ChannelPReLU()]
-    assert not dagrow.trace(model, example).axis("0").growable
+    model, example, rules = network(), torch.randn(2, 3).double(), [StraightPReLU()]
     dag = dagrow.trace(model, example, rules=rules)
     slope, gain = measured_slope(dag, data(), AddNeurons(k=2))
     assert slope == pytest.approx(gain, rel=1e-6)
     dagrow.grow(dag, data(), mse_loss, [AddNeurons(k=2)])
-    assert model[1].weight.shape == (6,)
+    assert model[1].weight.tolist() == [0.25] * 4 + [1.0] * 2
     dagrow.save(dag, tmp_path / "net.pt")
     other = network()
     dagrow.load(other, tmp_path / "net.pt", example, rules=rules)

@@ -3,7 +3,8 @@
 from dagrow.operators.add_neurons import AddNeurons
 from dagrow.operators.base import Candidate, Operator, Stage
 from dagrow.operators.move import MoveWeights
-from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators.neurons import Proposal, WidenCandidate
+from dagrow.operators.places import Place, places
 from dagrow.operators.widen import Widen
 
 __all__ = [

@@ -4,23 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from dagrow.dag import Axis, Dag
 from dagrow.errors import GrowthError
-from dagrow.moments import Moments, Pair
+from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator, check_names
-from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators.directions import OPEN, OptimalCandidate, drawn
+from dagrow.operators.neurons import Proposal, WidenCandidate
+from dagrow.operators.places import Place, places
 from dagrow.operators.preserving import CopyCandidate, GradMaxCandidate, ZeroCandidate
-from dagrow.solve import Compensation, directions
-from dagrow.validate import neuron_ridges, settled, validate_directions
+from dagrow.validate import neuron_ridges
 
 __all__ = ["AddNeurons"]
 
-Solver = Literal["sequential", "joint", "unprojected"]
+Solver = Literal["sequential", "svd", "als", "joint", "unprojected"]
 Init = Literal["optimal", "random_features", "random", "gradmax", "copy", "zero"]
-OPEN = 16  #: random directions offered when their number is open
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,9 @@ class AddNeurons(Operator):
         k: neurons per axis, exactly; None takes as many as the held-out gain supports, possibly none. Where linear
             theory holds fewer directions than k (it holds as many as the consumers have outputs), the rest are
             random features.
-        solver: ``"sequential"`` explains ``v_perp`` with ``svd(P^-1/2 N)``, ``"joint"`` regresses what the consumers
+        solver: ``"sequential"``, or by its other name ``"svd"``, explains ``v_perp`` with ``svd(P^-1/2 N)``; between
+            convolutions that is optimal for a bound, as the taps of a kernel overlap, and ``"als"`` goes on from there
+            by alternating least squares on the exact second moments. ``"joint"`` regresses what the consumers
             read out of the new features as well and moves their weights along (exact when the consumers read the same
             features), ``"unprojected"`` explains ``v`` itself.
         init: ``"optimal"``; ``"random_features"`` (random fan-in, fitted fan-out); ``"random"`` (random fan-in and a
@@ -104,56 +103,18 @@ class AddNeurons(Operator):
         return asked
 
     def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:
-        optimal = self.init == "optimal"
-        return [
-            WidenCandidate(
-                self, place, propose=self._optimal if optimal else self._random,
-                needs=self._needs(place) if optimal else (),
-                compensation="all" if self.solver == "joint" else "constant", project=self.solver != "unprojected",
-                ridges=neuron_ridges(self.ridge, self.folds), fan="random" if self.init == "random" else "fitted",
-                paired=self.paired, exact=self.k is not None, seed=self.seed,
-            )
-            for place in places(dag, axis)
-        ]  # fmt: skip
+        return [self._candidate(place) for place in places(dag, axis)]
 
-    def _needs(self, place: Place) -> tuple[Pair, ...]:
-        blocks = place.blocks(*self._theory)
-        pairs = tuple(pair for block in blocks for pair in block.pairs())
-        return pairs if self.k is not None else (*pairs, *(block.energy for block in blocks))
-
-    @property
-    def _theory(self) -> tuple[Compensation, bool]:
-        """What the first stage regresses out of new features, and whether its target is v_perp."""
-        return "all" if self.solver == "joint" else "none", self.solver != "unprojected"
-
-    def _optimal(self, m: Moments, place: Place) -> Proposal | None:
-        blocks = place.blocks(*self._theory)
-        if not blocks:
-            return self._random(m, place)
-        ridges = neuron_ridges(self.ridge, self.folds)
-        held, ridge, k = None, ridges[0], self.k
-        if m.folds > 1:
-            split = m.split()
-            blocks = [settled(split, block) for block in blocks]
-            held = validate_directions(split, blocks, k, ridges)
-            ridge, k = held.ridge, held.k
-            if self.k is None and not held.significant:
-                return None
-        assert k is not None
-        found = directions(m, blocks, k, ridge)
-        notes = (found.note,) if found.note else ()
-        missing = (self.k or 0) - found.alpha.shape[1]
-        if missing <= 0:
-            return Proposal(found.alpha, found.values, held, notes)
-        alpha = torch.cat([found.alpha, self._draw(m, place, missing)], 1)
-        notes = (*notes, f"{missing} random directions beyond the rank of the goal")
-        return Proposal(alpha, found.values, held, notes, invariant=False)
+    def _candidate(self, place: Place) -> Candidate:
+        joint, project = self.solver == "joint", self.solver != "unprojected"
+        widen = WidenCandidate(
+            self, place, propose=self._random, compensation="all" if joint else "constant", project=project,
+            ridges=neuron_ridges(self.ridge, self.folds), fan="random" if self.init == "random" else "fitted",
+            paired=self.paired, exact=self.k is not None, seed=self.seed,
+        )  # fmt: skip
+        if self.init != "optimal":
+            return widen
+        return OptimalCandidate(widen, self.k, "all" if joint else "none", project, self.solver == "als")
 
     def _random(self, m: Moments, place: Place) -> Proposal:
-        return Proposal(self._draw(m, place, self.k or OPEN), invariant=False)
-
-    def _draw(self, m: Moments, place: Place, k: int) -> Tensor:
-        """Random fan-in, another one each time that the axis has another width."""
-        generator = torch.Generator().manual_seed(self.seed + 7919 * place.axis.width)
-        p = m[place.features, place.features]
-        return torch.randn(len(p) * place.channels, k, generator=generator, dtype=torch.float64).to(p)
+        return drawn(place, self.k or OPEN, self.seed)

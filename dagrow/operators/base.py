@@ -26,8 +26,8 @@ class Candidate(ABC):
         """The moments that it needs."""
 
     @abstractmethod
-    def solve(self, moments: Moments, objective: Objective) -> "Growth | Stage | None":
-        """A growth, a further stage that needs moments of its own, or None if there is nothing to add."""
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
+        """A growth, a further candidate or stage that needs moments of its own, or None if there is nothing to add."""
 
 
 class Stage(Candidate):
@@ -76,6 +76,7 @@ def _touched(stage: Stage) -> set[tuple[str, str]]:
     return {
         *(("read", name) for name in widening.columns), *(("written", name) for name in widening.rows),
         *(("rider", rider.name) for rider in widening.entries), *(("literal", node.name) for node in widening.literals),
+        *(("module", name) for name in widening.attributes),
     }  # fmt: skip
 
 

@@ -8,106 +8,26 @@ regression of ``v_perp`` on ``h`` is exact for any activation, norm layer or gat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dagrow.axes import Widening
-from dagrow.dag import Axis, Dag, Edge
+from dagrow.dag import Axis, Edge
 from dagrow.draft import Draft
-from dagrow.features import Carried, Feature, Gathered, Goal, New, Reads, Stacked
+from dagrow.features import Carried, Explained, Goal, New
 from dagrow.growth import Growth, cost_of
-from dagrow.moments import Moments, Pair
+from dagrow.labels import Rider
+from dagrow.layers import RiderRule
+from dagrow.moments import Moments, Pair, Split
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Stage
-from dagrow.positions import Arrival, arrival
-from dagrow.solve import Block, Compensation, explained_alone, fan_out
-from dagrow.validate import HeldOut, settled, validate_fan_out
+from dagrow.operators.places import Place
+from dagrow.solve import Block, Compensation, Fit, explained_alone, fan_out
+from dagrow.validate import HeldOut, settled, significant, validate_fan_out
 
-__all__ = ["Place", "Proposal", "WidenCandidate", "places"]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """An axis and the producers that write its new channels: all that arrive everywhere in the same way.
-
-    Attributes:
-        producers: each with the part of ``p`` that it reads.
-        arrivals: consumer -> how the new channels arrive, or None where linear theory does not reach.
-    """
-
-    dag: Dag
-    axis: Axis
-    producers: tuple[Edge, ...]
-    arrivals: Mapping[str, Arrival | None]
-
-    @cached_property
-    def features(self) -> Feature:
-        """``p``: what the producers read, one constant for all."""
-        parts = [
-            Reads(edge.name, edge.bias and not any(e.bias for e in self.producers[:i]))
-            for i, edge in enumerate(self.producers)
-        ]
-        return parts[0] if len(parts) == 1 else Stacked(tuple(parts))
-
-    @property
-    def channels(self) -> int:
-        """Channels of a unit at a producer."""
-        return self.axis.layout.rows[self.producers[0].name].shape[1]
-
-    def arriving(self, consumer: Edge) -> tuple[Feature, int]:
-        """``p`` as it arrives at a consumer, and in how many slots."""
-        found = self.arrivals[consumer.name]
-        if found is None or found.aligned:
-            return self.features, 1
-        return self._gathered[consumer.name], found.index.shape[1]
-
-    @cached_property
-    def _gathered(self) -> dict[str, Feature]:
-        return {
-            name: Gathered(self.features, found.index, found.channels, found.positions)
-            for name, found in self.arrivals.items() if found is not None
-        }  # fmt: skip
-
-    def reads(self, consumer: Edge) -> Reads | None:
-        """What the consumer's own weights can use: nothing if they are frozen."""
-        return Reads(consumer.name, consumer.bias) if consumer.trainable else None
-
-    def linear(self) -> list[Edge]:
-        """The consumers that linear theory reaches."""
-        return [c for c in self.axis.consumers if self.arrivals[c.name] is not None]
-
-    def blocks(self, compensation: Compensation, project: bool) -> list[Block]:
-        """First stage: what the producers read, at every consumer that it reaches."""
-        return [Block(*self.arriving(c), self.reads(c), Goal(c.name), compensation, project) for c in self.linear()]
-
-    def split(self, alpha: Tensor) -> dict[str, Tensor]:
-        """``alpha [p, k]`` as fan-in of each producer ``[k, channels, i]``, constants last."""
-        fans, start = {}, 0
-        alpha = alpha.view(self.channels, -1, alpha.shape[1])
-        for index, edge in enumerate(self.producers):
-            bias = edge.bias and not any(e.bias for e in self.producers[:index])
-            size = edge.rule.widths(edge.module)[0] + bias
-            fans[edge.name] = alpha[:, start : start + size].permute(2, 0, 1)
-            start += size
-        return fans
-
-
-def places(dag: Dag, axis: Axis) -> list[Place]:
-    """The choices of producers for a new channel of an axis.
-
-    On a residual stream producers write at different depths: a new channel is written by one of them, and the
-    others write zero. Producers whose output arrives everywhere in the same way write it together.
-    """
-    grouped: dict[tuple, list[tuple[Edge, dict[str, Arrival | None]]]] = {}
-    for producer in axis.producers:
-        arrivals = {consumer.name: arrival(dag, axis, producer, consumer) for consumer in axis.consumers}
-        aligned = all(a is None or a.aligned for a in arrivals.values())
-        key = tuple(None if a is None else a.positions for a in arrivals.values()) if aligned else (producer.name,)
-        grouped.setdefault(key, []).append((producer, arrivals))
-    return [Place(dag, axis, tuple(p for p, _ in group), group[0][1]) for group in grouped.values()]
+__all__ = ["Proposal", "WidenCandidate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +39,8 @@ class Proposal:
         values: singular values, if linear theory chose the directions.
         held: the cross-validation that chose ridge and rank.
         invariant: whether permuted units or other units of measurement lead to the same directions.
+        other: as many directions, that are taken where they explain more ``[p, k]``.
+        explained: what such directions explain of samples that they were not fitted on, if chance is to be asked about.
     """
 
     alpha: Tensor
@@ -126,15 +48,17 @@ class Proposal:
     held: HeldOut | None = None
     notes: tuple[str, ...] = ()
     invariant: bool = True
+    other: Tensor | None = None
+    explained: Explained | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class WidenCandidate(Candidate):
-    """New channels at one place.
+    """New channels at one place, along directions that need no more than ``E p p^T``.
 
     Attributes:
         propose: ``propose(moments, place) -> Proposal`` with the fan-in directions, or None if there are none.
-        needs: the moments that ``propose`` reads besides ``E p p^T``.
+        needs: the moments that ``propose`` reads.
         fan: whether fan-outs are fitted ("fitted") or random with the norm of the fitted ones ("random").
         paired: adds (alpha, omega) and (-alpha, -omega) instead of choosing a sign.
         exact: whether the number of neurons was asked for, so that chance is not asked about.
@@ -153,25 +77,21 @@ class WidenCandidate(Candidate):
     seed: int = 0
 
     def pairs(self) -> list[Pair]:
-        return [(self.place.features, self.place.features), *self.needs]
+        return [(self.place.measured, self.place.measured), *self.needs]
 
     def solve(self, moments: Moments, objective: Objective) -> "FanOutStage | None":
-        proposal = self.propose(moments, self.place)
+        return self.stage(self.propose(moments, self.place), moments)
+
+    def stage(self, proposal: Proposal | None, moments: Moments) -> "FanOutStage | None":
+        """The directions in a preview, scaled to pre-activations of mean square 1 per position."""
         if proposal is None or not proposal.alpha.shape[1]:
             return None
-        alpha = _unit_scale(proposal.alpha, moments, self.place)
-        axis = self.place.axis
-        widening = self.place.dag.widening(axis, 2 * alpha.shape[1])
-        return FanOutStage(self, replace(proposal, alpha=alpha), axis, widening)
-
-
-def _unit_scale(alpha: Tensor, m: Moments, place: Place) -> Tensor:
-    """Directions scaled to pre-activations of mean square 1 per position."""
-    p = m[place.features, place.features]
-    if place.channels > 1:
-        p = torch.block_diag(*[p] * place.channels) / place.channels
-    square = (alpha * (p @ alpha)).sum(0) / m.positions[place.features]
-    return alpha * torch.where(square > 0, square, 1).rsqrt()
+        p = moments[self.place.measured, self.place.measured]
+        alpha = torch.cat([proposal.alpha] if proposal.other is None else [proposal.alpha, proposal.other], 1).to(p)
+        square = self.place.square(alpha, moments)
+        alpha = alpha * torch.where(square > 0, square, 1).rsqrt()
+        widening = self.place.dag.widening(self.place.axis, 2 * alpha.shape[1])
+        return FanOutStage(self, replace(proposal, alpha=alpha), self.place.axis, widening)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,27 +115,46 @@ class FanOutStage(Stage):
     def blocks(self) -> list[Block]:
         """The new features at every consumer."""
         return [
-            Block(New(c.name), 1, self.place.reads(c), Goal(c.name), self.origin.compensation, self.origin.project)
+            Block(New(c.name), self.place.reads(c), Goal(c.name), self.origin.compensation, self.origin.project)
             for c in self.axis.consumers
         ]
 
+    def slots(self, consumer: Edge) -> int:
+        """Features of a new unit at a consumer: its channels there, times their taps."""
+        return self.widening.columns[consumer.name].new.shape[1] * consumer.rule.taps(consumer.module)
+
     def _norms(self) -> list[Carried]:
-        return [Carried(rider.name) for rider in self.axis.riders if rider.rule is not None]
+        """Where statistics of new channels are needed."""
+        return [Carried(rider.name) for rider, _ in _keeping_statistics(self.place)]
 
     def pairs(self) -> list[Pair]:
-        return [pair for block in self.blocks() for pair in block.pairs()] + [(norm, norm) for norm in self._norms()]
+        explained = self.proposal.explained
+        found = [pair for block in self.blocks() for pair in block.pairs()] + [(norm, norm) for norm in self._norms()]
+        return found if explained is None else [*found, (explained, explained)]
 
     def solve(self, moments: Moments, objective: Objective) -> Growth | None:
+        explained = self.proposal.explained
+        if explained is not None and not significant(moments.sums[explained, explained].sum(0)):
+            return None
         units, split = self._units(moments), moments.split()
+        blocks = [settled(split, block) for block in self.blocks()]
+        offered = [units] if self.proposal.other is None else units.chunk(2, 1)
+        fitted = [(some, *self._fitted(moments, split, blocks, some)) for some in offered]
+        best = max(fitted, key=lambda found: sum(fit.drop for fit in found[1].values()))
+        return self._growth(moments, objective, *best)
+
+    def _fitted(
+        self, m: Moments, split: Split, blocks: Sequence[Block], units: Tensor
+    ) -> tuple[dict[str, Fit], list[HeldOut]]:
+        """Each consumer's fan-out for some units, and its cross-validation if there are folds."""
         fits, held = {}, []
-        for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
-            choice = _per_slot(units, self.widening.columns[consumer.name].new.shape[1])
-            block, ridge = settled(split, block), self.origin.ridges[0]
-            if moments.folds > 1:
+        for consumer, block in zip(self.axis.consumers, blocks, strict=True):
+            choice, ridge = _per_slot(units, self.slots(consumer)), self.origin.ridges[0]
+            if m.folds > 1:
                 held.append(validate_fan_out(split, block, choice, self.origin.ridges))
                 ridge = held[-1].ridge
-            fits[consumer.name] = fan_out(moments, block, choice, ridge)
-        return self._growth(moments, objective, units, fits, held)
+            fits[consumer.name] = fan_out(m, block, choice, ridge)
+        return fits, held
 
     def _units(self, m: Moments) -> Tensor:
         """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
@@ -224,8 +163,7 @@ class FanOutStage(Stage):
             return torch.cat([torch.eye(k), -torch.eye(k)]).double()
         explained = torch.zeros(2 * k, dtype=torch.float64)
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
-            slots = self.widening.columns[consumer.name].new.shape[1]
-            explained += explained_alone(m, block, slots, self.origin.ridges[0])
+            explained += explained_alone(m, block, self.slots(consumer), self.origin.ridges[0])
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
@@ -240,8 +178,8 @@ class FanOutStage(Stage):
         for edge, fan_in in self.place.split(alpha).items():
             draft.fan_in(dag.edge(edge), widening.rows[edge], fan_in)
         for consumer in self.axis.consumers:
-            fit, slots = fits[consumer.name], widening.columns[consumer.name].new.shape[1]
-            omega = fit.weights.view(len(fit.weights), -1, slots)
+            fit = fits[consumer.name]
+            omega = fit.weights.view(len(fit.weights), -1, self.slots(consumer))
             omega = torch.einsum("u k, o k e -> o u e", units[kept], omega)
             draft.fan_out(consumer, widening.columns[consumer.name], self._fan(omega, generator))
             if fit.compensation is not None and self.origin.fan == "fitted":
@@ -261,9 +199,7 @@ class FanOutStage(Stage):
         Where features were measured in train mode, downstream of the norm of the batch, its affine part stays as it was
         then.
         """
-        for rider in self.axis.riders:
-            if rider.rule is None:
-                continue
+        for rider, rule in _keeping_statistics(self.place):
             carried = Carried(rider.name)
             landing = widening.entries[rider]
             square = m[carried, carried] / m.positions[carried]
@@ -271,7 +207,7 @@ class FanOutStage(Stage):
             variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
             columns = _columns(kept, landing.new.shape[1])
             module = self.place.dag.model.get_submodule(rider.name)
-            entries = rider.rule.calibrated(module, mean[columns], variance[columns])
+            entries = rule.calibrated(module, mean[columns], variance[columns])
             if mode == "train":
                 entries = {name: entry for name, entry in entries.items() if name in dict(module.named_buffers())}
             draft.rider(rider.name, landing, entries)
@@ -316,17 +252,26 @@ class FanOutStage(Stage):
         gains = {}
         for consumer in self.axis.consumers:
             landing, written = draft.read[consumer.name], draft.written.get(consumer.name)
-            omega = draft.slope[f"{consumer.name}.weight"][:, landing.new.flatten()]
+            omega = consumer.matrix(draft.slope[f"{consumer.name}.weight"])[:, landing.new.flatten()].flatten(1)
             omega = omega if written is None else omega[written.old]
-            columns = _columns(kept, landing.new.shape[1])
+            columns = _columns(kept, self.slots(consumer))
             gains[consumer.name] = float((omega.T * m[New(consumer.name), Goal(consumer.name)][columns]).sum())
         return gains
+
+
+def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:
+    """The norms on the way that new channels are calibrated for."""
+    unit = torch.tensor(1.0)
+    return [
+        (rider, rider.rule) for rider in place.axis.riders
+        if rider.rule is not None and rider.rule.calibrated(place.dag.model.get_submodule(rider.name), unit, unit)
+    ]  # fmt: skip
 
 
 def _kept(units: Tensor) -> Tensor:
     """The measured units that stay, the best direction first."""
     measured = torch.nonzero(units.abs().sum(1) > 0).flatten()
-    k = units.shape[1]
+    k = len(units) // 2
     return measured[torch.argsort((measured % k) * 2 + measured // k)]
 
 

@@ -18,7 +18,8 @@ from dagrow.linalg import leading_svd
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
-from dagrow.operators.neurons import Place, places
+from dagrow.operators.places import Place, places
+from dagrow.solve import Block
 
 __all__ = ["CopyCandidate", "GradMaxCandidate", "PreservingCandidate", "ZeroCandidate"]
 
@@ -65,7 +66,7 @@ class ZeroCandidate(PreservingCandidate):
         generator = self.generator()
         for edge in self.axis.producers:
             rows = self.axis.layout.rows[edge.name]
-            weight = edge.parameters()["weight"].detach()
+            weight = edge.matrix(edge.parameters()["weight"].detach())
             noise = torch.randn(self.k, rows.shape[1], weight[0].numel(), generator=generator)
             noise *= weight[rows.flatten()].norm() / rows.numel() ** 0.5 / weight[0].numel() ** 0.5
             draft.fan_in(edge, widening.rows[edge.name], noise)
@@ -76,7 +77,12 @@ class GradMaxCandidate(PreservingCandidate):
     vectors of ``E p v^T``, scaled to the norm of the consumers' old columns. Source: Evci et al. 2022."""
 
     def pairs(self) -> list[Pair]:
-        return [*super().pairs(), *((self._place.arriving(c)[0], Goal(c.name)) for c in self._place.linear())]
+        return [*super().pairs(), *((block.features, block.goal) for block in self._blocks.values())]
+
+    @cached_property
+    def _blocks(self) -> dict[str, Block]:
+        place = self._place
+        return {c.name: place.block(c, "none", False, Goal(c.name)) for c in place.linear()}
 
     @cached_property
     def _place(self) -> Place:
@@ -87,15 +93,12 @@ class GradMaxCandidate(PreservingCandidate):
         return super().solve(moments, objective) if self._place.linear() else None
 
     def fill(self, draft: Draft, widening: Widening, m: Moments) -> None:
-        place, sides = self._place, []
-        for consumer in place.linear():
-            features, slots = place.arriving(consumer)
-            sides.append(rearrange(m[features, Goal(consumer.name)], "(e p) o -> p (e o)", e=slots))
+        sides = [m[block.features, block.goal] for block in self._blocks.values()]
         omega = self._orthonormal(torch.cat(sides, 1))
-        for consumer, side in zip(place.linear(), sides, strict=True):
-            weight = consumer.parameters()["weight"].detach()
+        for consumer, side in zip(self._place.linear(), sides, strict=True):
+            weight = consumer.matrix(consumer.parameters()["weight"].detach())
             part, omega = omega[: side.shape[1]], omega[side.shape[1] :]
-            part = rearrange(part, "(e o) k -> o k e", o=len(weight)) * weight.norm() / weight.shape[1] ** 0.5
+            part = rearrange(part, "(e o) k -> o k e", o=len(weight)) * weight.norm() / weight[0].numel() ** 0.5
             draft.fan_out(consumer, widening.columns[consumer.name], part)
 
     def _orthonormal(self, covariance: Tensor) -> Tensor:
@@ -119,16 +122,17 @@ class CopyCandidate(PreservingCandidate):
         for edge in self.axis.producers:
             rows = layout.rows[edge.name][copied]
             parameters = edge.parameters()
-            fan_in = parameters["weight"].detach()[rows].flatten(2)
+            fan_in = edge.matrix(parameters["weight"].detach())[rows].flatten(2)
             if "bias" in parameters:
                 fan_in = torch.cat([fan_in, parameters["bias"].detach()[rows][..., None]], -1)
             draft.fan_in(edge, widening.rows[edge.name], fan_in)
         for rider in self.axis.riders:
             draft.copy_rider(rider, widening.entries[rider], layout.entries[rider], copied)
         for consumer in self.axis.consumers:
-            columns, weight = layout.columns[consumer.name], consumer.parameters()["weight"].detach()
-            share = 1 / sharing[copied]
-            draft.fan_out(consumer, widening.columns[consumer.name], weight[:, columns[copied]] * share[:, None])
-            less = weight.new_zeros(weight.shape[0], weight.shape[1] + consumer.bias)
-            less[:, columns.flatten()] = -(weight[:, columns] * (1 - 1 / sharing)[:, None]).flatten(1).to(weight)
-            draft.move(consumer, less)
+            columns, weight = layout.columns[consumer.name], consumer.matrix(consumer.parameters()["weight"].detach())
+            share = (1 / sharing[copied]).view(-1, *[1] * (weight.ndim - 1)).to(weight)
+            draft.fan_out(consumer, widening.columns[consumer.name], weight[:, columns[copied]] * share)
+            less = torch.zeros_like(weight)
+            kept = (1 - 1 / sharing).view(-1, *[1] * (weight.ndim - 1)).to(weight)
+            less[:, columns.flatten()] = -(weight[:, columns] * kept).flatten(1, 2)
+            draft.move(consumer, torch.cat([less.flatten(1), weight.new_zeros(len(weight), consumer.bias)], 1))

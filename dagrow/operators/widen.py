@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from dagrow.dag import Dag
 from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator
-from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators.neurons import Proposal, WidenCandidate
+from dagrow.operators.places import Place, places
 from dagrow.validate import neuron_ridges
 
 __all__ = ["Widen"]
@@ -42,4 +43,8 @@ class Widen(Operator):
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         ridges = neuron_ridges(self.ridge, self.folds)
         found = [place for axis in dag.axes if axis.growable for place in places(dag, axis)]
-        return [WidenCandidate(self, place, propose=self.propose, ridges=ridges) for place in found]
+        return [
+            WidenCandidate(
+                self, place, propose=self.propose, needs=((place.features, place.features),), ridges=ridges
+            ) for place in found
+        ]  # fmt: skip

@@ -1,0 +1,125 @@
+"""Where a new channel of an axis can be written, and how it arrives where it is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dagrow.dag import Axis, Dag, Edge
+from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Stacked
+from dagrow.moments import Moments
+from dagrow.positions import Arrival, arrival
+from dagrow.solve import Block, Compensation
+
+__all__ = ["Place", "places"]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """An axis and the producers that write its new channels: all that arrive everywhere in the same way.
+
+    Attributes:
+        producers: each with the part of ``p`` that it reads.
+        arrivals: consumer -> how the new channels arrive, or None where linear theory does not reach.
+    """
+
+    dag: Dag
+    axis: Axis
+    producers: tuple[Edge, ...]
+    arrivals: Mapping[str, Arrival | None]
+
+    @cached_property
+    def features(self) -> Feature:
+        """``p``: what the producers read, one constant for all."""
+        parts = [
+            Reads(edge.name, edge.bias and not any(e.bias for e in self.producers[:i]))
+            for i, edge in enumerate(self.producers)
+        ]
+        return parts[0] if len(parts) == 1 else Stacked(tuple(parts))
+
+    @property
+    def channels(self) -> int:
+        """Channels of a unit at a producer."""
+        return self.axis.layout.rows[self.producers[0].name].shape[1]
+
+    @cached_property
+    def arriving(self) -> dict[str, Feature]:
+        """``p`` as it arrives at each consumer that linear theory reaches."""
+        return {
+            name: self.features if found.aligned else Arriving(self.features, found)
+            for name, found in self.arrivals.items() if found is not None
+        }  # fmt: skip
+
+    def reads(self, consumer: Edge) -> Reads | None:
+        """What the consumer's own weights can use: nothing if they are frozen."""
+        return Reads(consumer.name, consumer.bias) if consumer.trainable else None
+
+    def linear(self) -> list[Edge]:
+        """The consumers that linear theory reaches."""
+        return [c for c in self.axis.consumers if self.arrivals[c.name] is not None]
+
+    def apart(self) -> list[Edge]:
+        """Those of them that read new channels at other positions, or at several at once."""
+        return [c for c in self.linear() if isinstance(self.arriving[c.name], Arriving)]
+
+    def block(self, consumer: Edge, compensation: Compensation, project: bool, goal: Goal | Remaining) -> Block:
+        """First stage: what the producers read, at a consumer that linear theory reaches."""
+        arriving = self.arriving[consumer.name]
+        if isinstance(arriving, Arriving):
+            return Block(arriving, None, Pulled(goal, arriving.arrival))
+        return Block(arriving, self.reads(consumer), goal, compensation, project)
+
+    @property
+    def width(self) -> int:
+        """The number of features ``p`` of one channel."""
+        return sum(size for _, size in self._sizes())
+
+    def _sizes(self) -> Iterator[tuple[Edge, int]]:
+        """Producers and the features that are theirs; the constant belongs to the first that has one."""
+        biased = False
+        for edge in self.producers:
+            own = edge.bias and not biased
+            biased |= edge.bias
+            yield edge, edge.rule.widths(edge.module)[0] * edge.rule.taps(edge.module) + own
+
+    @cached_property
+    def measured(self) -> Feature:
+        """The features whose second moment tells how large new channels are at their producers."""
+        whole = [p for p in self.arriving.values() if isinstance(p, Arriving) and p.arrival.whole]
+        return whole[0] if whole and len(whole) == len(self.linear()) else self.features
+
+    def square(self, alpha: Tensor, m: Moments) -> Tensor:
+        """The mean square of what ``alpha [p, k]`` makes of ``p``, per position and channel ``[k]``."""
+        features = self.measured
+        p, positions = m[features, features], m.positions[features]
+        if isinstance(features, Arriving):
+            positions *= float(features.arrival.weights.mean())
+        elif self.channels > 1:
+            p = torch.block_diag(*[p] * self.channels) / self.channels
+        return (alpha * (p @ alpha)).sum(0) / positions
+
+    def split(self, alpha: Tensor) -> dict[str, Tensor]:
+        """``alpha [p, k]`` as fan-in of each producer ``[k, channels, i]``, constants last."""
+        fans, start = {}, 0
+        alpha = alpha.view(self.channels, -1, alpha.shape[1])
+        for edge, size in self._sizes():
+            fans[edge.name] = alpha[:, start : start + size].permute(2, 0, 1)
+            start += size
+        return fans
+
+
+def places(dag: Dag, axis: Axis) -> list[Place]:
+    """The choices of producers for a new channel of an axis.
+
+    On a residual stream producers write at different depths: a new channel is written by one of them, and the
+    others write zero. Producers whose output arrives everywhere in the same way write it together.
+    """
+    grouped: dict[tuple, list[tuple[Edge, dict[str, Arrival | None]]]] = {}
+    for producer in axis.producers:
+        arrivals = {consumer.name: arrival(dag, axis, producer, consumer) for consumer in axis.consumers}
+        aligned = all(a is None or a.aligned for a in arrivals.values())
+        key = tuple(None if a is None else a.positions for a in arrivals.values()) if aligned else (producer.name,)
+        grouped.setdefault(key, []).append((producer, arrivals))
+    return [Place(dag, axis, tuple(p for p, _ in group), group[0][1]) for group in grouped.values()]

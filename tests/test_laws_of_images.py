@@ -1,0 +1,31 @@
+"""Every law over models with convolutions: drawn hyper-parameters, and everything that may stand between two edges."""
+
+import dataclasses
+
+import pytest
+from hypothesis import assume, given
+from images import Plan, built, plans
+from test_laws import LAW, OPERATORS, holds
+
+from dagrow import testing
+from dagrow.operators import Operator
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@given(plan=plans())
+@LAW
+def test_a_law_over_images(law: testing.Law, plan: Plan, operator: Operator) -> None:
+    case = built(plan)
+    assume(case is not None)
+    holds(law, operator, case)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+@pytest.mark.parametrize("law", [testing.preservation, testing.slope, testing.descent], ids=lambda law: law.__name__)
+@given(plan=plans(between=("batch", "none")))
+@LAW
+def test_a_law_of_goals_measured_in_train_mode(law: testing.Law, plan: Plan, operator: Operator) -> None:
+    case = built(dataclasses.replace(plan, mode="train"))
+    assume(case is not None)
+    holds(law, operator, case)
