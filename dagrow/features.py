@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class Capture:
 
     def part(self, samples: slice, of: int) -> "Capture":
         """Some of the samples."""
-        inputs = self.inputs[samples]
+        inputs = self.inputs[samples].contiguous()
         positions = self.positions // of * len(inputs)
-        goal = None if self.goal is None else self.goal[samples]
+        goal = None if self.goal is None else self.goal[samples].contiguous()
         return replace(self, inputs=inputs, goal=goal, version=inputs._version, positions=positions)
 
 
@@ -225,7 +225,7 @@ class Remaining(Feature):
 
     goal: Goal
     reads: Reads
-    moves: Sequence[Tensor]
+    moves: Sequence[Tensor] = field(repr=False)
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -351,7 +351,7 @@ class Sliding(Feature):
 
     source: Feature
     arrival: Arrival
-    basis: Tensor
+    basis: Tensor = field(repr=False)
     consumer: str
 
     @property
@@ -386,7 +386,7 @@ class Explained(Feature):
     """
 
     targets: Sequence[tuple[Feature, Arrival, Goal | Remaining]]
-    fits: Sequence[tuple[Tensor, Sequence[Tensor]]]
+    fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = field(repr=False)
 
     @property
     def edges(self) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ def measure(
         pairs: what to measure.
         folds: samples go round-robin into this many folds.
         dtype: accumulators' type; products over FLUSH_ROWS rows, or one batch, are taken in the activations' own.
+            Those of convolutions are large and few, and are summed in their own type, which keeps memory small.
         preview: parameters and buffers to replace, for a look at a grown network.
         read, written: layer -> which of its input and output channels are new in the preview.
     """
@@ -178,7 +179,7 @@ class _Sums:
             part = batch.of_fold(fold)
             for pair in images if part.samples else ():
                 found = product(*pair, part)
-                self.total(pair, found)[fold] += found
+                self.total(pair, found, found.dtype)[fold] += found
         self.wait([pair for pair in self.pairs if pair not in images], batch)
 
     def check_rows(self, batch: Batch) -> None:
@@ -191,10 +192,10 @@ class _Sums:
                     "batch."
                 )
 
-    def total(self, pair: Pair, like: Tensor) -> Tensor:
-        """The sums of a pair ``[F, dx, dy]``."""
+    def total(self, pair: Pair, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sums of a pair ``[F, dx, dy]``. Those of images hold many rows a batch, and are kept as they come."""
         if pair not in self.totals:
-            self.totals[pair] = like.new_zeros(self.folds, *like.shape, dtype=self.dtype)
+            self.totals[pair] = like.new_zeros(self.folds, *like.shape, dtype=dtype)
         return self.totals[pair]
 
     def wait(self, pairs: Sequence[Pair], batch: Batch) -> None:
@@ -216,7 +217,8 @@ class _Sums:
             for x, y in self.pairs:
                 if x not in joined or y not in joined:
                     continue
-                total = self.total((x, y), joined[x].new_empty(joined[x].shape[1], joined[y].shape[1]))[fold]
+                like = joined[x].new_empty(joined[x].shape[1], joined[y].shape[1])
+                total = self.total((x, y), like, self.dtype)[fold]
                 if x == y:
                     add_gram(total, joined[x])
                 else:

@@ -108,7 +108,7 @@ class Moments(Means):
         return pair in self.sums
 
     def mean(self, pair: Pair) -> Tensor:
-        return self.sums[pair].sum(0).div_(self.samples)
+        return self.sums[pair].sum(0, dtype=torch.float64).div_(self.samples)
 
     def __add__(self, other: "Moments") -> "Moments":
         sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}

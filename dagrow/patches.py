@@ -175,52 +175,66 @@ class Offsets:
         return torch.tensor([[lags.index(e + d) for d in self.second] for e in self.first])
 
     def strips(self, left: int, right: int) -> "list[_Strip]":
-        """Where the weight is not 1: what is missing or too much there."""
-        found: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
-        for u in range(left):
-            for i, e in enumerate(self.first):
-                weight = self.weights[u + e] if 0 <= u + e < len(self.weights) else 0.0
-                for j, d in enumerate(self.second):
-                    if weight != 1 and 0 <= u + e + d < right:
-                        found.setdefault((u, u + e + d), []).append((i, j, weight - 1))
-        return [_Strip(u, r, tuple(entries)) for (u, r), entries in found.items()]
+        """Where the weight is not 1, for images of these sizes."""
+        found = []
+        for s in range(min(self.first) - 1 - left, len(self.weights) + left + max(self.first) + 1):
+            weight = self.weights[s] if 0 <= s < len(self.weights) else 0.0
+            rows = [i for i, e in enumerate(self.first) if 0 <= s - e < left]
+            columns = [j for j, d in enumerate(self.second) if 0 <= s + d < right]
+            if weight != 1 and rows and columns:
+                found.append(_Strip(
+                    weight - 1, rows, columns, [s - self.first[i] for i in rows], [s + self.second[j] for j in columns]
+                ))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Line u of the left image times line r of the right one, for these offsets, by these factors."""
+    """One s: the offsets e and d for which both images have a line there, and these lines."""
 
-    left: int
-    right: int
-    entries: tuple[tuple[int, int, float], ...]
+    factor: float
+    first: list[int]
+    second: list[int]
+    left: list[int]
+    right: list[int]
 
 
 def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets]) -> Tensor:
     """``sum over n and u of w(u + e) left(u) right(u + e + d)^T``, ``[a, *E, b, *D]``, for images ``[n, a, *space]``.
 
     Images are zero outside; weights are products over the dimensions. Where all weights are 1 the sum depends on the
-    lag ``e + d`` alone; strips of the images make up for the rest, dimension by dimension.
+    lag ``e + d`` alone; strips ``s = u + e`` make up for the rest, dimension by dimension.
     """
-    space = len(dims)
-    sizes = [size for o in dims for size in (len(o.first), len(o.second))]
-    total = left.new_zeros(*sizes, left.shape[1], right.shape[1])
+    space, (a, b) = len(dims), (left.shape[1], right.shape[1])
+    total = left.new_zeros(*(size for o in dims for size in (len(o.first), len(o.second))), a, b)
     strips = [[None, *o.strips(*sizes)] for o, *sizes in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
     for chosen in itertools.product(*strips):
-        x, y = left, right
-        for dim in reversed(range(space)):
-            strip = chosen[dim]
-            if strip is not None:
-                x, y = x.select(2 + dim, strip.left), y.select(2 + dim, strip.right)
-        kept = [o for o, strip in zip(dims, chosen, strict=True) if strip is None]
-        sums = _by_offsets(_by_lag(x, y, kept), kept)
-        for entries in itertools.product(*(strip.entries for strip in chosen if strip is not None)):
-            rest = iter(entries)
-            index: list[int | slice] = []
-            for strip in chosen:
-                index += [slice(None)] * 2 if strip is None else next(rest)[:2]
-            total[tuple(index)] += sums * prod(factor for _, _, factor in entries)
-    first, second = range(0, 2 * space, 2), range(1, 2 * space, 2)
-    return total.permute(2 * space, *first, 2 * space + 1, *second)
+        lines = [(d, strip) for d, strip in enumerate(chosen) if strip is not None]
+        kept = [d for d, strip in enumerate(chosen) if strip is None]
+        x = _lines_first(left, [(d, strip.left) for d, strip in lines], kept)
+        y = x if left is right and not lines else _lines_first(right, [(d, strip.right) for d, strip in lines], kept)
+        sums = _by_offsets(_by_lag(x, y, [dims[d] for d in kept]), [dims[d] for d in kept])
+        firsts, seconds = [len(strip.first) for _, strip in lines], [len(strip.second) for _, strip in lines]
+        sums = sums.reshape(*sums.shape[:-2], *firsts, a, *seconds, b)
+        start, count = 2 * len(kept), len(lines)  # dimensions: E, D of those kept; E of lines; a; D of lines; b
+        where = {d: (2 * i, 2 * i + 1) for i, d in enumerate(kept)}
+        where |= {d: (start + i, start + count + 1 + i) for i, (d, _) in enumerate(lines)}
+        order = [*(at for d in range(space) for at in where[d]), start + count, sums.ndim - 1]
+        index = [slice(None)] * (2 * space)
+        for d, strip in lines:
+            index[2 * d] = slice(strip.first[0], strip.first[-1] + 1)
+            index[2 * d + 1] = slice(strip.second[0], strip.second[-1] + 1)
+        total[tuple(index)].add_(sums.permute(order), alpha=prod(strip.factor for _, strip in lines))
+    evens, odds = range(0, 2 * space, 2), range(1, 2 * space, 2)
+    return total.permute(2 * space, *evens, 2 * space + 1, *odds)
+
+
+def _lines_first(image: Tensor, lines: Sequence[tuple[int, list[int]]], kept: Sequence[int]) -> Tensor:
+    """Some lines of some dimensions as channels: ``[n, lines c, *kept]``."""
+    for d, chosen in lines:
+        image = image.index_select(2 + d, torch.tensor(chosen, device=image.device))
+    order = (0, *(2 + d for d, _ in lines), 1, *(2 + d for d in kept))
+    return image.permute(order).flatten(1, 1 + len(lines)) if lines else image
 
 
 def _by_offsets(sums: Tensor, dims: Sequence[Offsets]) -> Tensor:
@@ -254,7 +268,7 @@ def patch_gram(left: Tensor, right: Tensor, geometry: Geometry, weights: Sequenc
     """
     same = left is right
     left, plain = geometry.plain(left)
-    right = left if same else geometry.plain(right)[0]
+    right = left if same else geometry.plain(right)[0]  # of one image with itself, half of the lags are enough
     dims = []
     for d, line in enumerate(weights):
         offsets = plain.offsets(d)

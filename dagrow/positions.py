@@ -1,7 +1,7 @@
 """Where what a producer writes arrives at a consumer: the same kind of run as on labels, with positions for labels."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -36,8 +36,8 @@ class Arrival:
             the taps of the consumer's kernel on it; else None.
     """
 
-    cells: Tensor
-    index: Tensor
+    cells: Tensor = field(repr=False)
+    index: Tensor = field(repr=False)
     positions: int
     channels: int
     image: tuple[int, ...] | None

@@ -1,0 +1,126 @@
+"""What growing a convolution costs: time and memory of the statistics over a plain forward and backward pass.
+
+    python tests/benchmarks/convolutions.py
+
+Two 3x3 convolutions 64-64-64 on images of 16x16, batch 64, one thread, in CPU time, side by side in one process:
+medians of ratios over repeats. Where gromo is installed, its growing convolutions do the same. Memory is the peak of
+the resident set over what was there before (Linux only).
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dagrow
+from dagrow.grow import _previewed
+from dagrow.measure import measure
+from dagrow.objective import Objective
+
+WIDTH, SIZE, BATCH = 64, 16, 64
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory goes back at once
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+def megabytes(function: Callable[[], object]) -> float:
+    """Peak of the resident set while a function runs, above what it was before."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def ours(model: nn.Module, data: list[tuple[Tensor, Tensor]], folds: int) -> dict[str, Callable[[], object]]:
+    """The passes of one proposal: two of statistics, one of the preview; and the solve between them."""
+    dag, objective = dagrow.trace(model, data[0][0]), Objective(model, data, loss)
+    objective.probe()
+    first = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
+    pairs = [pair for c in first for pair in c.pairs()]
+    m = measure(dag, objective, pairs, folds=folds)
+    second = [c.solve(m, objective) for c in first]
+    more = [pair for c in second for pair in c.pairs()]
+    n = measure(dag, objective, more, folds=folds)
+    stages = [c.solve(n, objective) for c in second]
+    return {
+        "first pass": lambda: measure(dag, objective, pairs, folds=folds),
+        "second pass": lambda: measure(dag, objective, more, folds=folds),
+        "preview": lambda: _previewed(dag, objective, stages, folds),
+        "solves": lambda: ([c.solve(m, objective) for c in first], [c.solve(n, objective) for c in second]),
+    }
+
+
+def theirs(x: Tensor, y: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A pass of statistics in the peer's growing convolutions, where it is installed."""
+    try:
+        from gromo.modules import conv2d_growing_module as peer
+    except ImportError:
+        return
+    for name in ("Restricted", "Full"):
+        kind = getattr(peer, f"{name}Conv2dGrowingModule")
+        given = {"kernel_size": 3, "padding": 1, "input_size": (SIZE, SIZE)}
+        first = kind(WIDTH, WIDTH, post_layer_function=nn.ReLU(), **given)
+        second = kind(WIDTH, WIDTH, previous_module=first, allow_growing=True, **given)
+        second.init_computation()
+
+        def update(first: nn.Module = first, second: nn.Module = second) -> None:
+            first.zero_grad()
+            second.zero_grad()
+            loss(second(first(x)), y).backward()
+            second.update_computation(update_covariance_loss_gradient=False)
+
+        yield f"peer, {name.lower()}", update
+
+
+def main(repeats: int = 9) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
+    x, y = torch.randn(2, BATCH, WIDTH, SIZE, SIZE)
+
+    def plain() -> None:
+        model.zero_grad()
+        loss(model(x), y).backward()
+
+    plain()
+    space = statistics.median(megabytes(plain) for _ in range(3))
+    for folds in (1, 4):
+        parts = ours(model, [(x, y)], folds)
+        ratios: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(repeats):
+            base = (seconds(plain) + seconds(plain)) / 2
+            for name, part in parts.items():
+                ratios[name].append(seconds(part) / base)
+        sums = [sum(both) for both in zip(ratios["first pass"], ratios["second pass"], strict=True)]
+        times = ", ".join(f"{name} {statistics.median(found):.2f}" for name, found in ratios.items())
+        model.zero_grad()
+        peaks = ", ".join(f"{name} {megabytes(part) / space:.2f}" for name, part in parts.items() if name != "solves")
+        print(f"folds {folds}: statistics {statistics.median(sums):.2f} times plain ({times}); memory {peaks}")
+    for name, update in theirs(x, y):
+        update()
+        found = [seconds(update) / seconds(plain) for _ in range(3)]
+        print(f"{name}: statistics {statistics.median(found):.2f} times plain; memory {megabytes(update) / space:.2f}")
+
+
+if __name__ == "__main__":
+    if not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    main()
