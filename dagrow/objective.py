@@ -62,11 +62,16 @@ class Objective:
         return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Batches with their numbers of samples."""
+        """Batches with their numbers of samples, in the same order each time: passes agree on who is in which fold."""
         empty = True
-        for batch in self.batches:
-            empty = False
-            yield batch, _samples(batch)
+        states = [(generator, generator.get_state()) for generator in _generators(self.batches)]
+        try:
+            for batch in self.batches:
+                empty = False
+                yield batch, _samples(batch)
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
         if empty:
             raise BatchError(
                 f"{self.name} is empty: not one batch came out. Give at least one; and if it held some before, it can "
@@ -183,6 +188,12 @@ def _check_batches(batches: object, name: str) -> None:
             f"{name} is a {type(batches).__name__}, which can be read only once; give a list, list({name}), or a "
             "DataLoader."
         )
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """The random generators of a loader's own."""
+    found = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _supervised(loss: Loss | None) -> Step:

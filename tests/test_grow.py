@@ -91,6 +91,23 @@ def test_a_loader_that_shuffles_works_and_random_numbers_stay() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_loader_with_a_generator_of_its_own_shuffles_every_pass_alike() -> None:
+    """Samples stay in their folds from one pass to the next, and training goes on as it would have."""
+    data, seen = torch.utils.data.TensorDataset(X, Y), []
+    generator = torch.Generator().manual_seed(3)
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=generator)
+    before = generator.get_state()
+
+    def step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        seen.append(float(batch[0].sum()))
+        return mean(model(batch[0]), batch[1])
+
+    dagrow.propose(traced(), loader, operators=[dagrow.AddNeurons(k=1)], step=step)
+    assert torch.equal(before, generator.get_state())
+    again = {value for value in seen if seen.count(value) > 1}
+    assert len(again) == len(loader)
+
+
 def test_the_losses_of_a_receipt_are_those_of_the_model() -> None:
     dag = traced()
     with torch.no_grad():
