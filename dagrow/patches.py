@@ -212,7 +212,8 @@ def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets]) -> Tensor:
         lines = [(d, strip) for d, strip in enumerate(chosen) if strip is not None]
         kept = [d for d, strip in enumerate(chosen) if strip is None]
         x = _lines_first(left, [(d, strip.left) for d, strip in lines], kept)
-        y = x if left is right and not lines else _lines_first(right, [(d, strip.right) for d, strip in lines], kept)
+        same = left is right and all(strip.left == strip.right for _, strip in lines)
+        y = x if same else _lines_first(right, [(d, strip.right) for d, strip in lines], kept)
         sums = _by_offsets(_by_lag(x, y, [dims[d] for d in kept]), [dims[d] for d in kept])
         firsts, seconds = [len(strip.first) for _, strip in lines], [len(strip.second) for _, strip in lines]
         sums = sums.reshape(*sums.shape[:-2], *firsts, a, *seconds, b)
