@@ -1,13 +1,15 @@
 """Features: what one row per sample and position can hold, computed from what layers read and write."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from dagrow.axes import Landing
 from dagrow.errors import BatchError, GrowthError
@@ -31,14 +33,20 @@ class Capture:
     new_written: Landing | None
     inputs: Tensor
     version: int
-    positions: int  #: of its output, for all samples together
-    output: Tensor | None = None
+    shape: Sequence[int]  #: of its output
+    written: GradientEdge | None = None  #: where the gradient of its output is found
     goal: Tensor | None = None
 
     @property
     def geometry(self) -> Geometry | None:
         """Of a convolution; None for other layers."""
         return self.rule.geometry(self.module) if isinstance(self.rule, EdgeRule) else None
+
+    @property
+    def positions(self) -> int:
+        """Of its output, for all samples together."""
+        channels = self.rule.channel_dim(len(self.shape))
+        return prod(self.shape) // max(1, self.shape[channels])
 
     @property
     def spatial(self) -> bool:
@@ -63,12 +71,12 @@ class Capture:
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
-    def part(self, samples: slice, of: int) -> "Capture":
+    def part(self, samples: slice) -> "Capture":
         """Some of the samples."""
         inputs = self.inputs[samples].contiguous()
-        positions = self.positions // of * len(inputs)
         goal = None if self.goal is None else self.goal[samples].contiguous()
-        return replace(self, inputs=inputs, goal=goal, version=inputs._version, positions=positions)
+        shape = (len(inputs), *self.shape[1:])
+        return replace(self, inputs=inputs, goal=goal, version=inputs._version, shape=shape)
 
 
 @dataclass
@@ -79,22 +87,43 @@ class Batch:
     samples: int
     seen: int = 0  #: samples before this batch
     folds: int = 1
-    fold: int | None = None  #: the one that all samples belong to
 
     def __getitem__(self, edge: str) -> Capture:
         return self.captures[edge]
 
-    def members(self, fold: int) -> slice:
-        """The samples of a fold."""
-        return slice((fold - self.seen) % self.folds, self.samples, self.folds)
-
-    def of_fold(self, fold: int) -> "Batch":
-        return replace(self.part(self.members(fold)), fold=fold)
+    @property
+    def groups(self) -> list[int]:
+        """The folds that there are; with G of them, sample i belongs to ``groups[i % G]``."""
+        return [(self.seen + i) % self.folds for i in range(min(self.folds, self.samples))]
 
     def part(self, samples: slice) -> "Batch":
-        """Some of the samples."""
-        found = {name: capture.part(samples, self.samples) for name, capture in self.captures.items()}
+        """Some of the samples, one after another."""
+        return replace(self._of(samples), seen=self.seen + samples.start)
+
+    def _of(self, samples: slice) -> "Batch":
+        found = {name: capture.part(samples) for name, capture in self.captures.items()}
         return replace(self, captures=found, samples=len(range(self.samples)[samples]))
+
+    def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
+        """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""
+        groups = self.groups
+        found = [rows(self._of(slice(i, None, len(groups))), fold) for i, fold in enumerate(groups)]
+        total = found[0].new_empty(self.samples, sum(map(len, found)) // self.samples, found[0].shape[1])
+        for i, part in enumerate(found):
+            total[i :: len(groups)] = part.view(-1, *total.shape[1:])
+        return total.flatten(0, 1)
+
+    def grouped(self, image: Tensor) -> Tensor:
+        """Each group with channels of its own: ``[n, c, *space]`` to ``[m, G c, *space]``, with zeros at the end."""
+        groups = len(self.groups)
+        missing = -len(image) % groups
+        if missing:
+            image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
+        return image.reshape(-1, groups * image.shape[1], *image.shape[2:])
+
+    def ungrouped(self, image: Tensor) -> Tensor:
+        """The inverse of :meth:`grouped`."""
+        return image.reshape(-1, image.shape[1] // len(self.groups), *image.shape[2:])[: self.samples]
 
 
 class Feature(ABC):
@@ -236,24 +265,18 @@ class Remaining(Feature):
         return self.goal.edges
 
     def rows(self, batch: Batch) -> Tensor:
-        wanted = self.goal.rows(batch)
-        if batch.fold is not None:
-            reads = self.reads.rows(batch)
-            return wanted - reads @ self.moves[batch.fold].T.to(reads)
-        left = wanted.view(batch.samples, -1, wanted.shape[1]).clone()
-        for fold in range(batch.folds):
-            part = batch.of_fold(fold)
-            if part.samples:
-                left[batch.members(fold)] = self.rows(part).view(part.samples, -1, wanted.shape[1])
-        return left.flatten(0, 1)
+        return batch.by_fold(lambda part, fold: self.goal.rows(part) - self.reads.projected(part, self.moves[fold].T))
 
     def picture(self, batch: Batch) -> Tensor | None:
         wanted, geometry = self.goal.picture(batch), batch[self.goal.edge].geometry
-        if wanted is None or geometry is None or batch.fold is None:
+        if wanted is None or geometry is None:
             return None
-        image, move = self.reads.image(batch), self.moves[batch.fold].to(wanted)
-        left = wanted - geometry.convolved(image, move[:, : move.shape[1] - self.reads.bias])
-        return left.sub_(move[:, -1].view(-1, *[1] * geometry.space)) if self.reads.bias else left
+        image = batch.grouped(self.reads.image(batch))
+        moves = torch.cat([self.moves[fold] for fold in batch.groups]).to(wanted)
+        moved = geometry.convolved(image, moves[:, : moves.shape[1] - self.reads.bias], len(batch.groups))
+        if self.reads.bias:
+            moved += moves[:, -1].view(-1, *[1] * geometry.space)
+        return wanted - batch.ungrouped(moved)
 
 
 @dataclass(frozen=True)
@@ -400,12 +423,7 @@ class Explained(Feature):
         return batch.samples
 
     def rows(self, batch: Batch) -> Tensor:
-        total = batch[self.edges[0]].inputs.new_zeros(batch.samples, dtype=torch.float64)
-        for fold in range(batch.folds) if batch.fold is None else (batch.fold,):
-            part = batch if batch.fold is not None else batch.of_fold(fold)
-            if part.samples:
-                total[batch.members(fold) if batch.fold is None else slice(None)] = self._sums(part, *self.fits[fold])
-        return with_constant(total[:, None], True)
+        return with_constant(batch.by_fold(lambda part, fold: self._sums(part, *self.fits[fold])[:, None]), True)
 
     def _sums(self, batch: Batch, alpha: Tensor, omegas: Sequence[Tensor]) -> Tensor:
         total = batch[self.edges[0]].inputs.new_zeros(batch.samples, dtype=torch.float64)

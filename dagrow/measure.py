@@ -3,10 +3,10 @@
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dagrow.axes import Landing
 from dagrow.dag import Dag
@@ -48,8 +48,10 @@ def measure(
         for batch, n in objective:
             loss = objective.value(batch, preview)
             captures = watch.harvest(loss, -objective.scale(n) * n)
-            sums.add(Batch(captures, n, sums.seen, folds), float(loss.detach()) * objective.scale(n) * n)
-            del loss, captures
+            value = float(loss.detach()) * objective.scale(n) * n
+            del loss  # with all that its graph holds
+            sums.add(Batch(captures, n, sums.seen, folds), value)
+            del captures
         return sums.moments()
 
 
@@ -97,16 +99,15 @@ class _Watch:
                 "if the model itself has changed, trace it again."
             )
         inputs = args[0].detach()
-        rule: Any = self.watched[name][1]
-        channels = rule.channel_dim(output.ndim)
-        self.found[name] = Capture(
-            *self.watched[name], inputs, inputs._version, output.numel() // max(1, output.shape[channels])
-        )
+        self.found[name] = Capture(*self.watched[name], inputs, inputs._version, output.shape)
         if name not in self.goals:
             return None
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        self.found[name].output = output
-        return output.clone()  # what follows may work in place
+        if not output.requires_grad:
+            leaf = output.detach().requires_grad_()
+            self.found[name].written = get_gradient_edge(leaf)
+            return leaf.clone()  # what follows may work in place, which leaves do not allow
+        self.found[name].written = get_gradient_edge(output)
+        return None
 
     def harvest(self, loss: Tensor, scale: float) -> dict[str, Capture]:
         """Goals by one backward pass. ``scale`` turns the gradient of the batch's loss into per-sample goals."""
@@ -118,14 +119,16 @@ class _Watch:
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        outputs = {name: output for name in self.goals if (output := self.found[name].output) is not None}
-        for (name, output), gradient in zip(outputs.items(), _gradients(loss, list(outputs.values())), strict=True):
-            self.found[name].goal = torch.zeros_like(output) if gradient is None else gradient.detach() * scale
+        names = sorted(self.goals)
+        written = [edge for name in names if (edge := self.found[name].written) is not None]
+        for name, gradient in zip(names, _gradients(loss, written), strict=True):
+            capture = self.found[name]
+            capture.goal = capture.inputs.new_zeros(capture.shape) if gradient is None else gradient.detach() * scale
         found, self.found = self.found, {}
         return found
 
 
-def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _gradients(loss: Tensor, outputs: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
     if not outputs:
         return ()
     try:
@@ -133,7 +136,7 @@ def _gradients(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor | Non
     except RuntimeError as error:
         raise LossError(
             f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
-            f"({outputs[0].dtype}) where the loss compares them."
+            "where the loss compares them."
         ) from error
     if all(gradient is None for gradient in gradients):
         raise LossError(
@@ -175,11 +178,12 @@ class _Sums:
             self.resolution = max(self.resolution, torch.finfo(_kind(capture.inputs)).eps)
         self.loss, self.seen = self.loss + loss, self.seen + batch.samples
         images = [pair for pair in self.pairs if any(batch[edge].spatial for f in pair for edge in f.edges)]
-        for fold in range(self.folds) if images else ():
-            part = batch.of_fold(fold)
-            for pair in images if part.samples else ():
-                found = product(*pair, part)
-                self.total(pair, found, found.dtype)[fold] += found
+        for pair in images:
+            found = product(*pair, batch)
+            if pair in self.totals:
+                self.totals[pair] += found
+            else:
+                self.totals[pair] = found
         self.wait([pair for pair in self.pairs if pair not in images], batch)
 
     def check_rows(self, batch: Batch) -> None:

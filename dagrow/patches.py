@@ -4,6 +4,9 @@ A patch is one row of features: for every input channel the entries of the image
 overlap, so they hold every entry of the image many times. Sums of their products are therefore not taken from
 patches: at stride 1 the product of two taps depends on their lag alone, but for thin strips at the borders, and the
 sums for all lags at once are the weight gradient of a convolution of the image with itself.
+
+Sums may be taken for several groups of samples at once: each group then has channels of its own, ``[n, G c, *space]``,
+as in a grouped convolution.
 """
 
 import itertools
@@ -12,6 +15,7 @@ from dataclasses import dataclass, replace
 from math import gcd, prod
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,27 +81,35 @@ class Geometry:
         """Where each tap reads, relative to the output position, at stride 1."""
         return tuple(tap * self.dilation[dim] - self.margins[dim][0] for tap in range(self.kernel[dim]))
 
-    def convolved(self, image: Tensor, weight: Tensor) -> Tensor:
-        """``W b`` at every position: ``weight [o, c taps]``."""
+    def convolved(self, image: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+        """``W b`` at every position: ``weight [G o, c taps]``."""
         spread, plain = self.plain(image)
-        kernel = weight.view(len(weight), image.shape[1], *self.kernel)
+        kernel = weight.view(len(weight), image.shape[1] // groups, *self.kernel)
         kernel = kernel if self.stuffing is None else kernel.flip(tuple(range(2, kernel.ndim)))
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.space - 1]
         if any(before != behind or before < 0 for before, behind in plain.margins):
             spread, margins = plain.padded(spread), [0] * self.space
         else:
             margins = [before for before, _ in plain.margins]
-        return convolve(spread, kernel, stride=self.stride, padding=margins, dilation=self.dilation)
+        return convolve(spread, kernel, stride=self.stride, padding=margins, dilation=self.dilation, groups=groups)
 
-    def crossed(self, image: Tensor, goals: Tensor) -> Tensor:
-        """The sum over samples and positions of patches times goals ``[n, o, *out]``: ``[c taps, o]``.
+    def crossed(self, image: Tensor, goals: Tensor, groups: int = 1) -> Tensor:
+        """The sum over samples and positions of patches times goals ``[n, G o, *out]``: ``[G, c taps, o]``.
 
         That is a convolution's weight gradient.
         """
         spread, plain = self.plain(image)
-        sums = _weight_gradient(spread, goals, plain.margins, self.kernel, self.dilation, self.stride)
+        sums = _weight_gradient(spread, goals, plain.margins, self.kernel, self.dilation, groups, self.stride)
         sums = sums if self.stuffing is None else sums.flip(tuple(range(2, sums.ndim)))
-        return sums.flatten(1).T
+        return sums.unflatten(0, (groups, -1)).flatten(2).mT
+
+    def summed(self, image: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+        """Weighted sums of patches over positions: ``[..., *space]`` to ``[..., taps]``."""
+        first = image.ndim - self.space
+        for table, line in zip(self.tables(image.shape[first:]), weights, strict=True):
+            read = functional.one_hot(table + 1, image.shape[first] + 1)[..., 1:].to(image)
+            image = torch.tensordot(image, torch.tensordot(image.new_tensor(line), read, 1), ([first], [1]))
+        return image.flatten(first)
 
     def padded(self, image: Tensor) -> Tensor:
         """The image with its margins of zeros."""
@@ -137,16 +149,16 @@ def stuffed(image: Tensor, stuffing: Sequence[int]) -> Tensor:
 
 def _weight_gradient(
     image: Tensor, goals: Tensor, margins: Sequence[tuple[int, int]], kernel: Sequence[int], dilation: Sequence[int],
-    stride: Sequence[int] | None = None,
+    groups: int, stride: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """``sum over n and t of goals(t) image(t stride + k dilation - margin)^T``: ``[o, c, *kernel]``."""
+    """``sum over n and t of goals(t) image(t stride + k dilation - margin)^T``: ``[G o, c, *kernel]``."""
     common = [max(0, min(sides)) for sides in margins]  # what the convolution adds by itself need not be copied
     rest = [side - shared for sides, shared in reversed(list(zip(margins, common, strict=True))) for side in sides]
     image = functional.pad(image, rest) if any(rest) else image
-    weight, ones = image.new_empty(goals.shape[1], image.shape[1], *kernel), [1] * len(kernel)
+    weight, ones = image.new_empty(goals.shape[1], image.shape[1] // groups, *kernel), [1] * len(kernel)
     mask = [False, True, False]
     return torch.ops.aten.convolution_backward(
-        goals, image, weight, None, stride or ones, common, dilation, False, [0] * len(kernel), 1, mask
+        goals, image, weight, None, stride or ones, common, dilation, False, [0] * len(kernel), groups, mask
     )[1]  # fmt: skip
 
 
@@ -155,7 +167,7 @@ class Offsets:
     """One dimension of space in :func:`lagged`.
 
     Attributes:
-        first, second: offsets e and d.
+        first, second: offsets e and d; those of d increase evenly.
         weights: ``w(s)`` for s from 0; it is 0 outside and should be 1 at most places.
     """
 
@@ -169,10 +181,11 @@ class Offsets:
         sums = sorted({e + d for e in self.first for d in self.second})
         return range(sums[0], sums[-1] + 1, gcd(*(lag - sums[0] for lag in sums)) or 1)
 
-    def table(self) -> Tensor:
-        """Which of the lags belongs to e and d ``[E, D]``."""
+    def window(self, i: int) -> slice:
+        """Which of the lags belong to the i-th offset e and to all d, evenly spaced."""
         lags = self.lags
-        return torch.tensor([[lags.index(e + d) for d in self.second] for e in self.first])
+        at = [lags.index(self.first[i] + d) for d in self.second]
+        return slice(at[0], at[-1] + 1, at[1] - at[0] if len(at) > 1 else 1)
 
     def strips(self, left: int, right: int) -> "list[_Strip]":
         """Where the weight is not 1, for images of these sizes."""
@@ -199,73 +212,83 @@ class _Strip:
     right: list[int]
 
 
-def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets]) -> Tensor:
-    """``sum over n and u of w(u + e) left(u) right(u + e + d)^T``, ``[a, *E, b, *D]``, for images ``[n, a, *space]``.
+def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1) -> Tensor:
+    """``sum over n and u of w(u + e) left(u) right(u + e + d)^T``, ``[G, a, *E, b, *D]``, of ``[n, G a, *space]``.
 
     Images are zero outside; weights are products over the dimensions. Where all weights are 1 the sum depends on the
     lag ``e + d`` alone; strips ``s = u + e`` make up for the rest, dimension by dimension.
     """
-    space, (a, b) = len(dims), (left.shape[1], right.shape[1])
-    total = left.new_zeros(*(size for o in dims for size in (len(o.first), len(o.second))), a, b)
+    sizes = [*(len(o.first) for o in dims), *(len(o.second) for o in dims)]
+    total = left.new_zeros(*sizes, groups, left.shape[1] // groups, right.shape[1] // groups)
     strips = [[None, *o.strips(*sizes)] for o, *sizes in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
     for chosen in itertools.product(*strips):
         lines = [(d, strip) for d, strip in enumerate(chosen) if strip is not None]
         kept = [d for d, strip in enumerate(chosen) if strip is None]
-        x = _lines_first(left, [(d, strip.left) for d, strip in lines], kept)
+        x = _lines_first(left, [(d, strip.left) for d, strip in lines], kept, groups)
         same = left is right and all(strip.left == strip.right for _, strip in lines)
-        y = x if same else _lines_first(right, [(d, strip.right) for d, strip in lines], kept)
-        sums = _by_offsets(_by_lag(x, y, [dims[d] for d in kept]), [dims[d] for d in kept])
-        firsts, seconds = [len(strip.first) for _, strip in lines], [len(strip.second) for _, strip in lines]
-        sums = sums.reshape(*sums.shape[:-2], *firsts, a, *seconds, b)
-        start, count = 2 * len(kept), len(lines)  # dimensions: E, D of those kept; E of lines; a; D of lines; b
-        where = {d: (2 * i, 2 * i + 1) for i, d in enumerate(kept)}
-        where |= {d: (start + i, start + count + 1 + i) for i, (d, _) in enumerate(lines)}
-        order = [*(at for d in range(space) for at in where[d]), start + count, sums.ndim - 1]
-        index = [slice(None)] * (2 * space)
-        for d, strip in lines:
-            index[2 * d] = slice(strip.first[0], strip.first[-1] + 1)
-            index[2 * d + 1] = slice(strip.second[0], strip.second[-1] + 1)
-        total[tuple(index)].add_(sums.permute(order), alpha=prod(strip.factor for _, strip in lines))
-    evens, odds = range(0, 2 * space, 2), range(1, 2 * space, 2)
-    return total.permute(2 * space, *evens, 2 * space + 1, *odds)
+        y = x if same else _lines_first(right, [(d, strip.right) for d, strip in lines], kept, groups)
+        sums = _by_lag(x, y, [dims[d] for d in kept], groups)
+        sums = sums.unflatten(-1, (*(len(strip.second) for _, strip in lines), -1))
+        sums = sums.unflatten(1 + len(kept), (*(len(strip.first) for _, strip in lines), -1))
+        _add(total, sums, dims, chosen)
+    space = len(dims)
+    return total.permute(2 * space, 2 * space + 1, *range(space), 2 * space + 2, *range(space, 2 * space))
 
 
-def _lines_first(image: Tensor, lines: Sequence[tuple[int, list[int]]], kept: Sequence[int]) -> Tensor:
-    """Some lines of some dimensions as channels: ``[n, lines c, *kept]``."""
+def _add(total: Tensor, sums: Tensor, dims: Sequence[Offsets], chosen: "Sequence[_Strip | None]") -> None:
+    """Adds sums ``[*lags, G, *E of strips, a, *D of strips, b]`` to those by offset ``[*E, *D, G, a, b]``."""
+    kept, count = sum(strip is None for strip in chosen), sum(strip is not None for strip in chosen)
+    by_lag, by_strip = iter(range(kept)), iter(range(kept + 2 + count, sums.ndim - 1))
+    columns = [next(by_lag if strip is None else by_strip) for strip in chosen]
+    order = [*range(kept + 1, kept + 1 + count), *columns, kept, kept + 1 + count, sums.ndim - 1]
+    factor = prod(strip.factor for strip in chosen if strip is not None)
+    second = [slice(None) if strip is None else _span(strip.second) for strip in chosen]
+    firsts: list[Sequence[int | _Strip]] = [
+        range(len(o.first)) if strip is None else [strip] for o, strip in zip(dims, chosen, strict=True)
+    ]
+    for first in itertools.product(*firsts):
+        rows = [_span(e.first) if isinstance(e, _Strip) else e for e in first]
+        windows = [o.window(e) for o, e in zip(dims, first, strict=True) if isinstance(e, int)]
+        total[(*rows, *second)].add_(sums[tuple(windows)].permute(order), alpha=factor)
+
+
+def _span(taps: Sequence[int]) -> slice:
+    return slice(taps[0], taps[-1] + 1)
+
+
+def _lines_first(image: Tensor, lines: Sequence[tuple[int, list[int]]], kept: Sequence[int], groups: int) -> Tensor:
+    """Some lines of some dimensions as channels: ``[n, G lines c, *kept]``."""
+    if not lines:
+        return image
     for d, chosen in lines:
         image = image.index_select(2 + d, torch.tensor(chosen, device=image.device))
-    order = (0, *(2 + d for d, _ in lines), 1, *(2 + d for d in kept))
-    return image.permute(order).flatten(1, 1 + len(lines)) if lines else image
+    image = image.unflatten(1, (groups, -1))
+    return image.permute(0, 1, *(3 + d for d, _ in lines), 2, *(3 + d for d in kept)).flatten(1, 2 + len(lines))
 
 
-def _by_offsets(sums: Tensor, dims: Sequence[Offsets]) -> Tensor:
-    """``[*lags, a, b]`` to ``[E, D, ..., a, b]``."""
-    for at, offsets in enumerate(dims):
-        table = offsets.table()
-        sums = sums.index_select(2 * at, table.flatten()).unflatten(2 * at, table.shape)
-    return sums
-
-
-def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets]) -> Tensor:
-    """``sum over n and u of left(u) right(u + lag)^T`` ``[*lags, a, b]``; of an image with itself, half of the lags."""
+def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -> Tensor:
+    """``sum over n, u of left(u) right(u + lag)^T`` ``[*lags, G, a, b]``; of an image with itself, half of the lags."""
     if not dims:
-        return left.T @ right
+        return rearrange(left, "n (g a) -> g a n", g=groups) @ rearrange(right, "n (g b) -> g n b", g=groups)
     lags = [offsets.lags for offsets in dims]
     mirrored = left is right and all(line[0] == -line[-1] for line in lags)
     used = [lags[0][len(lags[0]) // 2 :], *lags[1:]] if mirrored else lags
     sides = [(-line[0], before + line[-1] - size)
              for line, before, size in zip(used, left.shape[2:], right.shape[2:], strict=True)]  # fmt: skip
-    sums = _weight_gradient(right, left, sides, [len(line) for line in used], [line.step for line in used])
-    sums = sums.movedim((0, 1), (-2, -1))
+    sums = _weight_gradient(right, left, sides, [len(line) for line in used], [line.step for line in used], groups)
+    sums = sums.unflatten(0, (groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
     if not mirrored:
         return sums
     return torch.cat([sums[1:].flip(tuple(range(len(dims)))).mT, sums])
 
 
-def patch_gram(left: Tensor, right: Tensor, geometry: Geometry, weights: Sequence[Sequence[float]]) -> Tensor:
-    """The weighted sum over samples and positions of products of two images' patches ``[c taps, c' taps]``.
+def patch_gram(
+    left: Tensor, right: Tensor, geometry: Geometry, weights: Sequence[Sequence[float]], groups: int = 1
+) -> Tensor:
+    """The weighted sum over samples and positions of products of two images' patches ``[G, c, *taps, c', *taps]``.
 
-    Weights are products over the dimensions of the output.
+    Args:
+        weights: for each dimension of the output; their products are the weights of positions.
     """
     same = left is right
     left, plain = geometry.plain(left)
@@ -274,8 +297,7 @@ def patch_gram(left: Tensor, right: Tensor, geometry: Geometry, weights: Sequenc
     for d, line in enumerate(weights):
         offsets = plain.offsets(d)
         dims.append(Offsets(tuple(-offset for offset in offsets), offsets, tuple(line)))
-    sums = lagged(left, right, dims)
-    if geometry.stuffing is not None:
-        space = geometry.space
-        sums = sums.flip((*range(1, 1 + space), *range(2 + space, 2 + 2 * space)))
-    return sums.flatten(1 + geometry.space).flatten(0, geometry.space)
+    sums, space = lagged(left, right, dims, groups), geometry.space
+    if geometry.stuffing is None:
+        return sums
+    return sums.flip((*range(2, 2 + space), *range(3 + space, 3 + 2 * space)))  # taps are counted from behind

@@ -22,12 +22,21 @@ ENTRIES = 2**20  #: of rows that are held at once
 
 
 def product(x: Feature, y: Feature, batch: Batch) -> Tensor:
-    """The sum over samples and positions of ``x y^T`` ``[dx, dy]``."""
+    """The sums over samples and positions of ``x y^T`` in each fold ``[F, dx, dy]``."""
     for first, second, turned in ((x, y, False), (y, x, True)):
         found = _from_images(first, second, batch)
         if found is not None:
-            return found.T if turned else found
+            return _in_order(found.mT if turned else found, batch)
     return _from_rows(x, y, batch)
+
+
+def _in_order(found: Tensor, batch: Batch) -> Tensor:
+    """Sums by group as sums by fold."""
+    if batch.groups == list(range(batch.folds)):
+        return found
+    total = found.new_zeros(batch.folds, *found.shape[1:])
+    total[batch.groups] = found
+    return total
 
 
 def _from_rows(x: Feature, y: Feature, batch: Batch) -> Tensor:
@@ -37,11 +46,15 @@ def _from_rows(x: Feature, y: Feature, batch: Batch) -> Tensor:
         rows = _exact(x.rows(part))
         others = rows if x == y else _exact(y.rows(part))
         kind = torch.promote_types(rows.dtype, others.dtype)
-        total = rows.new_zeros(rows.shape[1], others.shape[1], dtype=kind) if total is None else total
-        if x == y:
-            add_gram(total, rows)
-        else:
-            total += rows.to(kind).T @ others.to(kind)
+        if total is None:
+            total = rows.new_zeros(batch.folds, rows.shape[1], others.shape[1], dtype=kind)
+        left, right = (values.to(kind).view(part.samples, -1, values.shape[1]) for values in (rows, others))
+        for i, fold in enumerate(part.groups):
+            own = slice(i, None, len(part.groups))
+            if x == y:
+                add_gram(total[fold], left[own].flatten(0, 1))
+            else:
+                total[fold] += left[own].flatten(0, 1).T @ right[own].flatten(0, 1)
         start += part.samples
         step = max(1, ENTRIES * part.samples // max(1, rows.numel() + others.numel()))
     assert total is not None
@@ -56,7 +69,7 @@ def _exact(values: Tensor) -> Tensor:
 
 
 def _from_images(x: Feature, y: Feature, batch: Batch) -> Tensor | None:
-    """None where images are of no help."""
+    """Sums ``[G, dx, dy]`` by group of samples; None where images are of no help."""
     if isinstance(x, Arriving):
         if isinstance(y, Arriving):
             return _weighted_gram(x, batch) if x is y else None
@@ -68,17 +81,20 @@ def _from_images(x: Feature, y: Feature, batch: Batch) -> Tensor | None:
     if others is not None and others.edge == patches.edge:
         return patches.with_patches(others)
     picture = y.picture(batch)
-    return None if picture is None else patches.with_picture(_exact(picture), isinstance(y, Reads) and y.bias)
+    if picture is None:
+        return None
+    return patches.with_picture(batch.grouped(_exact(picture)), isinstance(y, Reads) and y.bias)
 
 
 @dataclass(frozen=True)
 class _Patches:
-    """What a convolution reads of an image, with the constant 1 or without."""
+    """What a convolution reads of images ``[m, G c, *space]``, with the constant 1 or without."""
 
     edge: str
     geometry: Geometry
     image: Tensor
     bias: bool
+    batch: Batch
 
     @classmethod
     def of(cls, x: Feature, batch: Batch) -> "_Patches | None":
@@ -89,86 +105,93 @@ class _Patches:
         else:
             return None
         geometry = batch[edge].geometry
-        return None if geometry is None or image is None else cls(edge, geometry, _exact(image), bias)
+        if geometry is None or image is None:
+            return None
+        return cls(edge, geometry, batch.grouped(_exact(image)), bias, batch)
+
+    @property
+    def groups(self) -> int:
+        return len(self.batch.groups)
 
     @property
     def lines(self) -> list[list[float]]:
         """The weight 1 for every position of the output."""
         return [[1.0] * size for size in self.geometry.sizes(self.image.shape[2:])]
 
-    def with_patches(self, other: "_Patches") -> Tensor | None:
-        """By lag."""
+    def with_patches(self, other: "_Patches", lines: list[list[float]] | None = None) -> Tensor | None:
+        """By lag, with weights for positions."""
         if not self.geometry.dense:
             return None
-        core = patch_gram(self.image, other.image, self.geometry, self.lines)
-        return self._bordered(core, _sums(other.image, self.geometry, self.lines), other.bias)
+        lines = self.lines if lines is None else lines
+        sums = patch_gram(self.image, other.image, self.geometry, lines, self.groups)
+        found, core = self.framed(other.sums(lines), other.bias, lines)
+        taps = (-1, *self.geometry.kernel)
+        core.unflatten(2, taps).unflatten(1, taps).copy_(sums)
+        return found
 
     def with_picture(self, picture: Tensor, bias: bool) -> Tensor | None:
         """A weight gradient, where the picture lies on the grid that the layer writes."""
         if list(picture.shape[2:]) != self.geometry.sizes(self.image.shape[2:]):
             return None
-        core = self.geometry.crossed(self.image, picture.to(self.image))
-        return self._bordered(core, picture.sum((0, *range(2, picture.ndim))).to(core), bias)
+        picture = picture.to(self.image)
+        crossed = self.geometry.crossed(self.image, picture, self.groups)
+        sums = picture.sum((0, *range(2, picture.ndim))).unflatten(0, (self.groups, -1))
+        found, core = self.framed(sums, bias, self.lines)
+        core.copy_(crossed)
+        return found
 
-    def _bordered(self, core: Tensor, right: Tensor, bias: bool) -> Tensor:
-        left = _sums(self.image, self.geometry, self.lines)
-        found = _bordered(core, left, right, _count(self.image, self.lines))
-        return found[: len(core) + self.bias, : core.shape[1] + bias]
+    def sums(self, lines: list[list[float]]) -> Tensor:
+        """Weighted sums of patches over samples and positions ``[G, c taps]``."""
+        return self.geometry.summed(self.image.sum(0).unflatten(0, (self.groups, -1)), lines).flatten(1)
+
+    def framed(self, columns: Tensor, bias: bool, lines: list[list[float]]) -> tuple[Tensor, Tensor]:
+        """Room for sums of products, and the same with those with the constant 1 beside it, where there is one."""
+        rows = self.sums(lines)
+        found = rows.new_empty(self.groups, rows.shape[1] + self.bias, columns.shape[1] + bias)
+        core = found[:, : rows.shape[1], : columns.shape[1]]
+        if bias:
+            found[:, : rows.shape[1], -1] = rows
+        if self.bias:
+            found[:, -1, : columns.shape[1]] = columns
+        if bias and self.bias:
+            samples = [len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)]
+            found[:, -1, -1] = torch.tensor(samples).to(found) * prod(map(sum, lines))
+        return found, core
 
 
 def _weighted_gram(x: Arriving, batch: Batch) -> Tensor | None:
     """``E w p p^T`` of a convolution whose output another one reads as it is."""
-    source, arrival = x.source, x.arrival
-    if not isinstance(source, Reads) or arrival.image is None:
+    if x.arrival.image is None:
         return None
-    geometry = batch[source.edge].geometry
-    lines = _lines(arrival.weights.view(arrival.image))
-    if geometry is None or not geometry.dense or lines is None:
-        return None
-    image = _exact(source.image(batch))
-    core, left = patch_gram(image, image, geometry, lines), _sums(image, geometry, lines)
-    return _bordered(core, left, left, _count(image, lines))[: len(core) + source.bias, : len(core) + source.bias]
+    lines, patches = _lines(x.arrival.weights.view(x.arrival.image)), _Patches.of(x.source, batch)
+    return None if lines is None or patches is None else patches.with_patches(patches, lines)
 
 
 def _pulled_by_lag(x: Arriving, y: Pulled, batch: Batch) -> Tensor | None:
     """``sum over t of p(t + e) v(t)^T``, for every tap e of a convolution that reads what another one writes."""
-    source, consumer = x.source, batch[y.goal.edges[0]].geometry
-    goals = y.goal.picture(batch)
-    if not isinstance(source, Reads) or x.arrival.image is None or goals is None or consumer is None:
+    goals, reader = y.goal.picture(batch), batch[y.goal.edges[0]].geometry
+    patches = _Patches.of(x.source, batch)
+    if patches is None or x.arrival.image is None or goals is None or reader is None or reader.stuffing is not None:
         return None
-    producer = batch[source.edge].geometry
-    if producer is None or any(step != 1 for step in (*producer.stride, *consumer.stride)) or consumer.mode != "zeros":
+    writer = patches.geometry
+    if any(step != 1 for step in (*writer.stride, *reader.stride)) or reader.mode != "zeros":
         return None
-    if consumer.stuffing is not None:
-        return None
-    image, plain = producer.plain(_exact(source.image(batch)))
-    goals = _exact(goals).to(image)
-    dims = [Offsets(consumer.offsets(d), plain.offsets(d), (1.0,) * size) for d, size in enumerate(x.arrival.image)]
-    core = lagged(goals, image, dims)
-    if producer.stuffing is not None:
-        core = core.flip(tuple(range(core.ndim - plain.space, core.ndim)))
-    core = rearrange(core.flatten(1, plain.space).flatten(3), "o e c d -> (c d) (e o)")
-    if not source.bias:
-        return core
-    total = goals.sum(0).flatten(1)
-    last = torch.stack([total[:, read >= 0].sum(1) for read in x.arrival.index.T])
-    return torch.cat([core, last.flatten()[None]])
-
-
-def _bordered(core: Tensor, left: Tensor, right: Tensor, count: float) -> Tensor:
-    """Sums of products with a constant 1 added on both sides."""
-    return torch.cat([
-        torch.cat([core, left[:, None]], 1), torch.cat([right[None], right.new_full((1, 1), count)], 1),
-    ])  # fmt: skip
-
-
-def _count(image: Tensor, lines: list[list[float]]) -> float:
-    return len(image) * prod(map(sum, lines))
-
-
-def _sums(image: Tensor, geometry: Geometry, lines: list[list[float]]) -> Tensor:
-    """Weighted sums of patches over samples and positions ``[c taps]``."""
-    return _outer(lines).to(image).flatten() @ geometry.patches(image.sum(0, keepdim=True))[0]
+    goals = batch.grouped(_exact(goals)).to(patches.image)
+    image, plain = writer.plain(patches.image)
+    dims = [Offsets(reader.offsets(d), plain.offsets(d), (1.0,) * size) for d, size in enumerate(x.arrival.image)]
+    groups, space = patches.groups, writer.space
+    sums = lagged(goals, image, dims, groups)
+    if writer.stuffing is not None:  # taps are counted from behind
+        sums = sums.flip(tuple(range(sums.ndim - space, sums.ndim)))
+    rows, columns = sums.shape[2 + space :], (*sums.shape[2 : 2 + space], sums.shape[1])
+    found = image.new_empty(groups, prod(rows) + patches.bias, prod(columns))
+    core = found[:, : prod(rows)].unflatten(2, columns).unflatten(1, rows)
+    core.copy_(sums.permute(0, *range(2 + space, sums.ndim), *range(2, 2 + space), 1))
+    if patches.bias:
+        total = goals.sum(0).flatten(1)
+        last = torch.stack([total[:, read >= 0].sum(1) for read in x.arrival.index.T])
+        found[:, -1] = rearrange(last, "e (g o) -> g (e o)", g=groups)
+    return found
 
 
 def _outer(lines: list[list[float]]) -> Tensor:
