@@ -19,6 +19,7 @@ from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling, Rider, label
 from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
+from dagrow.ops import mixed_dims
 from dagrow.symbolic import symbolic
 from dagrow.trace import Program, record
 
@@ -201,9 +202,11 @@ class Dag:
     def _without_rule(self) -> Iterator[tuple[str, nn.Module]]:
         """Leaf modules with parameters that are neither edges nor riders."""
         modules = dict(self.model.named_modules())
-        for name in dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"):
-            if rule_for(modules[name], self.rules) is None and any(True for _ in modules[name].parameters()):
-                yield name, modules[name]
+        for name, node in {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}.items():
+            module = modules[name]
+            unknown = rule_for(module, self.rules) is None and mixed_dims(node, module, 1) is None
+            if unknown and any(True for _ in module.parameters()):
+                yield name, module
 
     def __str__(self) -> str:
         return self.describe()
@@ -235,7 +238,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Layer
 
 def render(*tables: Table, width: int = 130) -> str:
     """Rich tables as plain text."""
-    console = Console(width=width, color_system=None)
+    console = Console(width=width, color_system=None, markup=False, emoji=False)  # names may hold brackets and colons
     with console.capture() as capture:
         for table in tables:
             console.print(table)
@@ -250,9 +253,9 @@ def _edges(dag: Dag, layouts: Sequence[Layout], reasons: Sequence[str | None]) -
         around = [(layout, why) for layout, why in zip(layouts, reasons, strict=True)
                   if name in layout.rows or name in layout.columns]  # fmt: skip
         growable = any(why is None for _, why in around)
-        causes = [f"what it writes {why}" if name in layout.rows else f"what it reads {why}" for layout, why in around]
+        causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
-            causes.insert(0, f"what it reads {dag.labels.classes.cause(int(dag.labels.columns[name][0]))}")
+            causes.insert(0, f"its input: {dag.labels.classes.cause(int(dag.labels.columns[name][0]))}")
         yield Edge(
             name,
             modules[name],

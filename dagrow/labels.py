@@ -176,6 +176,9 @@ class Runner(ABC):
         tables = tables_of(node, None, module) if plain else None
         if tables is not None:
             return self.spatial(node, tables, args[0])
+        dims = ops.mixed_dims(node, module, args[0].ndim) if plain else None
+        if dims is not None:
+            return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
         return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) has no rule")
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -195,6 +198,10 @@ class Runner(ABC):
         tables = tables_of(node, name, None)
         if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
             return self.spatial(node, tables, args[0])
+        dims = ops.mixed_dims(node, None, args[0].ndim) if tensors and args and isinstance(args[0], Tensor) else None
+        if dims is not None:
+            self.freeze(tensors[1:], f"is used in {name}")
+            return self.mixed(node, str(name), dims, args[0])
         return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -229,6 +236,12 @@ class Runner(ABC):
                 inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NEUTRAL)
             else:
                 return self.unknown(node, inputs, f"{ops.op_name(node) or node.target} mixes channels")
+        return inputs
+
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+        """A norm or softmax over some dimensions, which must not hold different channels."""
+        if any(_varies(inputs, dim) for dim in dims):
+            return self.unknown(node, inputs, f"{name} mixes all channels, so that a new one would change the others")
         return inputs
 
     def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:

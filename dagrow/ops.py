@@ -7,7 +7,7 @@ from torch import fx, nn
 
 __all__ = [
     "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "REDUCTIONS", "SIZES",
-    "executor", "is_move_module", "is_pointwise_module", "neutral_entries", "op_name",
+    "executor", "is_move_module", "is_pointwise_module", "mixed_dims", "neutral_entries", "op_name",
 ]  # fmt: skip
 
 #: y = f(x), entry by entry
@@ -73,6 +73,24 @@ def is_move_module(module: nn.Module) -> bool:
 def is_pointwise_module(module: nn.Module) -> bool:
     """Whether the module computes each entry from itself alone, in the same way for every channel."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _POINTWISE_MODULES)
+
+
+def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] | None:
+    """The dimensions along which entries meet in an operation that keeps the shape: a norm, or softmax. Else None."""
+    name = op_name(node)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return list(range(ndim - len(module.normalized_shape), ndim))
+    if module is None and name in {"layer_norm", "rms_norm"}:
+        shape = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
+        return list(range(ndim - len(shape), ndim))  # type: ignore[arg-type]
+    dim: object
+    if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmin)):
+        dim = module.dim
+    elif module is None and name in {"softmax", "log_softmax", "softmin"}:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    else:
+        return None
+    return [dim % ndim] if isinstance(dim, int) else list(range(ndim))
 
 
 def op_name(node: fx.Node) -> str | None:
