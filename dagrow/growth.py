@@ -7,13 +7,14 @@ from math import isfinite, prod
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from dagrow.axes import Landing
-from dagrow.dag import Dag, Edge
+from dagrow.dag import Dag
 from dagrow.draft import Change
 from dagrow.errors import GrowthError
+from dagrow.layers import rule_for
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
@@ -221,24 +222,27 @@ def _restore(undos: Sequence[Undo]) -> None:
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:
-    """Counted from shapes: a weight entry costs one multiplication and one addition per position."""
+    """Counted from shapes: an entry of a matrix or kernel costs one multiplication and one addition per position."""
     parameters = dict(dag.model.named_parameters())
     added = {
         n: _grown(parameters[n].shape, at) - parameters[n].numel()
         for n, at in change.landings.items()
         if n in parameters
     }
-    flops = sum(2 * added.get(f"{edge.name}.weight", 0) * positions(dag, edge) for edge in dag.edges)
+    weights = {f"{node.target}.weight": node for node in dag.graph.nodes if node.op == "call_module"}
+    used = [name for name in weights if name in added and parameters[name].ndim > 1]
+    flops = sum(2 * added[name] * _positions(dag, weights[name]) for name in used)
     return Cost(sum(added.values()), flops)
+
+
+def _positions(dag: Dag, node: fx.Node) -> int:
+    """How often a layer uses each entry of its weight for a sample of the example that was traced."""
+    rule = rule_for(dag.model.get_submodule(str(node.target)), dag.rules)
+    assert rule is not None
+    inputs, outputs = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return max(1, rule.positions(inputs, outputs) // outputs.shape[0])
 
 
 def _grown(shape: Sequence[int], landings: Sequence[Landing]) -> int:
     sizes = {landing.dim: landing.size for landing in landings}
     return prod(sizes.get(dim, size) for dim, size in enumerate(shape))
-
-
-def positions(dag: Dag, edge: Edge) -> int:
-    """Rows per sample of an edge, in the example that was traced."""
-    value = next(n.meta["val"] for n in dag.graph.nodes if n.op == "call_module" and n.target == edge.name)
-    channels = edge.rule.widths(edge.module)[1]
-    return max(1, value.numel() // channels // value.shape[0])

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from images import Kernel, Plan, built, kernels, plans
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from zoo import case_of
 
 import dagrow
@@ -245,3 +246,31 @@ def test_in_train_mode_the_loss_follows_the_prediction(gamma: float) -> None:
         after = float(loss(dag.model.train()(x), y)), predicted
         assert after[0] / before[0] == pytest.approx(after[1] / before[1], rel=0.05)
         assert after[0] == pytest.approx(after[1], rel=0.05)
+
+
+# ---------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 2, dilation=2)],
+        [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=2, stride=2), nn.Conv2d(4, 2, 1)],
+        [nn.ConvTranspose2d(2, 3, 3, stride=2), nn.Tanh(), nn.ConvTranspose2d(3, 2, 4, stride=3, padding=2)],
+        [nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 2)],
+    ],
+    ids=["convolutions", "groups", "transposed", "flatten"],
+)
+def test_cost_is_what_torch_counts(layers: list[nn.Module]) -> None:
+    model, x = nn.Sequential(*layers), torch.randn(3, 2, 10, 10)
+
+    def count() -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // len(x)
+
+    for axis in [axis.name for axis in dagrow.trace(model, x).axes if axis.growable]:
+        before, zero = count(), AddNeurons(k=2, init="zero", folds=1, axes=(axis,))
+        (growth,) = dagrow.propose(dagrow.trace(model, x), [(x, model(x).detach())], nn.MSELoss(), [zero])
+        growth.apply(1.0)
+        assert (growth.cost.parameters, growth.cost.flops) == tuple(b - a for a, b in zip(before, count(), strict=True))

@@ -24,6 +24,10 @@ class LayerRule(ABC):
     def types(self) -> tuple[type[nn.Module], ...]:
         """The module classes that this rule speaks for; subclasses count when they keep the class's forward."""
 
+    @abstractmethod
+    def channel_dim(self, ndim: int) -> int:
+        """The dimension that holds the channels of an input or output with ``ndim`` dimensions."""
+
     def covers(self, module: nn.Module) -> bool:
         """Whether the rule speaks for this very module of its types."""
         return True
@@ -32,16 +36,16 @@ class LayerRule(ABC):
         """Why this very module cannot take new channels, or None."""
         return None
 
+    def positions(self, inputs: Tensor, outputs: Tensor) -> int:
+        """How often a forward pass uses each entry of the weight: once for each position of the output."""
+        return outputs.numel() // max(1, outputs.shape[self.channel_dim(outputs.ndim)])
+
 
 class EdgeRule(LayerRule):
     """A weighted layer ``a = W b``. Its weight is ``W`` with the input channels, and then their taps, side by side."""
 
     #: parameter name -> (dimension of output channels, dimension of input channels or None)
     dims: Mapping[str, tuple[int, int | None]]
-
-    @abstractmethod
-    def channel_dim(self, ndim: int) -> int:
-        """The dimension that holds the channels of an input or output with ``ndim`` dimensions."""
 
     @abstractmethod
     def features(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -71,10 +75,6 @@ class EdgeRule(LayerRule):
 
 class RiderRule(LayerRule):
     """A layer with entries of its own for every channel, or every group of channels, and no mixing beyond them."""
-
-    @abstractmethod
-    def channel_dim(self, ndim: int) -> int:
-        """The dimension that holds the channels of an input or output with ``ndim`` dimensions."""
 
     @abstractmethod
     def attributes(self, module: nn.Module, width: int) -> dict[str, int]:

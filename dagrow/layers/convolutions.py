@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dagrow.layers.base import EdgeRule, RiderRule
+from dagrow.layers.base import EdgeRule, LayerRule, RiderRule
 from dagrow.patches import Geometry
 
 __all__ = ["CONVOLUTIONS", "GROUPED"]
@@ -41,11 +41,8 @@ def _geometry(module: Any) -> Geometry:
 
 
 @dataclass(frozen=True)
-class ConvolutionRule(EdgeRule):
-    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and their transposes, without groups: a row for each output position.
-
-    The features are the patches, channel by channel and tap by tap, as in ``weight.flatten(1)``.
-    """
+class _Sliding(LayerRule):
+    """What convolutions have in common."""
 
     space: int
     transposed: bool = False
@@ -54,12 +51,23 @@ class ConvolutionRule(EdgeRule):
     def types(self) -> tuple[type[nn.Module], ...]:  # type: ignore[override]
         return ((_TRANSPOSED if self.transposed else _PLAIN)[self.space - 1],)
 
+    def channel_dim(self, ndim: int) -> int:
+        return ndim - self.space - 1
+
+    def positions(self, inputs: Tensor, outputs: Tensor) -> int:
+        return super().positions(inputs, inputs if self.transposed else outputs)
+
+
+@dataclass(frozen=True)
+class ConvolutionRule(_Sliding, EdgeRule):
+    """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and their transposes, without groups: a row for each output position.
+
+    The features are the patches, channel by channel and tap by tap, as in ``weight.flatten(1)``.
+    """
+
     @property
     def dims(self) -> Any:  # type: ignore[override]
         return MappingProxyType({"weight": (1, 0) if self.transposed else (0, 1), "bias": (0, None)})
-
-    def channel_dim(self, ndim: int) -> int:
-        return ndim - self.space - 1
 
     def covers(self, module: Any) -> bool:
         return module.groups == 1
@@ -85,21 +93,11 @@ class ConvolutionRule(EdgeRule):
 
 
 @dataclass(frozen=True)
-class GroupedRule(RiderRule):
+class GroupedRule(_Sliding, RiderRule):
     """Convolutions with groups, depthwise ones among them: a new group's channels pass through its kernels' middle.
 
     Within a group every output reads every input, so that groups grow as a whole; other groups never see a new one.
     """
-
-    space: int
-    transposed: bool = False
-
-    @property
-    def types(self) -> tuple[type[nn.Module], ...]:  # type: ignore[override]
-        return ((_TRANSPOSED if self.transposed else _PLAIN)[self.space - 1],)
-
-    def channel_dim(self, ndim: int) -> int:
-        return ndim - self.space - 1
 
     def covers(self, module: Any) -> bool:
         return module.groups > 1
