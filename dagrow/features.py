@@ -71,11 +71,22 @@ class Capture:
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
-    def part(self, samples: slice) -> "Capture":
-        """Some of the samples."""
-        inputs = self.inputs[samples].contiguous()
-        goal = None if self.goal is None else self.goal[samples].contiguous()
-        shape = (len(inputs), *self.shape[1:])
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Its output's sizes but for the first dimension and the channels."""
+        channels = self.rule.channel_dim(len(self.shape))
+        return tuple(size for dim, size in enumerate(self.shape) if dim not in (0, channels))
+
+    def part(self, samples: slice, of: int) -> "Capture":
+        """Some of the samples, each of which may be several entries of the first dimension."""
+        if len(self.inputs) % of:
+            raise BatchError(
+                f"a layer reads a first dimension of {len(self.inputs)}, which is no multiple of the {of} samples; "
+                "samples must come first."
+            )
+        inputs = self.inputs.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
+        goal = None if self.goal is None else self.goal.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
+        shape = (self.shape[0] // len(self.inputs) * len(inputs), *self.shape[1:])
         return replace(self, inputs=inputs, goal=goal, version=inputs._version, shape=shape)
 
 
@@ -101,7 +112,7 @@ class Batch:
         return replace(self._of(samples), seen=self.seen + samples.start)
 
     def _of(self, samples: slice) -> "Batch":
-        found = {name: capture.part(samples) for name, capture in self.captures.items()}
+        found = {name: capture.part(samples, self.samples) for name, capture in self.captures.items()}
         return replace(self, captures=found, samples=len(range(self.samples)[samples]))
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
@@ -114,16 +125,23 @@ class Batch:
         return total.flatten(0, 1)
 
     def grouped(self, image: Tensor) -> Tensor:
-        """Each group with channels of its own: ``[n, c, *space]`` to ``[m, G c, *space]``, with zeros at the end."""
-        groups = len(self.groups)
-        missing = -len(image) % groups
+        """Groups with channels of their own, ``[n r, c, *space]`` to ``[m r, G c, *space]`` with zeros at the end.
+
+        A sample may be r images.
+        """
+        groups, each = len(self.groups), len(image) // self.samples
+        missing = -self.samples % groups
         if missing:
-            image = torch.cat([image, image.new_zeros(missing, *image.shape[1:])])
-        return image.reshape(-1, groups * image.shape[1], *image.shape[2:])
+            image = torch.cat([image, image.new_zeros(missing * each, *image.shape[1:])])
+        image = image.unflatten(0, (-1, groups, each))
+        return image.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def ungrouped(self, image: Tensor) -> Tensor:
         """The inverse of :meth:`grouped`."""
-        return image.reshape(-1, image.shape[1] // len(self.groups), *image.shape[2:])[: self.samples]
+        groups = len(self.groups)
+        each = len(image) // -(-self.samples // groups)
+        image = image.unflatten(1, (groups, -1)).unflatten(0, (-1, each))
+        return image.transpose(1, 2).flatten(0, 2)[: self.samples * each]
 
 
 class Feature(ABC):
@@ -145,6 +163,22 @@ class Feature(ABC):
         """How many rows."""
         return batch[self.edges[0]].positions
 
+    @property
+    def arrivals(self) -> Sequence[Arrival]:
+        """How the new channels arrive that it speaks of."""
+        return ()
+
+    def check(self, batch: Batch) -> None:
+        """Raises BatchError if images have other sizes than in the example, and if that makes a difference."""
+        for arrival in self.arrivals:
+            for edge, sizes in () if arrival.aligned else arrival.grids.items():
+                found = batch.captures[edge].grid if edge in batch.captures else sizes
+                if found != sizes:
+                    raise BatchError(
+                        f"layer {edge} writes {_product(found)} positions for a batch, but {_product(sizes)} for the "
+                        "example that was traced; trace with such a batch."
+                    )
+
     def projected(self, batch: Batch, basis: Tensor) -> Tensor:
         """The rows times ``basis [d, k]``."""
         rows = self.rows(batch)
@@ -158,6 +192,10 @@ class Feature(ABC):
     def picture(self, batch: Batch) -> Tensor | None:
         """Rows without a constant as an image ``[n, d, *space]``, where they lie in memory as one; else None."""
         return None
+
+
+def _product(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes)) or "1"
 
 
 @dataclass(frozen=True)
@@ -308,6 +346,10 @@ class Arriving(Feature):
     arrival: Arrival
 
     @property
+    def arrivals(self) -> Sequence[Arrival]:
+        return (self.arrival,)
+
+    @property
     def edges(self) -> tuple[str, ...]:
         return self.source.edges
 
@@ -317,11 +359,6 @@ class Arriving(Feature):
     def rows(self, batch: Batch) -> Tensor:
         source, arrival = self.source.rows(batch), self.arrival
         source = source.view(batch.samples, -1, source.shape[1])
-        if source.shape[1] != arrival.positions:
-            raise BatchError(
-                f"a batch has {source.shape[1]} positions where the traced example has {arrival.positions}; "
-                "trace with such a batch."
-            )
         found = source
         if not arrival.whole:
             spread = source.movedim(0, 1).flatten(1)
@@ -339,6 +376,10 @@ class Pulled(Feature):
     arrival: Arrival
 
     @property
+    def arrivals(self) -> Sequence[Arrival]:
+        return (self.arrival,)
+
+    @property
     def edges(self) -> tuple[str, ...]:
         return self.goal.edges
 
@@ -352,11 +393,6 @@ class Pulled(Feature):
     def rows(self, batch: Batch) -> Tensor:
         goals, index = self.goal.rows(batch), self.arrival.index
         goals = goals.view(batch.samples, -1, goals.shape[1])
-        if goals.shape[1] != len(index):
-            raise BatchError(
-                f"a batch has {goals.shape[1]} positions where the traced example has {len(index)}; "
-                "trace with such a batch."
-            )
         found = goals.new_zeros(len(goals), len(self.arrival.cells), index.shape[1], goals.shape[2])
         for slot in range(index.shape[1]):
             read = torch.nonzero(index[:, slot] >= 0).flatten()
@@ -376,6 +412,10 @@ class Sliding(Feature):
     arrival: Arrival
     basis: Tensor = field(repr=False)
     consumer: str
+
+    @property
+    def arrivals(self) -> Sequence[Arrival]:
+        return (self.arrival,)
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -410,6 +450,10 @@ class Explained(Feature):
 
     targets: Sequence[tuple[Feature, Arrival, Goal | Remaining]]
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = field(repr=False)
+
+    @property
+    def arrivals(self) -> Sequence[Arrival]:
+        return [arrival for _, arrival, _ in self.targets]
 
     @property
     def edges(self) -> tuple[str, ...]:

@@ -167,8 +167,11 @@ class _Sums:
     def add(self, batch: Batch, loss: float) -> None:
         """A batch of n samples."""
         for feature in dict.fromkeys(f for pair in self.pairs for f in pair):
+            feature.check(batch)
             count = feature.count(batch)
-            if count % batch.samples:
+            if count % batch.samples or any(
+                batch[e].spatial and len(batch[e].inputs) % batch.samples for e in feature.edges
+            ):
                 raise BatchError(
                     f"a layer sees {count} rows for {batch.samples} samples; samples must be the first dimension."
                 )

@@ -1,6 +1,6 @@
 """Where what a producer writes arrives at a consumer: the same kind of run as on labels, with positions for labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -16,7 +16,7 @@ from dagrow.labels import NEUTRAL, Runner
 from dagrow.layers import EdgeRule, RiderRule
 from dagrow.space import Tables
 
-__all__ = ["Arrival", "arrival"]
+__all__ = ["Arrival", "arrival", "single"]
 
 MIXED = -2  #: more than one position of the producer, or an unknown function of them
 
@@ -32,6 +32,7 @@ class Arrival:
             the cell that is read, or NEUTRAL ``[positions', slots]``.
         positions: positions S of the producer.
         channels: the unit's channels R at the producer.
+        grids: producer and consumer -> the sizes of their outputs but for samples and channels, in the example.
         image: the sizes of the producer's output, if cells are all its positions in their order and the slots are
             the taps of the consumer's kernel on it; else None.
     """
@@ -40,7 +41,8 @@ class Arrival:
     index: Tensor = field(repr=False)
     positions: int
     channels: int
-    image: tuple[int, ...] | None
+    grids: Mapping[str, tuple[int, ...]]
+    image: tuple[int, ...] | None = None
 
     @cached_property
     def whole(self) -> bool:
@@ -100,19 +102,46 @@ def arrival(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Arrival | N
     ids = ids[ids != NEUTRAL]
     where = torch.full((int(ids.max()) + 2,), NEUTRAL)  # the last is for NEUTRAL
     where[ids] = torch.arange(len(ids))
-    local = Arrival(runner.resolved(ids, 0), where[index[0]], positions, channels, None)
-    return replace(local, image=_image(local, runner.sizes, consumer))
+    grids = {producer.name: tuple(runner.sizes), consumer.name: _grid(dag, consumer)}
+    local = Arrival(runner.resolved(ids, 0), where[index[0]], positions, channels, grids)
+    return replace(local, image=_image(local, producer, consumer))
 
 
-def _image(found: Arrival, sizes: Sequence[int], consumer: Edge) -> tuple[int, ...] | None:
+def single(found: Arrival, producer: Edge, consumer: Edge) -> Arrival | None:
+    """How the first channel of a unit arrives, if all do so alike, each in slots of its own; else None."""
+    channels = torch.where(found.cells >= 0, found.cells % found.channels, NEUTRAL)
+    owner = torch.cat([channels.amax(1), torch.tensor([NEUTRAL])])  # of each cell; the last is for NEUTRAL
+    slot = owner[found.index].amax(0)
+    mixed = (channels != owner[:-1, None]) & (channels >= 0)
+    if bool(mixed.any()) or bool(((owner[found.index] != slot) & (found.index >= 0)).any()):
+        return None
+    cells = torch.where(found.cells >= 0, found.cells // found.channels, NEUTRAL)
+    entries = torch.cat([cells, torch.full((1, cells.shape[1]), NEUTRAL)])[found.index]
+    first, *others = [entries[:, slot == channel] for channel in range(found.channels)]
+    if not all(torch.equal(first, other) for other in others):
+        return None
+    own = torch.nonzero(owner == 0).flatten()
+    where = torch.full((len(owner),), NEUTRAL)
+    where[own] = torch.arange(len(own))
+    one = replace(found, cells=cells[own], index=where[found.index[:, slot == 0]], channels=1)
+    return replace(one, image=_image(one, producer, consumer))
+
+
+def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
+    """The sizes of an edge's output in the example but for samples and channels."""
+    shape = next(n.meta["val"].shape for n in dag.graph.nodes if n.op == "call_module" and n.target == edge.name)
+    return tuple(size for dim, size in enumerate(shape) if dim not in (0, edge.rule.channel_dim(len(shape))))
+
+
+def _image(found: Arrival, producer: Edge, consumer: Edge) -> tuple[int, ...] | None:
     """See :class:`Arrival`."""
-    geometry = consumer.rule.geometry(consumer.module)
+    geometry, sizes = consumer.rule.geometry(consumer.module), found.grids[producer.name]
     if geometry is None or not found.whole or len(sizes) != geometry.space:
         return None
     if prod(geometry.sizes(sizes)) != len(found.index):
         return None
     entries = torch.arange(1.0, found.positions + 1, dtype=torch.float64).view(1, 1, *sizes)
-    return tuple(sizes) if torch.equal(geometry.patches(entries)[0].long() - 1, found.index) else None
+    return sizes if torch.equal(geometry.patches(entries)[0].long() - 1, found.index) else None
 
 
 class _PositionRunner(Runner):
@@ -179,14 +208,22 @@ class _PositionRunner(Runner):
 
     def windowed(self, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
         """Means over the entries that tables name, along the last dimensions."""
+        first = inputs.ndim - len(tables)
+        if first < 2:  # channels are moved too
+            return self.mean(self._windows(inputs, tables))
         held = torch.nonzero((inputs != NEUTRAL).movedim(1, 0).flatten(1).any(1)).flatten()  # few channels count
-        windows, first = inputs.index_select(1, held), inputs.ndim - len(tables)
+        found = torch.full((*inputs.shape[:first], *map(len, tables)), NEUTRAL)
+        return found.index_copy_(1, held, self.mean(self._windows(inputs.index_select(1, held), tables)))
+
+    @staticmethod
+    def _windows(windows: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Entries that tables name, side by side in the last dimension."""
+        space, first = windows.ndim, windows.ndim - len(tables)
         for at, table in enumerate(tables):
             none = (table < 0).view(*[1] * (first + at), *table.shape, *[1] * (windows.ndim - first - at - 1))
             windows = windows.index_select(first + at, table.clamp_min(0).flatten()).unflatten(first + at, table.shape)
             windows = windows.masked_fill(none, NEUTRAL).movedim(first + at + 1, -1)
-        found = torch.full((*inputs.shape[:first], *map(len, tables)), NEUTRAL)
-        return found.index_copy_(1, held, self.mean(windows.flatten(inputs.ndim)))
+        return windows.flatten(space)
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         merged, *others = torch.broadcast_tensors(*tensors)
@@ -228,8 +265,9 @@ class _PositionRunner(Runner):
         module, dim = self.modules[str(node.target)], rule.channel_dim(inputs.ndim)
         read, written = rule.group(module)
         if (read, written) != (1, 1):
-            groups = torch.arange(inputs.shape[dim] // read)[:, None] * read
-            inputs = inputs.index_select(dim, (groups + torch.arange(written) % read).flatten())
+            passed = inputs.unflatten(dim, (-1, read)).narrow(dim + 1, 0, min(read, written))
+            passed = torch.cat([passed, *[_neutral(passed.narrow(dim + 1, 0, 1))] * (written - read)], dim + 1)
+            inputs = passed.flatten(dim, dim + 1)
         tables = rule.source(module, inputs.shape[dim + 1 :])
         return inputs if tables is None else self.windowed(inputs, tables)
 

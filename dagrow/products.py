@@ -154,8 +154,9 @@ class _Patches:
         if self.bias:
             found[:, -1, : columns.shape[1]] = columns
         if bias and self.bias:
-            samples = [len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)]
-            found[:, -1, -1] = torch.tensor(samples).to(found) * prod(map(sum, lines))
+            samples = torch.tensor([len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)])
+            each = len(self.image) // int(samples[0])  # images of a sample
+            found[:, -1, -1] = samples.to(found) * each * prod(map(sum, lines))
         return found, core
 
 

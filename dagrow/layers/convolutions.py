@@ -96,6 +96,8 @@ class ConvolutionRule(_Sliding, EdgeRule):
 class GroupedRule(_Sliding, RiderRule):
     """Convolutions with groups, depthwise ones among them: a new group's channels pass through its kernels' middle.
 
+    Where a group writes more channels than it reads, the others start with random kernels.
+
     Within a group every output reads every input, so that groups grow as a whole; other groups never see a new one.
     """
 
@@ -117,11 +119,13 @@ class GroupedRule(_Sliding, RiderRule):
 
     def passing(self, module: Any) -> dict[str, Tensor]:
         inputs, outputs = self.group(module)
-        rows, columns = (inputs, outputs) if self.transposed else (outputs, inputs)
-        weight = module.weight.new_zeros(rows, columns, *module.kernel_size)
-        middle = tuple(size // 2 for size in module.kernel_size)
-        index = torch.arange(max(inputs, outputs))
-        weight[(index % rows, index % columns, *middle)] = 1
+        generator = torch.Generator().manual_seed(outputs)
+        weight = torch.zeros(outputs, inputs, *module.kernel_size)
+        weight[inputs:].uniform_(-1, 1, generator=generator)  # what does not pass must differ from what does
+        weight[inputs:] /= max(1, weight[0].numel()) ** 0.5
+        middle, passed = tuple(size // 2 for size in module.kernel_size), torch.arange(min(inputs, outputs))
+        weight[(passed, passed, *middle)] = 1
+        weight = (weight.transpose(0, 1) if self.transposed else weight).to(module.weight)
         found = {"weight": weight}
         return found if module.bias is None else {**found, "bias": module.bias.new_zeros(())}
 

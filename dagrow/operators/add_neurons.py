@@ -107,6 +107,7 @@ class AddNeurons(Operator):
 
     def _candidate(self, place: Place) -> Candidate:
         joint, project = self.solver == "joint", self.solver != "unprojected"
+        place = place.by_channel() if self.init == "optimal" else place
         widen = WidenCandidate(
             self, place, propose=self._random, compensation="all" if joint else "constant", project=project,
             ridges=neuron_ridges(self.ridge, self.folds), fan="random" if self.init == "random" else "fitted",

@@ -35,7 +35,7 @@ class OptimalCandidate(Candidate):
 
     Attributes:
         widen: what is done with the directions.
-        k: how many; None for as many as the held-out drop supports.
+        k: how many units; None for as many as the held-out drop supports.
         compensation, project: see :class:`dagrow.solve.Block`.
         alternating: whether directions for consumers that read in several slots are improved by turns.
     """
@@ -99,12 +99,14 @@ class OptimalCandidate(Candidate):
         """The directions, put into a preview."""
         if not blocks:
             return self.widen.stage(drawn(self.place, self.k or OPEN, self.widen.seed), m)
-        chosen, ridge, k, held = list(blocks.values()), self.widen.ridges[0], self.k, None
+        each = self.place.directions
+        k = None if self.k is None else self.k * each
+        chosen, ridge, held = list(blocks.values()), self.widen.ridges[0], None
         if m.folds > 1:
             split = m.split()
             chosen = [settled(split, block) for block in chosen]
             held = validate_directions(split, chosen, k, self.widen.ridges)
-            ridge, k = held.ridge, held.k
+            ridge, k = held.ridge, -(-held.k // each) * each
             if self.k is None and not held.significant:
                 return None
         assert k is not None
@@ -112,7 +114,7 @@ class OptimalCandidate(Candidate):
         notes = (found.note,) if found.note else ()
         explained = self._explained(m, held, left) if held is not None and self.k is None else None
         proposal = Proposal(found.alpha[:, :k], found.values[:k], held, notes, explained=explained)
-        if self.rank and self.place.apart() and proposal.alpha.shape[1]:
+        if self.rank and proposal.alpha.shape[1]:
             return Alternating(self, m, proposal, found.alpha, left, ridge)
         return self.completed(proposal, m)
 
@@ -122,17 +124,25 @@ class OptimalCandidate(Candidate):
         if not self.alternating or not self.place.apart():
             return 0
         slots = max(arrival.index.shape[1] for arrival in self.place.arrivals.values() if arrival is not None)
-        return max(self.k or 1, MOST // slots)
+        return max((self.k or 1) * self.place.directions, MOST // slots)
 
     def completed(self, proposal: Proposal, m: Moments) -> Candidate | None:
         """With random directions where linear theory holds fewer than were asked for."""
-        missing = (self.k or 0) - proposal.alpha.shape[1]
-        if missing > 0:
-            extra = drawn(self.place, missing, self.widen.seed).alpha.to(proposal.alpha)
+        each, found = self.place.directions, proposal.alpha.shape[1]
+        missing = max((self.k or 0) * each - found, -found % each)
+        if missing:
+            extra = _random(self.place, len(proposal.alpha), missing, self.widen.seed).to(proposal.alpha)
             notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")
             alpha = torch.cat([proposal.alpha, extra], 1)
-            proposal = replace(proposal, alpha=alpha, notes=notes, invariant=False, explained=None)
-        return self.widen.stage(proposal, m)
+            proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False, explained=None)
+        alpha, other = self._packed(proposal.alpha, m), proposal.other
+        return self.widen.stage(
+            replace(proposal, alpha=alpha, other=None if other is None else self._packed(other, m)), m
+        )
+
+    def _packed(self, alpha: Tensor, m: Moments) -> Tensor:
+        """Directions of one size as fan-in of units."""
+        return self.place.packed(self.place.scaled(alpha, m)) if self.place.alike else alpha
 
     def _explained(self, m: Moments, held: Directed, left: Mapping[str, Remaining]) -> Explained:
         """What directions from the other folds explain of each sample: whether that is more than chance."""
@@ -198,6 +208,9 @@ class Alternating(Candidate):
 
 def drawn(place: Place, k: int, seed: int) -> Proposal:
     """Random fan-in, another one each time that the axis has another width."""
+    return Proposal(_random(place, place.width * place.channels, k, seed), invariant=False)
+
+
+def _random(place: Place, rows: int, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 7919 * place.axis.width)
-    alpha = torch.randn(place.width * place.channels, k, generator=generator, dtype=torch.float64)
-    return Proposal(alpha, invariant=False)
+    return torch.randn(rows, k, generator=generator, dtype=torch.float64)

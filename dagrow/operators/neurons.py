@@ -86,10 +86,8 @@ class WidenCandidate(Candidate):
         """The directions in a preview, scaled to pre-activations of mean square 1 per position."""
         if proposal is None or not proposal.alpha.shape[1]:
             return None
-        p = moments[self.place.measured, self.place.measured]
-        alpha = torch.cat([proposal.alpha] if proposal.other is None else [proposal.alpha, proposal.other], 1).to(p)
-        square = self.place.square(alpha, moments)
-        alpha = alpha * torch.where(square > 0, square, 1).rsqrt()
+        both = [proposal.alpha] if proposal.other is None else [proposal.alpha, proposal.other]
+        alpha = self.place.scaled(torch.cat(both, 1), moments)
         widening = self.place.dag.widening(self.place.axis, 2 * alpha.shape[1])
         return FanOutStage(self, replace(proposal, alpha=alpha), self.place.axis, widening)
 

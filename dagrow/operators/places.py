@@ -1,16 +1,17 @@
 """Where a new channel of an axis can be written, and how it arrives where it is read."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Stacked
 from dagrow.moments import Moments
-from dagrow.positions import Arrival, arrival
+from dagrow.positions import Arrival, arrival, single
 from dagrow.solve import Block, Compensation
 
 __all__ = ["Place", "places"]
@@ -23,12 +24,14 @@ class Place:
     Attributes:
         producers: each with the part of ``p`` that it reads.
         arrivals: consumer -> how the new channels arrive, or None where linear theory does not reach.
+        alike: whether arrivals speak of one of a unit's channels, see :meth:`by_channel`.
     """
 
     dag: Dag
     axis: Axis
     producers: tuple[Edge, ...]
     arrivals: Mapping[str, Arrival | None]
+    alike: bool = False
 
     @cached_property
     def features(self) -> Feature:
@@ -90,15 +93,34 @@ class Place:
         whole = [p for p in self.arriving.values() if isinstance(p, Arriving) and p.arrival.whole]
         return whole[0] if whole and len(whole) == len(self.linear()) else self.features
 
-    def square(self, alpha: Tensor, m: Moments) -> Tensor:
-        """The mean square of what ``alpha [p, k]`` makes of ``p``, per position and channel ``[k]``."""
+    def scaled(self, alpha: Tensor, m: Moments) -> Tensor:
+        """``alpha [p, k]`` with a mean square of 1, per position and channel, of what it makes of ``p``."""
         features = self.measured
         p, positions = m[features, features], m.positions[features]
         if isinstance(features, Arriving):
             positions *= float(features.arrival.weights.mean())
-        elif self.channels > 1:
-            p = torch.block_diag(*[p] * self.channels) / self.channels
-        return (alpha * (p @ alpha)).sum(0) / positions
+        by_channel = alpha.to(p).view(-1, len(p), alpha.shape[1])
+        square = (by_channel * (p @ by_channel)).sum(1).mean(0) / positions
+        return alpha.to(p) * torch.where(square > 0, square, 1).rsqrt()
+
+    def by_channel(self) -> "Place":
+        """With a direction for each channel of a unit, if all arrive alike, each in slots of its own."""
+        if self.channels == 1 or not self.linear():
+            return self
+        (producer,) = self.producers
+        found = {c.name: single(a, producer, c) for c in self.linear() if (a := self.arrivals[c.name]) is not None}
+        if any(a is None for a in found.values()):
+            return self
+        return replace(self, arrivals={**self.arrivals, **found}, alike=True)
+
+    @property
+    def directions(self) -> int:
+        """How many a unit has."""
+        return self.channels if self.alike else 1
+
+    def packed(self, alpha: Tensor) -> Tensor:
+        """Directions ``[p, k directions]`` as the fan-in of k units, channel by channel ``[channels p, k]``."""
+        return rearrange(alpha, "p (k r) -> (r p) k", r=self.channels)
 
     def split(self, alpha: Tensor) -> dict[str, Tensor]:
         """``alpha [p, k]`` as fan-in of each producer ``[k, channels, i]``, constants last."""
