@@ -248,6 +248,113 @@ def test_in_train_mode_the_loss_follows_the_prediction(gamma: float) -> None:
         assert after[0] == pytest.approx(after[1], rel=0.05)
 
 
+# ---------------------------------------------------------------- samples, sizes, units
+
+
+class Frames(nn.Module):
+    """A model of images that is given several of them a sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.net(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+
+@pytest.mark.parametrize("solver", ["svd", "als"])
+@pytest.mark.parametrize("samples", [3, 4])
+def test_several_images_a_sample(samples: int, solver: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3)).double()
+    frames, goal = torch.randn(samples, 4, 2, 7, 7).double(), torch.randn(samples, 4, 3, 5, 5).double()
+    operator = AddNeurons(k=1, solver=solver, folds=1)
+
+    def gain(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+        (growth,) = dagrow.propose(dagrow.trace(model, x[:2]), [(x, y)], nn.MSELoss(reduction="sum"), [operator])
+        return growth.gain * len(x), growth.drop * len(x)
+
+    expected = gain(net, frames.flatten(0, 1), goal.flatten(0, 1))
+    assert gain(Frames(net), frames, goal) == pytest.approx(expected, rel=1e-9)
+
+
+@given(folds=st.integers(1, 4), samples=st.integers(1, 9), images=st.integers(1, 3), seen=st.integers(0, 5))
+@DRAWN
+def test_groups_of_samples(folds: int, samples: int, images: int, seen: int) -> None:
+    batch = Batch({}, samples, seen, folds)
+    image = torch.arange(samples * images * 2.0).view(-1, 2, 1)
+    grouped = batch.grouped(image)
+    assert torch.equal(batch.ungrouped(grouped), image)
+    for group, fold in enumerate(batch.groups):
+        own = [i for i in range(samples) if (seen + i) % folds == fold]
+        expected = image.view(samples, -1)[own].flatten()
+        found = grouped.unflatten(1, (len(batch.groups), 2))[:, group].flatten()
+        assert torch.equal(found[: len(expected)], expected)
+        assert not found[len(expected) :].any()
+
+
+@pytest.mark.parametrize("size", [(6, 4), (5, 5), (8, 6)])
+def test_images_of_another_size_than_the_example(size: tuple[int, int]) -> None:
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+    model = nn.Sequential(first, nn.Tanh(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    dag, x = dagrow.trace(model, torch.randn(2, 3, 4, 6)), torch.randn(8, 3, *size)
+    with pytest.raises(dagrow.BatchError, match=f"{size[0]}x{size[1]} positions for a batch, but 4x6"):
+        dagrow.propose(dag, [(x, torch.randn(8, 2))], nn.MSELoss(), [AddNeurons(k=1)])
+
+
+class Padded(nn.Module):
+    """A shortcut that pads channels with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(torch.relu(self.second(h) + nn.functional.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))))
+
+
+@pytest.mark.parametrize("solver", ["svd", "als"])
+def test_a_shortcut_that_pads_channels(solver: str) -> None:
+    torch.manual_seed(0)
+    model, x = Padded().double(), torch.randn(4, 3, 10, 10).double()
+    dag, batches = dagrow.trace(model, x[:2]), [(x, torch.randn(4, 2, 4, 4).double())]
+    for growth in dagrow.propose(dag, batches, nn.MSELoss(), [AddNeurons(k=1, solver=solver, folds=1)]):
+        assert growth.gain == pytest.approx((growth.loss(-1e-5) - growth.loss(1e-5)) / 2e-5, rel=1e-4)
+
+
+UNITS = {
+    "group norm": [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 3, 1)],
+    "groups": [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 3, 1)],
+    "multiplier": [
+        nn.Conv2d(3, 2, 3, padding=1),
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("solver", ["svd", "als", "joint"])
+@pytest.mark.parametrize("layers", UNITS.values(), ids=UNITS)
+def test_channels_of_a_unit_are_no_twins(layers: list[nn.Module], solver: str) -> None:
+    torch.manual_seed(0)
+    model, x = copy.deepcopy(nn.Sequential(*layers)).double(), torch.randn(40, 3, 6, 6).double()
+    y = x.tanh().roll(1, 1)
+    dag, width = dagrow.trace(model, x[:2]), model[-1].in_channels
+    dagrow.propose(dag, [(x, y)], nn.MSELoss(), [AddNeurons(k=2, solver=solver)])[0].apply(0.1)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    new = model[:-1](x).detach()[:, width:].transpose(0, 1).flatten(1)
+    assert len(new) in (4, 8)  # two units of two or four channels
+    assert new.std(1).min() > 0.01
+    alike = torch.corrcoef(new).abs() - torch.eye(len(new))
+    assert alike.max() < 0.95
+
+
 # ---------------------------------------------------------------- cost
 
 
