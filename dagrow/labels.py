@@ -173,7 +173,7 @@ class Runner(ABC):
             return args[0]
         if plain and ops.is_move_module(module):
             return self.move(node, args, kwargs)
-        tables = tables_of(node, None, module) if plain else None
+        tables = tables_of(None, module) if plain else None
         if tables is not None:
             return self.spatial(node, tables, args[0])
         dims = ops.mixed_dims(node, module, args[0].ndim) if plain else None
@@ -195,7 +195,7 @@ class Runner(ABC):
             return self.merge(_broadcast(tensors, self.freeze))
         if name in ops.REDUCTIONS:
             return self.reduce(node, args, kwargs)
-        tables = tables_of(node, name, None)
+        tables = tables_of(name, None, args, kwargs)
         if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
             return self.spatial(node, tables, args[0])
         dims = ops.mixed_dims(node, None, args[0].ndim) if tensors and args and isinstance(args[0], Tensor) else None
@@ -315,6 +315,8 @@ class ChannelRunner(Runner):
         if name not in self.found.rows:
             self.found.rows[name] = self.classes.fresh(rule.widths(module)[1])
         rows, shape = self.found.rows[name], list(node.meta["val"].shape)
+        if dim == 0 and inputs.ndim > 1:
+            self.freeze([inputs, rows], f"{name} reads an image without a dimension of samples")
         dim = rule.channel_dim(len(shape))
         shape[dim] = len(rows)
         return rows.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
@@ -63,21 +64,26 @@ class Arrival:
     @cached_property
     def matrix(self) -> Tensor:
         """Cells and channels as means of positions ``[cells channels, positions]``, sparse."""
-        cell, term = torch.nonzero(self.cells >= 0, as_tuple=True)
-        entry = self.cells[cell, term]
-        share = 1 / (self.cells >= 0).sum(1)[cell].double()
+        cell, entry = self.means.indices()
         at = torch.stack([cell * self.channels + entry % self.channels, entry // self.channels])
         size = len(self.cells) * self.channels, self.positions
+        return torch.sparse_coo_tensor(at, self.means.values(), size, check_invariants=False).coalesce()
+
+    @cached_property
+    def means(self) -> Tensor:
+        """Cells as means of entries of the producer ``[cells, positions channels]``, sparse."""
+        cell, term = torch.nonzero(self.cells >= 0, as_tuple=True)
+        share = 1 / (self.cells >= 0).sum(1)[cell].double()
+        at = torch.stack([cell, self.cells[cell, term]])
+        size = len(self.cells), self.positions * self.channels
         return torch.sparse_coo_tensor(at, share, size, check_invariants=False).coalesce()
 
     def mean_of(self, written: Tensor) -> Tensor:
         """What the cells hold of a unit's channels ``[n, positions, channels k]``: ``[n, cells, k]``."""
-        n, positions, _ = written.shape
         if self.whole:
             return written
-        spread = written.view(n, positions, self.channels, -1)
-        at = self.matrix.to(written).to_dense().view(len(self.cells), self.channels, positions)
-        return torch.einsum("crs, nsrk -> nck", at, spread)
+        entries = rearrange(written, "n s (r k) -> (s r) (n k)", r=self.channels)
+        return rearrange(self.means.to(entries) @ entries, "c (n k) -> n c k", n=len(written))
 
 
 def arrival(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Arrival | None:

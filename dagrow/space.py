@@ -8,8 +8,9 @@ from math import ceil, floor
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Tables", "tables_of"]
 
@@ -46,14 +47,16 @@ _PADDING: dict[type[nn.Module], str] = {
 }  # fmt: skip
 
 
-def tables_of(node: fx.Node, name: str | None, module: nn.Module | None) -> Tables | None:
-    """The tables of an operation or of a leaf module; None if it is none of space."""
+def tables_of(
+    name: str | None, module: nn.Module | None, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Tables | None:
+    """The tables of an operation on ``args[0]``, or of a leaf module; None if it is none of space."""
     if module is not None:
         name, given = _module_call(module)
     else:
         order = _ORDERS.get(_family(name), ())
-        given = {**dict(zip(order, node.args[1:], strict=False)), **node.kwargs}
-    if name is None or given.get("return_indices") or any(_unknown(value) for value in given.values()):
+        given = {**dict(zip(order, args[1:], strict=False)), **(kwargs or {})}
+    if name is None or given.get("return_indices") or any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
         return None
     if name in _POOLS:
         return lambda sizes: _pool(given, sizes[-_POOLS[name] :])
@@ -68,11 +71,6 @@ def _family(name: str | None) -> str:
     if name in _POOLS or name in _ADAPTIVE:
         return name.split("_")[0]
     return name or ""
-
-
-def _unknown(value: Any) -> bool:
-    """Sizes that are computed in the forward pass may change from one to the next."""
-    return any(isinstance(leaf, fx.Node) for leaf in (value if isinstance(value, (tuple, list)) else (value,)))
 
 
 def _module_call(module: nn.Module) -> tuple[str | None, Mapping[str, Any]]:

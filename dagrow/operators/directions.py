@@ -98,7 +98,8 @@ class OptimalCandidate(Candidate):
     def proposed(self, m: Moments, blocks: Mapping[str, Block], left: Mapping[str, Remaining]) -> Candidate | None:
         """The directions, put into a preview."""
         if not blocks:
-            return self.widen.stage(drawn(self.place, self.k or OPEN, self.widen.seed), m)
+            random = drawn(self.place, self.k or OPEN, self.widen.seed)
+            return self.widen.stage(replace(random, notes=("random: linear theory does not reach the consumers",)), m)
         each = self.place.directions
         k = None if self.k is None else self.k * each
         chosen, ridge, held = list(blocks.values()), self.widen.ridges[0], None
