@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dagrow.axes import Landing
+from dagrow.captures import Batch, Capture
 from dagrow.dag import Dag
 from dagrow.errors import BatchError, GrowthError, LossError
-from dagrow.features import Batch, Capture, Feature
+from dagrow.features import Feature
 from dagrow.linalg import add_gram, complete
 from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective

@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dagrow.features import Arriving, Batch, Feature, Pulled, Reads, Sliding
+from dagrow.captures import Batch
+from dagrow.features import Arriving, Feature, Pulled, Reads, Sliding
 from dagrow.linalg import add_gram, complete
 from dagrow.patches import Geometry, Offsets, lagged, patch_gram
 

@@ -14,7 +14,8 @@ from zoo import case_of
 
 import dagrow
 from dagrow import AddNeurons
-from dagrow.features import Batch, Feature, Pulled, Remaining
+from dagrow.captures import Batch
+from dagrow.features import Feature, Pulled, Remaining
 from dagrow.layers import rule_for
 from dagrow.measure import _Watch
 from dagrow.objective import Objective
