@@ -218,8 +218,8 @@ def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1
     Images are zero outside; weights are products over the dimensions. Where all weights are 1 the sum depends on the
     lag ``e + d`` alone; strips ``s = u + e`` make up for the rest, dimension by dimension.
     """
-    sizes = [*(len(o.first) for o in dims), *(len(o.second) for o in dims)]
-    total = left.new_zeros(*sizes, groups, left.shape[1] // groups, right.shape[1] // groups)
+    offsets = [*(len(o.first) for o in dims), *(len(o.second) for o in dims)]
+    total = left.new_zeros(*offsets, groups, left.shape[1] // groups, right.shape[1] // groups)
     strips = [[None, *o.strips(*sizes)] for o, *sizes in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
     for chosen in itertools.product(*strips):
         lines = [(d, strip) for d, strip in enumerate(chosen) if strip is not None]
