@@ -182,7 +182,7 @@ class _Sums:
             self.resolution = max(self.resolution, torch.finfo(_kind(capture.inputs)).eps)
         self.loss, self.seen = self.loss + loss, self.seen + batch.samples
         images = [pair for pair in self.pairs if any(batch[edge].spatial for f in pair for edge in f.edges)]
-        for pair in images:
+        for pair in images:  # many rows a batch: products enough, and kept as they come
             found = product(*pair, batch)
             if pair in self.totals:
                 self.totals[pair] += found
@@ -200,10 +200,10 @@ class _Sums:
                     "batch."
                 )
 
-    def total(self, pair: Pair, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sums of a pair ``[F, dx, dy]``. Those of images hold many rows a batch, and are kept as they come."""
+    def total(self, pair: Pair, dx: int, dy: int, device: torch.device) -> Tensor:
+        """The sums of a pair ``[F, dx, dy]``."""
         if pair not in self.totals:
-            self.totals[pair] = like.new_zeros(self.folds, *like.shape, dtype=dtype)
+            self.totals[pair] = torch.zeros(self.folds, dx, dy, dtype=self.dtype, device=device)
         return self.totals[pair]
 
     def wait(self, pairs: Sequence[Pair], batch: Batch) -> None:
@@ -225,8 +225,7 @@ class _Sums:
             for x, y in self.pairs:
                 if x not in joined or y not in joined:
                     continue
-                like = joined[x].new_empty(joined[x].shape[1], joined[y].shape[1])
-                total = self.total((x, y), like, self.dtype)[fold]
+                total = self.total((x, y), joined[x].shape[1], joined[y].shape[1], joined[x].device)[fold]
                 if x == y:
                     add_gram(total, joined[x])
                 else:

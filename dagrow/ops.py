@@ -1,6 +1,7 @@
 """What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -81,8 +82,8 @@ def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] 
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return list(range(ndim - len(module.normalized_shape), ndim))
     if module is None and name in {"layer_norm", "rms_norm"}:
-        shape = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
-        return list(range(ndim - len(shape), ndim))  # type: ignore[arg-type]
+        shape: Any = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
+        return list(range(ndim - len(shape), ndim))
     dim: object
     if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmin)):
         dim = module.dim

@@ -15,7 +15,7 @@ from zoo import case_of
 import dagrow
 from dagrow import AddNeurons
 from dagrow.captures import Batch
-from dagrow.features import Feature, Pulled, Remaining
+from dagrow.features import Feature, Pulled, Reads, Remaining
 from dagrow.layers import rule_for
 from dagrow.measure import _Watch
 from dagrow.objective import Objective
@@ -82,6 +82,9 @@ def test_sums_from_images_are_those_from_rows(plan: Plan, solver: str) -> None:
         batch = captured(case, waiting)
         for x, y in {pair for c in waiting for pair in c.pairs()}:
             expected = _from_rows(x, y, batch)
+            if isinstance(x, Reads):
+                basis = torch.randn(x.rows(batch).shape[1], 2).double()
+                torch.testing.assert_close(x.projected(batch, basis), x.rows(batch) @ basis, rtol=1e-10, atol=1e-10)
             size = norm(x, batch) * norm(y, batch)
             torch.testing.assert_close(product(x, y, batch), expected, rtol=0, atol=1e-11 * size)
         m = dagrow.measure.measure(
@@ -327,6 +330,12 @@ def test_a_shortcut_that_pads_channels(solver: str) -> None:
 UNITS = {
     "group norm": [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 3, 1)],
     "groups": [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 3, 1)],
+    "reduction": [
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 2, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(2, 3, 1, padding=1),
+    ],
     "multiplier": [
         nn.Conv2d(3, 2, 3, padding=1),
         nn.Conv2d(2, 4, 3, padding=1, groups=2),
@@ -349,8 +358,10 @@ def test_channels_of_a_unit_are_no_twins(layers: list[nn.Module], solver: str) -
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
+    fan_in = torch.cat([model[0].weight.detach().flatten(1), model[0].bias.detach()[:, None]], 1)
+    assert fan_in.norm(dim=1).min() > 0.01  # none is dead
     new = model[:-1](x).detach()[:, width:].transpose(0, 1).flatten(1)
-    assert len(new) in (4, 8)  # two units of two or four channels
+    assert len(new) in (2, 4, 8)  # two units of one, two or four channels
     assert new.std(1).min() > 0.01
     alike = torch.corrcoef(new).abs() - torch.eye(len(new))
     assert alike.max() < 0.95

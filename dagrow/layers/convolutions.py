@@ -96,7 +96,7 @@ class ConvolutionRule(_Sliding, EdgeRule):
 class GroupedRule(_Sliding, RiderRule):
     """Convolutions with groups, depthwise ones among them: a new group's channels pass through its kernels' middle.
 
-    Where a group writes more channels than it reads, the others start with random kernels.
+    Where a group writes more channels than it reads, or fewer, the kernels of the others start at random.
 
     Within a group every output reads every input, so that groups grow as a whole; other groups never see a new one.
     """
@@ -120,10 +120,10 @@ class GroupedRule(_Sliding, RiderRule):
     def passing(self, module: Any) -> dict[str, Tensor]:
         inputs, outputs = self.group(module)
         generator = torch.Generator().manual_seed(outputs)
-        weight = torch.zeros(outputs, inputs, *module.kernel_size)
-        weight[inputs:].uniform_(-1, 1, generator=generator)  # what does not pass must differ from what does
-        weight[inputs:] /= max(1, weight[0].numel()) ** 0.5
+        weight = torch.empty(outputs, inputs, *module.kernel_size)
+        weight.uniform_(-1, 1, generator=generator).div_(weight[0].numel() ** 0.5)
         middle, passed = tuple(size // 2 for size in module.kernel_size), torch.arange(min(inputs, outputs))
+        weight[: len(passed), : len(passed)] = 0
         weight[(passed, passed, *middle)] = 1
         weight = (weight.transpose(0, 1) if self.transposed else weight).to(module.weight)
         found = {"weight": weight}

@@ -6,9 +6,7 @@ The folders hold the original files: MNIST's four IDX files, and ``data_batch_1.
 ``test_batch*.bin``, gzipped or not. Runs that are in the results file already are skipped. Not a test.
 """
 
-import argparse
 import gzip
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import append, mean, paired, plus_minus, read, source_version, table, write_block
+from common import mean, options, paired, plus_minus, read, source_version, study, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -217,25 +215,13 @@ def tasks(folders: dict[str, str], names: Sequence[str], seeds: Sequence[int], d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, VARIANTS, seeds="0-4")
     parser.add_argument("--mnist", help="folder with the four files of MNIST")
     parser.add_argument("--cifar", help="folder with data_batch_1.bin and a test_batch of CIFAR-10")
-    parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
-    parser.add_argument("--seeds", default="0-4", help="first-last")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=", ".join(VARIANTS))
-    parser.add_argument("--table", type=Path, help="document to write the tables into")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     given = parser.parse_args()
-    first, _, last = given.seeds.partition("-")
     done = {(r["data"], r["variant"], r["seed"]) for r in read(given.out)}
     folders = {kind: folder for kind, folder in (("mnist", given.mnist), ("cifar", given.cifar)) if folder}
-    remaining = tasks(folders, given.variants.split(","), range(int(first), int(last or first) + 1), done)
-    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        for result in pool.imap_unordered(run, remaining):
-            append(given.out, result)
-            print(f"{result['data']} {result['seed']} {result['variant']}: {result['test_loss']:.4f}", flush=True)
-    if given.table:
-        write_block(given.table, SCRIPT, results(read(given.out)))
+    study(given, run, tasks(folders, given.variants, given.seeds, done), SCRIPT, results)
 
 
 if __name__ == "__main__":

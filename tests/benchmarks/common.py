@@ -1,8 +1,10 @@
-"""What benchmarks share: counting FLOPs, a resumable results file, statistics of paired runs, tables in documents."""
+"""What benchmarks share: counting FLOPs, studies that resume where they stopped, statistics of paired runs, tables."""
 
+import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 import dagrow
 
-__all__ = ["FlopCount", "append", "mean", "paired", "plus_minus", "read", "source_version", "table", "write_block"]
+__all__ = ["FlopCount", "mean", "options", "paired", "plus_minus", "read", "source_version", "study", "table"]
 
 START, END = "<!-- written by {} -->", "<!-- end of what {} wrote -->"
 
@@ -129,3 +131,34 @@ def write_block(path: Path, script: str, text: str) -> None:
     before, _, rest = document.partition(start)
     _, _, after = rest.partition(end)
     path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
+
+
+def options(description: str | None, variants: Iterable[str], seeds: str) -> argparse.ArgumentParser:
+    """What every study can be asked for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
+    parser.add_argument("--seeds", type=_seeds, default=seeds, help=f"first-last, {seeds} if not given")
+    parser.add_argument(
+        "--variants", type=lambda text: text.split(","), default=list(variants), help=", ".join(variants)
+    )
+    parser.add_argument("--table", type=Path, help="document to write the tables into")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    return parser
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def study(
+    given: argparse.Namespace, run: Callable[[tuple], dict[str, Any]], tasks: Iterable[tuple], script: str,
+    tables: Callable[[list[dict[str, Any]]], str],
+) -> None:  # fmt: skip
+    """Runs tasks in processes, keeps each result at once, and writes the tables if that was asked for."""
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        for result in pool.imap_unordered(run, tasks):
+            append(given.out, result)
+            print(f"{result['variant']}, seed {result['seed']}: test loss {result['test_loss']:.4f}", flush=True)
+    if given.table:
+        write_block(given.table, script, tables(read(given.out)))

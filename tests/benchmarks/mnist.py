@@ -6,9 +6,7 @@ DIR holds the four files of MNIST (train-images-idx3-ubyte.gz, ...). Runs that a
 skipped. Not a test: pytest does not collect it.
 """
 
-import argparse
 import gzip
-import multiprocessing
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import FlopCount, append, mean, paired, plus_minus, read, source_version, table, write_block
+from common import FlopCount, mean, options, paired, plus_minus, read, source_version, study, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -380,24 +378,11 @@ def tasks(folder: str, names: Sequence[str], seeds: Sequence[int], done: set[tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, VARIANTS, seeds="0-9")
     parser.add_argument("--data", help="folder with the four files of MNIST; without it nothing is run")
-    parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
-    parser.add_argument("--seeds", default="0-9", help="first-last")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=", ".join(VARIANTS))
-    parser.add_argument("--table", type=Path, help="document to write the tables into")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     given = parser.parse_args()
-    first, _, last = given.seeds.partition("-")
-    seeds, names = range(int(first), int(last or first) + 1), given.variants.split(",")
     done = {(r["variant"], r["seed"]) for r in read(given.out)}
-    if given.data:
-        with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-            for result in pool.imap_unordered(run, tasks(given.data, names, seeds, done)):
-                append(given.out, result)
-                print(f"{result['seed']} {result['variant']}: test loss {result['test_loss']:.4f}", flush=True)
-    if given.table:
-        write_block(given.table, SCRIPT, results(read(given.out)))
+    study(given, run, tasks(given.data, given.variants, given.seeds, done) if given.data else (), SCRIPT, results)
 
 
 if __name__ == "__main__":
