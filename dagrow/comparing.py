@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dagrow.dag import Axis, Dag, Edge, tensor_at
+from dagrow.dag import Axis, Dag, Edge
 from dagrow.draft import Change
 from dagrow.growth import Growth
-from dagrow.layers import EdgeRule
 from dagrow.objective import Loss, Objective
+from dagrow.sharing import tensor_at
 from dagrow.surgery import preview
 from dagrow.undisturbed import undisturbed
+from dagrow.watch import Watch
 
 __all__ = [
     "Target", "close", "derivative", "is_picklable", "observe", "permute", "regressed", "same", "sample", "snapshot",
@@ -199,14 +200,14 @@ def _target(
     if edge.bias:
         reads = torch.cat([reads, reads.new_ones(len(reads), 1)], 1)
     wanted = goal - regressed(reads, goal) if project and edge.trainable else goal
-    slope, written = change.slope.get(f"{edge.name}.weight"), torch.zeros_like(goal)
+    slope, written = change.slope.get(edge.path("weight")), torch.zeros_like(goal)
     new, (o, i) = read[:, :0], edge.rule.dims["weight"]
-    landings = {landing.dim: landing for landing in change.landings.get(f"{edge.name}.weight", ())}
+    landings = {landing.dim: landing for landing in change.landings.get(edge.path("weight"), ())}
     if slope is not None:
         weight = edge.matrix(slope)
         rows = landings[o].old if o in landings else torch.arange(len(weight))
         written = read @ weight[rows].flatten(1).T
-        bias = change.slope.get(f"{edge.name}.bias")
+        bias = change.slope.get(edge.path("bias"))
         written = written if bias is None else written + bias[rows]
         if i in landings:
             entries = torch.arange(weight[0].numel()).view(weight.shape[1:])[landings[i].new]
@@ -257,12 +258,8 @@ def _look(
         objective.model.train(objective.mode == "train")
         for batch, n in objective:
             caught: dict[str, tuple[Tensor, Tensor]] = {}
-            handles = [edge.module.register_forward_hook(_probe(edge.name, edge.rule, caught)) for edge in edges]
-            try:
+            with Watch(objective.model, [edge.layer for edge in edges], _probe(edges, caught)):
                 loss = objective.value(batch, tensors)
-            finally:
-                for handle in handles:
-                    handle.remove()
             probes = [caught[edge.name][1] for edge in edges]
             slopes = torch.autograd.grad(loss * (n if reduction == "mean" else 1), probes, materialize_grads=True)
             for edge, gradient in zip(edges, slopes, strict=True):
@@ -270,10 +267,13 @@ def _look(
     return {name: (torch.cat([x for x, _ in parts]), torch.cat([v for _, v in parts])) for name, parts in found.items()}
 
 
-def _probe(name: str, rule: EdgeRule, caught: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _probe(edges: Iterable[Edge], caught: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    by_name = {edge.name: edge for edge in edges}
+
+    def catch(name: str, inputs: Tensor, output: Tensor) -> Tensor:
         probe = torch.zeros_like(output, requires_grad=True)
-        caught[name] = rule.features(module, args[0].detach()).clone(), probe
+        edge = by_name[name]
+        caught[name] = edge.rule.features(edge.module, inputs.detach()).clone(), probe
         return output + probe
 
-    return hook
+    return catch

@@ -2,92 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import networkx as nx
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from dagrow.axes import Layout, MisfitError, Widening, group, widen
+from dagrow.axes import Layout, group
+from dagrow.coarsening import coarsened
+from dagrow.coverage import Coverage, coverage_of
+from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
 from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
-from dagrow.labels import Labelling, Rider, label
-from dagrow.layers import DEFAULT_RULES, EdgeRule, LayerRule, rule_for
+from dagrow.labels import Labelling, label
+from dagrow.layers import DEFAULT_RULES, LayerRule, rule_for
+from dagrow.network import network
 from dagrow.ops import mixed_dims
+from dagrow.placed import Placed, placed
+from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
+from dagrow.tables import render, tables
 from dagrow.trace import Program, record
+from dagrow.widening import MisfitError, Widening, widen
 
-__all__ = ["Axis", "Dag", "Edge", "render", "tensor_at", "trace"]
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A weighted layer ``a = W b``.
-
-    Attributes:
-        name: the module's own path in the model.
-        module: the layer itself.
-        growable: whether an axis that it writes or reads can widen.
-        reason: why not, or None.
-        shared: why its weights do not act at this place alone, so that no closed form holds for them; or None.
-    """
-
-    name: str
-    module: nn.Module = field(repr=False, compare=False)
-    rule: EdgeRule = field(repr=False, compare=False)
-    growable: bool
-    reason: str | None
-    shared: str | None = None
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A view of a tensor of the weight's shape as ``[o, i, *kernel]``."""
-        dims = self.rule.dims["weight"]
-        assert dims[1] is not None
-        return weight.movedim((dims[0], dims[1]), (0, 1))
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's own weight and bias, by their names in the rule."""
-        found = {name: getattr(self.module, name, None) for name in self.rule.dims}
-        return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
-
-    @property
-    def trainable(self) -> bool:
-        """Whether its own weights may move."""
-        return all(parameter.requires_grad for parameter in self.parameters().values())
-
-    @property
-    def bias(self) -> bool:
-        return "bias" in self.parameters()
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One hidden width: all the channels that must grow together.
-
-    Attributes:
-        name: the producers' names.
-        width: its number of units (a unit is one channel, or several that can only grow together).
-        producers: the edges that write it.
-        consumers: the edges that read it.
-        riders: what carries one entry per channel on the way.
-        growable: whether it can widen.
-        reason: why not, or None.
-    """
-
-    name: str
-    width: int
-    producers: tuple[Edge, ...]
-    consumers: tuple[Edge, ...]
-    riders: tuple[Rider, ...]
-    growable: bool
-    reason: str | None
-    layout: Layout = field(repr=False, compare=False)
+__all__ = ["Axis", "Dag", "Edge", "trace"]
 
 
 class Dag:
@@ -102,13 +42,13 @@ class Dag:
         """Reads edges and axes off the model as it is now."""
         self.__dict__.pop("_unwritable", None)
         self.program: Program = self._read(verified=verified)
-        self.labels: Labelling = label(self.graph, self.model, self.rules)
-        _freeze_shared(self)
-        layouts = group(self.labels)
-        reasons = [layout.reason or self._obstacle(layout) for layout in layouts]
-        self.edges: tuple[Edge, ...] = tuple(_edges(self, layouts, reasons))
+        self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self.rules)
+        self.labels: Labelling = label(self.graph, self.model, self.layers)
+        freeze_shared(self.graph, self.model, self.layers, self.labels)
+        layouts, reasons = self._layouts()
+        self.edges: tuple[Edge, ...] = tuple(edges_of(self.layers, self.labels, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}
-        self.axes: tuple[Axis, ...] = tuple(_named(by_name, layouts, reasons))
+        self.axes: tuple[Axis, ...] = tuple(axes_of(by_name, layouts, reasons))
         self._widths = {edge.name: edge.rule.widths(edge.module) for edge in self.edges}
         self.__dict__.pop("_graph", None)
 
@@ -133,24 +73,33 @@ class Dag:
         """The axis with this name. Raises GrowthError if there is none."""
         return _lookup("axis", name, self.axes)
 
-    def rule(self, name: str) -> LayerRule:
-        """The rule of a layer of the model."""
-        rule = rule_for(self.model.get_submodule(name), self.rules)
-        assert rule is not None
-        return rule
+    def layer(self, name: str) -> Placed:
+        """A layer that a rule knows, by its name."""
+        return next(layer for layer in self.layers.values() if layer.name == name)
 
     def widening(self, axis: Axis, k: int) -> Widening:
         """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""
         try:
-            return widen(self.graph, self.model, self.rules, self.labels, axis.layout, k)
+            return widen(self.program, self.layers, axis.layout, k)
         except MisfitError as misfit:
             raise GrowthError(
                 f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
 
+    def _layouts(self) -> tuple[list[Layout], list[str | None]]:
+        """The axes, those of heads and head widths among them, and why each cannot widen."""
+        layouts = group(self.labels)
+        reasons = {layout: layout.reason or self._obstacle(layout) for layout in layouts}
+        misfits = [layout for layout in layouts if reasons[layout] and not layout.reason]
+        if misfits:
+            heads, replaced = coarsened(self.program, self.layers, misfits, self._obstacle)
+            layouts = [layout for layout in layouts if layout not in replaced] + heads
+            layouts.sort(key=lambda layout: int(layout.labels[0]))
+        return layouts, [reasons.get(layout) for layout in layouts]
+
     def _obstacle(self, layout: Layout) -> str | None:
         try:
-            widening = widen(self.graph, self.model, self.rules, self.labels, layout, 1)
+            widening = widen(self.program, self.layers, layout, 1)
         except MisfitError as misfit:
             return str(misfit)
         return self._unwritable if widening.literals else None
@@ -166,9 +115,8 @@ class Dag:
 
     def check(self) -> None:
         """Raises GrowthError if layers were replaced or resized by hand since the model was traced."""
-        modules = dict(self.model.named_modules())
         for edge in self.edges:
-            if modules.get(edge.name) is not edge.module or edge.rule.widths(edge.module) != self._widths[edge.name]:
+            if not in_place(edge, self.model) or edge.rule.widths(edge.module) != self._widths[edge.name]:
                 raise GrowthError(
                     f"layer {edge.name} of the model was replaced or resized since it was traced; trace it again."
                 )
@@ -179,7 +127,11 @@ class Dag:
 
     @cached_property
     def _graph(self) -> nx.MultiDiGraph:
-        return _network(self.graph, {edge.name for edge in self.edges})
+        return network(self.graph, {node: layer for node, layer in self.layers.items() if layer.name in self._widths})
+
+    def coverage(self) -> Coverage:
+        """Edges and parameters that can grow, and those that cannot and why; print it."""
+        return coverage_of(self.edges, self.axes, self.model)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -197,7 +149,7 @@ class Dag:
         unknown = [f"{name} ({type(module).__name__})" for name, module in self._without_rule()]
         notes = [f"No rule yet for {', '.join(unknown)}: what they touch cannot grow."] if unknown else []
         notes += [f"Fixed while tracing: {text}." for text in self.program.specialisations]
-        return "\n".join([render(*_tables(self), width=width), *notes])
+        return "\n".join([render(*tables(repr(self), self.edges, self.axes), width=width), *notes])
 
     def _without_rule(self) -> Iterator[tuple[str, nn.Module]]:
         """Leaf modules with parameters that are neither edges nor riders."""
@@ -236,95 +188,6 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Layer
     return Dag(model, example_inputs, (*rules, *DEFAULT_RULES))
 
 
-def render(*tables: Table, width: int = 130) -> str:
-    """Rich tables as plain text."""
-    console = Console(width=width, color_system=None, markup=False, emoji=False)  # names may hold brackets and colons
-    with console.capture() as capture:
-        for table in tables:
-            console.print(table)
-    return capture.get().rstrip()
-
-
-def _edges(dag: Dag, layouts: Sequence[Layout], reasons: Sequence[str | None]) -> Iterator[Edge]:
-    modules = dict(dag.model.named_modules())
-    for name in dag.labels.rows:
-        rule = rule_for(modules[name], dag.rules)
-        assert isinstance(rule, EdgeRule)
-        around = [(layout, why) for layout, why in zip(layouts, reasons, strict=True)
-                  if name in layout.rows or name in layout.columns]  # fmt: skip
-        growable = any(why is None for _, why in around)
-        causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
-        if not any(name in layout.columns for layout, _ in around):
-            causes.insert(0, f"its input: {dag.labels.classes.cause(int(dag.labels.columns[name][0]))}")
-        yield Edge(
-            name,
-            modules[name],
-            rule,
-            growable,
-            None if growable else "; ".join(dict.fromkeys(causes)),
-            dag.labels.shared.get(name),
-        )
-
-
-def _named(edges: dict[str, Edge], layouts: Sequence[Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
-    """Axes, named after their producers; a number tells apart those of the same producers."""
-    base = ["+".join(layout.rows) for layout in layouts]
-    for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):
-        name = base[index] if base.count(base[index]) == 1 else f"{base[index]}[{base[:index].count(base[index])}]"
-        yield Axis(
-            name, layout.width, tuple(edges[e] for e in layout.rows), tuple(edges[e] for e in layout.columns),
-            tuple(layout.entries), why is None, why, layout,
-        )  # fmt: skip
-
-
-def _freeze_shared(dag: Dag) -> None:
-    """Tensors that act at several places cannot grow at one of them."""
-    owners: dict[int, list[str]] = {}
-    tensors = (*dag.model.named_parameters(remove_duplicate=False), *dag.model.named_buffers(remove_duplicate=False))
-    for name, owned in tensors:
-        owners.setdefault(id(owned), []).append(name)
-    direct = {str(node.target) for node in dag.graph.nodes if node.op == "get_attr"}
-    found = dag.labels
-    for edge in found.rows:
-        rule, module = rule_for(dag.model.get_submodule(edge), dag.rules), dag.model.get_submodule(edge)
-        assert isinstance(rule, EdgeRule)
-        cause = _sharing(edge, module, rule.dims, owners, direct) or rule.refusal(module)
-        if cause:
-            found.shared.setdefault(edge, cause)
-            found.classes.freeze(found.rows[edge], cause)
-            found.classes.freeze(found.columns[edge], cause)
-    for rider, labels in found.entries.items():
-        owner, _, leaf = rider.name.rpartition(".")
-        name, entries = (owner, (leaf,)) if rider.rule is None else (rider.name, rider.entries)
-        used = direct - {rider.name}
-        cause = _sharing(name, dag.model.get_submodule(name), entries, owners, used)
-        if cause:
-            found.classes.freeze(labels, cause)
-
-
-def _sharing(
-    name: str, module: nn.Module, entries: Iterable[str], owners: Mapping[int, list[str]], direct: set[str]
-) -> str | None:
-    """Why one of a module's tensors does not belong to it alone, or None."""
-    for entry in entries:
-        tensor, path = getattr(module, entry, None), f"{name}.{entry}".lstrip(".")
-        if tensor is None:
-            continue
-        names = owners.get(id(tensor), [])
-        if not names:
-            return f"{path} is computed, not a parameter"
-        if len(names) > 1:
-            return f"{path} is shared with {', '.join(other for other in names if other != path)}"
-        if direct & set(names):
-            return f"{path} is also used directly"
-    return None
-
-
-def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name, which starts with a dot where the model itself is the layer."""
-    return attrgetter(name.removeprefix("."))(model)
-
-
 def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:
     for item in items:
         if item.name == name:
@@ -332,54 +195,3 @@ def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:
     raise GrowthError(
         f"there is no {kind} {name!r} in this dag; it has {', '.join(item.name for item in items) or 'none'}."
     )
-
-
-def _network(graph: fx.Graph, edges: set[str]) -> nx.MultiDiGraph:
-    """Every layer leads from the activation that it reads to every activation that its output reaches unweighted."""
-
-    def is_edge(node: fx.Node) -> bool:
-        return node.op == "call_module" and node.target in edges
-
-    read = {node.all_input_nodes[0] for node in graph.nodes if is_edge(node)}
-    read |= {node for node in graph.nodes if node.op == "output"}
-    network = nx.MultiDiGraph()
-    reached = _reachable(graph, read, is_edge)
-    for node in graph.nodes:
-        if node in read:
-            network.add_node(node.name)
-        if is_edge(node):
-            for target in reached[node]:
-                network.add_edge(node.all_input_nodes[0].name, target.name, key=str(node.target), edge=str(node.target))
-    return network
-
-
-def _reachable(graph: fx.Graph, read: set[fx.Node], is_edge: Callable[[fx.Node], bool]) -> dict[fx.Node, list[fx.Node]]:
-    """For every node the activations in ``read`` that it reaches without passing a weighted layer."""
-    reached: dict[fx.Node, dict[fx.Node, None]] = {}
-    for node in reversed(graph.nodes):
-        found = {node: None} if node in read else {}
-        for user in node.users:
-            if not is_edge(user):
-                found |= reached[user]
-        reached[node] = found
-    return {node: list(found) for node, found in reached.items()}
-
-
-def _tables(dag: Dag) -> tuple[Table, Table]:
-    edges = Table("edge", "layer", "reads -> writes", "grows", "why not", title=repr(dag), title_justify="left")
-    for edge in dag.edges:
-        i, o = edge.rule.widths(edge.module)
-        edges.add_row(
-            edge.name, type(edge.module).__name__, f"{i} -> {o}", "yes" if edge.growable else "no", edge.reason or ""
-        )
-    axes = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
-    for axis in dag.axes:
-        axes.add_row(
-            axis.name, str(axis.width), _names(axis.producers), _names(axis.consumers), _names(axis.riders),
-            "yes" if axis.growable else "no", axis.reason or "",
-        )  # fmt: skip
-    return edges, axes
-
-
-def _names(items: Sequence[Any]) -> str:
-    return ", ".join(item.name for item in items)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow.axes import Landing, Widening
-from dagrow.dag import Axis, Dag, Edge, tensor_at
+from dagrow.dag import Axis, Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.labels import Rider
+from dagrow.settling import Arguments
+from dagrow.sharing import tensor_at
 from dagrow.trace import Program
+from dagrow.widening import Landing, Widening
 
 __all__ = ["Change", "Draft", "pad"]
 
@@ -36,7 +38,7 @@ class Change:
     fresh: Mapping[str, Tensor]
     slope: Mapping[str, Tensor]
     attributes: Mapping[str, Mapping[str, Any]]
-    literals: Mapping[fx.Node, tuple[Any, ...]]
+    literals: Mapping[fx.Node, Arguments]
     program: Program
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
@@ -68,13 +70,15 @@ class Draft:
         self.fresh: dict[str, Tensor] = {}
         self.slope: dict[str, Tensor] = {}
         self.attributes: dict[str, Mapping[str, Any]] = {}
-        self.literals: dict[fx.Node, tuple[Any, ...]] = {}
+        self.literals: dict[fx.Node, Arguments] = {}
+        self.zeros: dict[str, Tensor] = {}
         self.read: dict[str, Landing] = {}
         self.written: dict[str, Landing] = {}
         riders: list[tuple[Rider, Landing]] = []
         for axis, widening in widenings:
             self.literals |= widening.literals
             self.attributes |= widening.attributes
+            self.zeros |= widening.zeros
             for edge in axis.producers:
                 self._land(edge, widening.rows[edge.name], 0)
             for edge in axis.consumers:
@@ -90,7 +94,7 @@ class Draft:
         for parameter, dims in edge.rule.dims.items():
             dim = dims[side]
             if dim is not None and parameter in edge.parameters():
-                name = f"{edge.name}.{parameter}"
+                name = edge.path(parameter)
                 at = Landing(dim, landing.size, landing.old, landing.new)
                 self.landings[name] = (*self.landings.get(name, ()), at)
 
@@ -98,7 +102,15 @@ class Draft:
         inputs, outputs = edge.rule.widths(edge.module)
         inputs = self.read[edge.name].size if edge.name in self.read else inputs
         outputs = self.written[edge.name].size if edge.name in self.written else outputs
-        self.attributes[edge.name] = edge.rule.attributes(inputs, outputs)
+        self._state(edge.layer.owner, edge.rule.attributes(inputs, outputs))
+
+    def _state(self, owner: str, stated: Mapping[str, int]) -> None:
+        """Of a layer that is called as a function, the owner of the weight may state other things."""
+        module = self.dag.model.get_submodule(owner)
+        self.attributes[owner] = {
+            **self.attributes.get(owner, {}),
+            **{k: v for k, v in stated.items() if hasattr(module, k)},
+        }
 
     def _ride(self, rider: Rider, landing: Landing) -> None:
         if rider.rule is None:
@@ -106,14 +118,16 @@ class Draft:
             self._fresh(rider.name).fill_(rider.neutral)
             return
         self.read[rider.name] = landing
-        module = self.dag.model.get_submodule(rider.name)
-        for entry, value in rider.rule.passing(module).items():
-            self.landings[f"{rider.name}.{entry}"] = (Landing(0, landing.size, landing.old, landing.new),)
-            fresh = self._fresh(f"{rider.name}.{entry}")
+        assert rider.module is not None
+        entries = rider.rule.passing(rider.module)
+        for entry, path in rider.paths:
+            value = entries[entry]
+            self.landings[path] = (Landing(0, landing.size, landing.old, landing.new),)
+            fresh = self._fresh(path)
             if value.ndim:  # the entries of one group, as often as a unit has groups
                 value = value.repeat(landing.new.shape[1] // len(value), *[1] * (value.ndim - 1))
             fresh[landing.new] = value.to(fresh)
-        self.attributes[rider.name] = rider.rule.attributes(module, landing.size)
+        self._state(rider.owner, rider.rule.attributes(rider.module, landing.size))
 
     def _fresh(self, name: str) -> Tensor:
         return self.fresh.setdefault(name, self._blank(name))
@@ -129,25 +143,30 @@ class Draft:
         return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
 
     def fan_in(self, edge: Edge, landing: Landing, alpha: Tensor) -> None:
-        """New rows of a producer: ``alpha [k, slots, i]``, the constant last if the edge has a bias."""
+        """New rows of a producer: ``alpha [k, slots, i]``, the constant last if the edge has a bias.
+
+        Slots that must start at zero do.
+        """
+        if edge.name in self.zeros:
+            alpha = alpha * ~self.zeros[edge.name][:, None]
         self._write(self._fresh, edge, alpha.flatten(0, 1), landing.new.flatten(), None)
 
     def fan_out(self, edge: Edge, landing: Landing, omega: Tensor) -> None:
         """New columns of a consumer per unit of gamma: ``omega [o, k, slots]``, with each slot's taps side by side."""
-        weight = edge.matrix(self._slope(f"{edge.name}.weight"))
-        rows = self._old(f"{edge.name}.weight", edge.rule.dims["weight"][0], len(weight))
+        weight = edge.matrix(self._slope(edge.path("weight")))
+        rows = self._old(edge.path("weight"), edge.rule.dims["weight"][0], len(weight))
         columns = landing.new.flatten()
         weight[rows[:, None], columns] = omega.reshape(len(rows), len(columns), *weight.shape[2:]).to(weight)
 
     def move(self, edge: Edge, delta: Tensor) -> None:
         """A move of an edge's old weights per unit of gamma: ``delta [o, i]``, the constant last if it has a bias."""
-        rows = self._old(f"{edge.name}.weight", edge.rule.dims["weight"][0], edge.rule.widths(edge.module)[1])
+        rows = self._old(edge.path("weight"), edge.rule.dims["weight"][0], edge.rule.widths(edge.module)[1])
         self._write(self._slope, edge, delta, rows, delta)
 
-    def rider(self, name: str, landing: Landing, values: Mapping[str, Tensor]) -> None:
+    def rider(self, rider: Rider, landing: Landing, values: Mapping[str, Tensor]) -> None:
         """New entries of a norm layer."""
         for entry, value in values.items():
-            tensor = self._fresh(f"{name}.{entry}")
+            tensor = self._fresh(dict(rider.paths)[entry])
             tensor[landing.new] = value.to(tensor).view(landing.new.shape)
 
     def copy_rider(self, rider: Rider, landing: Landing, units: Tensor, copied: Tensor) -> None:
@@ -160,13 +179,13 @@ class Draft:
 
     def _write(self, target: Any, edge: Edge, values: Tensor, rows: Tensor, add: Tensor | None) -> None:
         inputs, bias = edge.rule.widths(edge.module)[0], edge.parameters().get("bias")
-        weight = edge.matrix(target(f"{edge.name}.weight"))
-        at = rows[:, None], self._old(f"{edge.name}.weight", edge.rule.dims["weight"][1], inputs)
+        weight = edge.matrix(target(edge.path("weight")))
+        at = rows[:, None], self._old(edge.path("weight"), edge.rule.dims["weight"][1], inputs)
         columns = inputs * edge.rule.taps(edge.module)
         entries = values[:, :columns].reshape(len(rows), inputs, *weight.shape[2:]).to(weight)
         weight[at] = entries + (weight[at] if add is not None else 0)
         if bias is not None and values.shape[1] > columns:
-            bias = target(f"{edge.name}.bias")
+            bias = target(edge.path("bias"))
             bias[rows] = values[:, -1].to(bias) + (bias[rows] if add is not None else 0)
 
     def _old(self, name: str, dim: int | None, size: int) -> Tensor:

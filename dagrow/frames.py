@@ -9,7 +9,16 @@ from types import FrameType
 
 __all__ = ["refusal", "source", "user_names"]
 
-_OURS = ("dagrow.frames", "dagrow.record", "dagrow.sizes", "dagrow.symbolic", "dagrow.trace", "dagrow.trees")
+_OURS = (
+    "dagrow.frames",
+    "dagrow.opened",
+    "dagrow.record",
+    "dagrow.sizes",
+    "dagrow.stated",
+    "dagrow.symbolic",
+    "dagrow.trace",
+    "dagrow.trees",
+)
 
 
 def source(error: BaseException | None = None) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow.errors import TraceError
 from dagrow.record import is_leaf
+from dagrow.settling import Arguments
 from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
 from dagrow.undisturbed import undisturbed
@@ -40,62 +42,56 @@ def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
     hooked = [name for name, m in model.named_modules() if name and not is_leaf(m) and any(vars(m)[h] for h in _HOOKS)]
     if hooked:
         return f"a size is written into the model's forward; written anew, it would skip the hooks of {hooked[0]}"
+    if program.obstacle:
+        return f"a size is written into the model's forward, which {program.obstacle} and cannot be written anew"
     if any(node.target is setattr for node in program.graph.nodes):
         return "a size is written into the model's forward, which sets attributes and cannot be written anew"
     return _mode_obstacle(program, again)
 
 
 def _mode_obstacle(program: Program, again: Callable[[], Program]) -> str | None:
-    """Compares the graphs of both modes: they may differ only in flags, which then follow the mode."""
-    model, other = program.model, None
-    with undisturbed(model, weights=True):
+    """Compares the graphs of both modes: they may differ only in flags and rates, which then follow the mode."""
+    model, other, training = program.model, None, program.model.training
+    with undisturbed(model):
         model.train(not model.training)
         try:
             other = again()
         except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
             return f"a size is written into the model's forward, which fails in the other mode: {error}"
     here, there = list(program.graph.nodes), list(other.graph.nodes)
-    partner = dict(zip(here, there, strict=False))
-    differing = [a for a, b in zip(here, there, strict=False) if not _agree(a, b, partner)]
-    if len(here) != len(there) or differing:
-        where = differing[0].meta.get("source", "") if differing else ""
+    partner = dict(zip(there, here, strict=False))
+    differing = next((a for b, a in partner.items() if not _agree(a, b, partner, training)), None)
+    if len(here) != len(there) or differing is not None:
+        where = differing.meta.get("source", "") if differing is not None else ""
         return f"a size is written into the model's forward, which does other things in training {where}".strip()
-    for a, b in partner.items():
-        a.meta["follows_mode"] = _flags(a) != _flags(b)
     return None
 
 
-def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node]) -> bool:
-    same = a.op == b.op and (a.target == b.target or a.target is b.target)
-    flexible = bool(a.meta.get("mode_dependent"))
-
-    def leaf(value: Any) -> Any:
-        return None if flexible and isinstance(value, bool) else value
-
-    def repeated(tree: Any, other: bool) -> str:
-        def shown(node: fx.Node) -> fx.Node:
-            return node if other else partner[node]
-
-        return repr(fx.map_arg(fx.node.map_aggregate(tree, leaf), shown))
-
-    return same and repeated((a.args, a.kwargs), False) == repeated((b.args, b.kwargs), True)
+def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training: bool) -> bool:
+    """Whether two nodes do the same but for flags and rates, which are kept as (in training, else)."""
+    ours, nest = tree_flatten((a.args, dict(a.kwargs)))
+    theirs, other = tree_flatten((fx.map_arg(b.args, partner.get), dict(fx.map_arg(b.kwargs, partner.get))))
+    if a.op != b.op or not (a.target is b.target or a.target == b.target) or nest != other:
+        return False
+    differing = {i: pair for i, pair in enumerate(zip(ours, theirs, strict=True)) if repr(pair[0]) != repr(pair[1])}
+    if not all(isinstance(x, (bool, float)) and isinstance(y, (bool, float)) for x, y in differing.values()):
+        return False
+    a.meta["modes"] = {i: (x, y) if training else (y, x) for i, (x, y) in differing.items()}
+    return True
 
 
-def _flags(node: fx.Node) -> list[bool]:
-    return [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, bool)]
-
-
-def wear(program: Program, literals: Mapping[fx.Node, tuple[Any, ...]]) -> type[nn.Module]:
+def wear(program: Program, literals: Mapping[fx.Node, Arguments]) -> type[nn.Module]:
     """A class like the model's own whose forward runs the program's graph with other literal sizes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(program.graph, copies)
     graph.output(result)
-    for node, args in literals.items():
-        copies[node].args = tuple(fx.map_arg(arg, lambda n: copies[n]) for arg in args)
+    for node, (args, kwargs) in literals.items():
+        copies[node].args = fx.map_arg(args, lambda n: copies[n])
+        copies[node].kwargs = fx.map_arg(kwargs, lambda n: copies[n])
     for node, copied in copies.items():
-        if node.meta.get("follows_mode"):
-            _follow_mode(graph, copied)
+        if node.meta.get("modes"):
+            _follow_mode(graph, copied, node.meta["modes"])
     switches = _follow_grad(graph)
     code = graph.python_code("self")
     source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
@@ -151,15 +147,19 @@ def _own_class(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if f"{_PREFIX}source" not in vars(kind))
 
 
-def _follow_mode(graph: fx.Graph, node: fx.Node) -> None:
-    """The ``training`` flag that was fixed while recording follows the model's mode again."""
+def _follow_mode(graph: fx.Graph, node: fx.Node, modes: Mapping[int, tuple[Any, Any]]) -> None:
+    """Flags and rates that were fixed while recording follow the model's mode again: (in training, else)."""
+    leaves_, nest = tree_flatten((node.args, dict(node.kwargs)))
     with graph.inserting_before(node):
         mode = graph.get_attr("training")
-    named = [name for name in ("training", "train") if name in node.kwargs]
-    if named:
-        node.kwargs = {**node.kwargs, named[0]: mode}
-    else:
-        node.args = tuple(mode if isinstance(arg, bool) else arg for arg in node.args)
+        for index, (here, there) in modes.items():
+            leaves_[index] = graph.call_function(_either, (mode, here, there))
+    node.args, node.kwargs = tree_unflatten(leaves_, nest)
+
+
+def _either(training: bool, here: Any, there: Any) -> Any:
+    """What holds in training, or else."""
+    return here if training else there
 
 
 def _follow_grad(graph: fx.Graph) -> bool:

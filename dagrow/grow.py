@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from torch.optim import Optimizer
 
-from dagrow.dag import Dag, render
+from dagrow.dag import Dag
 from dagrow.draft import Change, Draft
 from dagrow.errors import GrowthError
 from dagrow.features import Goal, Reads
@@ -23,6 +23,7 @@ from dagrow.optimizers import check_optimizer
 from dagrow.search import line_search
 from dagrow.solve import best_move
 from dagrow.surgery import preview, transaction
+from dagrow.tables import render
 from dagrow.undisturbed import undisturbed
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]

@@ -10,14 +10,14 @@ from weakref import ref
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from dagrow.axes import Landing
 from dagrow.dag import Dag
 from dagrow.draft import Change
 from dagrow.errors import GrowthError
-from dagrow.layers import rule_for
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
+from dagrow.placed import Placed
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
+from dagrow.widening import Landing
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
 
@@ -229,18 +229,16 @@ def cost_of(dag: Dag, change: Change) -> Cost:
         for n, at in change.landings.items()
         if n in parameters
     }
-    weights = {f"{node.target}.weight": node for node in dag.graph.nodes if node.op == "call_module"}
+    weights = {layer.path("weight"): (node, layer) for node, layer in dag.layers.items()}
     used = [name for name in weights if name in added and parameters[name].ndim > 1]
-    flops = sum(2 * added[name] * _positions(dag, weights[name]) for name in used)
+    flops = sum(2 * added[name] * _positions(*weights[name]) for name in used)
     return Cost(sum(added.values()), flops)
 
 
-def _positions(dag: Dag, node: fx.Node) -> int:
+def _positions(node: fx.Node, layer: Placed) -> int:
     """How often a layer uses each entry of its weight for a sample of the example that was traced."""
-    rule = rule_for(dag.model.get_submodule(str(node.target)), dag.rules)
-    assert rule is not None
-    inputs, outputs = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    return max(1, rule.positions(inputs, outputs) // outputs.shape[0])
+    inputs, outputs = layer.inputs.meta["val"], node.meta["val"]
+    return max(1, layer.rule.positions(inputs, outputs) // outputs.shape[0])
 
 
 def _grown(shape: Sequence[int], landings: Sequence[Landing]) -> int:

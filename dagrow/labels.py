@@ -6,71 +6,22 @@ labels are united; what nobody understands freezes what it touches, and the caus
 are one class at the end must grow together.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from dagrow import ops
-from dagrow.layers import EdgeRule, LayerRule, RiderRule, rule_for
-from dagrow.space import Tables, tables_of
+from dagrow.classes import NEUTRAL, Classes, narrow
+from dagrow.layers import EdgeRule, RiderRule
+from dagrow.placed import Placed
+from dagrow.runner import Runner, Values
 
-__all__ = ["NEUTRAL", "ChannelRunner", "Classes", "Labelling", "Rider", "Runner", "label", "narrow"]
-
-NEUTRAL = -1  #: the label of entries that belong to no channel: masks, scalars, positions
-Values = dict[fx.Node, Any]
-
-
-@dataclass
-class Classes:
-    """Union-find over labels. A frozen class keeps the first cause of its freezing."""
-
-    parent: list[int] = field(default_factory=list)
-    frozen: dict[int, str] = field(default_factory=dict)
-    _table: Tensor | None = None  #: every label's representative, until classes change
-
-    def fresh(self, count: int) -> Tensor:
-        start, self._table = len(self.parent), None
-        self.parent.extend(range(start, start + count))
-        return torch.arange(start, start + count)
-
-    def copy(self) -> "Classes":
-        return Classes(list(self.parent), dict(self.frozen))
-
-    def find(self, label: int) -> int:
-        root = label
-        while self.parent[root] != root:
-            root = self.parent[root]
-        while self.parent[label] != root:
-            self.parent[label], label = root, self.parent[label]
-        return root
-
-    def unite(self, a: int, b: int) -> None:
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self.parent[b], self._table = a, None
-            cause = self.frozen.get(a) or self.frozen.pop(b, None)
-            if cause:
-                self.frozen[a] = cause
-
-    def freeze(self, labels: Tensor, cause: str) -> None:
-        for label in torch.unique(narrow(labels)).tolist():
-            if label != NEUTRAL:
-                self.frozen.setdefault(self.find(label), cause)
-
-    def cause(self, label: int) -> str | None:
-        """Why the label's class is frozen, or None."""
-        return self.frozen.get(self.find(label))
-
-    def roots(self, labels: Tensor) -> Tensor:
-        """The labels' representatives, entry by entry."""
-        if self._table is None:
-            self._table = torch.tensor([self.find(label) for label in range(len(self.parent))] + [NEUTRAL])
-        return self._table[labels]
+__all__ = ["ChannelRunner", "Labelling", "Rider", "label"]
 
 
 @dataclass(frozen=True)
@@ -80,12 +31,14 @@ class Rider:
     name: str
     rule: RiderRule | None  #: None for a parameter or buffer used directly
     neutral: float = 0.0  #: for a tensor used directly: the entry that leaves a channel unchanged
-    entries: tuple[str, ...] = ()  #: the layer's parameters and buffers that carry the entries
+    paths: tuple[tuple[str, str], ...] = ()  #: the layer's parameters and buffers that carry entries, and their names
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
+    owner: str = ""  #: the module whose attributes state the width
 
     @property
     def tensors(self) -> list[str]:
         """Names of the parameters and buffers that carry the entries."""
-        return [self.name] if self.rule is None else [f"{self.name}.{entry}" for entry in self.entries]
+        return [self.name] if self.rule is None else [path for _, path in self.paths]
 
 
 @dataclass
@@ -98,6 +51,9 @@ class Labelling:
         columns: edge -> labels of its input channels.
         entries: rider -> labels of its entries.
         shared: edge -> why its weights do not act at one place only.
+        aside: labels that were broadcast over channels of others, and so met none of them.
+        joined: node -> the dimension along which channels stay apart; those along all others are one.
+        channels: smaller labels are channels of layers.
     """
 
     classes: Classes
@@ -106,171 +62,85 @@ class Labelling:
     columns: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[Rider, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
-
-
-class Runner(ABC):
-    """Executes nodes on integer tensors; what integers mean and how they meet is up to the subclass."""
-
-    def __init__(self, model: nn.Module, rules: Sequence[LayerRule]) -> None:
-        self.model, self.rules = model, rules
-        self.modules = dict(model.named_modules())
-
-    @abstractmethod
-    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors of one shape that meet entry by entry."""
-
-    @abstractmethod
-    def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
-        """Marks all channels in the tensors as not growable."""
-
-    @abstractmethod
-    def opaque(self, node: fx.Node, cause: str) -> Any:
-        """The value of a node that nothing is known of."""
-
-    @abstractmethod
-    def source(self, node: fx.Node) -> Any:
-        """The value of a placeholder or of a tensor used directly."""
-
-    @abstractmethod
-    def edge(self, node: fx.Node, rule: EdgeRule, inputs: Tensor) -> Any:
-        """The output of a weighted layer."""
-
-    @abstractmethod
-    def rider(self, node: fx.Node, rule: RiderRule, inputs: Tensor) -> Any:
-        """The output of a layer with one entry per channel."""
-
-    def run(self, nodes: Iterable[fx.Node], values: Values) -> Values:
-        """Adds the nodes' values to ``values``."""
-        for node in nodes:
-            try:
-                values[node] = self.node(node, values)
-            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError):
-                touched = [values[source] for source in node.all_input_nodes]
-                values[node] = self.unknown(node, touched, f"operation {ops.op_name(node)} cannot run on labels")
-        return values
-
-    def node(self, node: fx.Node, values: Values) -> Any:
-        if node.op in ("placeholder", "get_attr"):
-            return self.source(node)
-        args = fx.map_arg(node.args, lambda n: values[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-        if node.op == "output":
-            self.freeze(_tensors(args), "is an output of the model")
-            return args[0]
-        if node.op == "call_module":
-            return self.call_module(node, args, kwargs)
-        return self.call_function(node, args, kwargs)
-
-    def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        module = self.modules[str(node.target)]
-        rule = rule_for(module, self.rules)
-        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if plain and isinstance(rule, EdgeRule):
-            return self.edge(node, rule, args[0])
-        if plain and isinstance(rule, RiderRule):
-            return self.rider(node, rule, args[0])
-        if plain and ops.is_pointwise_module(module):
-            return args[0]
-        if plain and ops.is_move_module(module):
-            return self.move(node, args, kwargs)
-        tables = tables_of(None, module) if plain else None
-        if tables is not None:
-            return self.spatial(node, tables, args[0])
-        dims = ops.mixed_dims(node, module, args[0].ndim) if plain else None
-        if dims is not None:
-            return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
-        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) has no rule")
-
-    def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        name, tensors = ops.op_name(node), _tensors((args, kwargs))
-        if name in ops.SIZES or not (tensors or name in ops.CREATION):
-            return ops.executor(node)(*args, **kwargs)
-        if name in ops.CREATION:
-            return self.opaque(node, f"is a constant made by {name}")
-        if name in ops.MOVES and not (name == "getitem" and _tensors(args[1:])):  # labels are no indices
-            return self.move(node, args, kwargs)
-        if name in ops.POINTWISE and isinstance(args[0], Tensor):
-            return args[0] if len(tensors) == 1 else self.merge(_broadcast(tensors, self.freeze))
-        if name in ops.PAIRWISE:
-            return self.merge(_broadcast(tensors, self.freeze))
-        if name in ops.REDUCTIONS:
-            return self.reduce(node, args, kwargs)
-        tables = tables_of(name, None, args, kwargs)
-        if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
-            return self.spatial(node, tables, args[0])
-        dims = ops.mixed_dims(node, None, args[0].ndim) if tensors and args and isinstance(args[0], Tensor) else None
-        if dims is not None:
-            self.freeze(tensors[1:], f"is used in {name}")
-            return self.mixed(node, str(name), dims, args[0])
-        return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
-
-    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        """Executes an operation that only moves entries. A hook for rewriting literals."""
-        if ops.op_name(node) == "view":  # labels are laid out otherwise in memory than the activation
-            return args[0].reshape(*args[1:], **kwargs)
-        if node.op == "call_module":
-            return self.modules[str(node.target)](args[0].contiguous())
-        return ops.executor(node)(*args, **kwargs)
-
-    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        """Entries along the reduced dimensions meet; different channels must not."""
-        inputs = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = tuple(range(inputs.ndim)) if dims is None else dims
-        dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
-        if any(_varies(inputs, d) for d in dims):
-            return self.unknown(node, inputs, f"{ops.op_name(node)} mixes channels")
-        keep = node.meta["val"].ndim == inputs.ndim
-        index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
-        return inputs[index] if keep else inputs[index].squeeze(dims)
-
-    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
-        """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
-        found = tables(inputs.shape)
-        for dim, table in zip(range(inputs.ndim - len(found), inputs.ndim), found, strict=True):
-            if not _varies(inputs, dim):
-                sizes = [len(table) if d == dim else -1 for d in range(inputs.ndim)]
-                inputs = inputs.narrow(dim, 0, 1).expand(sizes)
-            elif table.shape[1] == 1:
-                none = (table[:, 0] < 0).view([-1 if d == dim else 1 for d in range(inputs.ndim)])
-                inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NEUTRAL)
-            else:
-                return self.unknown(node, inputs, f"{ops.op_name(node) or node.target} mixes channels")
-        return inputs
-
-    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
-        """A norm or softmax over some dimensions, which must not hold different channels."""
-        if any(_varies(inputs, dim) for dim in dims):
-            return self.unknown(node, inputs, f"{name} mixes all channels, so that a new one would change the others")
-        return inputs
-
-    def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
-        """Unknown never means pointwise: all that the operation touches freezes."""
-        where = node.meta.get("source")
-        cause = f"{cause} [{where}]" if where else cause
-        self.freeze(_tensors(touched), cause)
-        return self.opaque(node, cause)
+    aside: list[Tensor] = field(default_factory=list)
+    joined: Mapping[fx.Node, int] = field(default_factory=dict)
+    channels: int = 0
 
 
 class ChannelRunner(Runner):
     """Labels are channels: they unite where they meet."""
 
-    def __init__(self, model: nn.Module, rules: Sequence[LayerRule], found: Labelling) -> None:
-        super().__init__(model, rules)
+    def __init__(self, model: nn.Module, layers: Mapping[fx.Node, Placed], found: Labelling) -> None:
+        super().__init__(model, layers)
         self.found, self.classes = found, found.classes
+        self.live: set[fx.Node] = set()  #: nodes that depend on an input of the model
+
+    @cached_property
+    def named(self) -> set[str]:
+        """Parameters and buffers of the model."""
+        return {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+
+    def same(self, entries: Tensor) -> Tensor:
+        return self.classes.roots(entries)
+
+    def is_channel(self, labels: Tensor) -> Tensor:
+        """Which labels are one class with a layer's channel."""
+        roots = self.classes.roots(labels)
+        return (roots >= 0) & (roots < self.found.channels)
+
+    def node(self, node: fx.Node, values: Values) -> Any:
+        value = super().node(node, values)
+        dim = self.found.joined.get(node)
+        if dim is not None:
+            together = narrow(value).movedim(dim, 0).flatten(1)
+            self.classes.unite(together[:, :1], together)
+        return value
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        first, *others = (narrow(t) for t in tensors)
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-        merged = first
+        merged, *others = [self._meeting(t, tensors, shape) for t in tensors]
         for other in others:
-            a, b = torch.broadcast_tensors(merged, other)
-            pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
-            for x, y in pairs.T.tolist():
-                if x != y and NEUTRAL not in (x, y):
-                    self.classes.unite(x, y)
+            self.classes.unite(narrow(merged), narrow(other))
+            a, b = torch.broadcast_tensors(narrow(merged), narrow(other))
             merged = torch.where(a == NEUTRAL, b, a)
         return merged.expand(shape)
+
+    def _meeting(self, tensor: Tensor, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """The operand, or NEUTRAL if its entries would meet many channels of another, so that they are of none."""
+        missing = len(shape) - tensor.ndim
+        stretched = [d for d, size in enumerate(shape) if size > 1 and (d < missing or tensor.shape[d - missing] == 1)]
+        for other in tensors if stretched else ():
+            if other is not tensor and any(self._tells_apart(other.expand(shape), d) for d in stretched):
+                self.found.aside.append(narrow(tensor).flatten())
+                return tensor.new_full((), NEUTRAL).expand(tensor.shape)
+        return tensor
+
+    def _tells_apart(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a dimension holds several channels of layers."""
+        if not self.varies(tensor, dim):
+            return False
+        entries = narrow(tensor)
+        return self.varies(torch.where(self.is_channel(entries), entries, NEUTRAL), dim)
+
+    def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
+        dims = range(left.ndim - summed, left.ndim)
+        if any(left.shape[d] != right.shape[d] for d in dims):
+            raise RuntimeError("the sizes of the dimension that a product sums over differ")
+        apart = [any(self._tells_apart(side, d) for d in dims) for side in (left, right)]
+        if any(apart):
+            self.summed(node, narrow(left), narrow(right))
+        parts = []
+        for side, many in zip((left, right), apart, strict=True):
+            one = side.flatten(left.ndim - summed)[..., 0] if summed else side
+            if not many and any(self.varies(side, d) for d in dims):  # entries of a tensor used directly
+                self.freeze([side], self.located(node, f"is summed over in {ops.op_name(node)}"))
+                many = True
+            parts.append(one.new_full((), NEUTRAL).expand(one.shape) if many else one)
+        return self.merge(parts)
+
+    def summed(self, node: fx.Node, left: Tensor, right: Tensor) -> None:
+        """Channels of two operands meet in a sum of products."""
+        self.classes.unite(left, right)
 
     def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
         for tensor in tensors:
@@ -287,12 +157,14 @@ class ChannelRunner(Runner):
         return tree_map(frozen, node.meta.get("val"))
 
     def source(self, node: fx.Node) -> Any:
-        if node.op == "placeholder" or node.target not in self._direct():
+        if node.op == "placeholder" or node.target not in self.named:
             return self.opaque(node, "is an input of the model" if node.op == "placeholder" else "is a constant")
         if not node.meta["val"].is_floating_point():
             return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
         shape = node.meta["val"].shape
         known = next((t for r, t in self.found.entries.items() if r.name == node.target), None)
+        if known is None and not ops.binds(node, self.live):
+            return self.opaque(node, f"is computed from {node.target}")
         if known is None:
             known = self.classes.fresh(shape.numel()).reshape(shape) if shape else torch.tensor(NEUTRAL)
             neutral = ops.neutral_entries(node)
@@ -301,97 +173,81 @@ class ChannelRunner(Runner):
             self.found.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = known
         return known
 
-    def _direct(self) -> set[str]:
-        return {n for n, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
-
-    def edge(self, node: fx.Node, rule: EdgeRule, inputs: Tensor) -> Any:
-        name, module = str(node.target), self.modules[str(node.target)]
-        dim = rule.channel_dim(inputs.ndim)
+    def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        name, rule = layer.name, layer.rule
+        assert isinstance(rule, EdgeRule)
+        dim, rows = rule.channel_dim(inputs.ndim), self.found.rows[name]
         if name in self.found.columns:
             self.found.shared[name] = f"{name} is called more than once"
-            twice = (inputs, self.found.rows[name], self.found.columns[name])
-            return self.unknown(node, twice, self.found.shared[name])
+            return self.unknown(node, (inputs, rows, self.found.columns[name]), self.found.shared[name])
         self.found.columns[name] = self._per_channel(inputs, dim)
-        if name not in self.found.rows:
-            self.found.rows[name] = self.classes.fresh(rule.widths(module)[1])
-        rows, shape = self.found.rows[name], list(node.meta["val"].shape)
         if dim == 0 and inputs.ndim > 1:
             self.freeze([inputs, rows], f"{name} reads an image without a dimension of samples")
-        dim = rule.channel_dim(len(shape))
-        shape[dim] = len(rows)
-        return rows.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        return _along(rows, rule, node)
 
-    def rider(self, node: fx.Node, rule: RiderRule, inputs: Tensor) -> Any:
-        name = str(node.target)
-        refusal = rule.refusal(self.modules[name])
+    def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        name, rule, module = layer.name, layer.rule, layer.module
+        assert isinstance(rule, RiderRule)
+        refusal = rule.refusal(module)
         if refusal:
             self.freeze([inputs], f"{refusal} ({name})")
-        module = self.modules[name]
         dim, (read, written) = rule.channel_dim(inputs.ndim), rule.group(module)
         labels = self._per_channel(inputs, dim)
         if len(labels) % read:
             return self.unknown(node, inputs, f"{len(labels)} channels do not fall into the groups of {name}")
         groups = labels.view(-1, read)
-        for column in groups.T[1:]:
-            self.merge([groups[:, 0], column])
+        self.classes.unite(groups[:, :1], groups)
         if (read, written) != (1, 1):
             labels = groups.amax(1, keepdim=True).expand(-1, written).reshape(-1)
-        rider = Rider(name, rule, entries=tuple(rule.passing(module)))
+        paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
+        rider = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
         if rider in self.found.entries:
             self.merge([self.found.entries[rider], labels])
         self.found.entries[rider] = labels
-        shape = list(node.meta["val"].shape)
-        shape[dim] = len(labels)
-        if (read, written) == (1, 1) and inputs.shape == torch.Size(shape):
+        same = (read, written) == (1, 1) and inputs.shape[:dim] == node.meta["val"].shape[:dim]
+        if same and inputs.shape[dim + 1 :] == node.meta["val"].shape[dim + 1 :]:
             return inputs
-        return labels.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        return _along(labels, rule, node)
 
     def _per_channel(self, inputs: Tensor, dim: int) -> Tensor:
         """One label per channel; labels that share a channel at different positions are united."""
-        inputs_narrow = narrow(inputs.movedim(dim, 0))
-        flat = torch.unique(inputs_narrow.reshape(len(inputs_narrow), -1), dim=1)
-        if len(flat) == 1 and inputs.shape[dim] > 1:
-            flat = flat.expand(inputs.shape[dim], -1)
-        for column in flat.T[1:]:
-            self.merge([flat[:, 0], column])
-        return flat[:, 0].clone()
+        entries = narrow(inputs.movedim(dim, 0)).flatten(1)
+        if len(entries) == 1:
+            entries = entries.expand(inputs.shape[dim], -1)
+        found = entries.amax(1)
+        self.classes.unite(found[:, None], entries)
+        return found
 
 
-def label(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -> Labelling:
-    """Runs the whole graph on fresh labels."""
-    found = Labelling(Classes())
-    ChannelRunner(model, rules, found).run(graph.nodes, found.values)
+def _along(labels: Tensor, rule: EdgeRule | RiderRule, node: fx.Node) -> Tensor:
+    """Labels along the channels of a node's value, whatever the positions."""
+    shape = list(node.meta["val"].shape)
+    dim = rule.channel_dim(len(shape))
+    shape[dim] = len(labels)
+    return labels.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def label(
+    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed], joined: Mapping[fx.Node, int] | None = None
+) -> Labelling:
+    """Runs the whole graph on fresh labels; ``joined`` as in :class:`Labelling`."""
+    found = Labelling(Classes(), joined=joined or {})
+    for layer in layers.values():
+        if isinstance(layer.rule, EdgeRule) and layer.name not in found.rows:
+            found.rows[layer.name] = found.classes.fresh(layer.rule.widths(layer.module)[1])
+    found.channels = len(found.classes)
+    runner = ChannelRunner(model, layers, found)
+    runner.live = _live(graph)
+    runner.run(graph.nodes, found.values)
+    for name in [name for name in found.rows if name not in found.columns]:
+        del found.rows[name]
     return found
 
 
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def narrow(tensor: Tensor) -> Tensor:
-    """The tensor with every repeated (stride 0) dimension cut to one entry."""
-    return tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())] if tensor.numel() else tensor
-
-
-def _broadcast(tensors: Sequence[Tensor], freeze: Callable[[Iterable[Tensor], str], None]) -> list[Tensor]:
-    """Expands operands to one shape. One whose entry would meet many channels belongs to none of them."""
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    wide = [t.expand(shape) for t in tensors]
-    result = []
-    for tensor, full in zip(tensors, wide, strict=True):
-        stretched = [d for d in range(len(shape)) if shape[d] > 1 and _size(tensor, d, len(shape)) == 1]
-        others = [o for o in wide if o is not full]
-        if any(_varies(other, d) for d in stretched for other in others):
-            freeze([tensor], "is broadcast over the channels of another axis")
-            full = full.new_full((), NEUTRAL).expand(shape)
-        result.append(full)
-    return result
-
-
-def _size(tensor: Tensor, dim: int, ndim: int) -> int:
-    offset = dim - (ndim - tensor.ndim)
-    return tensor.shape[offset] if offset >= 0 else 1
-
-
-def _varies(tensor: Tensor, dim: int) -> bool:
-    return tensor.stride(dim) != 0 and not bool((tensor == tensor.select(dim, 0).unsqueeze(dim)).all())
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an input of the model."""
+    live: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(source in live for source in node.all_input_nodes):
+            live.add(node)
+    return live

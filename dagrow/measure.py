@@ -1,4 +1,4 @@
-"""One pass over batches that gathers moments. The only place that hangs hooks."""
+"""One pass over batches that gathers moments."""
 
 import functools
 from collections import defaultdict
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dagrow.axes import Landing
 from dagrow.captures import Batch, Capture
 from dagrow.dag import Dag
 from dagrow.errors import BatchError, GrowthError, LossError
@@ -18,6 +17,8 @@ from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective
 from dagrow.products import product
 from dagrow.undisturbed import undisturbed
+from dagrow.watch import Watch
+from dagrow.widening import Landing
 
 __all__ = ["measure"]
 
@@ -56,50 +57,32 @@ def measure(
         return sums.moments()
 
 
-class _Watch:
-    """Hooks that catch what layers read and the goals at what they write."""
+class _Watch(Watch):
+    """Catches what layers read and the goals at what they write."""
 
     def __init__(
         self, dag: Dag, features: Iterable[Feature], read: Mapping[str, Landing], written: Mapping[str, Landing]
     ) -> None:
-        modules = dict(dag.model.named_modules())
         features = list(features)
-        names = {edge for feature in features for edge in feature.edges}
+        layers = [dag.layer(name) for name in sorted({edge for feature in features for edge in feature.edges})]
+        super().__init__(dag.model, layers, self.caught)
         self.goals = {edge for feature in features for edge in feature.goals}
         self.watched = {
-            name: (modules[name], dag.rule(name), read.get(name), written.get(name)) for name in sorted(names)
+            layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
         self.found: dict[str, Capture] = {}
-        self.before = {name: set(module._forward_hooks) for name, (module, *_) in self.watched.items()}
-
-    def __enter__(self) -> "_Watch":
-        for name in self.watched:
-            self.watched[name][0].register_forward_hook(
-                lambda _m, args, output, name=name: self.catch(name, args, output),
-                prepend=True,  # before the user's
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.remove()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            self.remove()
-            raise
 
     def remove(self) -> None:
-        for name, (module, *_) in self.watched.items():
-            for key in set(module._forward_hooks) - self.before[name]:
-                del module._forward_hooks[key]
+        super().remove()
         self.found = {}
 
-    def catch(self, name: str, args: tuple, output: Tensor) -> Tensor | None:
+    def caught(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
         if name in self.found:
             raise GrowthError(
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
                 "if the model itself has changed, trace it again."
             )
-        inputs = args[0].detach()
+        inputs = inputs.detach()
         self.found[name] = Capture(*self.watched[name], inputs, inputs._version, output.shape)
         if name not in self.goals:
             return None

@@ -1,14 +1,14 @@
 """What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 __all__ = [
-    "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "REDUCTIONS", "SIZES",
-    "executor", "is_move_module", "is_pointwise_module", "mixed_dims", "neutral_entries", "op_name",
+    "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "SIZES", "ZERO_KEEPING", "binds",
+    "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims", "neutral_entries", "op_name",
 ]  # fmt: skip
 
 #: y = f(x), entry by entry
@@ -51,6 +51,21 @@ SIZES = frozenset(
     size shape dim ndim numel len dtype device is_floating_point is_complex requires_grad
     """.split()
 )
+#: sums of products of two tensors over a dimension
+PRODUCTS = frozenset(
+    """
+    matmul bmm mm einsum scaled_dot_product_attention
+    """.split()
+)
+#: f(0) = 0
+ZERO_KEEPING = frozenset(
+    """
+    abs clone contiguous detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float double
+    half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu selu
+    sign silu sin softshrink softsign sqrt square tan tanh tanhshrink zeros_like
+    mul multiply rmul mean sum
+    """.split()
+)
 CREATION = frozenset(
     """
     zeros ones full empty arange eye linspace rand randn tensor scalar_tensor
@@ -74,6 +89,14 @@ def is_move_module(module: nn.Module) -> bool:
 def is_pointwise_module(module: nn.Module) -> bool:
     """Whether the module computes each entry from itself alone, in the same way for every channel."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _POINTWISE_MODULES)
+
+
+def keeps_zero(module: nn.Module) -> bool:
+    """Whether a module that computes each entry from itself alone makes 0 of 0."""
+    return is_pointwise_module(module) and not isinstance(
+        module, (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Sigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardsigmoid,
+                 nn.Hardtanh, nn.Threshold)
+    )  # fmt: skip
 
 
 def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] | None:
@@ -129,6 +152,22 @@ def neutral_entries(node: fx.Node) -> set[float]:
         moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "detach"}
         found |= neutral_entries(user) if moved else {identity_of(name)}
     return found
+
+
+def binds(node: fx.Node, live: Set[fx.Node]) -> bool:
+    """Whether a tensor used directly meets activations entry by entry, rather than in what is computed from it.
+
+    Args:
+        live: nodes that depend on an input of the model.
+    """
+    for user in node.users:
+        name = op_name(user)
+        if user in live:
+            if name in PAIRWISE | MOVES | PRODUCTS or user.op == "output":
+                return True
+        elif name in PAIRWISE | MOVES | POINTWISE | PRODUCTS and binds(user, live):
+            return True
+    return False
 
 
 def executor(node: fx.Node) -> Callable[..., object]:

@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dagrow.axes import Landing
 from dagrow.errors import OptimizerError
+from dagrow.widening import Landing
 
 __all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refuse", "settle"]
 

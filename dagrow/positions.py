@@ -12,9 +12,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dagrow.classes import NEUTRAL
 from dagrow.dag import Axis, Dag, Edge
-from dagrow.labels import NEUTRAL, Runner
-from dagrow.layers import EdgeRule, RiderRule
+from dagrow.layers import RiderRule
+from dagrow.placed import Placed
+from dagrow.runner import Runner
 from dagrow.space import Tables
 
 __all__ = ["Arrival", "arrival", "single"]
@@ -135,7 +137,7 @@ def single(found: Arrival, producer: Edge, consumer: Edge) -> Arrival | None:
 
 def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
     """The sizes of an edge's output in the example but for samples and channels."""
-    shape = next(n.meta["val"].shape for n in dag.graph.nodes if n.op == "call_module" and n.target == edge.name)
+    shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
     return tuple(size for dim, size in enumerate(shape) if dim not in (0, edge.rule.channel_dim(len(shape))))
 
 
@@ -154,7 +156,7 @@ class _PositionRunner(Runner):
     """Only one unit of one axis counts; everything else is neutral. Means of entries get numbers of their own."""
 
     def __init__(self, dag: Dag, axis: Axis, producer: Edge) -> None:
-        super().__init__(dag.model, dag.rules)
+        super().__init__(dag.model, dag.layers)
         self.dag, self.axis, self.producer = dag, axis, producer
         self.inputs: dict[str, Tensor] = {}
         self.samples, self.rows, self.sizes = 1, 0, torch.Size()
@@ -169,10 +171,11 @@ class _PositionRunner(Runner):
         )  # fmt: skip
         reached: set[fx.Node] = set()
         for node in self.dag.graph.nodes:
-            start = node.op == "call_module" and node.target == self.producer.name
+            layer = self.layers.get(node)
+            start = layer is not None and layer.name == self.producer.name
             if start or any(source in reached for source in node.all_input_nodes):
                 values[node] = self.node(node, values)
-                if start or node.op != "call_module" or node.target not in self.dag.labels.rows:
+                if start or layer is None or layer.name not in self.dag.labels.rows:
                     reached.add(node)
         return self.inputs.get(consumer.name)
 
@@ -212,6 +215,9 @@ class _PositionRunner(Runner):
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
         return self.windowed(inputs, tables(inputs.shape))
 
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+        return self.unknown(node, inputs, "") if any(self.varies(inputs, dim) for dim in dims) else inputs
+
     def windowed(self, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
         """Means over the entries that tables name, along the last dimensions."""
         first = inputs.ndim - len(tables)
@@ -238,6 +244,12 @@ class _PositionRunner(Runner):
             merged = torch.where(clash, MIXED, torch.where(merged == NEUTRAL, other, merged))
         return merged
 
+    def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
+        """Linear theory does not reach through products of activations."""
+        result = self.unknown(node, (left, right), "")
+        assert isinstance(result, Tensor)
+        return result
+
     def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
         """Nothing to mark: what is opaque to positions is MIXED."""
 
@@ -254,10 +266,10 @@ class _PositionRunner(Runner):
     def source(self, node: fx.Node) -> Any:
         return self.opaque(node, "")
 
-    def edge(self, node: fx.Node, rule: EdgeRule, inputs: Tensor) -> Any:
-        self.inputs[str(node.target)] = inputs
-        output = _neutral(node.meta["val"]).clone()
-        if node.target == self.producer.name:
+    def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        self.inputs[layer.name] = inputs
+        output, rule = _neutral(node.meta["val"]).clone(), layer.rule
+        if layer.name == self.producer.name:
             channels = self.axis.layout.rows[self.producer.name][0]
             flat = output.movedim(rule.channel_dim(output.ndim), -1)
             self.rows, self.sizes = flat[..., 0].numel(), flat.shape[1:-1]
@@ -266,9 +278,11 @@ class _PositionRunner(Runner):
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))
         return output
 
-    def rider(self, node: fx.Node, rule: RiderRule, inputs: Tensor) -> Any:
+    def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
         """A new channel passes as the rule says."""
-        module, dim = self.modules[str(node.target)], rule.channel_dim(inputs.ndim)
+        module, rule = layer.module, layer.rule
+        assert isinstance(rule, RiderRule)
+        dim = rule.channel_dim(inputs.ndim)
         read, written = rule.group(module)
         if (read, written) != (1, 1):
             passed = inputs.unflatten(dim, (-1, read)).narrow(dim + 1, 0, min(read, written))

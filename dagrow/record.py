@@ -1,8 +1,9 @@
 """Recording one forward pass as an `fx.Graph`: every torch function, every call of a leaf module, every size.
 
-The model runs on fake tensors, so nothing is computed and no value can leak into the graph; its own Python
-control flow simply runs. Sizes read from tensors are integers that remember their node (`LiveInt`), so the
-graph holds for other batch sizes and sequence lengths than those it was recorded with.
+The model runs once, under a mode that sees every call, and is left as it was found; where inputs hold no values it
+runs on fake tensors. Its own Python control flow simply runs, but must not read values. Sizes read from tensors are
+integers that remember their node (`LiveInt`), so the graph holds for other batch sizes and sequence lengths than those
+it was recorded with.
 """
 
 import inspect
@@ -11,7 +12,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,21 +25,26 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
 from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode, get_testing_overrides
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dagrow.errors import TraceError
 from dagrow.frames import refusal, source, user_names
+from dagrow.opened import run_opened
 from dagrow.sizes import LiveInt, described
 from dagrow.trees import is_plain, leaves, mapped, opened, tensors
 
 __all__ = [
-    "VALUE_ERRORS", "FakeMode", "Recorder", "is_leaf", "mark_mode", "snapshot",
+    "VALUE_ERRORS", "FakeMode", "Recorder", "is_leaf", "snapshot",
 ]  # fmt: skip
 
 Versions = dict[int, int]
 
-_WALKED = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder,
-           nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # fmt: skip
+_WALKED = (
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention,
+)  # fmt: skip
 _READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__",
     "__contains__", "is_nonzero", "equal", "allclose",
@@ -64,49 +70,31 @@ def is_leaf(module: nn.Module) -> bool:
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
-def snapshot(fake: FakeMode, value: Any) -> Any:
-    """`value` as a node keeps it: fake, detached, and safe from later in-place changes of shape."""
+def snapshot(value: Any) -> Any:
+    """`value` as a node keeps it: without its entries, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value
-    return (value if isinstance(value, FakeTensor) else fake.from_tensor(value)).detach()
-
-
-@cache
-def _mode_positions(function: Callable[..., Any]) -> tuple[int, ...]:
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        stand_in = get_testing_overrides().get(function)
-        names = list(inspect.signature(stand_in).parameters) if stand_in else []
-    return tuple(i for i, name in enumerate(names) if name in ("training", "train"))
-
-
-def mark_mode(node: fx.Node) -> None:
-    """Set `meta["mode_dependent"]` on a call that was given a boolean `training` or `train` argument."""
-    if node.op != "call_function" or not callable(node.target):
-        return
-    flags = [node.kwargs.get("training"), node.kwargs.get("train")]
-    if any(isinstance(arg, bool) for arg in node.args):
-        flags += [node.args[i] for i in _mode_positions(node.target) if i < len(node.args)]
-    if any(isinstance(flag, bool) for flag in flags):
-        node.meta["mode_dependent"] = True
+    if value.layout is not torch.strided or value.is_nested:
+        return value.detach()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 class Recorder(TorchFunctionMode):
-    """Writes an `fx.Graph` while a model runs inside `with recorder:`, itself inside a fake tensor mode.
+    """Writes an `fx.Graph` while a model runs inside `with recorder:`.
 
     A tensor is known by its identity: inputs and results by the node that made them, parameters and buffers
     by their first name in the model, all other real tensors as constants. A result that is the very tensor
     that went in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeMode) -> None:
+    def __init__(self, model: nn.Module, fake: FakeMode | None) -> None:
         super().__init__()
         self.model, self.fake, self.graph = model, fake, fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
+        self.obstacle: str | None = None  #: why no forward can be written from the graph
         self._named = {id(t): (name, t) for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
-        self._nodes: dict[int, fx.Node] = {}
+        self._nodes: Any = WeakIdKeyDictionary()  # tensors go when forward lets them go
         self._devices: dict[int, fx.Node] = {}
         self._kept: list[Any] = []
         self._disposable: set[fx.Node] = set()
@@ -146,8 +134,13 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.fake is not None and self._inside and func is functional.batch_norm:
+            return _batch_normed(*args, **kwargs)
         if not self.live or sys._getframe(1).f_globals.get("__name__", "").startswith(_INNER):
             return func(*args, **kwargs)
+        opened_up = run_opened(self, func, args, kwargs)
+        if opened_up is not None:
+            return opened_up[0]
         self._inside += 1
         try:
             return self._call(func, args, kwargs)
@@ -158,8 +151,11 @@ class Recorder(TorchFunctionMode):
         called = getattr(func, "__name__", "")
         attribute = func.__self__.__name__ if called in ("__get__", "__set__") else ""
         name = attribute or called
-        if name in _READS:
+        if name in _READS and self.fake is not None:
             raise TraceError(refusal(name.strip("_"), source()))
+        if name in _READS:
+            self.note(f"{name.strip('_')} reads a value of the example")
+            self.obstacle = f"reads values of tensors ({source()})"
         if name in ("unbind", "__len__"):
             self.note(f"{name} bakes in a size of {tuple(next(tensors((args, kwargs))).shape)}")
         lowered, before = self._lower((args, kwargs)), _versions((args, kwargs))
@@ -203,7 +199,6 @@ class Recorder(TorchFunctionMode):
         name = "model" if target == "" else None
         node = self.graph.create_node(op, target, tuple(args), kwargs, name=name)
         node.meta["source"] = source()
-        mark_mode(node)
         return node
 
     def _lower(self, value: Any) -> Any:
@@ -221,14 +216,15 @@ class Recorder(TorchFunctionMode):
         if isinstance(made_by, torch.autograd.function.BackwardCFunction):
             name = made_by.name().removesuffix("Backward")
             self.note(f"the graph differentiates the forward of {name}, it does not call its backward")
-        if id(tensor) not in self._nodes:
+            self.obstacle = f"calls {name}, which has a backward of its own"
+        if tensor not in self._nodes:
             self._keep(tensor, self._attribute(tensor))
-        return self._nodes[id(tensor)]
+        return self._nodes[tensor]
 
     def _attribute(self, tensor: Tensor) -> fx.Node:
         name = self._named[id(tensor)][0] if id(tensor) in self._named else f"_constant{len(self.constants)}"
         if name.startswith("_constant"):
-            if isinstance(tensor, FakeTensor):
+            if tensor.grad_fn is not None if self.fake is None else isinstance(tensor, FakeTensor):
                 raise TraceError(
                     f"{source()}: a tensor of shape {tuple(tensor.shape)} was made by something other than a "
                     "torch function (torch.Tensor(...), from_numpy, vmap, a scripted part, a cache filled by "
@@ -236,29 +232,29 @@ class Recorder(TorchFunctionMode):
                 )
             self.constants[name] = tensor
         node = self._emit("get_attr", name)
-        node.meta["val"] = snapshot(self.fake, tensor)
+        node.meta["val"] = snapshot(tensor)
         self._disposable.add(node)
         return node
 
     def _keep(self, tensor: Tensor, node: fx.Node) -> None:
-        self._nodes[id(tensor)] = node
+        self._nodes[tensor] = node
         self._devices.setdefault(id(tensor.device), node)
-        self._kept += [tensor, tensor.device]
+        self._kept.append(tensor.device)
 
     def _part(self, node: fx.Node, access: Callable[..., Any], key: Any, value: Any) -> fx.Node:
         part = self._emit("call_function", access, (node, key))
-        part.meta["val"] = mapped(partial(snapshot, self.fake), value)
+        part.meta["val"] = mapped(snapshot, value)
         self._disposable.add(part)
         return part
 
     def _adopt(self, node: fx.Node, value: Any, before: Versions) -> Any:
-        node.meta["val"] = mapped(partial(snapshot, self.fake), value)
+        node.meta["val"] = mapped(snapshot, value)
         return self._follow(node, value, before)
 
     def _follow(self, node: fx.Node, value: Any, before: Versions) -> Any:
         """Tie `value` to `node`, its parts to `getitem` nodes, and make its sizes live."""
         if isinstance(value, Tensor):
-            known = id(value) in self._nodes or id(value) in self._named
+            known = value in self._nodes or id(value) in self._named
             if known and _version(value) == before.get(id(value), _version(value)):
                 value = torch.ops.aten.alias.default(value)
             self._keep(value, node)
@@ -281,13 +277,13 @@ class Recorder(TorchFunctionMode):
         return LiveInt(value, node, self)
 
     def placeholder(self, target: str, value: Any) -> Any:
-        """A node for one parameter of forward, and the fake value to call forward with."""
+        """A node for one parameter of forward, and a value of our own to call forward with."""
         node = self.graph.create_node("placeholder", target, name=target.lstrip("*"))
-        node.meta.update(val=mapped(self._faked, value), source=self._home)
+        node.meta.update(val=mapped(snapshot, value), source=self._home)
         for path, leaf in leaves(value):
             if not isinstance(leaf, Tensor) and leaf is not None:
                 self.notes[f"argument {target}{path} = {leaf!r} is baked in"] = None
-        return self._given(node, mapped(self._faked, value))
+        return self._given(node, mapped(self._own, value))
 
     def _given(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -297,13 +293,19 @@ class Recorder(TorchFunctionMode):
             self._given(self._part(node, *_access(key), child), child)
         return value
 
-    def _faked(self, value: Any) -> Any:
+    def _own(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if self.fake is None:
+            return value.detach().clone().requires_grad_(value.requires_grad)
         if isinstance(value, FakeTensor) or value.is_meta:
             home = next((t.device for _, t in self._named.values()), value.device)
             return torch.empty_like(value, device=home, requires_grad=value.requires_grad)
         return self.fake.from_tensor(value.detach()).requires_grad_(value.requires_grad)
+
+    def assigned(self) -> list[str]:
+        """Buffers that forward has assigned anew."""
+        return [name for name, buffer in self.model.named_buffers() if id(buffer) not in self._named]
 
     def output(self, value: Any) -> None:
         """Write the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
@@ -322,19 +324,25 @@ class Recorder(TorchFunctionMode):
         flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
         node = self._emit("output", "output", (flat if lowered is None else lowered,))
         count = itertools.count()
-        node.meta.update(
-            val=mapped(partial(snapshot, self.fake), value), structure=mapped(lambda _: next(count), value)
-        )
+        node.meta.update(val=mapped(snapshot, value), structure=mapped(lambda _: next(count), value))
         node.meta["source"] = self._home
         self._tidy()
 
     def _tidy(self) -> None:
         """Drop sizes, parts and attributes that nothing reads; calls stay, they may write."""
         for node in reversed(self.graph.nodes):
-            if node in self._disposable and not node.users:
+            if node in self._disposable and not node.users and not node.meta.get("baked"):
                 self.graph.erase_node(node)
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
+
+
+def _batch_normed(inputs: Tensor, mean: Any, variance: Any, weight: Any = None, bias: Any = None,
+                  training: bool = False, *_: Any, **__: Any) -> Tensor:  # fmt: skip
+    """What ``functional.batch_norm`` gives on fake tensors, without the many steps that torch takes to find out."""
+    if training and inputs.numel() == inputs.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {inputs.size()}")
+    return inputs.clone() if weight is None else inputs + weight.sum()
 
 
 def _autocast() -> tuple[bool, ...]:

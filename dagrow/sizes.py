@@ -25,11 +25,13 @@ class Writer(Protocol):
         """Arithmetic on sizes."""
 
 
-def described(node: Any) -> str:
-    """A size as it was computed, for messages."""
+def described(node: Any, depth: int = 4) -> str:
+    """A size as it was computed, for messages; of long computations the last steps."""
     if not isinstance(node, fx.Node):
         return str(node)
-    given = [described(arg) for arg in node.args]
+    if not depth:
+        return node.name
+    given = [described(arg, depth - 1) for arg in node.args]
     if node.target is operator.getitem:
         return f"{given[0]}[{given[1]}]"
     if node.target is getattr:
@@ -38,6 +40,12 @@ def described(node: Any) -> str:
         return f"{given[0]}.{node.target}({', '.join(given[1:])})"
     sign = _SIGNS.get(getattr(node.target, "__name__", ""))
     return f"({given[0]} {sign} {given[1]})" if sign and len(given) == 2 else node.name
+
+
+def mark_baked(size: Any) -> None:
+    """The graph holds for this value of a size only."""
+    if isinstance(size, fx.Node):
+        size.meta["baked"] = True
 
 
 def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
@@ -59,6 +67,8 @@ def _guarding(name: str, sign: str) -> Callable[..., Any]:
         if isinstance(other, (int, float)) and self.recorder.live:
             right = other.node if isinstance(other, LiveInt) else other
             if right is not self.node:
+                for size in (self.node, right):
+                    mark_baked(size)
                 self.recorder.note(f"{described(self.node)} {sign} {described(right)} is {result}")
         return result
 
@@ -90,6 +100,7 @@ class LiveInt(int):
 
     def bake(self, *others: Any) -> None:
         if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
+            mark_baked(self.node)
             self.recorder.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__

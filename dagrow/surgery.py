@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dagrow.dag import Dag, tensor_at
+from dagrow.dag import Dag
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
 from dagrow.optimizers import carry, log_growth, log_undo, refuse, settle
+from dagrow.sharing import tensor_at
 from dagrow.undisturbed import AsFound
 
 __all__ = ["Saved", "Undo", "apply", "preview", "transaction", "whole", "widen_copy"]

@@ -1,6 +1,5 @@
 """The program of a model without example inputs, by ``torch.fx``."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from operator import attrgetter
@@ -11,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from dagrow.errors import TraceError
 from dagrow.frames import source
-from dagrow.record import FakeMode, is_leaf, mark_mode, snapshot
+from dagrow.record import FakeMode, is_leaf, snapshot
+from dagrow.stated import stated
 from dagrow.trace import Executor, Program, explained, refuse_lazy, verify
 from dagrow.trees import mapped
 from dagrow.undisturbed import undisturbed
@@ -34,7 +34,6 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = source()
-        mark_mode(node)
         return node
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -52,29 +51,26 @@ def symbolic(model: nn.Module) -> Program:
     with undisturbed(model, weights=True):
         try:
             tracer = _Tracer()
-            graph = tracer.trace(model)
+            with stated(model) as uses:
+                graph = tracer.trace(model)
         except Exception as error:
             raise TraceError(f"torch.fx cannot follow {type(model).__name__}.forward: {error} {_ASK}") from error
         constants = _named_constants(model, graph)
     result = graph.output_node()
     count = itertools.count()
     result.meta["structure"] = mapped(lambda _: next(count), _thawed(result.args[0]))
-    program = Program(model, graph, constants, ())
+    program = Program(model, graph, constants, (), frozenset(uses.computed))
     example = _example(model, graph)
     fake = FakeMode(allow_non_fake_inputs=True)
     with undisturbed(model, weights=True), fake, torch.no_grad(), explained(model, example):
-        _Propagator(program, fake).run(fake.from_tensor(example))
+        _Propagator(program).run(fake.from_tensor(example))
     return verify(program, example)
 
 
 class _Propagator(Executor):
-    def __init__(self, program: Program, fake: FakeMode) -> None:
-        super().__init__(program)
-        self._fake = fake
-
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        n.meta["val"] = mapped(functools.partial(snapshot, self._fake), value)
+        n.meta["val"] = mapped(snapshot, value)
         return value
 
 

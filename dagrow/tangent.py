@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from dagrow.dag import Dag, render
+from dagrow.dag import Dag
 from dagrow.errors import GrowthError, LossError
 from dagrow.grow import Bottlenecks, bottlenecks
 from dagrow.objective import Loss, Objective
+from dagrow.tables import render
 from dagrow.trace import bind
 from dagrow.undisturbed import AsFound, undisturbed
 

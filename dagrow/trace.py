@@ -1,6 +1,6 @@
 """From an `nn.Module` to a `Program`: its `fx.Graph`, proved to compute what the model computes.
 
-Two front-ends, one normal form. `record` runs the model once on fake tensors and writes down what happens
+Two front-ends, one normal form. `record` runs the model once and writes down what happens
 (`dagrow.record`); `symbolic` uses `torch.fx` where there are no example inputs. Neither changes the model.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -25,8 +26,9 @@ from dagrow.record import (
     refusal,
     source,
 )  # fmt: skip
+from dagrow.stated import StatedInt, arguments_of, stated
 from dagrow.trees import leaves, mapped
-from dagrow.undisturbed import undisturbed
+from dagrow.undisturbed import AsFound
 
 __all__ = ["Executor", "Program", "bind", "explained", "fits", "record", "refuse_lazy", "verify"]
 
@@ -40,14 +42,29 @@ class Program:
 
     Nodes: placeholders named after forward's parameters, `call_module` for leaf modules, `get_attr` for
     parameters and buffers used directly and for `constants` (targets `_constant0`, ...), functions and
-    methods for all else, one output. Every node has `meta["val"]`, its fake value, and `meta["source"]`, the
-    user's line; `meta["mode_dependent"]` marks a call whose `training` argument was fixed by tracing.
+    methods for all else, one output. Every node has `meta["val"]`, its value (tensors without entries), and
+    `meta["source"]`, the user's line.
+
+    `computed` are the attributes of modules, whole numbers, that forward computed with; `obstacle` is what forward
+    does that none written from the graph would do.
     """
 
     model: nn.Module
     graph: fx.Graph
     constants: dict[str, Tensor]
     specialisations: tuple[str, ...]
+    computed: frozenset[tuple[str, str]] = frozenset()
+    obstacle: str | None = None
+
+    @cached_property
+    def stated(self) -> dict[tuple[str, str], list[fx.Node]]:
+        """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
+        found: dict[tuple[str, str], list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for value in arguments_of((node.args, node.kwargs)):
+                if isinstance(value, StatedInt):
+                    found.setdefault(value.place, []).append(node)
+        return found
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Execute the graph with the model's current parameters.
@@ -142,24 +159,56 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> Program:
-    """The program of `model`, recorded in the mode that it is in, and verified on the example inputs."""
-    args, kwargs = bind(example_inputs)
+    """The program of `model`, recorded in the mode that it is in, and verified at another batch size."""
+    given = bind(example_inputs)
     refuse_lazy(model)
+    found, real = AsFound(model, weights=True), _hold_values(model, given)
+    with found.kept():
+        program = _recorded(model, *given, real=real)
+    if program.obstacle and real:  # many a forward does without values where there are none
+        with found.kept(), contextlib.suppress(TraceError):
+            program = _recorded(model, *given, real=False)
+    return verify(program, example_inputs, found) if verified else program
+
+
+def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Program:
+    """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
     bound = _arguments(model, args, kwargs)
-    with undisturbed(model, weights=True), FakeMode(allow_non_fake_inputs=True) as fake, torch.enable_grad():
-        for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
-            module._backward_hooks.clear()
-            module._backward_pre_hooks.clear()
+    fake = None if real else FakeMode(allow_non_fake_inputs=True)
+    for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    with fake or contextlib.nullcontext(), torch.enable_grad(), stated(model) as uses, plain_attention():
         recorder = Recorder(model, fake)
+        uses.live = lambda: recorder.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
             bound.arguments[name] = recorder.placeholder(star + name, value)
         with explained(model, (args, kwargs)), recorder:
             output = model(*bound.args, **bound.kwargs)
         recorder.output(output)
-        _note_buffers(model, recorder)
-    program = Program(model, recorder.graph, recorder.constants, tuple(recorder.notes))
-    return verify(program, example_inputs) if verified else program
+        for name in recorder.assigned():
+            recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
+    return Program(
+        model, recorder.graph, recorder.constants, tuple(recorder.notes), frozenset(uses.computed), recorder.obstacle
+    )
+
+
+def _hold_values(model: nn.Module, inputs: Any) -> bool:
+    """Whether no tensor is a stand-in without values."""
+    tensors = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+    return not any(isinstance(t, FakeTensor) or t.is_meta for t in (*tensors, *model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without the fused paths of torch's transformer layers."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextlib.contextmanager
@@ -175,7 +224,7 @@ def explained(model: nn.Module, inputs: Any) -> Iterator[None]:
         raise TraceError(
             f"{source(error)}: {type(model).__name__}.forward raised {type(error).__name__} on inputs "
             f"{_shapes(inputs)}: {error} "
-            "Check that the model runs on these inputs; if so, it does something that fake tensors cannot."
+            "Check that the model runs on these inputs."
         ) from error
 
 
@@ -186,62 +235,67 @@ def refuse_lazy(model: nn.Module) -> None:
         raise TraceError(f"Parameters {lazy} have no shape yet. Run one batch through the model first.")
 
 
-def _note_buffers(model: nn.Module, recorder: Recorder) -> None:
-    """A buffer that forward has assigned anew is fake now; the graph does not assign it."""
-    for name, buffer in model.named_buffers():
-        if isinstance(buffer, FakeTensor):
-            recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
+def verify(program: Program, example_inputs: Any, found: AsFound | None = None) -> Program:
+    """Compare the graph with the model at another batch size than it was made with, in the mode the model is in.
 
+    Half of the example's batch, or two of one. Where the model itself refuses that, one sample more; where it refuses
+    that too, the example, which a note tells. Both run on the same random numbers and buffers. Raises TraceError that
+    names the first output that differs.
 
-def verify(program: Program, example_inputs: Any) -> Program:
-    """Compare the graph with the model, on the example and on twice its batch, in the mode the model is in.
-
-    Both run on the same random numbers and buffers. Returns the program, with a note where the model itself
-    refuses the larger batch. Raises TraceError that names the first output that differs.
+    Args:
+        found: the model as it is, to come back to.
     """
     given = bind(example_inputs)
-    if any(isinstance(leaf, FakeTensor) or leaf.is_meta for _, leaf in leaves(given) if isinstance(leaf, Tensor)):
-        return _noted(program, "not verified: the example inputs hold no values")
-    _compare(program, given, "the example inputs")
-    double = _doubled(given)
-    if double is None:
-        return _noted(program, "verified at one batch size only: no tensor input has a batch dimension")
+    if not _hold_values(program.model, given):
+        return _noted(program, "not verified: the model or the example inputs hold no values")
+    found = found or AsFound(program.model, weights=True)
+    for size, other in _resized(given):
+        obstacle = _verified(program, found, other, size)
+        if obstacle is None:
+            return program
+        program = _noted(program, obstacle)
+    with explained(program.model, given):
+        expected = _evaluated(found, program.model, given)
+    _compare(program, found, expected, given, "the example inputs")
+    return _noted(program, "verified at one batch size only")
+
+
+def _verified(program: Program, found: AsFound, given: Any, size: int) -> str | None:
+    """Why the graph cannot be verified at a batch size, or None if it is."""
     try:
-        _evaluated(program.model, program.model, double)
-    except Exception as error:
-        return _noted(program, f"the model refuses twice the batch of the example: {first_line(error)}")
-    _compare(program, double, "the example inputs with every batch repeated twice")
-    return program
+        expected = _evaluated(found, program.model, given)
+    except Exception as error:  # the user's forward may raise anything
+        return f"the model refuses a batch of {size}: {first_line(error)}"
+    try:
+        _compare(program, found, expected, given, f"the example inputs with a batch of {size}")
+    except TraceError:
+        if size > 1:
+            raise
+        return "the graph does not hold for a batch of 1, for which the model does something else"
+    return None
 
 
 def _noted(program: Program, text: str) -> Program:
     return dataclasses.replace(program, specialisations=(*program.specialisations, text))
 
 
-def _evaluated(model: nn.Module, function: Callable[..., Any], given: Any) -> Any:
-    """Call `function` on copied inputs, without gradients and fused attention, and leave nothing changed."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with undisturbed(model, weights=True), torch.no_grad():
-            args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
-            return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+def _evaluated(found: AsFound, function: Callable[..., Any], given: Any) -> Any:
+    """Call `function` on copied inputs, without gradients and fused attention, and leave the model as it was found."""
+    with found.kept(), torch.no_grad(), plain_attention():
+        args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
+        return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
 
 
-def _compare(program: Program, given: Any, which: str) -> None:
-    name = type(program.model).__name__
-    with explained(program.model, given):
-        expected = dict(leaves(_evaluated(program.model, program.model, given)))
+def _compare(program: Program, found: AsFound, expected: Any, given: Any, which: str) -> None:
+    name, expected = type(program.model).__name__, dict(leaves(expected))
     fixed = "".join(f"\n  - {text}" for text in program.specialisations) or " none noted"
     advice = f"Fixed while tracing:{fixed}\nRead sizes as x.shape[i] and keep them in whole-number arithmetic."
     try:
-        found = dict(leaves(_evaluated(program.model, program.run, given)))
+        computed = dict(leaves(_evaluated(found, program.run, given)))
     except Exception as error:
         raise TraceError(f"The graph of {name} fails on {which} ({first_line(error)}). {advice}") from error
-    for path in {**expected, **found}:
-        if path not in expected or path not in found or not _close(expected[path], found[path]):
+    for path in {**expected, **computed}:
+        if path not in expected or path not in computed or not _close(expected[path], computed[path]):
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")
 
 
@@ -257,14 +311,15 @@ def _close(a: Any, b: Any) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=slack, equal_nan=True).all())
 
 
-def _doubled(given: Any) -> Any:
-    """The inputs with each tensor of the common batch size repeated along dimension 0, or None."""
+def _resized(given: Any) -> Iterator[tuple[int, Any]]:
+    """The inputs with other sizes of the dimension that most tensors share as their first."""
     sizes = [leaf.shape[0] for _, leaf in leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not sizes:
-        return None
-    batch = collections.Counter(sizes).most_common(1)[0][0]
+    batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
+    for size in dict.fromkeys((batch // 2 or 2, batch + 1)) if batch else ():
+        samples = torch.arange(size) % batch
 
-    def twice(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
+        def taken(leaf: Any, samples: Tensor = samples) -> Any:
+            batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
+            return leaf[samples.to(leaf.device)] if batched else leaf
 
-    return mapped(twice, given)
+        yield size, mapped(taken, given)

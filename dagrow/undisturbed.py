@@ -26,17 +26,11 @@ def undisturbed(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     Gradients are None inside, as something there may run backward.
     """
     found = AsFound(model, weights=weights)
-    try:
+    with found.kept():
         for saved in found.tensors:
             if saved.grad is not None:
                 saved.tensor.grad = None
         yield
-    finally:
-        try:
-            found.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            found.restore()
-            raise
 
 
 class AsFound:
@@ -62,6 +56,18 @@ class AsFound:
         self.generators = _random_state()
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leaves everything as it was found, whatever happens inside."""
+        try:
+            yield
+        finally:
+            try:
+                self.restore()
+            except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+                self.restore()
+                raise
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
@@ -105,6 +111,7 @@ def _refill(container: Any, content: Any) -> None:
 class _Saved:
     tensor: Tensor
     data: Tensor
+    solid: bool
     values: Tensor | None
     requires_grad: bool
     grad: Tensor | None
@@ -113,15 +120,17 @@ class _Saved:
     def of(tensor: Tensor, copied: bool) -> "_Saved":
         solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
         values = tensor.detach().clone() if copied and solid else None
-        return _Saved(tensor, tensor.detach(), values, tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
+        return _Saved(
+            tensor, tensor.detach(), solid, values, tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+        )
 
     def restore(self) -> None:
         """Writes back only what has changed: a write would break the backward of a loss still alive."""
         tensor = self.tensor
-        if self.values is not None:
+        if self.solid:
             if tensor.data_ptr() != self.data.data_ptr() or tensor.shape != self.data.shape:
                 tensor.data = self.data
-            if not torch.equal(tensor, self.values):
+            if self.values is not None and not torch.equal(tensor, self.values):
                 with torch.no_grad():
                     tensor.copy_(self.values)
         if not tensor.is_leaf:

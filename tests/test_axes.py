@@ -8,7 +8,7 @@ from torch import nn
 from zoo import Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, plans
 
 import dagrow
-from dagrow.labels import NEUTRAL, Classes
+from dagrow.classes import NEUTRAL, Classes
 from dagrow.positions import arrival
 
 
@@ -75,7 +75,7 @@ def test_a_view_that_splits_features_into_tokens() -> None:
     assert axis.layout.rows["up"][0].tolist() == [0, 8, 16, 24]
     widening = dag.widening(axis, 1)
     assert widening.rows["up"].new.tolist() == [[8, 17, 26, 35]]
-    assert [args[1:] for args in widening.literals.values()] == [(-1, 4, 9)]
+    assert [args[1:] for args, _ in widening.literals.values()] == [(-1, 4, 9)]
     assert arrival(dag, axis, dag.edge("up"), dag.edge("token")).index.tolist() == [[0], [1], [2], [3]]
     token = dag.axis("token")
     assert token.layout.columns["head"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -102,7 +102,7 @@ def test_a_frozen_class_keeps_its_first_cause() -> None:
     classes = Classes()
     classes.fresh(4)
     classes.freeze(torch.tensor([1, NEUTRAL]), "first")
-    classes.unite(0, 1)
+    classes.unite(torch.tensor(0), torch.tensor(1))
     classes.freeze(torch.tensor([0]), "second")
     assert [classes.cause(label) for label in range(4)] == ["first", "first", None, None]
 

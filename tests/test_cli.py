@@ -157,7 +157,11 @@ def test_a_model_that_does_not_take_the_input_is_one_line(here, capsys):
     assert refused(capsys, "inspect", "their_models:Net", "--input", "1,9").startswith("dagrow inspect: ")
     assert refused(capsys, "inspect", "their_models:Words", "--input", "2,7:long").startswith("dagrow inspect: ")
     assert refused(capsys, "inspect", "their_models:Words", "--input", "2,7", "--input", "2,7,2")
-    assert refused(capsys, "inspect", "their_models:Branching", "--input", "2,3").startswith("dagrow inspect: ")
+
+
+def test_a_model_that_reads_values_is_shown_with_what_was_fixed(here, capsys):
+    assert main(["inspect", "their_models:Branching", "--input", "2,3"]) == 0
+    assert "Fixed while tracing: bool reads a value" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

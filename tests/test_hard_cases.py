@@ -60,11 +60,25 @@ def test_what_knows_its_width_does_not_grow(between: Callable[[Between, Tensor],
 
 @pytest.mark.parametrize(
     "between",
-    [lambda m, h: h.tanh() / float(h.size(1)) ** 0.5, lambda m, h: h.clamp(max=h.shape[1] * 0.01)],
-    ids=["divided by a root", "clamped"],
+    [
+        lambda m, h: h.tanh() / float(h.size(1)) ** 0.5,
+        lambda m, h: h.clamp(max=h.shape[1] * 0.01),
+        lambda m, h: h.tanh() / m.first.out_features**0.5,
+        lambda m, h: h.tanh() if h.shape[1] == 4 else h,
+    ],
+    ids=["divided by a root", "clamped", "divided by what the layer states", "compared"],
 )
-def test_a_width_that_the_graph_does_not_show_is_caught_by_the_loss(between: Callable[..., Tensor]) -> None:
+def test_a_number_computed_from_a_width_stays_what_it_was(between: Callable[..., Tensor]) -> None:
     dag = dag_of(Between(between), 3)
+    (x, _), *_ = data(3)
+    before = dag.model(x)
+    dagrow.propose(dag, data(3), loss, [dagrow.AddNeurons(k=2)])[0].apply(0.0)
+    assert dag.model.first.out_features == 6
+    assert torch.allclose(dag.model(x), before, rtol=0, atol=1e-12)
+
+
+def test_a_width_that_the_graph_does_not_show_is_caught_by_the_loss() -> None:
+    dag = dag_of(Between(lambda m, h: h.tanh() / len(m.first.weight)), 3)
     with pytest.raises(dagrow.GrowthError, match="computes something else when first is wider"):
         dagrow.propose(dag, data(3), loss, [dagrow.AddNeurons(k=2)])
 

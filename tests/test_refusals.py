@@ -53,7 +53,7 @@ class ScaledByWidth(nn.Module):
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)) * self.a.out_features**-0.5)
+        return self.b(torch.tanh(self.a(x)) * len(self.a.weight) ** -0.5)
 
 
 def test_a_width_that_the_forward_computes_with_is_noticed() -> None:

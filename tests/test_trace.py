@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import random
+import re
 
 import einops
 import numpy as np
@@ -225,15 +226,33 @@ READS = {
     "float": lambda self, x: x * float(x.sum()),
     "tolist": lambda self, x: x * x.tolist()[0][0],
     "numpy": lambda self, x: x + torch.from_numpy(x.detach().numpy()),
-    "mask": lambda self, x: x[x > 0],
     "all": lambda self, x: x * 2 if (x == 1).all() else x,
 }
 
 
+NOTE = r"reads a value of the example \(test_trace\.py:\d+\)"
+
+
+@pytest.mark.parametrize("name", ["bool", "all", "tolist"])
+def test_reading_a_value_that_is_the_same_for_another_batch_is_noted(name):
+    assert any(re.search(NOTE, note) for note in record(made(READS[name]), torch.rand(3, 4)).specialisations)
+
+
+@pytest.mark.parametrize("name", ["item", "float", "numpy"])
+def test_reading_a_value_that_differs_for_another_batch_is_refused(name):
+    with pytest.raises(TraceError, match=NOTE):
+        record(made(READS[name]), torch.rand(3, 4))
+
+
 @pytest.mark.parametrize("name", READS)
-def test_reading_values_is_refused_with_line_reason_and_way_out(name):
+def test_reading_a_value_that_is_not_there_is_refused_with_line_reason_and_way_out(name):
     with pytest.raises(TraceError, match=r"test_trace\.py:\d+: .*values of the example.*torch\.where"):
-        record(made(READS[name]), torch.ones(3, 4))
+        record(made(READS[name]), torch.ones(3, 4, device="meta"))
+
+
+def test_sizes_that_depend_on_values_are_followed():
+    model, x = made(lambda self, x: x[x > 0] * 2), torch.randn(3, 4)
+    same(record(model, x).run(-x), model(-x))
 
 
 def test_guards_and_baked_sizes_are_noted():
@@ -251,7 +270,7 @@ def test_guards_and_baked_sizes_are_noted():
 
 
 def test_a_baked_batch_size_is_found_by_the_second_batch():
-    with pytest.raises(TraceError, match=r"repeated twice[\s\S]*__len__ bakes"):
+    with pytest.raises(TraceError, match=r"a batch of 4[\s\S]*__len__ bakes"):
         record(made(lambda self, x: x.view(len(x), 2, 2)), torch.randn(3, 4))
     with pytest.raises(TraceError, match="differs from the model at output"):
         record(made(lambda self, x: x / float(x.shape[0])), torch.randn(3, 4))
@@ -259,7 +278,13 @@ def test_a_baked_batch_size_is_found_by_the_second_batch():
 
 def test_a_model_that_refuses_another_batch_is_noted():
     program = record(made(lambda self, x: x.view(3, 4) + 1), torch.randn(3, 4))
-    assert any("refuses twice the batch" in note for note in program.specialisations)
+    assert any("refuses a batch of 4" in note for note in program.specialisations)
+    assert any("verified at one batch size only" in note for note in program.specialisations)
+
+
+def test_a_forward_that_treats_a_batch_of_one_apart_is_noted():
+    program = record(made(lambda self, x: x + 1 if x.shape[0] == 1 else x), torch.randn(3, 4))
+    assert any("does not hold for a batch of 1" in note for note in program.specialisations)
 
 
 def test_meta_inputs_are_recorded_but_not_verified():
@@ -305,17 +330,6 @@ def test_operators_have_one_spelling():
     program = record(made(lambda self, x: (1 - x) * 2 + x.add(x) / x), torch.randn(2, 4))
     found = [target.__name__ for target in targets(program, "call_function")]  # 1 - x is Tensor.rsub or operator.sub
     assert found == ["sub", "mul", "add", "truediv", "add"]
-
-
-def test_training_flags_are_marked():
-    program = record(
-        made(lambda self, x: torch.dropout(functional.dropout(x, 0.5, self.training), 0.1, True)),
-        torch.ones(2, 4),
-    )
-    assert [node.target for node in program.graph.nodes if node.meta.get("mode_dependent")] == [
-        functional.dropout,
-        torch.dropout,
-    ]
 
 
 def test_grad_mode_of_the_forward_is_kept():

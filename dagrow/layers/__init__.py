@@ -3,10 +3,10 @@
 from dagrow.layers.base import EdgeRule, LayerRule, RiderRule, rule_for, with_constant
 from dagrow.layers.channels import BATCH_NORMS, GROUP_NORM, INSTANCE_NORMS, PRELU
 from dagrow.layers.convolutions import CONVOLUTIONS, GROUPED
-from dagrow.layers.linear import LINEAR
+from dagrow.layers.linear import LINEAR, TRANSPOSED, TransposedLinear
 
-__all__ = ["DEFAULT_RULES", "EdgeRule", "LayerRule", "RiderRule", "rule_for", "with_constant"]
+__all__ = ["DEFAULT_RULES", "EdgeRule", "LayerRule", "RiderRule", "TransposedLinear", "rule_for", "with_constant"]
 
 DEFAULT_RULES: tuple[LayerRule, ...] = (
-    LINEAR, *CONVOLUTIONS, *GROUPED, BATCH_NORMS, *INSTANCE_NORMS, GROUP_NORM, PRELU,
+    LINEAR, TRANSPOSED, *CONVOLUTIONS, *GROUPED, BATCH_NORMS, *INSTANCE_NORMS, GROUP_NORM, PRELU,
 )  # fmt: skip

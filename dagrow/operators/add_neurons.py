@@ -38,7 +38,8 @@ class AddNeurons(Operator):
             gradient); ``"copy"`` (Net2Net: neurons are split in two); ``"zero"`` (random fan-in, zero fan-out). The
             last three do not change the function.
         paired: adds (alpha, omega) and (-alpha, -omega), 2k neurons.
-        axes: names of the axes to consider; all that can grow by default.
+        axes: names of the axes to consider; by default all that can grow and that a layer reads. The width of queries
+            and keys, which no layer reads, grows with ``init="zero"``: random queries, zero keys.
         ridge: relative to each feature's second moment; None chooses it by cross-validation.
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
         seed: of random draws.
@@ -92,7 +93,7 @@ class AddNeurons(Operator):
 
     def _axes(self, dag: Dag) -> list[Axis]:
         if self.axes is None:
-            found = [axis for axis in dag.axes if axis.growable]
+            found = [axis for axis in dag.axes if axis.growable and (axis.consumers or self.init == "zero")]
             if not found:
                 raise GrowthError(f"no axis can grow:\n{dag}")
             return found
@@ -100,6 +101,12 @@ class AddNeurons(Operator):
         frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
         if frozen:
             raise GrowthError(f"cannot grow {', '.join(frozen)}; leave it out of axes=.")
+        unread = [axis.name for axis in asked if not axis.consumers]
+        if unread and self.init != "zero":
+            raise GrowthError(
+                f"no layer reads {', '.join(unread)}: the channels meet in a product of two layers, where no fan-out "
+                "can be fitted. Give init='zero', or leave it out of axes=."
+            )
         return asked
 
     def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:

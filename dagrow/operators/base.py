@@ -7,13 +7,13 @@ gets them measured, and returns what is to be inserted.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError
 from dagrow.growth import Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
+from dagrow.widening import Widening
 
 __all__ = ["Candidate", "Operator", "Stage"]
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dagrow.axes import Widening
 from dagrow.dag import Axis, Edge
 from dagrow.draft import Draft
 from dagrow.features import Carried, Explained, Goal, New
@@ -26,6 +25,7 @@ from dagrow.operators.base import Candidate, Stage
 from dagrow.operators.places import Place
 from dagrow.solve import Block, Compensation, Fit, explained_alone, fan_out
 from dagrow.validate import HeldOut, settled, significant, validate_fan_out
+from dagrow.widening import Widening
 
 __all__ = ["Proposal", "WidenCandidate"]
 
@@ -204,11 +204,11 @@ class FanOutStage(Stage):
             mean = square[-1, :-1]
             variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
             columns = _columns(kept, landing.new.shape[1])
-            module = self.place.dag.model.get_submodule(rider.name)
-            entries = rule.calibrated(module, mean[columns], variance[columns])
+            assert rider.module is not None
+            entries = rule.calibrated(rider.module, mean[columns], variance[columns])
             if mode == "train":
-                entries = {name: entry for name, entry in entries.items() if name in dict(module.named_buffers())}
-            draft.rider(rider.name, landing, entries)
+                entries = {name: entry for name, entry in entries.items() if name in dict(rider.module.named_buffers())}
+            draft.rider(rider, landing, entries)
 
     def _described(
         self,
@@ -250,7 +250,7 @@ class FanOutStage(Stage):
         gains = {}
         for consumer in self.axis.consumers:
             landing, written = draft.read[consumer.name], draft.written.get(consumer.name)
-            omega = consumer.matrix(draft.slope[f"{consumer.name}.weight"])[:, landing.new.flatten()].flatten(1)
+            omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, landing.new.flatten()].flatten(1)
             omega = omega if written is None else omega[written.old]
             columns = _columns(kept, self.slots(consumer))
             gains[consumer.name] = float((omega.T * m[New(consumer.name), Goal(consumer.name)][columns]).sum())
@@ -262,7 +262,7 @@ def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:
     unit = torch.tensor(1.0)
     return [
         (rider, rider.rule) for rider in place.axis.riders
-        if rider.rule is not None and rider.rule.calibrated(place.dag.model.get_submodule(rider.name), unit, unit)
+        if rider.rule is not None and rider.module is not None and rider.rule.calibrated(rider.module, unit, unit)
     ]  # fmt: skip
 
 

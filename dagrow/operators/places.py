@@ -44,8 +44,11 @@ class Place:
 
     @property
     def channels(self) -> int:
-        """Channels of a unit at a producer."""
-        return self.axis.layout.rows[self.producers[0].name].shape[1]
+        """Channels of a unit at the producer that writes most of them."""
+        return max(self._channels(edge) for edge in self.producers)
+
+    def _channels(self, producer: Edge) -> int:
+        return self.axis.layout.rows[producer.name].shape[1]
 
     @cached_property
     def arriving(self) -> dict[str, Feature]:
@@ -127,7 +130,7 @@ class Place:
         fans, start = {}, 0
         alpha = alpha.view(self.channels, -1, alpha.shape[1])
         for edge, size in self._sizes():
-            fans[edge.name] = alpha[:, start : start + size].permute(2, 0, 1)
+            fans[edge.name] = alpha[: self._channels(edge), start : start + size].permute(2, 0, 1)
             start += size
         return fans
 

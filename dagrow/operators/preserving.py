@@ -9,7 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dagrow.axes import Widening
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Draft
 from dagrow.features import Goal
@@ -20,6 +19,7 @@ from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.places import Place, places
 from dagrow.solve import Block
+from dagrow.widening import Widening
 
 __all__ = ["CopyCandidate", "GradMaxCandidate", "PreservingCandidate", "ZeroCandidate"]
 
@@ -36,7 +36,7 @@ class PreservingCandidate(Candidate):
 
     def pairs(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
-        goal = Goal(self.axis.consumers[0].name)
+        goal = Goal((self.axis.consumers or self.axis.producers)[0].name)
         return [(goal, goal)]
 
     def solve(self, moments: Moments, objective: Objective) -> Growth | None:

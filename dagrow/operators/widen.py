@@ -16,7 +16,8 @@ __all__ = ["Widen"]
 
 @dataclass(frozen=True)
 class Widen(Operator):
-    """Adds neurons to every axis that can grow. A subclass says in which directions: it defines :meth:`propose`.
+    """Adds neurons to every axis that can grow and that a layer reads. A subclass says in which directions: it
+    defines :meth:`propose`.
 
     The fan-out ``X = argmin E|v_perp - X h|^2`` is fitted to what the new neurons compute, ``h = sigma(alpha^T p)``.
 
@@ -42,7 +43,7 @@ class Widen(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         ridges = neuron_ridges(self.ridge, self.folds)
-        found = [place for axis in dag.axes if axis.growable for place in places(dag, axis)]
+        found = [place for axis in dag.axes if axis.growable and axis.consumers for place in places(dag, axis)]
         return [
             WidenCandidate(
                 self, place, propose=self.propose, needs=((place.features, place.features),), ridges=ridges

@@ -1,0 +1,194 @@
+"""Layers at their places in a graph: calls of modules that a rule knows, and functions called with a parameter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import matmul
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dagrow.layers import LayerRule, TransposedLinear, rule_for
+
+__all__ = ["Placed", "placed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A layer that acts at one node of a graph.
+
+    Attributes:
+        name: the module's path; of a function that of the module that owns the weight, or of a weight by another name.
+        module: the layer, or a stand-in that holds the very parameters that a function was called with.
+        rule: what dagrow knows of it.
+        inputs: the node that it reads.
+        paths: its parameters and buffers by their names in the rule, as the model names them.
+        owner: the module whose attributes state its widths.
+        names: of a function's arguments, in their order.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    rule: LayerRule = field(repr=False)
+    inputs: fx.Node = field(repr=False)
+    paths: Mapping[str, str] = field(default_factory=dict, repr=False)
+    owner: str = ""
+    names: tuple[str, ...] = ()
+
+    def path(self, entry: str) -> str:
+        """The model's name of a parameter or buffer."""
+        return self.paths.get(entry) or f"{self.name}.{entry}"
+
+
+def placed(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -> dict[fx.Node, Placed]:
+    """The layers of a graph that a rule knows, by their nodes."""
+    modules = dict(model.named_modules())
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    known = {name: rule_for(module, rules) for name, module in modules.items()}
+    found: dict[fx.Node, Placed] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            name, rule, inputs = str(node.target), known[str(node.target)], _only(node)
+            if rule is not None and inputs is not None:
+                found[node] = Placed(name, modules[name], rule, inputs, owner=name)
+        elif node.op == "call_function":
+            layer = _functional(node, held, rules)
+            if layer is not None:
+                found[node] = layer
+    return found
+
+
+def _only(node: fx.Node) -> fx.Node | None:
+    """The one thing that a module is called with."""
+    given: list[Any] = [*node.args, *node.kwargs.values()]
+    return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None
+
+
+def _functional(node: fx.Node, held: Mapping[str, Tensor], rules: Sequence[LayerRule]) -> Placed | None:
+    called = _CALLS.get(node.target)
+    given = called.arguments(node) if called is not None else None
+    if called is None or given is None or not isinstance(given.get("input"), fx.Node):
+        return None
+    tensors = {entry: given[entry] for entry in _ENTRIES if given.get(entry) is not None}
+    if not tensors or not all(
+        isinstance(t, fx.Node) and t.op == "get_attr" and t.target in held for t in tensors.values()
+    ):
+        return None
+    paths = {entry: str(tensor.target) for entry, tensor in tensors.items()}
+    settings = {key: value for key, value in given.items() if key not in ("input", *_ENTRIES)}
+    if any(isinstance(value, fx.Node) for setting in settings.values() for value in _each(setting)):
+        return None
+    module = called.make({entry: held[path] for entry, path in paths.items()}, settings)
+    rule = None if module is None else rule_for(module, rules)
+    if module is None or rule is None:
+        return None
+    first = next(iter(paths.values()))
+    owner, _, leaf = first.rpartition(".")
+    return Placed(
+        owner if leaf in _ENTRIES and owner else first, module, rule, given["input"], paths, owner, called.names
+    )
+
+
+def _direct(value: Any, held: Mapping[str, Tensor]) -> bool:
+    """Whether an argument is a parameter or buffer of the model."""
+    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in held
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a function takes its arguments, and the layer that does the same.
+
+    Attributes:
+        names: of its arguments, in their order.
+        make: a layer of given tensors and settings, or None if there is none.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module | None]
+
+    def arguments(self, node: fx.Node) -> dict[str, Any] | None:
+        """By their names; None for a call that gives others."""
+        given = {**dict(zip(self.names, node.args, strict=False)), **node.kwargs}
+        return given if len(node.args) <= len(self.names) and set(given) <= set(self.names) else None
+
+
+def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+    if tensors["weight"].ndim != 2:
+        return None
+    outputs, inputs = tensors["weight"].shape
+    return _holding(nn.Linear(inputs, outputs, device="meta"), tensors)
+
+
+def _product(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    fits = weight is not None and weight.ndim == 2 and (bias is None or bias.ndim == 1) and not settings
+    return TransposedLinear(weight, bias) if fits and weight is not None else None
+
+
+def _convolution(kind: type[nn.Module], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+    weight, groups = tensors["weight"], settings.get("groups", 1)
+    if weight.ndim < 3:
+        return None
+    inputs, outputs = (0, 1) if issubclass(kind, _TRANSPOSED) else (1, 0)
+    sizes = list(weight.shape[:2])
+    sizes[1] *= groups  # the second dimension is that of one group
+    given = {key: value if key == "groups" or isinstance(value, str) else _of(value, weight.ndim - 2)
+             for key, value in settings.items()}  # fmt: skip
+    module = kind(sizes[inputs], sizes[outputs], tuple(weight.shape[2:]), device="meta", **given)
+    return _holding(module, tensors)
+
+
+def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+    width = len(next(iter(tensors.values())))
+    module = nn.BatchNorm2d(
+        width, settings.get("eps", 1e-5), affine="weight" in tensors, track_running_stats="running_mean" in tensors,
+        device="meta",
+    )  # fmt: skip
+    return _holding(module, tensors) if len(tensors) == 4 else None
+
+
+def _slopes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+    return _holding(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
+
+
+_ENTRIES = ("weight", "bias", "running_mean", "running_var")
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_PRODUCT = _Call(("input", "weight"), _product)
+_CALLS: dict[Any, _Call] = {
+    functional.linear: _Call(("input", "weight", "bias"), _linear),
+    torch.matmul: _PRODUCT, torch.mm: _PRODUCT, matmul: _PRODUCT,
+    torch.addmm: _Call(("bias", "input", "weight"), _product),
+    functional.batch_norm: _Call(
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm
+    ),
+    functional.prelu: _Call(("input", "weight"), _slopes),
+} | {
+    getattr(space, f"{name}{d}d"): _Call(order, partial(_convolution, getattr(nn, f"{kind}{d}d")))
+    for space in (functional, torch)
+    for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
+    for d in (1, 2, 3)
+}  # fmt: skip
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else [value]
+
+
+def _of(value: Any, count: int) -> tuple[int, ...]:
+    """A setting for each dimension of space."""
+    given = _each(value)
+    return tuple(given) * count if len(given) == 1 else tuple(given)
+
+
+def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The layer with the very tensors, and no other."""
+    for entry in _ENTRIES:
+        if entry in module._parameters:
+            module._parameters[entry] = tensors.get(entry)  # type: ignore[assignment]
+        elif entry in module._buffers:
+            module._buffers[entry] = tensors.get(entry)
+    return module

@@ -1,0 +1,232 @@
+"""Running a graph on integers instead of numbers: what every operation does to the entries of a tensor."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from dagrow import ops
+from dagrow.classes import NEUTRAL, narrow
+from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS, Contraction, contraction
+from dagrow.layers import EdgeRule
+from dagrow.placed import Placed
+from dagrow.space import Tables, tables_of
+
+__all__ = ["Runner", "Values", "tensors_in"]
+
+Values = dict[fx.Node, Any]
+FAILURES = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+
+
+class Runner(ABC):
+    """Executes nodes on integer tensors; what integers mean and how they meet is up to the subclass."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[fx.Node, Placed]) -> None:
+        self.model, self.layers = model, layers
+
+    @abstractmethod
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors that meet entry by entry after broadcasting."""
+
+    @abstractmethod
+    def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
+        """Marks all channels in the tensors as not growable."""
+
+    @abstractmethod
+    def opaque(self, node: fx.Node, cause: str) -> Any:
+        """The value of a node that nothing is known of."""
+
+    @abstractmethod
+    def source(self, node: fx.Node) -> Any:
+        """The value of a placeholder or of a tensor used directly."""
+
+    @abstractmethod
+    def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        """The output of a weighted layer."""
+
+    @abstractmethod
+    def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        """The output of a layer with one entry per channel."""
+
+    @abstractmethod
+    def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
+        """A product summed over the last dimensions, of operands that are aligned over all dimensions."""
+
+    def same(self, entries: Tensor) -> Tensor:
+        """Entries as they compare."""
+        return entries
+
+    def varies(self, tensor: Tensor, dim: int) -> bool:
+        """Whether entries differ along a dimension."""
+        if tensor.shape[dim] < 2 or tensor.stride(dim) == 0 or not tensor.numel():
+            return False
+        entries = narrow(tensor)
+        first = entries.select(dim, 0).unsqueeze(dim)
+        return not torch.equal(entries, first.expand_as(entries)) and not bool(
+            (self.same(entries) == self.same(first)).all()
+        )
+
+    def run(self, nodes: Iterable[fx.Node], values: Values) -> Values:
+        """Adds the nodes' values to ``values``."""
+        for node in nodes:
+            try:
+                values[node] = self.node(node, values)
+            except FAILURES:
+                touched = [values[source] for source in node.all_input_nodes]
+                values[node] = self.unknown(node, touched, f"operation {ops.op_name(node)} cannot run on labels")
+        return values
+
+    def node(self, node: fx.Node, values: Values) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            return self.source(node)
+        layer = self.layers.get(node)
+        if layer is not None and isinstance(values[layer.inputs], Tensor):
+            act = self.edge if isinstance(layer.rule, EdgeRule) else self.rider
+            return act(node, layer, values[layer.inputs])
+        args = fx.map_arg(node.args, lambda n: values[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+        if node.op == "output":
+            self.freeze(tensors_in(args), "is an output of the model")
+            return args[0]
+        if node.op == "call_module":
+            return self.call_module(node, args, kwargs)
+        return self.call_function(node, args, kwargs)
+
+    def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        module = self.model.get_submodule(str(node.target))
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            if ops.is_pointwise_module(module):
+                return args[0]
+            if ops.is_move_module(module):
+                return self.move(node, args, kwargs)
+            tables = tables_of(None, module)
+            if tables is not None:
+                return self.spatial(node, tables, args[0])
+            dims = ops.mixed_dims(node, module, args[0].ndim)
+            if dims is not None:
+                return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
+        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) has no rule")
+
+    def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        name, tensors = ops.op_name(node), tensors_in((args, kwargs))
+        if name in ops.SIZES or not (tensors or name in ops.CREATION):
+            return ops.executor(node)(*args, **kwargs)
+        if name in ops.CREATION:
+            return self.opaque(node, f"is a constant made by {name}")
+        if name in ops.MOVES and not (name == "getitem" and tensors_in(args[1:])):  # labels are no indices
+            return self.move(node, args, kwargs)
+        if name in ops.POINTWISE and isinstance(args[0], Tensor):
+            return args[0] if len(tensors) == 1 else self.merge(tensors)
+        if name in ops.PAIRWISE:
+            return self.merge(tensors)
+        if name in ops.REDUCTIONS:
+            return self.reduce(node, args, kwargs)
+        if name == ATTENTION:
+            return self.attend(node, args, kwargs)
+        product = contraction(name, args) if not kwargs else None
+        if product is not None:
+            left, right = (arg for arg in args if isinstance(arg, Tensor))
+            return self.multiply(node, product, left, right)
+        tables = tables_of(name, None, args, kwargs)
+        if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
+            return self.spatial(node, tables, args[0])
+        dims = ops.mixed_dims(node, None, args[0].ndim) if tensors and args and isinstance(args[0], Tensor) else None
+        if dims is not None:
+            self.freeze(tensors[1:], f"is used in {name}")
+            return self.mixed(node, str(name), dims, args[0])
+        return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
+
+    def multiply(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+        """A product of two activations."""
+        return self.contract(node, *product.aligned(left, right), len(product.summed))
+
+    def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """Scaled dot-product attention: scores are summed over the width of a head, and values over positions."""
+        given = {**dict(zip(ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
+        query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
+        assert isinstance(query, Tensor)
+        assert isinstance(key, Tensor)
+        assert isinstance(value, Tensor)
+        if given.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        scores = self.multiply(node, Contraction.over("...td,...sd->...ts", query.ndim, key.ndim), query, key)
+        if isinstance(mask, Tensor):
+            scores = self.merge([scores, mask])
+        return self.multiply(node, Contraction.over("...ts,...sd->...td", scores.ndim, value.ndim), scores, value)
+
+    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """Executes an operation that only moves entries. A hook for rewriting literals."""
+        name = ops.op_name(node)
+        if name in ("view", "reshape"):  # labels are laid out otherwise in memory than the activation
+            return args[0].reshape(*args[1:], **kwargs)
+        if name in ("cat", "concat", "concatenate"):
+            return _joined(*args, **kwargs)
+        if node.op == "call_module":
+            return self.model.get_submodule(str(node.target))(args[0].contiguous())
+        return ops.executor(node)(*args, **kwargs)
+
+    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """Entries along the reduced dimensions meet; different channels must not."""
+        inputs = args[0]
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = tuple(range(inputs.ndim)) if dims is None else dims
+        dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
+        if any(self.varies(inputs, d) for d in dims):
+            return self.unknown(node, inputs, f"{ops.op_name(node)} mixes channels")
+        keep = node.meta["val"].ndim == inputs.ndim
+        index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
+        return inputs[index] if keep else inputs[index].squeeze(dims)
+
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+        """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
+        found = tables(inputs.shape)
+        for dim, table in zip(range(inputs.ndim - len(found), inputs.ndim), found, strict=True):
+            if not self.varies(inputs, dim):
+                sizes = [len(table) if d == dim else -1 for d in range(inputs.ndim)]
+                inputs = inputs.narrow(dim, 0, 1).expand(sizes)
+            elif table.shape[1] == 1:
+                none = (table[:, 0] < 0).view([-1 if d == dim else 1 for d in range(inputs.ndim)])
+                inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NEUTRAL)
+            else:
+                return self.unknown(node, inputs, f"{ops.op_name(node) or node.target} mixes channels")
+        return inputs
+
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+        """A norm or softmax over some dimensions, which must not hold different channels."""
+        if any(self.varies(inputs, dim) for dim in dims):
+            cause = f"{name} mixes all channels, so that a new one would change the others"
+            self.freeze([inputs], self.located(node, cause))
+        return inputs
+
+    def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
+        """Unknown never means pointwise: all that the operation touches freezes."""
+        cause = self.located(node, cause)
+        self.freeze(tensors_in(touched), cause)
+        return self.opaque(node, cause)
+
+    @staticmethod
+    def located(node: fx.Node, cause: str) -> str:
+        """A cause with the user's line."""
+        where = node.meta.get("source")
+        return f"{cause} [{where}]" if where else cause
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """Every tensor in a nest of containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
+    """A concatenation that keeps what is repeated in all parts repeated."""
+    dim = kwargs.get("axis", dim) % parts[0].ndim
+    sizes = parts[0].shape
+    repeated = [
+        d for d in range(len(sizes)) if d != dim and all(p.ndim == len(sizes) and p.stride(d) == 0 for p in parts)
+    ]
+    if any(part.shape[d] != sizes[d] for part in parts for d in repeated):
+        raise RuntimeError("sizes of tensors must match except in the dimension of the concatenation")
+    thin = [part[tuple(slice(0, 1) if d in repeated else slice(None) for d in range(len(sizes)))] for part in parts]
+    return torch.cat(thin, dim).expand([size if d in repeated else -1 for d, size in enumerate(sizes)])

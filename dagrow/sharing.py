@@ -1,0 +1,72 @@
+"""Tensors that act at several places cannot grow at one of them."""
+
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+
+from torch import Tensor, fx, nn
+
+from dagrow.labels import Labelling
+from dagrow.layers import EdgeRule
+from dagrow.placed import Placed
+
+__all__ = ["freeze_shared", "tensor_at"]
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name, which starts with a dot where the model itself is the layer."""
+    return attrgetter(name.removeprefix("."))(model)
+
+
+def freeze_shared(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed], found: Labelling) -> None:
+    """Freezes what the tensors of a layer write, read or carry if they do not belong to the layer alone."""
+    owners: dict[int, list[str]] = {}
+    for name, owned in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        owners.setdefault(id(owned), []).append(name)
+    readers = _readers(graph, model, layers)
+    for layer in {layer.name: layer for layer in layers.values() if layer.name in found.rows}.values():
+        rule = layer.rule
+        assert isinstance(rule, EdgeRule)
+        paths = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
+        cause = _sharing(layer.name, paths, model, owners, readers) or rule.refusal(layer.module)
+        if cause:
+            found.shared.setdefault(layer.name, cause)
+            found.classes.freeze(found.rows[layer.name], cause)
+            found.classes.freeze(found.columns[layer.name], cause)
+    for rider, labels in found.entries.items():
+        user = None if rider.rule is None else rider.name
+        cause = _sharing(user, rider.tensors, model, owners, readers)
+        if cause:
+            found.classes.freeze(labels, cause)
+
+
+def _readers(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed]) -> dict[str, set[str | None]]:
+    """For each parameter and buffer the layers that it is of; None for other uses."""
+    found: dict[str, set[str | None]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                layer = layers.get(user)
+                own = layer is not None and layer.inputs is not node and str(node.target) in layer.paths.values()
+                found.setdefault(str(node.target), set()).add(layer.name if layer is not None and own else None)
+        elif node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            for name, _ in (*module.named_parameters(str(node.target)), *module.named_buffers(str(node.target))):
+                found.setdefault(name, set()).add(layers[node].name if node in layers else None)
+    return found
+
+
+def _sharing(
+    user: str | None, paths: Iterable[str], model: nn.Module, owners: Mapping[int, list[str]],
+    readers: Mapping[str, set[str | None]],
+) -> str | None:  # fmt: skip
+    """Why one of a layer's tensors does not belong to it alone, or None."""
+    for path in paths:
+        name = path.removeprefix(".")
+        names = owners.get(id(tensor_at(model, name)), [])
+        if not names:
+            return f"{name} is computed, not a parameter"
+        if len(names) > 1:
+            return f"{name} is shared with {', '.join(other for other in names if other != name)}"
+        if any(reader != user for reader in readers.get(name, ())):
+            return f"{name} is also used elsewhere"
+    return None

@@ -1,0 +1,95 @@
+"""Whole numbers that modules state as attributes, remembered while a forward pass is written down.
+
+A size in a graph that came unchanged from such an attribute (a number of heads, a width) can be changed there, so
+that the model's own forward goes on. An attribute that was computed with cannot: a scale may hang on it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from dagrow.sizes import LiveInt
+
+__all__ = ["StatedInt", "Uses", "arguments_of", "stated"]
+
+
+class Uses:
+    """What forward did with the numbers that modules state.
+
+    Attributes:
+        computed: (module, attribute) pairs whose value was computed with or compared.
+        live: whether the user's code runs now.
+    """
+
+    def __init__(self) -> None:
+        self.computed: set[tuple[str, str]] = set()
+        self.live: Callable[[], bool] = lambda: True
+
+
+class StatedInt(int):
+    """A number that remembers which attribute of which module it is, until something is computed with it."""
+
+    place: tuple[str, str]
+    uses: Uses
+
+    def __new__(cls, value: int, place: tuple[str, str], uses: Uses) -> "StatedInt":
+        self = super().__new__(cls, value)
+        self.place, self.uses = place, uses
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int.__int__(self),)
+
+    __hash__ = int.__hash__
+
+
+def _noticed(name: str) -> Callable[..., Any]:
+    def method(self: StatedInt, *others: Any) -> Any:
+        if any(isinstance(other, LiveInt) for other in others):
+            return NotImplemented  # arithmetic on sizes is recorded, with this number in it
+        if self.uses.live():
+            self.uses.computed.add(self.place)
+        return getattr(int, name)(self, *others)
+
+    return method
+
+
+for _name in (
+    "add sub mul floordiv truediv mod divmod pow lshift rshift and or xor radd rsub rmul rfloordiv rtruediv rmod "
+    "rdivmod rpow rlshift rrshift rand ror rxor neg pos abs invert bool int float trunc round ceil floor eq ne lt le "
+    "gt ge"
+).split():
+    setattr(StatedInt, f"__{_name}__", _noticed(f"__{_name}__"))
+
+
+@contextlib.contextmanager
+def stated(model: nn.Module) -> Iterator[Uses]:
+    """Inside, whole numbers among the attributes of modules are :class:`StatedInt`."""
+    uses, found = Uses(), []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is int:
+                found.append((module, name, value))
+                vars(module)[name] = StatedInt(value, (path, name), uses)
+    try:
+        yield uses
+    finally:
+        uses.live = lambda: False
+        for module, name, value in found:
+            if type(vars(module).get(name)) is StatedInt:
+                vars(module)[name] = value
+
+
+def arguments_of(value: Any) -> Iterator[Any]:
+    """What a nest of a node's arguments holds, slices included."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from arguments_of(part)
+    else:
+        yield value

@@ -1,0 +1,237 @@
+"""Coverage of a zoo of public architectures: is each traced, and does every axis that claims to grow grow exactly?
+
+    python tests/benchmarks/coverage.py --zoo FOLDER --out coverage.jsonl --table docs/coverage.md --jobs 2
+
+FOLDER holds ``models.py`` with ``all_specs()``, a list of (suite, name, build, inputs), and ``torchvision_on_cpu.py``.
+Each model runs in a process of its own, with a time limit, in eval mode, on one thread:
+
+- trace and axes, timed against a forward pass, in single precision on the same batch;
+- model and graph compared in float64 at a batch size that tracing did not see;
+- every growable axis grown by 2 units with random fan-in at gamma = 0: the output stays within 1e-10 of its largest
+  entry, gradients reach the new entries, another batch size runs, and undo restores every bit.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append, read, source_version, write_block
+from torch import Tensor, nn
+
+import dagrow
+from dagrow.contractions import ATTENTION
+from dagrow.dag import Dag
+from dagrow.ops import op_name
+from dagrow.testing import try_axis
+from dagrow.trees import leaves
+
+BATCH, OTHER, UNITS = 2, 3, 2
+TOLERANCE = 1e-10
+Spec = tuple[str, str, Callable[[], nn.Module], Callable[[int], Any]]
+
+
+def specs(zoo: Path) -> list[Spec]:
+    """The zoo's models."""
+    sys.path.insert(0, str(zoo))
+    for name in ("torchvision_on_cpu", "models"):
+        found = importlib.util.spec_from_file_location(name, zoo / f"{name}.py")
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module
+        found.loader.exec_module(module)
+    sys.modules["models"].cheap_init()
+    return list(sys.modules["models"].all_specs())
+
+
+# ---------------------------------------------------------------- one model
+
+
+def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
+    """What happened, in steps that each hold if a later one does not end."""
+    *_, build, inputs = spec
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, example = build().eval(), inputs(BATCH)
+    forward = statistics.median(_seconds(lambda: _run(model, example)) for _ in range(3))
+    start = time.perf_counter()
+    dag = dagrow.trace(model, example)
+    seconds = time.perf_counter() - start
+    yield {"traced": True, "forward": forward, "seconds": seconds, "passes": seconds / forward}
+    yield _shape(dag)
+    del dag
+    model = model.double()
+    dag = dagrow.trace(model, _double(example))
+    yield {"equal": _equal(dag, _double(inputs(OTHER)))}
+    if grown:
+        yield from _grown(dag, [_double(inputs(BATCH)), _double(inputs(OTHER))])
+
+
+def _shape(dag: Dag) -> dict[str, Any]:
+    """Axes found, and the share of the parameters in edges with a growable side."""
+    coverage = dag.coverage()
+    return {
+        "axes": len(dag.axes), "growable": sum(axis.growable for axis in dag.axes),
+        "attention": _attends(dag), "edges": len(dag.edges), "share": coverage.share, "reasons": dict(coverage.reasons),
+    }  # fmt: skip
+
+
+def _attends(dag: Dag) -> bool:
+    """Whether the model has attention: a softmax over what two activations made together, and a product with it."""
+    named = {op_name(node) for node in dag.graph.nodes if node.op != "call_module"}
+    modules = {type(dag.model.get_submodule(str(n.target))) for n in dag.graph.nodes if n.op == "call_module"}
+    soft = "softmax" in named or nn.Softmax in modules
+    return ATTENTION in named or (soft and bool(named & {"matmul", "bmm", "einsum", "baddbmm"}))
+
+
+def _equal(dag: Dag, given: Any) -> bool:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = _tensors(dag.model(*given))
+        torch.manual_seed(1)
+        found = _tensors(dag.program.run(*given))
+    return len(expected) == len(found) and all(_close(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def _grown(dag: Dag, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Every growable axis, one at a time; what was found so far after each."""
+    failed: dict[str, str] = {}
+    for tried, axis in enumerate([axis.name for axis in dag.axes if axis.growable], 1):
+        try:
+            wrong = try_axis(dag, axis, inputs, k=UNITS)
+        except Exception as error:  # whatever it is, it is what a user would meet
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            failed[axis] = wrong[:300]
+        yield {"tried": tried, "exact": tried - len(failed), "failed": failed}
+
+
+def _run(model: nn.Module, given: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return _tensors(model(*given))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _double(given: Any) -> Any:
+    return tuple(t.double() if t.is_floating_point() else t for t in given)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    finite = a[torch.isfinite(a)].abs()
+    scale = max(1.0, float(finite.max())) if finite.numel() and a.is_floating_point() else 0.0
+    return bool(torch.isclose(a, b, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True).all())
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alone(zoo: Path, suite: str, name: str, *, grown: bool) -> None:
+    """Runs one model in this process; each line of the output is a part of the result."""
+    spec = next(spec for spec in specs(zoo) if spec[:2] == (suite, name))
+    try:
+        for part in study(spec, grown=grown):
+            print(json.dumps(part), flush=True)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(json.dumps({"error": f"{type(error).__name__}: {error} [{where.name}]"[:600]}), flush=True)
+
+
+# ---------------------------------------------------------------- the zoo
+
+
+def watched(given: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
+    """One model in a process of its own, with a time limit."""
+    command = [sys.executable, __file__, "--zoo", str(given.zoo), "--alone", suite, name]
+    command += ["--traced-only"] if given.traced_only else []
+    result: dict[str, Any] = {"suite": suite, "name": name, "version": source_version()}
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
+        text = done.stdout
+        if done.returncode:
+            result["error"] = f"ended with {done.returncode}: {done.stderr[-300:]}"
+    except subprocess.TimeoutExpired as expired:
+        result["error"] = f"did not end in {given.limit} s"
+        text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+    for line in text.splitlines():
+        if line.startswith("{"):
+            result |= json.loads(line)
+    return result | {"took": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, required=True, help="folder with models.py")
+    parser.add_argument("--out", type=Path, help="results, one JSON object a line; models that are there are left out")
+    parser.add_argument("--table", type=Path, help="document to write the table into")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each model")
+    parser.add_argument("--only", default="", help="models whose suite/name contains this text")
+    parser.add_argument("--traced-only", action="store_true", help="trace and compare, but grow nothing")
+    parser.add_argument("--alone", nargs=2, metavar=("SUITE", "NAME"), help="one model, in this process")
+    given = parser.parse_args()
+    if given.alone:
+        return alone(given.zoo, *given.alone, grown=not given.traced_only)
+    done = {(run["suite"], run["name"]) for run in read(given.out)}
+    todo = [(suite, name) for suite, name, *_ in specs(given.zoo)
+            if given.only in f"{suite}/{name}" and (suite, name) not in done]  # fmt: skip
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for result in pool.map(lambda spec: watched(given, *spec), todo):
+            append(given.out, result)
+            print(_line(result), flush=True)
+    print(summary(read(given.out)))
+    if given.table:
+        write_block(given.table, Path(__file__).name, document(read(given.out)))
+    return None
+
+
+def _line(run: Mapping[str, Any]) -> str:
+    keys = [key for key in ("equal", "axes", "growable", "exact", "share", "passes", "took") if key in run]
+    shown = " ".join(f"{key}={run[key]:.3g}" if isinstance(run[key], float) else f"{key}={run[key]}" for key in keys)
+    return f"{run['suite']}/{run['name']}: {shown} {run.get('error', '')} {run.get('failed') or ''}"
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The promises, and what was found."""
+    known = [run for run in runs if "share" in run]
+    passes = sorted(run["passes"] for run in known)
+    lines = [
+        f"models: {len(runs)}",
+        f"traced: {sum(bool(run.get('traced')) for run in runs)}",
+        f"equal at another batch size: {sum(bool(run.get('equal')) for run in runs)}",
+        f"axes: {sum(run['axes'] for run in known)}, growable {sum(run['growable'] for run in known)}, "
+        f"grown exactly {sum(run.get('exact', 0) for run in runs)} of {sum(run.get('tried', 0) for run in runs)} tried",
+        f"models with a growable axis: {sum(run['growable'] > 0 for run in known)}",
+    ]
+    for kind, chosen in (("convolutional", False), ("attention", True)):
+        shares = [run["share"] for run in known if run["attention"] is chosen]
+        if shares:
+            lines.append(f"median share of parameters in growable edges, {kind}: {statistics.median(shares):.3f}")
+    if passes:
+        lines.append(
+            f"tracing and axes, in forward passes: median {statistics.median(passes):.2f}, most {passes[-1]:.1f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
