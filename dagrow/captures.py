@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dagrow.errors import BatchError, GrowthError
+from dagrow.landings import Landing
 from dagrow.layers import EdgeRule
 from dagrow.patches import Geometry
-from dagrow.widening import Landing
 
 __all__ = ["Batch", "Capture"]
 

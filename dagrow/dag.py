@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx, nn
 
 from dagrow.axes import Layout, group
@@ -17,15 +16,17 @@ from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
 from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling, label
+from dagrow.landings import MisfitError
 from dagrow.layers import DEFAULT_RULES, LayerRule, rule_for
 from dagrow.network import network
 from dagrow.ops import mixed_dims
 from dagrow.placed import Placed, placed
+from dagrow.record import is_closed
 from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
 from dagrow.trace import Program, record
-from dagrow.widening import MisfitError, Widening, widen
+from dagrow.widening import Widening, widen
 
 __all__ = ["Axis", "Dag", "Edge", "trace"]
 
@@ -178,7 +179,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Layer
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace was given a {type(model).__name__}; it takes a torch.nn.Module.")
-    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+    if is_closed(model):
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )

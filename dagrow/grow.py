@@ -18,13 +18,14 @@ from dagrow.measure import measure
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
-from dagrow.operators.base import Candidate, Stage, packed
+from dagrow.operators.base import Candidate, Stage
 from dagrow.optimizers import check_optimizer
 from dagrow.search import line_search
 from dagrow.solve import best_move
 from dagrow.surgery import preview, transaction
 from dagrow.tables import render
 from dagrow.undisturbed import undisturbed
+from dagrow.widening import disjoint
 
 __all__ = ["Bottleneck", "Bottlenecks", "bottlenecks", "grow", "propose"]
 
@@ -177,7 +178,7 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
     for growth in growths:
         if growth.preserving:
             _check_unchanged(growth)
-    for group in packed(stages):
+    for group in disjoint(stages, lambda stage: stage.widening):
         m = _previewed(dag, objective, group, folds)
         further = [found for stage in group if (found := stage.solve(m, objective)) is not None]
         _check_solved(further, operator, Growth)

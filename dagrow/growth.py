@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from dagrow.dag import Dag
 from dagrow.draft import Change
 from dagrow.errors import GrowthError
+from dagrow.landings import Landing
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
 from dagrow.placed import Placed
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
-from dagrow.widening import Landing
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
 

@@ -12,13 +12,13 @@ from dagrow.captures import Batch, Capture
 from dagrow.dag import Dag
 from dagrow.errors import BatchError, GrowthError, LossError
 from dagrow.features import Feature
+from dagrow.landings import Landing
 from dagrow.linalg import add_gram, complete
 from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective
 from dagrow.products import product
 from dagrow.undisturbed import undisturbed
 from dagrow.watch import Watch
-from dagrow.widening import Landing
 
 __all__ = ["measure"]
 

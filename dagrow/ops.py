@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 __all__ = [
-    "CREATION", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "SIZES", "ZERO_KEEPING", "binds",
+    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "SIZES", "ZERO_KEEPING", "binds",
     "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims", "neutral_entries", "op_name",
 ]  # fmt: skip
 
@@ -64,6 +64,12 @@ ZERO_KEEPING = frozenset(
     half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu selu
     sign silu sin softshrink softsign sqrt square tan tanh tanhshrink zeros_like
     mul multiply rmul mean sum
+    """.split()
+)
+#: switches that change how what follows is computed, not what becomes of channels
+MODES = frozenset(
+    """
+    set_grad_enabled enter_autocast exit_autocast
     """.split()
 )
 CREATION = frozenset(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dagrow.errors import OptimizerError
-from dagrow.widening import Landing
+from dagrow.landings import Landing
 
 __all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refuse", "settle"]
 

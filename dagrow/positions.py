@@ -175,7 +175,8 @@ class _PositionRunner(Runner):
             start = layer is not None and layer.name == self.producer.name
             if start or any(source in reached for source in node.all_input_nodes):
                 values[node] = self.node(node, values)
-                if start or layer is None or layer.name not in self.dag.labels.rows:
+                through = start or layer is None or layer.name not in self.dag.labels.rows
+                if through and _carries(values[node]):  # not so sizes
                     reached.add(node)
         return self.inputs.get(consumer.name)
 
@@ -246,15 +247,14 @@ class _PositionRunner(Runner):
 
     def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
         """Linear theory does not reach through products of activations."""
-        result = self.unknown(node, (left, right), "")
-        assert isinstance(result, Tensor)
-        return result
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        return torch.full((), MIXED if _carries((left, right)) else NEUTRAL).expand(shape[: len(shape) - summed])
 
     def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
         """Nothing to mark: what is opaque to positions is MIXED."""
 
     def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
-        carries = any(isinstance(t, Tensor) and bool((t != NEUTRAL).any()) for t in tree_leaves(touched))
+        carries = _carries(touched)
         return tree_map(
             lambda v: _neutral(v).where(torch.tensor(not carries), MIXED) if isinstance(v, Tensor) else v,
             node.meta["val"],
@@ -294,3 +294,8 @@ class _PositionRunner(Runner):
 
 def _neutral(value: Any) -> Any:
     return torch.full((), NEUTRAL).expand(value.shape) if isinstance(value, Tensor) else value
+
+
+def _carries(touched: object) -> bool:
+    """Whether some entry is not neutral."""
+    return any(isinstance(leaf, Tensor) and bool((leaf != NEUTRAL).any()) for leaf in tree_leaves(touched))

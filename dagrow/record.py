@@ -11,7 +11,7 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -36,10 +37,12 @@ from dagrow.sizes import LiveInt, described
 from dagrow.trees import is_plain, leaves, mapped, opened, tensors
 
 __all__ = [
-    "VALUE_ERRORS", "FakeMode", "Recorder", "is_leaf", "snapshot",
+    "DEVICES", "VALUE_ERRORS", "FakeMode", "Recorder", "is_closed", "is_leaf", "snapshot",
 ]  # fmt: skip
 
 Versions = dict[int, int]
+
+DEVICES = ("cpu", "cuda")  #: that forward may cast for
 
 _WALKED = (
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
@@ -58,12 +61,19 @@ _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "t
 VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
+def is_closed(module: nn.Module) -> bool:
+    """True for a scripted or compiled module, which hides what it computes."""
+    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
+
+
 def is_leaf(module: nn.Module) -> bool:
     """True for a class of `torch.nn` that is not a container, or a subclass that computes what it computes.
 
     `nn.TransformerEncoderLayer` and its like are walked through: their linear layers are edges too.
     """
     kind = type(module)
+    if is_closed(module):
+        return True
     base = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules."))
     if base is nn.Module or issubclass(base, _WALKED) or "forward" in vars(module):
         return False
@@ -77,6 +87,26 @@ def snapshot(value: Any) -> Any:
     if value.layout is not torch.strided or value.is_nested:
         return value.detach()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+class _Closed(nn.Module):
+    """Stands for a scripted or compiled module, which takes no hooks, while it is recorded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._run = module.__call__  # no submodule: nothing in there is seen
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
+def _closed(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], nn.Module]]:
+    """Scripted and compiled modules in a model, by their parents and names; not those within them."""
+    for name, child in model._modules.items():
+        if child is not None and is_closed(child):
+            yield (model, name), child
+        elif child is not None:
+            yield from _closed(child)
 
 
 class Recorder(TorchFunctionMode):
@@ -99,7 +129,10 @@ class Recorder(TorchFunctionMode):
         self._kept: list[Any] = []
         self._disposable: set[fx.Node] = set()
         self._pending: tuple[Any, Versions] = ((), {})
-        self._autocast = _autocast()
+        self._autocast: list[tuple[Any, fx.Node | None]] = [
+            (_autocast(), None)
+        ]  #: regions that forward is in, and the node that began each
+        self._switching = False
         code = getattr(inspect.unwrap(model.forward), "__code__", None)
         self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
         self._inside = 0
@@ -108,8 +141,11 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> "Recorder":
         """Start recording: hang a pair of hooks on every leaf module, so that each call becomes one node."""
         self._handles = []
+        self._closed = dict(_closed(self.model))
+        for (parent, name), module in self._closed.items():
+            parent._modules[name] = _Closed(module)
         for path, module in self.model.named_modules():
-            if is_leaf(module):
+            if is_leaf(module) or isinstance(module, _Closed):
                 leave = partial(self._leave, path)
                 self._handles += [
                     module.register_forward_pre_hook(self._arrive, prepend=True, with_kwargs=True),
@@ -123,6 +159,8 @@ class Recorder(TorchFunctionMode):
         self._open = False
         for handle in self._handles:
             handle.remove()
+        for (parent, name), module in self._closed.items():
+            parent._modules[name] = module
 
     @property
     def live(self) -> bool:
@@ -191,15 +229,25 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
 
     def _emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
-        if _autocast() != self._autocast:
-            raise TraceError(
-                f"{source()}: forward switches autocast on or off, which a graph cannot keep. "
-                "Put torch.autocast around the call of the model instead, or cast the tensors there."
-            )
+        if self._open and not self._switching:
+            self._follow_autocast()
         name = "model" if target == "" else None
         node = self.graph.create_node(op, target, tuple(args), kwargs, name=name)
         node.meta["source"] = source()
         return node
+
+    def _follow_autocast(self) -> None:
+        """Nodes for the regions of autocast that forward has entered or left since the last node."""
+        self._switching = True
+        now = _autocast()
+        while now != self._autocast[-1][0] and any(now == state for state, _ in self._autocast[:-1]):
+            self._emit("call_function", _exit_autocast, (self._autocast.pop()[1],))
+        for kind, before, state in zip(DEVICES, self._autocast[-1][0], now, strict=True):
+            if before != state:
+                node = self._emit("call_function", _enter_autocast, (kind, state[1], state[0], False))
+                self._autocast.append((now, node))
+                self.obstacle = f"switches autocast ({source()})"
+        self._switching = False
 
     def _lower(self, value: Any) -> Any:
         return map_aggregate(value, self._lower_leaf)
@@ -320,6 +368,7 @@ class Recorder(TorchFunctionMode):
                     "Return tensors in tuples, lists, dicts or dataclasses, switch it off (such as "
                     "use_cache=False), or register the class with torch.utils._pytree."
                 )
+        self._follow_autocast()
         lowered = mapped(self._lower_leaf, value) if is_plain(value) else None
         flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
         node = self._emit("output", "output", (flat if lowered is None else lowered,))
@@ -345,8 +394,8 @@ def _batch_normed(inputs: Tensor, mean: Any, variance: Any, weight: Any = None, 
     return inputs.clone() if weight is None else inputs + weight.sum()
 
 
-def _autocast() -> tuple[bool, ...]:
-    return tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
 
 
 def _access(key: Any) -> tuple[Callable[..., Any], Any]:

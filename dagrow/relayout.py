@@ -41,54 +41,80 @@ def expected(layout: Layout, labels: Tensor, k: int) -> torch.Size | None:
     return torch.Size(shape)
 
 
-def rewritten(node: fx.Node, values: Mapping[fx.Node, Any], shapes: Shapes) -> Arguments | None:
+def rewritten(
+    node: fx.Node, arguments: Arguments, values: Mapping[fx.Node, Any], before: Mapping[fx.Node, Any], shapes: Shapes
+) -> Arguments | None:
     """The node's arguments with the sizes that its results need, or None.
 
     Args:
-        values: of nodes in the grown network.
+        values, before: of nodes in the grown network, and labels of channels in that before.
         shapes: of the results.
     """
-    name = ops.op_name(node)
+    name, (args, kwargs) = ops.op_name(node), arguments
     if name in ("split", "split_with_sizes"):
-        return _split(node, shapes)
+        return _split(node, args, kwargs, shapes)
     (shape,) = shapes if len(shapes) == 1 else (None,)
-    if shape is None or node.kwargs:
+    if shape is None or kwargs or name not in ("view", "reshape", "expand", "unflatten"):
         return None
     if name == "unflatten":
-        source, dim, sizes = node.args
-        if not isinstance(dim, int) or any(isinstance(size, fx.Node) for size in sizes):  # type: ignore[union-attr]
-            return None
-        return (source, dim, unflattened(dim, sizes, node, shape)), {}
-    return _laid_out(node, values, shape) if name in ("view", "reshape", "expand") else None
-
-
-def _laid_out(node: fx.Node, values: Mapping[fx.Node, Any], shape: torch.Size) -> Arguments | None:
-    first: Any = node.args[1]
-    nested = isinstance(first, (tuple, list))
-    given = tuple(first) if nested else node.args[1:]
+        source, dim, sizes = args
+        start = dim % (node.meta["val"].ndim - len(sizes) + 1)
+        found = _resized(sizes, node.meta["val"].shape[start:], shape[start:], values, before)
+        return None if found is None else ((source, dim, found), {})
+    nested = isinstance(args[1], (tuple, list))
+    given = tuple(args[1]) if nested else args[1:]
     if len(given) != len(shape):  # view(dtype)
         return None
+    found = _resized(given, node.meta["val"].shape, shape, values, before)
+    return None if found is None else (((args[0], found) if nested else (args[0], *found)), {})
+
+
+def _resized(
+    given: Sequence[Any], old: Sequence[int], new: Sequence[int], values: Mapping[fx.Node, Any],
+    before: Mapping[fx.Node, Any],
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """Sizes that a layout is made with, as they must be; None if one that follows the input would have to be fixed."""
     sizes = []
-    for size, before, after in zip(given, node.meta["val"].shape, shape, strict=True):
+    for size, was, after in zip(given, old, new, strict=False):
         now = values[size] if isinstance(size, fx.Node) else size
-        if not isinstance(size, fx.Node) and size not in (-1, before):
+        fixed = _is_width(size, before) if isinstance(size, fx.Node) else size in (-1, was)
+        if now not in (-1, after) and not fixed:
             return None
         sizes.append(size if now in (-1, after) else after)
-    return ((node.args[0], tuple(sizes)) if nested else (node.args[0], *sizes)), {}
+    return tuple(sizes)
 
 
-def _split(node: fx.Node, shapes: Shapes) -> Arguments | None:
+def _is_width(size: fx.Node, before: Mapping[fx.Node, Any]) -> bool:
+    """Whether a size is computed from numbers of channels only, not from those of samples or positions."""
+    name = ops.op_name(size)
+    if name in _ARITHMETIC:
+        return all(_is_width(operand, before) for operand in size.all_input_nodes)
+    if name == "getitem":
+        source, dim = size.args
+        return isinstance(source, fx.Node) and ops.op_name(source) in ("shape", "size") and _along(source, dim, before)
+    return name == "size" and len(size.args) > 1 and _along(size, size.args[1], before)
+
+
+def _along(shape: fx.Node, dim: Any, before: Mapping[fx.Node, Any]) -> bool:
+    """Whether a dimension of the tensor, whose shape this is, holds several channels."""
+    labels = before[shape.all_input_nodes[0]]
+    return isinstance(labels, Tensor) and isinstance(dim, int) and labels.shape[dim] > 1 and labels.stride(dim) != 0
+
+
+_ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "neg"}
+
+
+def _split(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes) -> Arguments:
     """A cut into parts of other sizes."""
-    keywords = dict(node.kwargs)
-    place = next((key for key in ("split_size", "split_size_or_sections", "split_sizes") if key in keywords), None)
-    given: Any = keywords[place] if place else node.args[1]
-    dim: Any = keywords.get("dim", node.args[-1] if len(node.args) > 1 + (place is None) else 0)
+    place = next((key for key in ("split_size", "split_size_or_sections", "split_sizes") if key in kwargs), None)
+    given: Any = kwargs[place] if place else args[1]
+    dim: Any = kwargs.get("dim", args[-1] if len(args) > 1 + (place is None) else 0)
     parts = zip(node.meta["val"], shapes, strict=True)
     sizes = [part.shape[dim] if shape is None else shape[dim] for part, shape in parts]
     value = sizes[0] if isinstance(given, int) and len(set(sizes)) == 1 else sizes
     if place is not None:
-        return node.args, {**keywords, place: value}
-    return (node.args[0], value, *node.args[2:]), keywords
+        return args, {**kwargs, place: value}
+    return (args[0], value, *args[2:]), dict(kwargs)
 
 
 def unflattened(dim: int, given: Any, node: fx.Node, shape: torch.Size) -> tuple[int, ...]:

@@ -86,14 +86,17 @@ class Runner(ABC):
         if layer is not None and isinstance(values[layer.inputs], Tensor):
             act = self.edge if isinstance(layer.rule, EdgeRule) else self.rider
             return act(node, layer, values[layer.inputs])
-        args = fx.map_arg(node.args, lambda n: values[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+        args, kwargs = self.arguments(node, values)
         if node.op == "output":
             self.freeze(tensors_in(args), "is an output of the model")
             return args[0]
         if node.op == "call_module":
             return self.call_module(node, args, kwargs)
         return self.call_function(node, args, kwargs)
+
+    def arguments(self, node: fx.Node, values: Values) -> tuple[Any, Any]:
+        """What the node is called with."""
+        return fx.map_arg((node.args, node.kwargs), lambda n: values[n])
 
     def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         module = self.model.get_submodule(str(node.target))
@@ -112,6 +115,8 @@ class Runner(ABC):
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name, tensors = ops.op_name(node), tensors_in((args, kwargs))
+        if name in ops.MODES:
+            return None
         if name in ops.SIZES or not (tensors or name in ops.CREATION):
             return ops.executor(node)(*args, **kwargs)
         if name in ops.CREATION:

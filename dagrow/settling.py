@@ -8,61 +8,58 @@ from torch import fx
 from dagrow.stated import StatedInt, arguments_of
 from dagrow.trace import Program
 
-__all__ = ["Arguments", "settled"]
+__all__ = ["Arguments", "Place", "moved", "settled", "substituted"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
 Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes
 Place = tuple[str, str]  #: a module and its attribute
 
 
-def settled(
-    program: Program, literals: Mapping[fx.Node, Arguments], attributes: Attributes, resized: Mapping[Place, int]
-) -> tuple[Mapping[fx.Node, Arguments], Attributes]:
-    """Arguments of nodes that a forward must be written for, if any; and attributes that change.
-
-    If every size that changes came unchanged from an attribute of a module, which is used for nothing else, the
-    attributes change and the model's own forward goes on.
-
-    Args:
-        literals: node -> its arguments in the grown network.
-        attributes: that change in any case.
-        resized: attributes that layers restate, and what they become.
-    """
-    moved = _moved(literals)
-    places = {**resized, **(moved or {})}
-    if moved is None or not all(_everywhere(program, literals, *change) for change in places.items()):
-        if not literals:  # written anew, forward keeps the old numbers
-            first = next(iter(program.graph.nodes))
-            literals = {first: (first.args, dict(first.kwargs))}
-        return literals, attributes
-    changed = {path: dict(names) for path, names in attributes.items()}
-    for (path, name), value in moved.items():
-        changed.setdefault(path, {})[name] = value
-    return {}, changed
-
-
-def _moved(literals: Mapping[fx.Node, Arguments]) -> dict[Place, int] | None:
-    """What stated numbers become; None if something else changes too."""
+def moved(literals: Mapping[fx.Node, Arguments]) -> dict[Place, int]:
+    """What numbers that modules state become in the arguments of nodes."""
     found: dict[Place, int] = {}
     for node, arguments in literals.items():
-        old, new = list(arguments_of((node.args, node.kwargs))), list(arguments_of(arguments))
-        if len(old) != len(new) or old == new:
-            return None
-        for a, b in zip(old, new, strict=True):
-            if isinstance(a, StatedInt) and a != b:
-                found[a.place] = int(b)
-            elif a is not b and a != b:
-                return None
+        for old, new in zip(arguments_of((node.args, node.kwargs)), arguments_of(arguments), strict=False):
+            if isinstance(old, StatedInt) and isinstance(new, int) and old != new:
+                found[old.place] = new
     return found
 
 
-def _everywhere(program: Program, literals: Mapping[fx.Node, Arguments], place: Place, value: int) -> bool:
-    """Whether a stated number becomes the same wherever forward uses it, and is not computed with."""
-    if place in program.computed:
-        return False
-    for node in program.stated.get(place, ()):
-        old, new = arguments_of((node.args, node.kwargs)), arguments_of(literals.get(node, (node.args, node.kwargs)))
-        for a, b in zip(old, new, strict=True):
-            if isinstance(a, StatedInt) and a.place == place and b != value:
-                return False
-    return True
+def substituted(arguments: Arguments, restated: Mapping[Place, int]) -> Arguments:
+    """A node's arguments with other numbers for those that modules state."""
+    if not restated:
+        return arguments
+
+    def number(value: Any) -> Any:
+        return restated.get(value.place, value) if isinstance(value, StatedInt) else value
+
+    args, kwargs = fx.node.map_aggregate(arguments, number)  # type: ignore[misc]
+    return tuple(args), dict(kwargs)
+
+
+def settled(
+    program: Program, literals: Mapping[fx.Node, Arguments], attributes: Attributes, resized: Mapping[Place, int],
+    restated: Mapping[Place, int],
+) -> tuple[Mapping[fx.Node, Arguments], Attributes]:  # fmt: skip
+    """Arguments of nodes that a forward must be written for, if any; and attributes that change.
+
+    If every size that changes came unchanged from an attribute of a module, which is not computed with, the attributes
+    change and the model's own forward goes on.
+
+    Args:
+        literals: node -> its arguments in the grown network, where they differ but for stated numbers.
+        attributes: that change in any case.
+        resized: attributes that layers restate, and what they become.
+        restated: attributes that change with all their uses in the graph.
+    """
+    follow = all(value == restated.get(place) for place, value in resized.items() if place in program.stated)
+    if literals or not follow or program.computed & {*resized, *restated}:
+        uses = [node for place in restated for node in program.stated[place]]
+        if not uses and not literals:  # written anew, forward keeps the old numbers
+            uses = [next(iter(program.graph.nodes))]
+        found = {node: (node.args, dict(node.kwargs)) for node in uses} | dict(literals)
+        return {node: substituted(arguments, restated) for node, arguments in found.items()}, attributes
+    changed = {path: dict(names) for path, names in attributes.items()}
+    for (path, name), value in restated.items():
+        changed.setdefault(path, {})[name] = value
+    return {}, changed

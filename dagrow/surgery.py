@@ -21,7 +21,7 @@ from dagrow.optimizers import carry, log_growth, log_undo, refuse, settle
 from dagrow.sharing import tensor_at
 from dagrow.undisturbed import AsFound
 
-__all__ = ["Saved", "Undo", "apply", "preview", "transaction", "whole", "widen_copy"]
+__all__ = ["Saved", "Undo", "apply", "grown", "preview", "transaction", "whole", "widen_copy"]
 
 T = TypeVar("T")
 Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that state widths
@@ -207,6 +207,21 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
 
     whole(write, undo.restore)
     return undo
+
+
+@contextlib.contextmanager
+def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
+    """Inside, the model is grown in place; the dag still shows what it was."""
+    tensors, saved = change.tensors(dag.model, gamma), Saved(dag.model, change)
+    try:
+        saved.write(tensors, wear(dag.program, change.literals) if change.literals else type(dag.model))
+        yield
+    finally:
+        try:
+            saved.restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            saved.restore()
+            raise
 
 
 def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Saved:

@@ -38,12 +38,12 @@ from dagrow.objective import Loss, Objective
 from dagrow.operators import Operator
 from dagrow.surgery import preview
 from dagrow.trace import bind
-from dagrow.trial import try_axis
+from dagrow.trial import try_axes, try_axis
 from dagrow.undisturbed import undisturbed
 
 __all__ = [
     "LAWS", "Case", "Law", "additivity", "atomicity", "check_operator", "descent", "invariance", "optimality",
-    "preservation", "regrowth", "residual", "slope", "snapshot", "try_axis", "undoing",
+    "preservation", "regrowth", "residual", "slope", "snapshot", "try_axes", "try_axis", "undoing",
 ]  # fmt: skip
 
 

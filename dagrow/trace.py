@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dagrow.errors import TraceError, first_line
 from dagrow.record import (
+    DEVICES,
     VALUE_ERRORS,
     FakeMode,
     Recorder,
@@ -80,11 +81,22 @@ class Program:
                 f"The graph of {type(self.model).__name__} was made for other values of {wrong}: not given "
                 "then, or not given now, or not tensors and different. Trace again with these arguments."
             )
-        before = torch.is_grad_enabled()
-        try:
+        with _modes_kept():
             return Executor(self).run(*(given[name] for name in made))
-        finally:
-            torch.set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def _modes_kept() -> Iterator[None]:
+    """Leaves gradients and autocast switched as they were, also where a graph ends halfway."""
+    grad = torch.is_grad_enabled()
+    casting = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES]
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        for kind, enabled, dtype in casting:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
 
 
 class Executor(fx.Interpreter):
@@ -178,7 +190,7 @@ def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    with fake or contextlib.nullcontext(), torch.enable_grad(), stated(model) as uses, plain_attention():
+    with fake or contextlib.nullcontext(), torch.enable_grad(), stated(model) as uses, plainly():
         recorder = Recorder(model, fake)
         uses.live = lambda: recorder.live
         for name, value in bound.arguments.items():
@@ -201,12 +213,13 @@ def _hold_values(model: nn.Module, inputs: Any) -> bool:
 
 
 @contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Without the fused paths of torch's transformer layers."""
+def plainly() -> Iterator[None]:
+    """Without the fused paths of torch's transformer layers, and with compiled parts as they were written."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -281,7 +294,7 @@ def _noted(program: Program, text: str) -> Program:
 
 def _evaluated(found: AsFound, function: Callable[..., Any], given: Any) -> Any:
     """Call `function` on copied inputs, without gradients and fused attention, and leave the model as it was found."""
-    with found.kept(), torch.no_grad(), plain_attention():
+    with found.kept(), torch.no_grad(), plainly():
         args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
         return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
 

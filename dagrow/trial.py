@@ -1,6 +1,6 @@
 """Trying out whether an axis grows as it says: for models of one's own, and for the architectures of others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Change, Draft
 from dagrow.sharing import tensor_at
-from dagrow.surgery import apply
+from dagrow.surgery import grown
 from dagrow.trace import bind
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
+from dagrow.widening import Widening, disjoint
 
-__all__ = ["try_axis"]
+__all__ = ["try_axes", "try_axis"]
+
+Grown = tuple[Axis, Widening]
 
 
 def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> str | None:
@@ -30,52 +33,71 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
     Returns:
         What is wrong, or None.
     """
-    wrong = None
     with undisturbed(dag.model):
-        for sign in (1, -1):  # units behind a rectifier may be dead for one of them
-            wrong = _tried(dag, dag.axis(axis), inputs, sign * k, tolerance)
-            if wrong != _DEAD:
-                return wrong
-    return wrong
+        return _Trial(dag, inputs, tolerance).of([(dag.axis(axis), dag.widening(dag.axis(axis), k))])
+
+
+def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> dict[str, str | None]:
+    """:func:`try_axis` for every axis that says it can grow. Axes that share no layer's side are grown at once, and
+    one by one only if something is wrong."""
+    growing = [(axis, dag.widening(axis, k)) for axis in dag.axes if axis.growable]
+    found: dict[str, str | None] = {}
+    with undisturbed(dag.model):
+        trial = _Trial(dag, inputs, tolerance)
+        for group in disjoint(growing, lambda pair: pair[1]):
+            wrong = trial.of(group)
+            found |= {pair[0].name: trial.of([pair]) if wrong and len(group) > 1 else wrong for pair in group}
+    return found
 
 
 _DEAD = "no gradient reaches the new entries"
 
 
-def _tried(dag: Dag, axis: Axis, inputs: Sequence[Any], k: int, tolerance: float) -> str | None:
-    with torch.no_grad():
-        before = [_outputs(dag.model, given) for given in inputs]
-    change = _random(dag, axis, k)
-    state = {name: tensor.detach().clone() for name, tensor in _touched(dag.model, change).items()}
-    undo = apply(dag, change, 0.0)
-    try:
-        reached = False
-        for given, expected in zip(inputs, before, strict=True):
-            with torch.enable_grad():
-                found = _outputs(dag.model, given)
-            if not _close(found, expected, tolerance):
-                return "the output changes"
-            reached = reached or _reached(dag.model, change, found)
-    finally:
-        undo.restore()
-    same = all(torch.equal(tensor, state[name]) for name, tensor in _touched(dag.model, change).items())
-    with torch.no_grad():
-        again = _outputs(dag.model, inputs[0])
-    if not same or not all(torch.equal(a, b) for a, b in zip(again, before[0], strict=True)):
-        return "undo does not restore every bit"
-    return None if reached else _DEAD
+class _Trial:
+    """What the model gives for some inputs, to be compared with what it gives when it is grown."""
+
+    def __init__(self, dag: Dag, inputs: Sequence[Any], tolerance: float) -> None:
+        self.dag, self.inputs, self.tolerance = dag, inputs, tolerance
+        with torch.no_grad():
+            self.before = [_outputs(dag.model, given) for given in inputs]
+
+    def of(self, axes: Sequence[Grown]) -> str | None:
+        """What is wrong with axes that are grown at once, or None."""
+        wrong = None
+        for sign in (1, -1):  # units behind a rectifier may be dead for one of them
+            wrong = self._with(axes, _random(self.dag, axes, sign))
+            if wrong != _DEAD:
+                return wrong
+        return wrong
+
+    def _with(self, axes: Sequence[Grown], change: Change) -> str | None:
+        model, alive = self.dag.model, False
+        state = {name: tensor.detach().clone() for name, tensor in _touched(model, change).items()}
+        with grown(self.dag, change, 0.0):
+            for given, expected in zip(self.inputs, self.before, strict=True):
+                with torch.set_grad_enabled(not alive):
+                    found = _outputs(model, given)
+                if not _close(found, expected, self.tolerance):
+                    return "the output changes"
+                alive = alive or _reached(model, axes, change, found)
+        same = all(torch.equal(tensor, state[name]) for name, tensor in _touched(model, change).items())
+        with torch.no_grad():
+            again = _outputs(model, self.inputs[0])
+        if not same or not all(torch.equal(a, b) for a, b in zip(again, self.before[0], strict=True)):
+            return "undo does not restore every bit"
+        return None if alive else _DEAD
 
 
-def _random(dag: Dag, axis: Axis, k: int) -> Change:
-    """|k| new units with random fan-in as large as that of the old ones; its sign is that of k."""
-    widening, generator = dag.widening(axis, abs(k)), torch.Generator().manual_seed(0)
-    draft = Draft(dag, [(axis, widening)])
-    for edge in axis.producers:
-        landing = widening.rows[edge.name]
-        columns = edge.rule.widths(edge.module)[0] * edge.rule.taps(edge.module) + edge.bias
-        weight = edge.matrix(tensor_at(dag.model, edge.path("weight")).detach())
-        noise = torch.randn(*landing.new.shape, columns, generator=generator, dtype=torch.float64)
-        draft.fan_in(edge, landing, (noise * float(weight.std()) * (1 if k > 0 else -1)).to(weight))
+def _random(dag: Dag, axes: Sequence[Grown], sign: int) -> Change:
+    """New units on each axis, with random fan-in as large as that of the old ones."""
+    draft, generator = Draft(dag, axes), torch.Generator().manual_seed(0)
+    for axis, widening in axes:
+        for edge in axis.producers:
+            landing = widening.rows[edge.name]
+            columns = edge.rule.widths(edge.module)[0] * edge.rule.taps(edge.module) + edge.bias
+            weight = edge.matrix(tensor_at(dag.model, edge.path("weight")).detach())
+            noise = torch.randn(*landing.new.shape, columns, generator=generator, dtype=torch.float64)
+            draft.fan_in(edge, landing, (noise * float(weight.std()) * sign).to(weight))
     return draft.change()
 
 
@@ -105,8 +127,8 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
 
 
-def _reached(model: nn.Module, change: Change, outputs: Sequence[Tensor]) -> bool:
-    """Whether the gradient of a random combination of the outputs reaches new entries."""
+def _reached(model: nn.Module, axes: Sequence[Grown], change: Change, outputs: Sequence[Tensor]) -> bool:
+    """Whether the gradient of a random combination of the outputs reaches new entries of every axis."""
     generator = torch.Generator().manual_seed(1)
     total = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum()
@@ -114,8 +136,14 @@ def _reached(model: nn.Module, change: Change, outputs: Sequence[Tensor]) -> boo
     )  # fmt: skip
     tensors = {name: tensor for name, tensor in _touched(model, change).items() if tensor.requires_grad}
     gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)  # type: ignore[arg-type]
-    return any(
-        bool(gradient.index_select(at.dim, at.new.flatten()).any())
-        for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None
-        for at in change.landings[name]
-    )  # fmt: skip
+    alive = {
+        (name, at.dim) for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None
+        for at in change.landings[name] if bool(gradient.index_select(at.dim, at.new.flatten()).any())
+    }  # fmt: skip
+    return all(alive & set(_sides(axis)) for axis, _ in axes)
+
+
+def _sides(axis: Axis) -> Iterator[tuple[str, int | None]]:
+    """The weights, and their dimensions, that an axis widens."""
+    for edges, side in ((axis.producers, 0), (axis.consumers, 1)):
+        yield from ((edge.path("weight"), edge.rule.dims["weight"][side]) for edge in edges)

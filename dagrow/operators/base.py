@@ -69,27 +69,3 @@ def check_names(operator: Operator, field: str) -> None:
         raise GrowthError(
             f"{type(operator).__name__}({field}={names!r}): give a tuple of names, {field}=('fc1',), or None for all."
         )
-
-
-def _touched(stage: Stage) -> set[tuple[str, str]]:
-    widening = stage.widening
-    return {
-        *(("read", name) for name in widening.columns), *(("written", name) for name in widening.rows),
-        *(("rider", rider.name) for rider in widening.entries), *(("literal", node.name) for node in widening.literals),
-        *(("module", name) for name in widening.attributes),
-    }  # fmt: skip
-
-
-def packed(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Groups stages so that no two of a group widen the same side of a layer."""
-    groups: list[tuple[set[tuple[str, str]], list[Stage]]] = []
-    for stage in stages:
-        places = _touched(stage)
-        for taken, group in groups:
-            if not taken & places:
-                taken |= places
-                group.append(stage)
-                break
-        else:
-            groups.append((places, [stage]))
-    return [group for _, group in groups]

@@ -12,6 +12,7 @@ Each model runs in a process of its own, with a time limit, in eval mode, on one
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import statistics
@@ -32,11 +33,11 @@ import dagrow
 from dagrow.contractions import ATTENTION
 from dagrow.dag import Dag
 from dagrow.ops import op_name
-from dagrow.testing import try_axis
+from dagrow.testing import try_axes
 from dagrow.trees import leaves
 
-BATCH, OTHER, UNITS = 2, 3, 2
-TOLERANCE = 1e-10
+BATCH, OTHER, UNITS = 2, 3, 2  #: of tracing; of graph and model; new units of an axis
+TOLERANCE, SINGLE_TOLERANCE = 1e-10, 1e-4
 Spec = tuple[str, str, Callable[[], nn.Module], Callable[[int], Any]]
 
 
@@ -64,17 +65,28 @@ def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model, example = build().eval(), inputs(BATCH)
     forward = statistics.median(_seconds(lambda: _run(model, example)) for _ in range(3))
-    start = time.perf_counter()
     dag = dagrow.trace(model, example)
-    seconds = time.perf_counter() - start
+    seconds = statistics.median(_seconds(lambda: dagrow.trace(model, example)) for _ in range(3))
     yield {"traced": True, "forward": forward, "seconds": seconds, "passes": seconds / forward}
     yield _shape(dag)
     del dag
-    model = model.double()
-    dag = dagrow.trace(model, _double(example))
-    yield {"equal": _equal(dag, _double(inputs(OTHER)))}
+    kind = _widest(model, example)
+    model = model.to(kind)
+    dag = dagrow.trace(model, _to(example, kind))
+    others = [_to(inputs(size), kind) for size in (1, OTHER)]
+    tolerance = TOLERANCE if kind is torch.float64 else SINGLE_TOLERANCE
+    yield {"precision": str(kind)[6:], "equal": all(_equal(dag, given, tolerance) for given in others)}
     if grown:
-        yield from _grown(dag, [_double(inputs(BATCH)), _double(inputs(OTHER))])
+        yield _grown(dag, [_to(inputs(size), kind) for size in (1, BATCH)], tolerance)
+
+
+def _widest(model: nn.Module, example: Any) -> torch.dtype:
+    """Double precision, unless the model calls something that has none."""
+    try:
+        _run(copy.deepcopy(model).double(), _to(example, torch.float64))
+    except RuntimeError:
+        return torch.float32
+    return torch.float64
 
 
 def _shape(dag: Dag) -> dict[str, Any]:
@@ -94,26 +106,20 @@ def _attends(dag: Dag) -> bool:
     return ATTENTION in named or (soft and bool(named & {"matmul", "bmm", "einsum", "baddbmm"}))
 
 
-def _equal(dag: Dag, given: Any) -> bool:
+def _equal(dag: Dag, given: Any, tolerance: float) -> bool:
     torch.manual_seed(1)
     with torch.no_grad():
         expected = _tensors(dag.model(*given))
         torch.manual_seed(1)
         found = _tensors(dag.program.run(*given))
-    return len(expected) == len(found) and all(_close(a, b) for a, b in zip(expected, found, strict=True))
+    return len(expected) == len(found) and all(_close(a, b, tolerance) for a, b in zip(expected, found, strict=True))
 
 
-def _grown(dag: Dag, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Every growable axis, one at a time; what was found so far after each."""
-    failed: dict[str, str] = {}
-    for tried, axis in enumerate([axis.name for axis in dag.axes if axis.growable], 1):
-        try:
-            wrong = try_axis(dag, axis, inputs, k=UNITS)
-        except Exception as error:  # whatever it is, it is what a user would meet
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            failed[axis] = wrong[:300]
-        yield {"tried": tried, "exact": tried - len(failed), "failed": failed}
+def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
+    """Every growable axis."""
+    found = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
+    failed = {axis: wrong for axis, wrong in found.items() if wrong}
+    return {"tried": len(found), "exact": len(found) - len(failed), "failed": failed}
 
 
 def _run(model: nn.Module, given: Any) -> list[Tensor]:
@@ -126,16 +132,16 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _double(given: Any) -> Any:
-    return tuple(t.double() if t.is_floating_point() else t for t in given)
+def _to(given: Any, kind: torch.dtype) -> Any:
+    return tuple(t.to(kind) if t.is_floating_point() else t for t in given)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.shape != b.shape:
         return False
     finite = a[torch.isfinite(a)].abs()
     scale = max(1.0, float(finite.max())) if finite.numel() and a.is_floating_point() else 0.0
-    return bool(torch.isclose(a, b, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True).all())
+    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -1,0 +1,298 @@
+"""The run on labels of a network in which one axis is wider.
+
+The producers' new channels get fresh labels, and the part of the graph that they reach runs again. Three checks are
+the safety net: no fresh label froze, fresh labels of different units stayed apart from each other and from all old
+ones, and the old labels came out in their old order.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dagrow import ops
+from dagrow.axes import Layout
+from dagrow.classes import NEUTRAL, narrow
+from dagrow.contractions import ATTENTION_ARGUMENTS
+from dagrow.labels import ChannelRunner, Labelling, Rider
+from dagrow.landings import Landing, MisfitError, insert, insert_along
+from dagrow.layers import EdgeRule, RiderRule
+from dagrow.placed import Placed
+from dagrow.relayout import expected, rewritten, unflattened
+from dagrow.runner import Values
+from dagrow.settling import Arguments, Place, substituted
+from dagrow.trace import Program
+
+__all__ = ["GrowthRunner"]
+
+
+class GrowthRunner(ChannelRunner):
+    """Runs the part of the graph that the new channels of one axis reach."""
+
+    def __init__(
+        self, program: Program, layers: Mapping[fx.Node, Placed], layout: Layout, k: int, restated: Mapping[Place, int]
+    ) -> None:
+        before = layout.found
+        classes = before.classes.copy()
+        found = Labelling(classes, joined=before.joined, channels=before.channels)
+        super().__init__(program.model, layers, found)
+        self.program, self.restated = program, restated
+        self.before, self.layout, self.k, self.first = before, layout, k, len(classes)
+        self.units = torch.empty(0, dtype=torch.long)  #: of fresh labels
+        self.values = dict(before.values)
+        self.literals: dict[fx.Node, Arguments] = {}
+        self.attributes: dict[str, dict[str, Any]] = {}
+        self.landings: dict[str, Landing] = {}
+        self.riders: dict[Rider, Landing] = {}
+        self.written: dict[str, Tensor] = {}  #: producer -> labels of new rows ``[k, slots]``
+        self.sums: list[tuple[fx.Node, Tensor, Tensor]] = []  #: fresh labels that both sides of a sum hold
+        self.reached: list[fx.Node] = []
+        found.rows.update(before.rows)
+        for edge, rows in layout.rows.items():
+            units = torch.full((len(before.rows[edge]),), NEUTRAL)
+            units[rows] = torch.arange(layout.width)[:, None]
+            landing = self.landings[edge] = insert(units, layout.width, k, 0, edge)
+            self.written[edge] = self._fresh(landing)
+            found.rows[edge] = self._grown(before.rows[edge], landing, self.written[edge])
+        for rider, units in layout.entries.items():
+            if rider.rule is None:
+                landing = self.riders[rider] = insert_along(units, layout.width, k, rider.name)
+                found.entries[rider] = self._grown(before.entries[rider], landing, self._fresh(landing))
+
+    def _fresh(self, landing: Landing) -> Tensor:
+        """A label for each entry of each new unit ``[k, slots]``."""
+        labels = self.classes.fresh(landing.new.numel()).view(landing.new.shape)
+        self.units = torch.cat([self.units, torch.arange(self.k)[:, None].expand_as(labels).flatten()])
+        return labels
+
+    @staticmethod
+    def _grown(labels: Tensor, landing: Landing, fresh: Tensor) -> Tensor:
+        labels = labels.movedim(landing.dim, 0)
+        grown = labels.new_empty(landing.size, *labels.shape[1:])
+        grown[landing.old] = labels
+        grown[landing.new.flatten()] = fresh.reshape(-1, *[1] * (labels.ndim - 1)).expand(-1, *labels.shape[1:])
+        return grown.movedim(0, landing.dim)
+
+    def is_fresh(self, labels: Tensor) -> Tensor:
+        return self.classes.roots(labels) >= self.first
+
+    def is_channel(self, labels: Tensor) -> Tensor:
+        return super().is_channel(labels) | self.is_fresh(labels)
+
+    def arguments(self, node: fx.Node, values: Values) -> tuple[Any, Any]:
+        return fx.map_arg(substituted((node.args, dict(node.kwargs)), self.restated), lambda n: values[n])
+
+    def run_reached(self) -> None:
+        """Nodes in their order, from those that write new channels up to the layers that read them."""
+        direct = {rider.name for rider in self.riders}
+        waiting = [node for node, layer in self.layers.items() if layer.name in self.landings]
+        waiting += [node for name in direct for node in self.program.graph.find_nodes(op="get_attr", target=name)]
+        waiting += [node for place in self.restated for node in self.program.stated[place] if node not in self.layers]
+        starts = seen = set(waiting)
+        waiting, seen = sorted(starts), set(starts)
+        while waiting:
+            node = heapq.heappop(waiting)
+            layer = self.layers.get(node)
+            if self._reach(node) and (node in starts or layer is None or layer.name not in self.before.rows):
+                self.reached.append(node)
+                for user in node.users:
+                    if user not in seen:
+                        seen.add(user)
+                        heapq.heappush(waiting, user)
+
+    def _reach(self, node: fx.Node) -> bool:
+        """Runs a node. Whether its value is another than before."""
+        try:
+            value = self.node(node, self.values)
+        except MisfitError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            name = ops.op_name(node) or str(node.target)
+            raise MisfitError(f"{name} does not accept the wider axis{_at(node)}") from error
+        before = self.before.values[node]
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and self._unchanged(value, before):
+            return False
+        self.values[node] = value
+        self._check_reached(node)
+        return True
+
+    def _unchanged(self, value: Tensor, before: Tensor) -> bool:
+        return value.shape == before.shape and torch.equal(
+            self.classes.roots(narrow(value)), self.classes.roots(narrow(before))
+        )
+
+    def _check_reached(self, node: fx.Node) -> None:
+        """Old labels stay where they were among themselves, and no number that is computed with follows the width."""
+        value, before = self.values[node], self.before.values[node]
+        if node.meta.get("baked") and value != before:
+            self.literals[node] = node.args, dict(node.kwargs)
+        if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+            return
+        numbers = [s for s in node.all_input_nodes if isinstance(self.values[s], (int, float))]
+        moved = ops.op_name(node) in ops.MOVES | ops.CREATION
+        if not moved and any(self.values[s] != self.before.values[s] for s in numbers):
+            raise MisfitError(f"its width is used as a number in the model's forward{_at(node)}")
+        if [s == 0 for s in value.stride()] == [s == 0 for s in before.stride()]:
+            value, before = narrow(value), narrow(before)
+        roots = self.classes.roots(value).flatten()
+        if not torch.equal(roots[roots < self.first], self.classes.roots(before).flatten()):
+            raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before{_at(node)}")
+
+    def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        before = layer.inputs.meta["val"].shape
+        dim = layer.rule.channel_dim(inputs.ndim)
+        if [s for d, s in enumerate(inputs.shape) if d != dim] != [s for d, s in enumerate(before) if d != dim]:
+            raise MisfitError(f"new channels would land beside the features that {layer.name} reads")
+        return super().edge(node, layer, inputs)
+
+    def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """The softmax scale stays what it was."""
+        width = self.before.values[node.all_input_nodes[0]].shape[-1]
+        given = dict(zip(ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+        if given["query"].shape[-1] != width and given.get("scale") is None:
+            end = ATTENTION_ARGUMENTS.index("scale")
+            self.literals[node] = node.args[:end], {**node.kwargs, "scale": width**-0.5}
+        return super().attend(node, args, kwargs)
+
+    def summed(self, node: fx.Node, left: Tensor, right: Tensor) -> None:
+        """New channels are summed with old ones: those of one side will have to be zero."""
+        a, b = torch.broadcast_tensors(self._unit(left), self._unit(right))
+        if bool(((a != b) & (a != NEUTRAL) & (b != NEUTRAL)).any()):
+            raise MisfitError(f"{ops.op_name(node)} would multiply different new channels{_at(node)}")
+        sides = [torch.unique(labels[self.is_fresh(labels)]) for labels in (left, right)]
+        self.sums.append((node, *sides))
+
+    def _unit(self, labels: Tensor) -> Tensor:
+        roots = self.classes.roots(labels)
+        return torch.where(roots >= self.first, self.units[(roots - self.first).clamp_min(0)], NEUTRAL)
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Producer -> which slots of a new unit must start at zero, if any."""
+        zero = torch.empty(0, dtype=torch.long)
+        for node, left, right in self.sums:
+            left, right = self.classes.roots(left), self.classes.roots(right)
+            if not any(len(side) and bool(torch.isin(side, zero).all()) for side in (left, right)):
+                side = right if len(right) else left
+                self._check_zero(node, side)
+                zero = torch.cat([zero, torch.unique(side)])
+        masks = {edge: torch.isin(self.classes.roots(labels), zero)[0] for edge, labels in self.written.items()}
+        if self.sums and all(bool(mask.all()) for mask in masks.values()):
+            raise MisfitError("all that is written there would have to start at zero, so that it could not learn")
+        return {edge: mask for edge, mask in masks.items() if bool(mask.any())}
+
+    def _check_zero(self, sum_: fx.Node, side: Tensor) -> None:
+        """Raises if what is written as zero does not arrive at a sum as zero."""
+        sums = {node for node, _, _ in self.sums}
+        for node in self.reached:
+            value = self.values[node]
+            if node in sums or node.op == "get_attr" or not isinstance(value, Tensor):
+                continue
+            held = torch.isin(self.classes.roots(value), side)
+            if bool(held.any()) and not self._keeps_zero(node, held, side):
+                raise MisfitError(
+                    f"new channels that start at zero do not stay zero before {ops.op_name(sum_)}{_at(node)}"
+                )
+
+    def _keeps_zero(self, node: fx.Node, held: Tensor, side: Tensor) -> bool:
+        if node in self.layers:
+            return True
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            return ops.is_move_module(module) or ops.keeps_zero(module)
+        name = ops.op_name(node)
+        if name in {"add", "sub", "subtract"}:
+            operands = [self.values[s] for s in node.all_input_nodes]
+            whole = [torch.isin(self.classes.roots(o), side).expand_as(held) for o in operands if isinstance(o, Tensor)]
+            return len(whole) == 2 and all(torch.equal(w, held) for w in whole)
+        if name in {"div", "divide", "truediv"}:
+            return isinstance(node.args[0], fx.Node)
+        return name in ops.MOVES | ops.ZERO_KEEPING
+
+    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        before = self.before.values[node]
+        shapes = [expected(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in _each(before)]
+        known = any(shape is not None for shape in shapes)
+        try:
+            value = super().move(node, args, kwargs)
+            if all(shape in (None, v.shape) for shape, v in zip(shapes, _each(value), strict=False)):
+                return value
+        except (RuntimeError, IndexError):
+            if not known:
+                raise
+        module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes[0] is not None:
+            sizes = unflattened(module.dim, module.unflattened_size, node, shapes[0])
+            self.attributes[str(node.target)] = {"unflattened_size": sizes}
+            return args[0].unflatten(module.dim, sizes)
+        arguments = substituted((node.args, dict(node.kwargs)), self.restated)
+        literals = rewritten(node, arguments, self.values, self.before.values, shapes) if known else None
+        if literals is None:
+            raise MisfitError(f"what {ops.op_name(node) or node.target} gives does not follow the axis{_at(node)}")
+        self.literals[node] = literals
+        return super().move(node, *fx.map_arg(literals, lambda n: self.values[n]))
+
+    def restate(self) -> None:
+        """Functions that are called with a number of groups get the new one."""
+        for node in self.reached:
+            layer = self.layers.get(node)
+            if layer is not None and layer.paths:
+                sizes = self._sizes(layer)
+                given = {**dict(zip(layer.names, node.args, strict=False)), **node.kwargs}
+                if any(given[name] != sizes[name] for name in given.keys() & sizes.keys()):
+                    args = tuple(sizes.get(name, arg) for name, arg in zip(layer.names, node.args, strict=False))
+                    self.literals[node] = args, {name: sizes.get(name, arg) for name, arg in node.kwargs.items()}
+
+    def _sizes(self, layer: Placed) -> dict[str, Any]:
+        """What the layer would state as a module in the grown network."""
+        if isinstance(layer.rule, EdgeRule):
+            columns, rows = (found.get(layer.name, ()) for found in (self.found.columns, self.found.rows))
+            return dict(layer.rule.attributes(len(columns), len(rows)))
+        assert isinstance(layer.rule, RiderRule)
+        width = next(len(labels) for rider, labels in self.found.entries.items() if rider.name == layer.name)
+        return dict(layer.rule.attributes(layer.module, width))
+
+    def resized(self) -> dict[tuple[str, str], int]:
+        """Attributes that layers restate when they are widened, by their owners."""
+        names = {*self.layout.rows, *self.layout.columns, *(r.name for r in self.layout.entries if r.rule is not None)}
+        touched = [layer for layer in self.layers.values() if layer.name in names]
+        return {(layer.owner, name): size for layer in touched for name, size in self._sizes(layer).items()}
+
+    def check(self) -> None:
+        """The safety net."""
+        for label in range(self.first, len(self.classes)):
+            cause = self.classes.cause(label)
+            if cause:
+                raise MisfitError(cause)
+        old, fresh = torch.arange(self.first), torch.arange(self.first, len(self.classes))
+        roots = self.classes.roots(fresh)
+        units = self._unit(fresh)
+        meets = bool((roots < self.first).any()) or not torch.equal(units, self.units)
+        if meets or not torch.equal(self.classes.roots(old), self.before.classes.roots(old)):
+            raise MisfitError("new channels would meet channels that they must stay apart from")
+        missed = [edge for edge in self.layout.columns if edge not in self.found.columns]
+        missed += [r.name for r in self.layout.entries if r not in self.found.entries]
+        if missed:
+            raise MisfitError(f"new channels do not arrive at {', '.join(missed)}")
+        if not self.layout.columns and not self.sums:
+            raise MisfitError("no layer reads it")
+
+    def landed(self, name: str, grown: Tensor, old: Tensor, dim: int) -> Landing:
+        roots, units = self.classes.roots(grown), self._unit(grown)
+        new = [torch.nonzero(units == unit).flatten().tolist() for unit in range(self.k)]
+        kept = torch.nonzero(roots < self.first).flatten()
+        if not torch.equal(roots[kept], self.classes.roots(old)):
+            raise MisfitError(f"the channels that {name} reads would change their order")
+        if len(set(map(len, new))) != 1 or not new[0]:
+            raise MisfitError(f"new channels do not arrive at {name} as the old ones do")
+        return Landing(dim, len(grown), kept, torch.tensor(new))
+
+
+def _at(node: fx.Node) -> str:
+    where = node.meta.get("source")
+    return f" [{where}]" if where else ""
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else [value]
