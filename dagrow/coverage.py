@@ -19,13 +19,13 @@ class Coverage:
     Attributes:
         growable: layer that writes, reads or carries an axis that can widen -> its parameters.
         frozen: edge that does not -> its parameters.
-        reasons: why not -> parameters of the edges that are frozen for it, most first.
+        reasons: why not, with the operation and the user's line -> the edges that it freezes, most parameters first.
         other: all other parameters of the model: norms, embeddings, biases used directly, layers that do not run.
     """
 
     growable: Mapping[str, int]
     frozen: Mapping[str, int]
-    reasons: Mapping[str, int]
+    reasons: Mapping[str, tuple[str, ...]]
     other: int
 
     @property
@@ -44,9 +44,9 @@ class Coverage:
         table.add_row("can grow", str(len(self.growable)), str(sum(self.growable.values())))
         table.add_row("cannot grow", str(len(self.frozen)), str(sum(self.frozen.values())))
         table.add_row("other", "", str(self.other))
-        why = Table("why not", "parameters")
-        for reason, count in self.reasons.items():
-            why.add_row(reason, str(count))
+        why = Table("why not", "layers", "parameters")
+        for reason, edges in self.reasons.items():
+            why.add_row(reason, ", ".join(edges), str(sum(self.frozen[edge] for edge in edges)))
         return render(table, why) if self.reasons else render(table)
 
 
@@ -64,10 +64,10 @@ def coverage_of(edges: Sequence[Edge], axes: Sequence[Axis], model: nn.Module) -
         if rider.module is not None:
             growable[rider.name] = own(getattr(rider.module, entry) for entry, _ in rider.paths)
     frozen = {edge.name: own(edge.parameters().values()) for edge in edges if not edge.growable}
-    reasons: dict[str, int] = {}
-    for edge in edges:
+    reasons: dict[str, tuple[str, ...]] = {}
+    for edge in sorted(edges, key=lambda edge: -frozen.get(edge.name, 0)):
         if edge.reason is not None:
-            reasons[edge.reason] = reasons.get(edge.reason, 0) + frozen[edge.name]
-    ordered = dict(sorted(reasons.items(), key=lambda item: -item[1]))
+            reasons[edge.reason] = (*reasons.get(edge.reason, ()), edge.name)
+    ordered = dict(sorted(reasons.items(), key=lambda item: -sum(frozen[name] for name in item[1])))
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
     return Coverage(growable, frozen, ordered, other)

@@ -17,7 +17,7 @@ from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling, label
 from dagrow.landings import MisfitError
-from dagrow.layers import DEFAULT_RULES, LayerRule, rule_for
+from dagrow.layers import DEFAULT_RULES, LayerRule, OperationRule, rule_for
 from dagrow.network import network
 from dagrow.ops import mixed_dims
 from dagrow.placed import Placed, placed
@@ -28,14 +28,18 @@ from dagrow.tables import render, tables
 from dagrow.trace import Program, record
 from dagrow.widening import Widening, widen
 
-__all__ = ["Axis", "Dag", "Edge", "trace"]
+__all__ = ["Axis", "Dag", "Edge", "Rule", "trace"]
+
+Rule = LayerRule | OperationRule
 
 
 class Dag:
     """A model seen as a graph. It holds no weights of its own: ``dag.model`` is the user's model, grown in place."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, rules: Sequence[LayerRule]) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, rules: Sequence[Rule]) -> None:
         self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
+        self._layer_rules = (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
+        self._operations = [rule for rule in self.rules if isinstance(rule, OperationRule)]
         self.applied: list[Any] = []  #: what undoes the growths applied so far, oldest first
         self.retrace(verified=True)
 
@@ -43,7 +47,7 @@ class Dag:
         """Reads edges and axes off the model as it is now."""
         self.__dict__.pop("_unwritable", None)
         self.program: Program = self._read(verified=verified)
-        self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self.rules)
+        self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self._layer_rules)
         self.labels: Labelling = label(self.graph, self.model, self.layers)
         freeze_shared(self.graph, self.model, self.layers, self.labels)
         layouts, reasons = self._layouts()
@@ -112,7 +116,19 @@ class Dag:
 
     def _read(self, *, verified: bool) -> Program:
         given = self.example_inputs
-        return symbolic(self.model) if given is None else record(self.model, given, verified=verified)
+        if given is None:
+            program = symbolic(self.model, self._named)
+        else:
+            program = record(self.model, given, verified=verified, closed=self._named)
+        for node in program.graph.nodes:
+            module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+            node.meta["kind"] = next((rule.kind for rule in self._operations if rule.covers(node, module)), None)
+        return program
+
+    def _named(self, module: nn.Module) -> bool:
+        """Whether a rule of the user speaks for the module."""
+        own = [rule for rule in self.rules if isinstance(rule, LayerRule)]
+        return rule_for(module, own) is not None or any(type(module) in rule.targets for rule in self._operations)
 
     def check(self) -> None:
         """Raises GrowthError if layers were replaced or resized by hand since the model was traced."""
@@ -157,7 +173,7 @@ class Dag:
         modules = dict(self.model.named_modules())
         for name, node in {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}.items():
             module = modules[name]
-            unknown = rule_for(module, self.rules) is None and mixed_dims(node, module, 1) is None
+            unknown = rule_for(module, self._layer_rules) is None and mixed_dims(node, module, 1) is None
             if unknown and any(True for _ in module.parameters()):
                 yield name, module
 
@@ -165,14 +181,15 @@ class Dag:
         return self.describe()
 
 
-def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[LayerRule] = ()) -> Dag:
+def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Rule] = ()) -> Dag:
     """Views a model as a dag. Changes nothing.
 
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Without it the
             model goes through ``torch.fx``, and the example's shape is taken from its first layer.
-        rules: layer rules of your own, asked before the built-in ones.
+        rules: of your own, asked before the built-in ones: for types of layers (``EdgeRule``, ``RiderRule``) and for
+            operations (``OperationRule``). Modules of your own that they name are not looked into.
 
     Raises:
         TraceError: the model cannot be traced, or its graph does not compute what the model computes.
@@ -183,10 +200,12 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Layer
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )
-    wrong = [rule for rule in rules if not isinstance(rule, LayerRule)]
+    wrong = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
     if wrong:
-        raise TraceError(f"rules={rules!r}: give a list of instances of dagrow.layers.EdgeRule or RiderRule.")
-    return Dag(model, example_inputs, (*rules, *DEFAULT_RULES))
+        raise TraceError(
+            f"rules={rules!r}: give a list of instances of EdgeRule, RiderRule or OperationRule of dagrow.layers."
+        )
+    return Dag(model, example_inputs, rules)
 
 
 def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:

@@ -7,8 +7,9 @@ import torch
 from torch import fx, nn
 
 __all__ = [
-    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "SIZES", "ZERO_KEEPING", "binds",
-    "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims", "neutral_entries", "op_name",
+    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES",
+    "ZERO_KEEPING", "binds", "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims",
+    "neutral_entries", "op_name",
 ]  # fmt: skip
 
 #: y = f(x), entry by entry
@@ -84,6 +85,13 @@ _POINTWISE_MODULES = (
     nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink,
     nn.Softshrink, nn.Threshold, nn.PReLU,  # one with a slope for each channel has a rule of its own
 )  # fmt: skip
+#: modules that are known not to grow
+REFUSALS: dict[type[nn.Module], str] = {
+    nn.RNNBase: "is recurrent: its state would have to grow along",
+    nn.RNNCellBase: "is recurrent: its state would have to grow along",
+    nn.Embedding: "is a table, which no rule widens",
+    nn.EmbeddingBag: "is a table, which no rule widens",
+}
 _MOVE_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 
 

@@ -117,9 +117,11 @@ class Recorder(TorchFunctionMode):
     that went in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeMode | None) -> None:
+    def __init__(
+        self, model: nn.Module, fake: FakeMode | None, closed: Callable[[nn.Module], bool] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.fake, self.graph = model, fake, fx.Graph()
+        self.model, self.fake, self.closed, self.graph = model, fake, closed, fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None  #: why no forward can be written from the graph
@@ -145,7 +147,7 @@ class Recorder(TorchFunctionMode):
         for (parent, name), module in self._closed.items():
             parent._modules[name] = _Closed(module)
         for path, module in self.model.named_modules():
-            if is_leaf(module) or isinstance(module, _Closed):
+            if is_leaf(module) or isinstance(module, _Closed) or (self.closed is not None and self.closed(module)):
                 leave = partial(self._leave, path)
                 self._handles += [
                     module.register_forward_pre_hook(self._arrive, prepend=True, with_kwargs=True),

@@ -90,6 +90,10 @@ class Runner(ABC):
         if node.op == "output":
             self.freeze(tensors_in(args), "is an output of the model")
             return args[0]
+        if node.meta.get("kind") == "pointwise":
+            return self.merge(tensors_in((args, kwargs)))
+        if node.meta.get("kind") == "moves":
+            return self.move(node, args, kwargs)
         if node.op == "call_module":
             return self.call_module(node, args, kwargs)
         return self.call_function(node, args, kwargs)
@@ -111,7 +115,8 @@ class Runner(ABC):
             dims = ops.mixed_dims(node, module, args[0].ndim)
             if dims is not None:
                 return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
-        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) has no rule")
+        why = next((why for kind, why in ops.REFUSALS.items() if isinstance(module, kind)), "has no rule")
+        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {why}")
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name, tensors = ops.op_name(node), tensors_in((args, kwargs))

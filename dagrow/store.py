@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dagrow.dag import Dag, trace
+from dagrow.dag import Dag, Rule, trace
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError, StoreError, first_line
-from dagrow.layers import LayerRule
 from dagrow.surgery import apply, transaction, whole
 
 __all__ = ["load", "save"]
@@ -55,7 +54,11 @@ def _path(path: object) -> Path:
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, rules: Sequence[LayerRule] = ()
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    rules: Sequence[Rule] = (),
 ) -> Dag:
     """Grows a freshly built model to the widths in a file, in place, and gives it the weights in the file.
 

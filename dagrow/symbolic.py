@@ -1,7 +1,7 @@
 """The program of a model without example inputs, by ``torch.fx``."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -28,8 +28,12 @@ _SHAPELESS = {
 class _Tracer(fx.Tracer):
     """`torch.fx` with our leaf rule; parameters of forward that have a default are fixed at it."""
 
+    def __init__(self, closed: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.closed = closed
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return is_leaf(m) or self.closed(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -45,12 +49,14 @@ class _Tracer(fx.Tracer):
         return function, args
 
 
-def symbolic(model: nn.Module) -> Program:
-    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input."""
+def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = lambda _module: False) -> Program:
+    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input.
+
+    Modules that are ``closed`` are not looked into."""
     refuse_lazy(model)
     with undisturbed(model, weights=True):
         try:
-            tracer = _Tracer()
+            tracer = _Tracer(closed)
             with stated(model) as uses:
                 graph = tracer.trace(model)
         except Exception as error:

@@ -170,20 +170,27 @@ def _alike(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
-def record(model: nn.Module, example_inputs: Any, *, verified: bool = True) -> Program:
-    """The program of `model`, recorded in the mode that it is in, and verified at another batch size."""
+def record(
+    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] | None = None
+) -> Program:
+    """The program of `model`, recorded in the mode that it is in, and verified at another batch size.
+
+    Modules that are ``closed`` become one node, whatever they do inside."""
     given = bind(example_inputs)
     refuse_lazy(model)
     found, real = AsFound(model, weights=True), _hold_values(model, given)
     with found.kept():
-        program = _recorded(model, *given, real=real)
+        program = _recorded(model, *given, real, closed)
     if program.obstacle and real:  # many a forward does without values where there are none
         with found.kept(), contextlib.suppress(TraceError):
-            program = _recorded(model, *given, real=False)
+            program = _recorded(model, *given, False, closed)
     return verify(program, example_inputs, found) if verified else program
 
 
-def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Program:
+def _recorded(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], real: bool,
+    closed: Callable[[nn.Module], bool] | None,
+) -> Program:  # fmt: skip
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
     bound = _arguments(model, args, kwargs)
     fake = None if real else FakeMode(allow_non_fake_inputs=True)
@@ -191,7 +198,7 @@ def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     with fake or contextlib.nullcontext(), torch.enable_grad(), stated(model) as uses, plainly():
-        recorder = Recorder(model, fake)
+        recorder = Recorder(model, fake, closed)
         uses.live = lambda: recorder.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")

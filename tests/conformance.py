@@ -286,7 +286,7 @@ CASES: dict[str, Case] = {
         refuses={"up": "also used elsewhere"}, shape=(4,), integers=True,
     ),
     "recurrent": between(lambda m, h: m.r(h)[0], lambda: {**linear(last=4)(), "r": nn.LSTM(8, 4, batch_first=True)},
-                         grows=(), refuses={"a": "LSTM .*has no rule"}, **TOKENS),
+                         grows=(), refuses={"a": "LSTM .*is recurrent"}, **TOKENS),
     "output": Case(lambda m, x: m.a(x), linear(), grows=(), refuses={"a": "output of the model"}),
     # ---- images
     "squeeze and excite": Case(

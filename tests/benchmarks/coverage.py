@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow.contractions import ATTENTION
+from dagrow.coverage import Coverage
 from dagrow.dag import Dag
 from dagrow.ops import op_name
 from dagrow.testing import try_axes
@@ -94,8 +95,13 @@ def _shape(dag: Dag) -> dict[str, Any]:
     coverage = dag.coverage()
     return {
         "axes": len(dag.axes), "growable": sum(axis.growable for axis in dag.axes),
-        "attention": _attends(dag), "edges": len(dag.edges), "share": coverage.share, "reasons": dict(coverage.reasons),
+        "attention": _attends(dag), "edges": len(dag.edges), "share": coverage.share, "reasons": _weighed(coverage),
     }  # fmt: skip
+
+
+def _weighed(coverage: Coverage) -> dict[str, int]:
+    """Why edges are frozen, and how many parameters for it."""
+    return {why: sum(coverage.frozen[edge] for edge in edges) for why, edges in coverage.reasons.items()}
 
 
 def _attends(dag: Dag) -> bool:
