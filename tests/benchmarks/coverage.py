@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -210,7 +211,7 @@ def main() -> None:
         for result in pool.map(lambda spec: watched(given, *spec), todo):
             append(given.out, result)
             print(_line(result), flush=True)
-    print(summary(read(given.out)))
+    print("\n".join(summary(read(given.out))))
     if given.table:
         write_block(given.table, Path(__file__).name, document(read(given.out)))
     return None
@@ -222,27 +223,69 @@ def _line(run: Mapping[str, Any]) -> str:
     return f"{run['suite']}/{run['name']}: {shown} {run.get('error', '')} {run.get('failed') or ''}"
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The promises, and what was found."""
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was found, over all models."""
     known = [run for run in runs if "share" in run]
-    passes = sorted(run["passes"] for run in known)
+    some = sum(run["growable"] > 0 for run in known)
+    tried, exact = (sum(run.get(key, 0) for run in runs) for key in ("tried", "exact"))
     lines = [
-        f"models: {len(runs)}",
-        f"traced: {sum(bool(run.get('traced')) for run in runs)}",
-        f"equal at another batch size: {sum(bool(run.get('equal')) for run in runs)}",
-        f"axes: {sum(run['axes'] for run in known)}, growable {sum(run['growable'] for run in known)}, "
-        f"grown exactly {sum(run.get('exact', 0) for run in runs)} of {sum(run.get('tried', 0) for run in runs)} tried",
-        f"models with a growable axis: {sum(run['growable'] > 0 for run in known)}",
+        f"{len(runs)} models, {sum(bool(run.get('traced')) for run in runs)} traced, "
+        f"{sum(bool(run.get('equal')) for run in runs)} graphs equal to their model at other batch sizes",
+        f"{sum(run['axes'] for run in known)} axes found, {sum(run['growable'] for run in known)} growable, "
+        f"{tried} tried, {exact} grown exactly",
+        f"{some} models with a growable axis ({some / max(1, len(runs)):.1%})",
     ]
-    for kind, chosen in (("convolutional", False), ("attention", True)):
-        shares = [run["share"] for run in known if run["attention"] is chosen]
+    for kind, attention in (("convolutional and other", False), ("attention", True)):
+        shares = [run["share"] for run in known if run["attention"] is attention]
         if shares:
-            lines.append(f"median share of parameters in growable edges, {kind}: {statistics.median(shares):.3f}")
+            median = statistics.median(shares)
+            lines.append(f"median share of parameters in growable layers, {kind} models ({len(shares)}): {median:.1%}")
+    passes = [run["passes"] for run in known]
     if passes:
         lines.append(
-            f"tracing and axes, in forward passes: median {statistics.median(passes):.2f}, most {passes[-1]:.1f}"
+            f"tracing and axes, in forward passes on the same batch of {BATCH}: "
+            f"median {statistics.median(passes):.2f}, from {min(passes):.2f} to {max(passes):.0f}"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def document(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The table, with the reason that most frozen parameters have."""
+    head = [
+        "model",
+        "traced",
+        "equal",
+        "axes",
+        "growable",
+        "exact",
+        "share",
+        "passes",
+        "why not the rest, or what failed",
+    ]
+    rows = [
+        [
+            f"{run['suite']}/{run['name']}", _mark(run, "traced"), _mark(run, "equal"), str(run.get("axes", "")),
+            str(run.get("growable", "")), f"{run['exact']}/{run['tried']}" if "tried" in run else "",
+            f"{run['share']:.2f}" if "share" in run else "", f"{run['passes']:.1f}" if "passes" in run else "",
+            run.get("error") or "; ".join(f"{axis}: {why}" for axis, why in run.get("failed", {}).items()) or _why(run),
+        ] for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
+    ]  # fmt: skip
+    versions = ", ".join(sorted({run["version"] for run in runs}))
+    items = "\n".join(f"- {line}" for line in summary(runs))
+    return f"{items}\n\n{table(head, rows)}\n\nSources of the package: {versions}."
+
+
+def _mark(run: Mapping[str, Any], key: str) -> str:
+    return {True: "yes", False: "no"}.get(run.get(key), "")  # type: ignore[arg-type]
+
+
+def _why(run: Mapping[str, Any]) -> str:
+    """The first reason, without names that only this model has."""
+    reasons = run.get("reasons") or {}
+    if not reasons:
+        return ""
+    causes = next(iter(reasons)).split("; ")
+    return re.sub(r"\s*\[[^\]]*\]|\([^)]*\) ?", "", causes[0])[:110].replace("|", "/")
 
 
 if __name__ == "__main__":
