@@ -44,10 +44,11 @@ class Classes:
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Makes labels that meet entry by entry, after broadcasting, one class. NEUTRAL meets nobody."""
         a, b = self._roots[a], self._roots[b]
-        meet = (a != b) & (a != NEUTRAL) & (b != NEUTRAL)
+        meet = a != b
         if not bool(meet.any()):
             return
-        a, b = (torch.broadcast_to(side, meet.shape)[meet] for side in (a, b))
+        pairs = torch.stack([torch.broadcast_to(side, meet.shape)[meet] for side in (a, b)])
+        a, b = pairs[:, (pairs != NEUTRAL).all(0)]
         while bool((a != b).any()):
             self._roots.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
             self._shorten()

@@ -43,7 +43,7 @@ MOVES = frozenset(
 #: entries along some dimensions are merged
 REDUCTIONS = frozenset(
     """
-    mean sum amax amin prod logsumexp
+    mean sum amax amin prod logsumexp std var
     """.split()
 )
 #: results are sizes or facts about a tensor, not values

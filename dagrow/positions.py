@@ -216,6 +216,9 @@ class _PositionRunner(Runner):
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
         return self.windowed(inputs, tables(inputs.shape))
 
+    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> Any:
+        return self.unknown(node, inputs, "")
+
     def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
         return self.unknown(node, inputs, "") if any(self.varies(inputs, dim) for dim in dims) else inputs
 

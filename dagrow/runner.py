@@ -109,6 +109,8 @@ class Runner(ABC):
                 return args[0]
             if ops.is_move_module(module):
                 return self.move(node, args, kwargs)
+            if isinstance(module, nn.GLU):
+                return self.halves(node, args[0], module.dim)
             tables = tables_of(None, module)
             if tables is not None:
                 return self.spatial(node, tables, args[0])
@@ -132,6 +134,8 @@ class Runner(ABC):
             return args[0] if len(tensors) == 1 else self.merge(tensors)
         if name in ops.PAIRWISE:
             return self.merge(tensors)
+        if name == "glu":
+            return self.halves(node, *args, **kwargs)
         if name in ops.REDUCTIONS:
             return self.reduce(node, args, kwargs)
         if name == ATTENTION:
@@ -148,6 +152,12 @@ class Runner(ABC):
             self.freeze(tensors[1:], f"is used in {name}")
             return self.mixed(node, str(name), dims, args[0])
         return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
+
+    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> Any:
+        """A gated linear unit: the halves of a dimension meet."""
+        if inputs.shape[dim] % 2:
+            return self.unknown(node, inputs, "glu halves an odd number of channels")
+        return self.merge(inputs.chunk(2, dim))
 
     def multiply(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> Tensor:
         """A product of two activations."""
@@ -174,6 +184,8 @@ class Runner(ABC):
             return args[0].reshape(*args[1:], **kwargs)
         if name in ("cat", "concat", "concatenate"):
             return _joined(*args, **kwargs)
+        if name in ("roll", "flip") and not kwargs and _repeated(args[0], args[-1]):
+            return args[0]
         if node.op == "call_module":
             return self.model.get_submodule(str(node.target))(args[0].contiguous())
         return ops.executor(node)(*args, **kwargs)
@@ -182,7 +194,7 @@ class Runner(ABC):
         """Entries along the reduced dimensions meet; different channels must not."""
         inputs = args[0]
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = tuple(range(inputs.ndim)) if dims is None else dims
+        dims = tuple(range(inputs.ndim)) if dims is None or isinstance(dims, bool) else dims
         dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
         if any(self.varies(inputs, d) for d in dims):
             return self.unknown(node, inputs, f"{ops.op_name(node)} mixes channels")
@@ -224,8 +236,15 @@ class Runner(ABC):
         return f"{cause} [{where}]" if where else cause
 
 
+def _repeated(tensor: Tensor, dims: Any) -> bool:
+    """Whether entries are the same along some dimensions, to be seen without looking."""
+    return all(tensor.stride(d) == 0 for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
+
+
 def tensors_in(tree: object) -> list[Tensor]:
     """Every tensor in a nest of containers."""
+    if isinstance(tree, Tensor):
+        return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -65,7 +65,7 @@ def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
     *_, build, inputs = spec
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, example = build().eval(), inputs(BATCH)
+    model, example = _alive(build().eval()), inputs(BATCH)
     forward = statistics.median(_seconds(lambda: _run(model, example)) for _ in range(3))
     dag = dagrow.trace(model, example)
     seconds = statistics.median(_seconds(lambda: dagrow.trace(model, example)) for _ in range(3))
@@ -80,6 +80,15 @@ def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
     yield {"precision": str(kind)[6:], "equal": all(_equal(dag, given, tolerance) for given in others)}
     if grown:
         yield _grown(dag, [_to(inputs(size), kind) for size in (1, BATCH)], tolerance)
+
+
+def _alive(model: nn.Module) -> nn.Module:
+    """The model without parameters that are all zero, as some families start: no gradient would pass them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                parameter.normal_(std=0.1)
+    return model
 
 
 def _widest(model: nn.Module, example: Any) -> torch.dtype:
