@@ -107,7 +107,7 @@ class Dag:
             widening = widen(self.program, self.layers, layout, 1)
         except MisfitError as misfit:
             return str(misfit)
-        return self._unwritable if widening.literals else None
+        return self._unwritable if widening.written else None
 
     @cached_property
     def _unwritable(self) -> str | None:

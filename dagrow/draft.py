@@ -32,6 +32,7 @@ class Change:
         slope: parameter -> its derivative in gamma, in the grown shape.
         attributes: module -> its attributes that state widths.
         literals: node of the graph -> its arguments with the sizes of the grown network.
+        written: whether the forward is written anew, with the literals in it.
         program: what the graph was when the change was drafted.
     """
 
@@ -40,6 +41,7 @@ class Change:
     slope: Mapping[str, Tensor]
     attributes: Mapping[str, Mapping[str, Any]]
     literals: Mapping[fx.Node, Arguments]
+    written: bool
     program: Program
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
@@ -72,6 +74,7 @@ class Draft:
         self.slope: dict[str, Tensor] = {}
         self.attributes: dict[str, Mapping[str, Any]] = {}
         self.literals: dict[fx.Node, Arguments] = {}
+        self.forward_written = any(widening.written for _, widening in widenings)
         self.zeros: dict[str, Tensor] = {}
         self.read: dict[str, Landing] = {}
         self.written: dict[str, Landing] = {}
@@ -193,7 +196,10 @@ class Draft:
         return next((at.old for at in self.landings.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:
-        return Change(self.landings, self.fresh, self.slope, self.attributes, self.literals, self.dag.program)
+        return Change(
+            self.landings, self.fresh, self.slope, self.attributes, self.literals, self.forward_written,
+            self.dag.program,
+        )  # fmt: skip
 
 
 def pad(tensor: Tensor, landings: Sequence[Landing], fresh: Tensor | None = None) -> Tensor:

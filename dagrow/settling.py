@@ -40,8 +40,8 @@ def substituted(arguments: Arguments, restated: Mapping[Place, int]) -> Argument
 def settled(
     program: Program, literals: Mapping[fx.Node, Arguments], attributes: Attributes, resized: Mapping[Place, int],
     restated: Mapping[Place, int],
-) -> tuple[Mapping[fx.Node, Arguments], Attributes]:  # fmt: skip
-    """Arguments of nodes that a forward must be written for, if any; and attributes that change.
+) -> tuple[Mapping[fx.Node, Arguments], Attributes, bool]:  # fmt: skip
+    """What changes in a forward: arguments of nodes, attributes, and whether it must be written anew.
 
     If every size that changes came unchanged from an attribute of a module, which is not computed with, the attributes
     change and the model's own forward goes on.
@@ -53,13 +53,13 @@ def settled(
         restated: attributes that change with all their uses in the graph.
     """
     follow = all(value == restated.get(place) for place, value in resized.items() if place in program.stated)
-    if literals or not follow or program.computed & {*resized, *restated}:
-        uses = [node for place in restated for node in program.stated[place]]
-        if not uses and not literals:  # written anew, forward keeps the old numbers
-            uses = [next(iter(program.graph.nodes))]
-        found = {node: (node.args, dict(node.kwargs)) for node in uses} | dict(literals)
-        return {node: substituted(arguments, restated) for node, arguments in found.items()}, attributes
+    written = bool(literals) or not follow or bool(program.computed & {*resized, *restated})
+    uses = [node for place in restated for node in program.stated[place]]
+    found = {node: (node.args, dict(node.kwargs)) for node in uses} | dict(literals)
+    found = {node: substituted(arguments, restated) for node, arguments in found.items()}
+    if written:
+        return found, attributes, True
     changed = {path: dict(names) for path, names in attributes.items()}
     for (path, name), value in restated.items():
         changed.setdefault(path, {})[name] = value
-    return {}, changed
+    return found, changed, False

@@ -31,7 +31,7 @@ Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that s
 def preview(dag: Dag, change: Change) -> Iterator[None]:
     """Inside, the model has the forward and the stated widths of the grown network."""
     model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
-    grown = wear(dag.program, change.literals) if change.literals else found
+    grown = _kind(dag, change)
     try:
         model.__class__ = grown
         _state(model, change.attributes)
@@ -43,6 +43,11 @@ def preview(dag: Dag, change: Change) -> Iterator[None]:
         except BaseException:  # an interrupt while cleaning up: finish the cleaning first
             _state(model, before)
             raise
+
+
+def _kind(dag: Dag, change: Change) -> type[nn.Module]:
+    """The class of the grown model: its own, or one whose forward is written anew."""
+    return wear(dag.program, change.literals) if change.written else type(dag.model)
 
 
 def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
@@ -193,7 +198,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
         OptimizerError: the optimizer holds state that cannot follow.
     """
     tensors = change.tensors(dag.model, gamma)
-    kind = wear(dag.program, change.literals) if change.literals else type(dag.model)
+    kind = _kind(dag, change)
     undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
         refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
@@ -214,7 +219,7 @@ def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
     """Inside, the model is grown in place; the dag still shows what it was."""
     tensors, saved = change.tensors(dag.model, gamma), Saved(dag.model, change)
     try:
-        saved.write(tensors, wear(dag.program, change.literals) if change.literals else type(dag.model))
+        saved.write(tensors, _kind(dag, change))
         yield
     finally:
         try:
@@ -240,7 +245,7 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
             fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
         tensors[name] = pad(old, landings, fresh)
     saved = Saved(copy, replace(change, slope={}))
-    whole(lambda: saved.write(tensors, kind if change.literals else type(copy)), saved.restore)
+    whole(lambda: saved.write(tensors, kind if change.written else type(copy)), saved.restore)
     return saved
 
 

@@ -31,6 +31,7 @@ class Widening:
     Attributes:
         literals: node -> its arguments in the grown network.
         attributes: of modules that state a size.
+        written: whether the forward must be written anew, with the literals in it; else the attributes change it.
         zeros: producer -> which slots of a new unit must start at zero ``[slots]``.
     """
 
@@ -39,6 +40,7 @@ class Widening:
     entries: Mapping[Rider, Landing]
     literals: Mapping[fx.Node, Arguments] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    written: bool = False
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -78,8 +80,10 @@ def widen(program: Program, layers: Mapping[fx.Node, Placed], layout: Layout, k:
         r: runner.riders.get(r) or runner.landed(r.name, runner.found.entries[r], before.entries[r], 0)
         for r in layout.entries
     }
-    literals, attributes = settled(program, runner.literals, runner.attributes, runner.resized(), runner.restated)
-    return Widening(runner.landings, columns, entries, literals, attributes, runner.zeros())
+    literals, attributes, written = settled(
+        program, runner.literals, runner.attributes, runner.resized(), runner.restated
+    )
+    return Widening(runner.landings, columns, entries, literals, attributes, written, runner.zeros())
 
 
 def _settled_run(program: Program, layers: Mapping[fx.Node, Placed], layout: Layout, k: int) -> GrowthRunner:
