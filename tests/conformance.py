@@ -107,7 +107,7 @@ def stated_heads(m: Any, x: Tensor) -> Tensor:
     b, t, _ = x.shape
     q, k, v = (part(x).view(b, t, m.heads, 4).transpose(1, 2) for part in (m.q, m.k, m.v))
     h = m.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
-    return m.b(m.a(h).view(b, t, 2, 4).relu().mean(2))
+    return m.b(m.a(h).view(b, t, 2, 4).relu().flatten(2))
 
 
 def softmaxed(m: Any, x: Tensor) -> Tensor:
@@ -335,7 +335,7 @@ CASES: dict[str, Case] = {
     "windows": Case(windowed, conv(q=lambda: nn.Conv2d(3, 8, 1), k=lambda: nn.Conv2d(3, 8, 1)), grows=("a", "q", "k"),
                     **IMAGE),
     "stated heads beside a written size": Case(
-        stated_heads, lambda: {**attention()(), "heads": 2, "a": nn.Linear(3, 8), "b": nn.Linear(4, 3)},
+        stated_heads, lambda: {**attention()(), "heads": 2, "a": nn.Linear(3, 8), "b": nn.Linear(8, 3)},
         grows=("a", "q", "k", "v"), **TOKENS,
     ),
     "similarity to itself": Case(
