@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class Layout:
     labels: Tensor
     found: Labelling
     reason: str | None
+
+    @cached_property
+    def members(self) -> Tensor:
+        """Which labels are roots of the axis; the last entry is NEUTRAL's."""
+        return self.found.classes.chosen(self.labels)
 
 
 def group(found: Labelling, only: Tensor | None = None) -> list[Layout]:

@@ -48,26 +48,36 @@ class Classes:
         if not bool(meet.any()):
             return
         pairs = torch.stack([torch.broadcast_to(side, meet.shape)[meet] for side in (a, b)])
-        a, b = pairs[:, (pairs != NEUTRAL).all(0)]
+        pairs = pairs[:, (pairs != NEUTRAL).all(0)]
+        if not pairs.shape[1]:
+            return
+        met, pairs = torch.unique(pairs, return_inverse=True)  # few of all labels
+        root = self._united(pairs, len(met))
+        moved = torch.arange(len(self._roots))
+        moved[-1] = NEUTRAL
+        moved[met] = met[root]
+        self._roots = moved[self._roots]
+        self._carry_causes(met, met[root])
+
+    @staticmethod
+    def _united(pairs: Tensor, count: int) -> Tensor:
+        """The smallest of its class for each of a few numbers, some of which are paired."""
+        root = torch.arange(count)
+        a, b = pairs
         while bool((a != b).any()):
-            self._roots.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-            self._shorten()
-            a, b = self._roots[a], self._roots[b]
-        self._carry_causes()
+            root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+            while not torch.equal(found := root[root], root):
+                root = found
+            a, b = root[a], root[b]
+        return root
 
-    def _shorten(self) -> None:
-        """Every label points to the root itself."""
-        while not torch.equal(found := self._roots[self._roots], self._roots):
-            self._roots = found
-
-    def _carry_causes(self) -> None:
-        """Causes sit at roots; a root that has one keeps it."""
-        frozen = torch.nonzero(self._causes).flatten()
-        roots = self._roots[frozen]
-        gone = (roots != frozen) & (self._causes[roots] == 0)
-        first = torch.full_like(self._causes, len(self._texts))
-        first.scatter_reduce_(0, roots[gone], self._causes[frozen[gone]], "amin")
-        self._causes = torch.where(first < len(self._texts), first, self._causes)
+    def _carry_causes(self, met: Tensor, roots: Tensor) -> None:
+        """Causes sit at roots: one without a cause gets the first of those that it was united with."""
+        gone = (self._causes[met] > 0) & (self._causes[roots] == 0)
+        if bool(gone.any()):
+            first = torch.full_like(self._causes, len(self._texts))
+            first.scatter_reduce_(0, roots[gone], self._causes[met[gone]], "amin")
+            self._causes = torch.where(first < len(self._texts), first, self._causes)
 
     def freeze(self, labels: Tensor, cause: str) -> None:
         """Gives the labels' classes a cause, unless they have one."""
@@ -76,6 +86,12 @@ class Classes:
         if len(roots):
             self._causes[roots] = len(self._texts)
             self._texts.append(cause)
+
+    def chosen(self, labels: Tensor) -> Tensor:
+        """A table of which labels are among these; the last entry is NEUTRAL's."""
+        table = torch.zeros(len(self._roots), dtype=torch.bool)
+        table[labels] = True
+        return table
 
     def numbers(self, roots: Tensor) -> Tensor:
         """The causes of classes, by number; 0 for none."""

@@ -52,8 +52,8 @@ def coarsened(
             parts = group(runner.found, torch.cat([layout.labels for layout in left]))
             able = [part for part in parts if obstacle(part) is None]
             grown += able
-            held = torch.cat([part.labels for part in able]) if able else labels[:0]
-            done = [layout for layout in left if bool(torch.isin(runner.classes.roots(layout.labels), held).any())]
+            held = runner.classes.chosen(torch.cat([part.labels for part in able]) if able else labels[:0])
+            done = [layout for layout in left if bool(held[runner.classes.roots(layout.labels)].any())]
             replaced |= dict.fromkeys(done)
             left = [layout for layout in left if layout not in replaced]
     return grown, list(replaced)
@@ -61,12 +61,13 @@ def coarsened(
 
 def _spread(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[tuple[fx.Node, list[int]]]:
     """Where channels are laid out over several dimensions, and which."""
+    chosen = found.classes.chosen(labels)
     for node in graph.nodes:
         value = found.values.get(node)
         if ops.op_name(node) not in _LAYOUTS or not isinstance(value, Tensor):
             continue
         thin = found.classes.roots(narrow(value))
-        members = torch.isin(thin, labels)
+        members = chosen[thin]
         if bool(members.any()):
             dims = carrying(thin, members)
             if len(dims) > 1:
@@ -75,10 +76,11 @@ def _spread(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[tuple
 
 def _cut(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[list[Tensor]]:
     """Parts of the same shape that channels are cut into."""
+    chosen = found.classes.chosen(labels)
     for node in graph.nodes:
         pieces = found.values.get(node)
         if ops.op_name(node) in _CUTS and isinstance(pieces, (tuple, list)):
-            inside = all(bool(torch.isin(found.classes.roots(narrow(p)), labels).any()) for p in pieces)
+            inside = all(bool(chosen[found.classes.roots(narrow(p))].any()) for p in pieces)
             if inside and len({piece.shape for piece in pieces}) == 1:
                 yield list(pieces)
 

@@ -184,27 +184,27 @@ class GrowthRunner(ChannelRunner):
 
     def _check_zero(self, sum_: fx.Node, side: Tensor) -> None:
         """Raises if what is written as zero does not arrive at a sum as zero."""
-        sums = {node for node, _, _ in self.sums}
+        sums, zero = {node for node, _, _ in self.sums}, self.classes.chosen(side)
         for node in self.reached:
             value = self.values[node]
             if node in sums or node.op == "get_attr" or not isinstance(value, Tensor):
                 continue
-            held = torch.isin(self.classes.roots(value), side)
-            if bool(held.any()) and not self._keeps_zero(node, held, side):
+            if bool(zero[self.classes.roots(narrow(value))].any()) and not self._keeps_zero(node, zero):
                 raise MisfitError(
                     f"new channels that start at zero do not stay zero before {ops.op_name(sum_)}{_at(node)}"
                 )
 
-    def _keeps_zero(self, node: fx.Node, held: Tensor, side: Tensor) -> bool:
+    def _keeps_zero(self, node: fx.Node, zero: Tensor) -> bool:
         if node in self.layers:
             return True
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             return ops.is_move_module(module) or ops.keeps_zero(module)
         name = ops.op_name(node)
-        if name in {"add", "sub", "subtract"}:
+        if name in {"add", "sub", "subtract"}:  # of two that are zero at the same places
             operands = [self.values[s] for s in node.all_input_nodes]
-            whole = [torch.isin(self.classes.roots(o), side).expand_as(held) for o in operands if isinstance(o, Tensor)]
+            held = zero[self.classes.roots(self.values[node])]
+            whole = [zero[self.classes.roots(o)].expand_as(held) for o in operands if isinstance(o, Tensor)]
             return len(whole) == 2 and all(torch.equal(w, held) for w in whole)
         if name in {"div", "divide", "truediv"}:
             return isinstance(node.args[0], fx.Node)

@@ -29,7 +29,7 @@ def carrying(labels: Tensor, members: Tensor) -> list[int]:
 def expected(layout: Layout, labels: Tensor, k: int) -> torch.Size | None:
     """The shape of some labels with k more units, where one dimension holds all units of the axis; else None."""
     thin = layout.found.classes.roots(narrow(labels))
-    members = torch.isin(thin, layout.labels)
+    members = layout.members[thin]
     dims = carrying(thin, members) if labels.numel() else []
     if len(dims) != 1:
         return None
