@@ -51,11 +51,12 @@ class Classes:
         pairs = pairs[:, (pairs != NEUTRAL).all(0)]
         if not pairs.shape[1]:
             return
-        met, pairs = torch.unique(pairs, return_inverse=True)  # few of all labels
-        root = self._united(pairs, len(met))
+        met = torch.nonzero(self.chosen(pairs)).flatten()  # few of all labels
         moved = torch.arange(len(self._roots))
-        moved[-1] = NEUTRAL
+        moved[met] = torch.arange(len(met))
+        root = self._united(moved[pairs], len(met))
         moved[met] = met[root]
+        moved[-1] = NEUTRAL
         self._roots = moved[self._roots]
         self._carry_causes(met, met[root])
 

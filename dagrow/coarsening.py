@@ -94,6 +94,7 @@ class _JoinedRunner(ChannelRunner):
             entries=dict(before.entries), aside=list(before.aside),
         )  # fmt: skip
         super().__init__(model, layers, found)
+        self.arrived: set[str] = set()
 
     def join(self, graph: fx.Graph, cuts: Iterable[Sequence[Tensor]]) -> None:
         """Makes channels one along all but the chosen dimensions, and parts among each other."""
@@ -116,6 +117,8 @@ class _JoinedRunner(ChannelRunner):
 
     def _arrive(self, node: fx.Node, layer: Placed) -> None:
         """The edge's own output is what it was."""
-        if layer.name not in self.found.shared and isinstance(self.found.values[layer.inputs], Tensor):
-            del self.found.columns[layer.name]
+        if isinstance(self.found.values[layer.inputs], Tensor):
+            if layer.name not in self.arrived:
+                del self.found.columns[layer.name]
+            self.arrived.add(layer.name)
             self.edge(node, layer, self.found.values[layer.inputs])

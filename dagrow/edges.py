@@ -89,6 +89,11 @@ class Axis:
     reason: str | None
     layout: Layout = field(repr=False, compare=False)
 
+    @property
+    def shared(self) -> str | None:
+        """Why no closed form holds for it: a layer beside it acts at several places. None if none does."""
+        return next((edge.shared for edge in (*self.producers, *self.consumers) if edge.shared), None)
+
 
 def edges_of(
     layers: Mapping[fx.Node, Placed], labels: Labelling, layouts: Sequence[Layout], reasons: Sequence[str | None]

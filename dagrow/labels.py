@@ -101,8 +101,7 @@ class ChannelRunner(Runner):
         merged, *others = [self._meeting(t, tensors, shape) for t in tensors]
         for other in others:
             self.classes.unite(narrow(merged), narrow(other))
-            a, b = torch.broadcast_tensors(narrow(merged), narrow(other))
-            merged = torch.where(a == NEUTRAL, b, a)
+            merged = _either(narrow(merged), narrow(other))
         return merged.expand(shape)
 
     def _meeting(self, tensor: Tensor, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
@@ -176,11 +175,14 @@ class ChannelRunner(Runner):
     def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
         name, rule = layer.name, layer.rule
         assert isinstance(rule, EdgeRule)
+        if name not in self.found.rows:
+            return self.unknown(node, inputs, f"{name} cannot run on labels")
         dim, rows = rule.channel_dim(inputs.ndim), self.found.rows[name]
+        columns = self._per_channel(inputs, dim)
         if name in self.found.columns:
             self.found.shared[name] = f"{name} is called more than once"
-            return self.unknown(node, (inputs, rows, self.found.columns[name]), self.found.shared[name])
-        self.found.columns[name] = self._per_channel(inputs, dim)
+            columns = self.merge([self.found.columns[name], columns])
+        self.found.columns[name] = columns
         if dim == 0 and inputs.ndim > 1:
             self.freeze([inputs, rows], f"{name} reads an image without a dimension of samples")
         return _along(rows, rule, node)
@@ -217,6 +219,14 @@ class ChannelRunner(Runner):
         found = entries.amax(1)
         self.classes.unite(found[:, None], entries)
         return found
+
+
+def _either(a: Tensor, b: Tensor) -> Tensor:
+    """What two operands that have met are together: labels that are repeated in one of them can stand for all."""
+    few, many = (a, b) if a.numel() <= b.numel() else (b, a)
+    if not bool((few == NEUTRAL).any()):
+        return few
+    return torch.where(few == NEUTRAL, many, few)
 
 
 def _along(labels: Tensor, rule: EdgeRule | RiderRule, node: fx.Node) -> Tensor:

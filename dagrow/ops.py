@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 __all__ = [
-    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES",
+    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES", "UNIFORM",
     "ZERO_KEEPING", "binds", "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims",
     "neutral_entries", "op_name",
 ]  # fmt: skip
@@ -15,20 +15,22 @@ __all__ = [
 #: y = f(x), entry by entry
 POINTWISE = frozenset(
     """
-    abs alpha_dropout celu clamp clip clone contiguous cos detach dropout dropout1d dropout2d dropout3d elu erf exp
-    expm1 feature_alpha_dropout
+    abs acos acosh alpha_dropout asin asinh atan atanh ceil celu clamp clip clone contiguous cos cosh detach digamma
+    dropout dropout1d dropout2d dropout3d elu erf erfc erfinv exp exp2 expm1 feature_alpha_dropout floor frac isfinite
+    isinf isnan lgamma log10 log2 logical_not logit positive sgn sinc sinh trunc
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
     mish nan_to_num neg negative pos reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin softplus
-    softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16 zeros_like ones_like rand_like
-    randn_like full_like empty_like
+    softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16 rand_like
+    randn_like empty_like
     """.split()
 )
 #: y = f(x1, x2, ...), entry by entry after broadcasting
 PAIRWISE = frozenset(
     """
     add sub subtract mul multiply div divide truediv floordiv mod pow maximum minimum where lerp addcmul addcdiv
-    eq ne lt le gt ge masked_fill logical_and logical_or fmod remainder atan2 radd rsub
-    rmul rtruediv rdiv rpow
+    eq ne lt le gt ge masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or fmod remainder atan2 radd
+    rsub rmul rtruediv rdiv rpow copysign float_power floor_divide fmax fmin heaviside hypot ldexp logaddexp logaddexp2
+    true_divide xlogy
     """.split()
 )
 #: entries are moved, repeated or dropped, never computed with: executed as they are on labels
@@ -63,7 +65,7 @@ ZERO_KEEPING = frozenset(
     """
     abs clone contiguous detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float double
     half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu selu
-    sign silu sin softshrink softsign sqrt square tan tanh tanhshrink zeros_like
+    sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
     mul multiply rmul mean sum
     """.split()
 )
@@ -75,7 +77,13 @@ MODES = frozenset(
 )
 CREATION = frozenset(
     """
-    zeros ones full empty arange eye linspace rand randn tensor scalar_tensor
+    arange eye linspace rand randn tensor scalar_tensor new_tensor empty new_empty
+    """.split()
+)
+#: the same number everywhere
+UNIFORM = frozenset(
+    """
+    zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full
     """.split()
 )
 

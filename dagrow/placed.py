@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dagrow.layers import LayerRule, TransposedLinear, rule_for
+from dagrow.ops import op_name
+from dagrow.stated import arguments_of
 
-__all__ = ["Placed", "placed"]
+__all__ = ["Placed", "placed", "turned_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ def placed(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -> dic
             name, rule, inputs = str(node.target), known[str(node.target)], _only(node)
             if rule is not None and inputs is not None:
                 found[node] = Placed(name, modules[name], rule, inputs, owner=name)
-        elif node.op == "call_function":
+        elif node.op in ("call_function", "call_method"):
             layer = _functional(node, held, rules)
             if layer is not None:
                 found[node] = layer
@@ -67,14 +69,16 @@ def _only(node: fx.Node) -> fx.Node | None:
 
 
 def _functional(node: fx.Node, held: Mapping[str, Tensor], rules: Sequence[LayerRule]) -> Placed | None:
-    called = _CALLS.get(node.target)
+    function = node.target if node.op == "call_function" else getattr(torch, str(node.target), None)
+    called = _CALLS.get(function)
     given = called.arguments(node) if called is not None else None
     if called is None or given is None or not isinstance(given.get("input"), fx.Node):
         return None
+    turned = turned_of(given.get("weight"), held)
+    if turned is not None and function in _TURNED:
+        called, given["weight"] = _TURNED[function], turned
     tensors = {entry: given[entry] for entry in _ENTRIES if given.get(entry) is not None}
-    if not tensors or not all(
-        isinstance(t, fx.Node) and t.op == "get_attr" and t.target in held for t in tensors.values()
-    ):
+    if not tensors or not all(_direct(tensor, held) for tensor in tensors.values()):
         return None
     paths = {entry: str(tensor.target) for entry, tensor in tensors.items()}
     settings = {key: value for key, value in given.items() if key not in ("input", *_ENTRIES)}
@@ -94,6 +98,15 @@ def _functional(node: fx.Node, held: Mapping[str, Tensor], rules: Sequence[Layer
 def _direct(value: Any, held: Mapping[str, Tensor]) -> bool:
     """Whether an argument is a parameter or buffer of the model."""
     return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in held
+
+
+def turned_of(value: Any, held: Mapping[str, Tensor]) -> fx.Node | None:
+    """The parameter, a matrix, that an argument is the transpose of; or None."""
+    if not isinstance(value, fx.Node) or op_name(value) not in _TURNS or not _direct(value.args[0], held):
+        return None
+    matrix = value.args[0]
+    distinct = len({dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)}) in (0, 2)
+    return matrix if isinstance(matrix, fx.Node) and held[str(matrix.target)].ndim == 2 and distinct else None
 
 
 @dataclass(frozen=True)
@@ -157,9 +170,10 @@ _ENTRIES = ("weight", "bias", "running_mean", "running_var")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_PRODUCT = _Call(("input", "weight"), _product)
+_TURNS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"}
+_LINEAR, _PRODUCT = _Call(("input", "weight", "bias"), _linear), _Call(("input", "weight"), _product)
 _CALLS: dict[Any, _Call] = {
-    functional.linear: _Call(("input", "weight", "bias"), _linear),
+    functional.linear: _LINEAR,
     torch.matmul: _PRODUCT, torch.mm: _PRODUCT, matmul: _PRODUCT,
     torch.addmm: _Call(("bias", "input", "weight"), _product),
     functional.batch_norm: _Call(
@@ -171,6 +185,12 @@ _CALLS: dict[Any, _Call] = {
     for space in (functional, torch)
     for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
     for d in (1, 2, 3)
+}  # fmt: skip
+
+_TURNED: dict[Any, _Call] = {  #: what a function is with the transpose of its weight
+    functional.linear: _Call(("input", "weight", "bias"), _product),
+    torch.matmul: _Call(("input", "weight"), _linear), torch.mm: _Call(("input", "weight"), _linear),
+    matmul: _Call(("input", "weight"), _linear), torch.addmm: _Call(("bias", "input", "weight"), _linear),
 }  # fmt: skip
 
 

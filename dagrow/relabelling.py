@@ -5,6 +5,7 @@ the safety net: no fresh label froze, fresh labels of different units stayed apa
 ones, and the old labels came out in their old order.
 """
 
+import collections
 import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,8 @@ from dagrow.layers import EdgeRule, RiderRule
 from dagrow.placed import Placed
 from dagrow.relayout import expected, rewritten, unflattened
 from dagrow.runner import Values
-from dagrow.settling import Arguments, Place, substituted
+from dagrow.settling import Arguments, substituted
+from dagrow.stated import Place
 from dagrow.trace import Program
 
 __all__ = ["GrowthRunner"]
@@ -49,6 +51,7 @@ class GrowthRunner(ChannelRunner):
         self.written: dict[str, Tensor] = {}  #: producer -> labels of new rows ``[k, slots]``
         self.sums: list[tuple[fx.Node, Tensor, Tensor]] = []  #: fresh labels that both sides of a sum hold
         self.reached: list[fx.Node] = []
+        self.reading: dict[str, int] = collections.Counter()  #: layer -> how many of its calls were reached
         found.rows.update(before.rows)
         for edge, rows in layout.rows.items():
             units = torch.full((len(before.rows[edge]),), NEUTRAL)
@@ -131,7 +134,7 @@ class GrowthRunner(ChannelRunner):
         if not isinstance(value, Tensor) or not isinstance(before, Tensor):
             return
         numbers = [s for s in node.all_input_nodes if isinstance(self.values[s], (int, float))]
-        moved = ops.op_name(node) in ops.MOVES | ops.CREATION
+        moved = ops.op_name(node) in ops.MOVES | ops.CREATION | ops.UNIFORM
         if not moved and any(self.values[s] != self.before.values[s] for s in numbers):
             raise MisfitError(f"its width is used as a number in the model's forward{_at(node)}")
         if [s == 0 for s in value.stride()] == [s == 0 for s in before.stride()]:
@@ -143,9 +146,17 @@ class GrowthRunner(ChannelRunner):
     def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
         before = layer.inputs.meta["val"].shape
         dim = layer.rule.channel_dim(inputs.ndim)
-        if [s for d, s in enumerate(inputs.shape) if d != dim] != [s for d, s in enumerate(before) if d != dim]:
+        fixed = [s for d, s in enumerate(inputs.shape) if d != dim] == [s for d, s in enumerate(before) if d != dim]
+        if not fixed or (inputs.shape != before and layer.name not in self.layout.columns):
             raise MisfitError(f"new channels would land beside the features that {layer.name} reads")
+        self.reading[layer.name] += 1
         return super().edge(node, layer, inputs)
+
+    def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
+        dim, known = layer.rule.channel_dim(inputs.ndim), {rider.name for rider in self.layout.entries}
+        if inputs.shape[dim] != layer.inputs.meta["val"].shape[dim] and layer.name not in known:
+            raise MisfitError(f"new channels would land beside the features that {layer.name} reads")
+        return super().rider(node, layer, inputs)
 
     def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """The softmax scale stays what it was."""
@@ -227,7 +238,11 @@ class GrowthRunner(ChannelRunner):
             self.attributes[str(node.target)] = {"unflattened_size": sizes}
             return args[0].unflatten(module.dim, sizes)
         arguments = substituted((node.args, dict(node.kwargs)), self.restated)
-        literals = rewritten(node, arguments, self.values, self.before.values, shapes) if known else None
+        literals = None
+        if known:
+            literals = rewritten(
+                node, arguments, self.values, self.before.values, shapes, lambda labels: ~self.is_fresh(labels)
+            )
         if literals is None:
             raise MisfitError(f"what {ops.op_name(node) or node.target} gives does not follow the axis{_at(node)}")
         self.literals[node] = literals
@@ -253,11 +268,11 @@ class GrowthRunner(ChannelRunner):
         width = next(len(labels) for rider, labels in self.found.entries.items() if rider.name == layer.name)
         return dict(layer.rule.attributes(layer.module, width))
 
-    def resized(self) -> dict[tuple[str, str], int]:
+    def resized(self) -> dict[Place, int]:
         """Attributes that layers restate when they are widened, by their owners."""
         names = {*self.layout.rows, *self.layout.columns, *(r.name for r in self.layout.entries if r.rule is not None)}
         touched = [layer for layer in self.layers.values() if layer.name in names]
-        return {(layer.owner, name): size for layer in touched for name, size in self._sizes(layer).items()}
+        return {(layer.owner, name, None): size for layer in touched for name, size in self._sizes(layer).items()}
 
     def check(self) -> None:
         """The safety net."""
@@ -273,6 +288,8 @@ class GrowthRunner(ChannelRunner):
             raise MisfitError("new channels would meet channels that they must stay apart from")
         missed = [edge for edge in self.layout.columns if edge not in self.found.columns]
         missed += [r.name for r in self.layout.entries if r not in self.found.entries]
+        calls = collections.Counter(layer.name for layer in self.layers.values())
+        missed += [edge for edge in self.layout.columns if self.reading[edge] not in (0, calls[edge])]
         if missed:
             raise MisfitError(f"new channels do not arrive at {', '.join(missed)}")
         if not self.layout.columns and not self.sums:

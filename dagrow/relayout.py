@@ -1,6 +1,6 @@
 """Literal sizes in a graph, as a wider axis needs them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +42,22 @@ def expected(layout: Layout, labels: Tensor, k: int) -> torch.Size | None:
 
 
 def rewritten(
-    node: fx.Node, arguments: Arguments, values: Mapping[fx.Node, Any], before: Mapping[fx.Node, Any], shapes: Shapes
-) -> Arguments | None:
+    node: fx.Node, arguments: Arguments, values: Mapping[fx.Node, Any], before: Mapping[fx.Node, Any], shapes: Shapes,
+    is_old: Callable[[Tensor], Tensor],
+) -> Arguments | None:  # fmt: skip
     """The node's arguments with the sizes that its results need, or None.
 
     Args:
         values, before: of nodes in the grown network, and labels of channels in that before.
         shapes: of the results.
+        is_old: which labels are not of new channels.
     """
     name, (args, kwargs) = ops.op_name(node), arguments
     if name in ("split", "split_with_sizes"):
         return _split(node, args, kwargs, shapes)
     (shape,) = shapes if len(shapes) == 1 else (None,)
+    if name == "getitem" and shape is not None and isinstance(values[args[0]], Tensor):
+        return _sliced(args, values[args[0]], before[args[0]], shape, is_old)
     if shape is None or kwargs or name not in ("view", "reshape", "expand", "unflatten"):
         return None
     if name == "unflatten":
@@ -115,6 +119,31 @@ def _split(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], shap
     if place is not None:
         return args, {**kwargs, place: value}
     return (args[0], value, *args[2:]), dict(kwargs)
+
+
+def _sliced(
+    args: tuple[Any, ...], grown: Tensor, before: Tensor, shape: torch.Size, is_old: Callable[[Tensor], Tensor]
+) -> Arguments | None:
+    """A slice from the same old channel on, of the wanted length; None if it is cut by anything but numbers."""
+    cuts = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+    if any(cut is None for cut in cuts) or grown.ndim != len(shape):
+        return None
+    if Ellipsis in cuts:
+        at = cuts.index(Ellipsis)
+        cuts[at : at + 1] = [slice(None)] * (grown.ndim - len(cuts) + 1)
+    for dim, cut in enumerate(cuts):
+        if grown.shape[dim] == before.shape[dim] or cut == slice(None):
+            continue
+        if not isinstance(cut, slice) or cut.step not in (None, 1):
+            return None
+        if not all(bound is None or isinstance(bound, int) for bound in (cut.start, cut.stop)):
+            return None
+        first = cut.indices(before.shape[dim])[0]
+        kept = torch.nonzero(is_old(narrow(grown)).movedim(dim, 0).flatten(1).all(1)).flatten()
+        start = int(kept[first]) if first else 0
+        end = start + shape[dim]
+        cuts[dim] = slice(start if cut.start else cut.start, None if cut.stop is None else end)
+    return (args[0], tuple(cuts)), {}
 
 
 def unflattened(dim: int, given: Any, node: fx.Node, shape: torch.Size) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from dagrow import ops
 from dagrow.classes import NEUTRAL, narrow
@@ -14,10 +13,12 @@ from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS, Contraction, con
 from dagrow.layers import EdgeRule
 from dagrow.placed import Placed
 from dagrow.space import Tables, tables_of
+from dagrow.stated import arguments_of
 
 __all__ = ["Runner", "Values", "tensors_in"]
 
 Values = dict[fx.Node, Any]
+_NOWHERE = {"device": torch.device("meta"), "dtype": torch.float32}
 FAILURES = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 
 
@@ -124,10 +125,12 @@ class Runner(ABC):
         name, tensors = ops.op_name(node), tensors_in((args, kwargs))
         if name in ops.MODES:
             return None
-        if name in ops.SIZES or not (tensors or name in ops.CREATION):
+        if name in ops.SIZES or not (tensors or name in ops.CREATION | ops.UNIFORM):
             return ops.executor(node)(*args, **kwargs)
-        if name in ops.CREATION:
-            return self.opaque(node, f"is a constant made by {name}")
+        if name in ops.CREATION | ops.UNIFORM:
+            return self.created(
+                node, args, {k: v for k, v in kwargs.items() if k not in ("device", "dtype", "generator")}
+            )
         if name in ops.MOVES and not (name == "getitem" and tensors_in(args[1:])):  # labels are no indices
             return self.move(node, args, kwargs)
         if name in ops.POINTWISE and isinstance(args[0], Tensor):
@@ -152,6 +155,17 @@ class Runner(ABC):
             self.freeze(tensors[1:], f"is used in {name}")
             return self.mixed(node, str(name), dims, args[0])
         return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
+
+    def created(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """A constant, whose shape may follow a width. Channels stay apart in one that is the same everywhere."""
+        name = str(ops.op_name(node))
+        made = ops.executor(node)(*args, **kwargs, **_NOWHERE)
+        assert isinstance(made, Tensor)
+        if name in ops.UNIFORM:
+            return torch.tensor(NEUTRAL).expand(made.shape)
+        if made.shape != node.meta["val"].shape:
+            raise RuntimeError(f"the size of what {name} makes follows a width")
+        return self.opaque(node, f"is a constant made by {name}")
 
     def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> Any:
         """A gated linear unit: the halves of a dimension meet."""
@@ -242,10 +256,8 @@ def _repeated(tensor: Tensor, dims: Any) -> bool:
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """Every tensor in a nest of containers."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Every tensor in a nest of containers, bounds of slices included."""
+    return [leaf for leaf in arguments_of(tree) if isinstance(leaf, Tensor)]
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:

@@ -1,18 +1,17 @@
 """Where sizes change that a model's forward holds: in the attributes that state them, or in a forward written anew."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from dagrow.stated import StatedInt, arguments_of
+from dagrow.stated import Place, StatedInt, arguments_of
 from dagrow.trace import Program
 
-__all__ = ["Arguments", "Place", "moved", "settled", "substituted"]
+__all__ = ["Arguments", "moved", "settled", "substituted"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
 Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes
-Place = tuple[str, str]  #: a module and its attribute
 
 
 def moved(literals: Mapping[fx.Node, Arguments]) -> dict[Place, int]:
@@ -60,6 +59,13 @@ def settled(
     if written:
         return found, attributes, True
     changed = {path: dict(names) for path, names in attributes.items()}
-    for (path, name), value in restated.items():
-        changed.setdefault(path, {})[name] = value
+    for (path, name, index), value in restated.items():
+        names = changed.setdefault(path, {})
+        names[name] = value if index is None else _replaced(
+            names.get(name, getattr(program.model.get_submodule(path), name)), index, value
+        )  # fmt: skip
     return found, changed, False
+
+
+def _replaced(items: Sequence[int], index: int, value: int) -> Sequence[int]:
+    return type(items)([*items[:index], value, *items[index + 1 :]])  # type: ignore[call-arg]

@@ -1,13 +1,13 @@
 """Tensors that act at several places cannot grow at one of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
 from dagrow.labels import Labelling
 from dagrow.layers import EdgeRule
-from dagrow.placed import Placed
+from dagrow.placed import Placed, turned_of
 
 __all__ = ["freeze_shared", "tensor_at"]
 
@@ -42,17 +42,27 @@ def freeze_shared(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Pl
 def _readers(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed]) -> dict[str, set[str | None]]:
     """For each parameter and buffer the layers that it is of; None for other uses."""
     found: dict[str, set[str | None]] = {}
+    held = dict(model.named_parameters(remove_duplicate=False))
     for node in graph.nodes:
         if node.op == "get_attr":
-            for user in node.users:
+            for value, user in _uses(node, held):
                 layer = layers.get(user)
-                own = layer is not None and layer.inputs is not node and str(node.target) in layer.paths.values()
+                own = layer is not None and layer.inputs is not value and str(node.target) in layer.paths.values()
                 found.setdefault(str(node.target), set()).add(layer.name if layer is not None and own else None)
         elif node.op == "call_module":
             module = model.get_submodule(str(node.target))
             for name, _ in (*module.named_parameters(str(node.target)), *module.named_buffers(str(node.target))):
                 found.setdefault(name, set()).add(layers[node].name if node in layers else None)
     return found
+
+
+def _uses(node: fx.Node, held: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Who uses a parameter or its transpose."""
+    for user in node.users:
+        if turned_of(user, held) is node:
+            yield from ((user, other) for other in user.users)
+        else:
+            yield node, user
 
 
 def _sharing(

@@ -1,4 +1,4 @@
-"""Whole numbers that modules state as attributes, remembered while a forward pass is written down.
+"""Whole numbers that modules state as attributes, alone or in lists, remembered while a forward pass is written down.
 
 A size in a graph that came unchanged from such an attribute (a number of heads, a width) can be changed there, so
 that the model's own forward goes on. An attribute that was computed with cannot: a scale may hang on it.
@@ -12,29 +12,31 @@ from torch import nn
 
 from dagrow.sizes import LiveInt
 
-__all__ = ["StatedInt", "Uses", "arguments_of", "stated"]
+__all__ = ["Place", "StatedInt", "Uses", "arguments_of", "stated"]
+
+Place = tuple[str, str, int | None]  #: a module, its attribute, and where in it if it is a list or tuple
 
 
 class Uses:
     """What forward did with the numbers that modules state.
 
     Attributes:
-        computed: (module, attribute) pairs whose value was computed with or compared.
+        computed: places whose value was computed with or compared.
         live: whether the user's code runs now.
     """
 
     def __init__(self) -> None:
-        self.computed: set[tuple[str, str]] = set()
+        self.computed: set[Place] = set()
         self.live: Callable[[], bool] = lambda: True
 
 
 class StatedInt(int):
     """A number that remembers which attribute of which module it is, until something is computed with it."""
 
-    place: tuple[str, str]
+    place: Place
     uses: Uses
 
-    def __new__(cls, value: int, place: tuple[str, str], uses: Uses) -> "StatedInt":
+    def __new__(cls, value: int, place: Place, uses: Uses) -> "StatedInt":
         self = super().__new__(cls, value)
         self.place, self.uses = place, uses
         return self
@@ -70,16 +72,26 @@ def stated(model: nn.Module) -> Iterator[Uses]:
     uses, found = Uses(), []
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if type(value) is int:
-                found.append((module, name, value))
-                vars(module)[name] = StatedInt(value, (path, name), uses)
+            noted = _noted(value, path, name, uses)
+            if noted is not None:
+                found.append((module, name, value, noted))
+                vars(module)[name] = noted
     try:
         yield uses
     finally:
         uses.live = lambda: False
-        for module, name, value in found:
-            if type(vars(module).get(name)) is StatedInt:
+        for module, name, value, noted in found:
+            if vars(module).get(name) is noted:
                 vars(module)[name] = value
+
+
+def _noted(value: Any, path: str, name: str, uses: Uses) -> Any:
+    """The attribute with its whole numbers noted, or None if it holds no such."""
+    if type(value) is int:
+        return StatedInt(value, (path, name, None), uses)
+    if type(value) in (list, tuple) and value and all(type(item) is int for item in value):
+        return type(value)(StatedInt(item, (path, name, i), uses) for i, item in enumerate(value))
+    return None
 
 
 def arguments_of(value: Any) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from dagrow.record import (
     refusal,
     source,
 )  # fmt: skip
-from dagrow.stated import StatedInt, arguments_of, stated
+from dagrow.stated import Place, StatedInt, arguments_of, stated
 from dagrow.trees import leaves, mapped
 from dagrow.undisturbed import AsFound
 
@@ -54,13 +54,13 @@ class Program:
     graph: fx.Graph
     constants: dict[str, Tensor]
     specialisations: tuple[str, ...]
-    computed: frozenset[tuple[str, str]] = frozenset()
+    computed: frozenset[Place] = frozenset()
     obstacle: str | None = None
 
     @cached_property
-    def stated(self) -> dict[tuple[str, str], list[fx.Node]]:
+    def stated(self) -> dict[Place, list[fx.Node]]:
         """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
-        found: dict[tuple[str, str], list[fx.Node]] = {}
+        found: dict[Place, list[fx.Node]] = {}
         for node in self.graph.nodes:
             for value in arguments_of((node.args, node.kwargs)):
                 if isinstance(value, StatedInt):
@@ -258,9 +258,9 @@ def refuse_lazy(model: nn.Module) -> None:
 def verify(program: Program, example_inputs: Any, found: AsFound | None = None) -> Program:
     """Compare the graph with the model at another batch size than it was made with, in the mode the model is in.
 
-    Half of the example's batch, or two of one. Where the model itself refuses that, one sample more; where it refuses
-    that too, the example, which a note tells. Both run on the same random numbers and buffers. Raises TraceError that
-    names the first output that differs.
+    Two samples, or one of two. Where the model itself refuses that, half of the batch, then one sample more; where
+    it refuses all, the example, which a note tells. Both run on the same random numbers and buffers. Raises
+    TraceError that names the first output that differs.
 
     Args:
         found: the model as it is, to come back to.
@@ -335,7 +335,8 @@ def _resized(given: Any) -> Iterator[tuple[int, Any]]:
     """The inputs with other sizes of the dimension that most tensors share as their first."""
     sizes = [leaf.shape[0] for _, leaf in leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
-    for size in dict.fromkeys((batch // 2 or 2, batch + 1)) if batch else ():
+    wanted = dict.fromkeys((1 if batch == 2 else 2, batch // 2, batch + 1))
+    for size in [size for size in wanted if size > 1 or batch == 2] if batch else ():
         samples = torch.arange(size) % batch
 
         def taken(leaf: Any, samples: Tensor = samples) -> Any:

@@ -71,8 +71,13 @@ class _FunctionWatch(TorchFunctionMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for layer in self.layers:
             held = {entry: tensor_at(self.model, path) for entry, path in layer.paths.items()}  # as they are now
-            if any(tensor is held["weight"] for tensor in given):
-                inputs = next(t for t in given if not any(t is own for own in held.values()))
-                replaced = self.catch(layer.name, inputs, result)
+            others = [tensor for tensor in given if not any(_is(tensor, own) for own in held.values())]
+            if others and any(_is(tensor, held["weight"]) for tensor in given):
+                replaced = self.catch(layer.name, others[0], result)
                 return result if replaced is None else replaced
         return result
+
+
+def _is(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a parameter, or its transpose."""
+    return tensor is parameter or tensor._base is parameter

@@ -16,7 +16,8 @@ from dagrow.labels import Rider
 from dagrow.landings import Landing, MisfitError
 from dagrow.placed import Placed
 from dagrow.relabelling import GrowthRunner
-from dagrow.settling import Arguments, Place, moved, settled
+from dagrow.settling import Arguments, moved, settled
+from dagrow.stated import Place
 from dagrow.trace import Program
 
 __all__ = ["Widening", "disjoint", "widen"]

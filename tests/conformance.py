@@ -215,14 +215,28 @@ CASES: dict[str, Case] = {
     "cat with the input": Case(lambda m, x: m.b(torch.cat([m.a(x), x], 1)), linear(last=14)),
     "dense block": Case(
         lambda m, x: m.b(torch.cat([x, m.a(x), m.c(torch.cat([x, m.a(x)], 1))], 1)),
-        linear(last=18, c=lambda: nn.Linear(14, 4)), grows=("c",), refuses={"a": "called more than once"},
+        linear(last=18, c=lambda: nn.Linear(14, 4)), grows=("a", "c"),
+    ),
+    "every transpose": Case(
+        lambda m, x: m.b((m.a(x) @ m.w.T).mm(m.w.t()) @ m.v.transpose(-2, -1)),
+        linear(w=lambda: nn.Parameter(torch.randn(8, 8)), v=lambda: nn.Parameter(torch.randn(8, 8))),
+        grows=("a", "w", "v"),
+    ),
+    "cut by a list of widths": Case(
+        lambda m, x: (lambda p, q: m.b(torch.cat([m.c(p), m.d(q)], 1)))(*m.a(x).split(m.widths, -1)),
+        lambda: {**linear(c=lambda: nn.Linear(5, 4), d=lambda: nn.Linear(3, 4))(), "widths": [5, 3]},
+        grows=("a", "c", "d"),
+    ),
+    "cut off at a stated width": Case(
+        lambda m, x: m.b(torch.cat([h := m.a(x), m.c(h)], 1)[:, : m.width]),
+        lambda: {**linear(last=16, c=lambda: nn.Linear(8, 8))(), "width": 16}, grows=("a", "c"),
     ),
     "glu": between(lambda m, h: functional.glu(h, -1), linear(width=16)),
     "glu over channels of images": between(lambda m, h: m.g(h), conv(width=16, g=lambda: nn.GLU(1)), **IMAGE),
     "spread over positions": Case(lambda m, x: m.b(m.a(x).std(1)), linear(), **TOKENS),
     "gated by halves": between(lambda m, h: torch.mul(*h.chunk(2, -1)), linear(width=16)),
-    "silu of one half": between(lambda m, h: functional.silu(h[..., :8]) * h[..., 8:], linear(width=16), grows=(),
-                                refuses={"a": "does not follow"}),
+    "silu of one half": between(lambda m, h: functional.silu(h[..., :8]) * h[..., 8:], linear(width=16)),
+    "every other channel": between(lambda m, h: h[..., ::2] * h[..., 1::2], linear(width=16)),
     "two projections": Case(
         lambda m, x: m.b(functional.silu(m.a(x)) * m.up(x)), linear(up=lambda: nn.Linear(6, 8)), grows=("a", "up"),
     ),
@@ -282,8 +296,26 @@ CASES: dict[str, Case] = {
         lambda m, x: m.b((h := m.a(x)) + m.up(m.down(h).relu())),
         linear(down=lambda: nn.Linear(8, 4), up=lambda: nn.Linear(4, 8)), grows=("a", "down"),
     ),
-    "called twice": Case(lambda m, x: m.b(m.c(m.c(m.a(x)).relu())), linear(c=lambda: nn.Linear(8, 8)), grows=(),
-                         refuses={"a": "c is called more than once"}),
+    "called twice": Case(
+        lambda m, x: m.b(m.c(m.c(m.a(x)).relu())), linear(c=lambda: nn.Linear(8, 8)), grows=("a", "c"),
+    ),
+    "block called twice": Case(
+        lambda m, x: m.b((h := m.tanh(m.a(x)) + m.down(m.up(m.a(x)).relu())) + m.down(m.up(h).relu())),
+        linear(up=lambda: nn.Linear(8, 5), down=lambda: nn.Linear(5, 8), tanh=nn.Tanh), grows=("a", "down", "up"),
+    ),
+    "called on an activation and a constant": Case(
+        lambda m, x: m.b(m.c(m.a(x)) + m.c(x.new_ones(1, 8))), linear(c=lambda: nn.Linear(8, 8)), grows=("c",),
+        refuses={"a": "do not arrive at c"},
+    ),
+    "a constant as wide": between(lambda m, h: h * torch.ones(h.shape[-1]) + torch.zeros_like(h), linear()),
+    "a constant that a layer reads": between(
+        lambda m, h: h + m.c(torch.ones(1, h.shape[-1], dtype=h.dtype)), linear(c=lambda: nn.Linear(8, 8)), grows=(),
+        refuses={"a": "beside the features"},
+    ),
+    "channels of zeros": Case(
+        lambda m, x: m.b(torch.cat([h := m.a(x), h.new_zeros(h.shape[0], 4)], 1) + m.c(x)),
+        linear(last=12, c=lambda: nn.Linear(6, 12)), grows=("a",),
+    ),
     "shared weight": Case(
         lambda m, x: m.b(m.a(x).relu() + m.twin(x)),
         lambda: (lambda a, b, twin: (setattr(twin, "weight", a.weight), {"a": a, "b": b, "twin": twin})[1])(

@@ -10,6 +10,7 @@ from zoo import Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, pl
 import dagrow
 from dagrow.classes import NEUTRAL, Classes
 from dagrow.positions import arrival
+from dagrow.testing import try_axis
 
 
 def plan_dag(**stage) -> dagrow.Dag:
@@ -90,12 +91,26 @@ def test_riders_of_a_channel() -> None:
     assert (neutral["parts.0.scale"], neutral["parts.0.shift"]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(("make", "names"), [(Twice, {"first", "again"}), (Tied, {"inner", "twin"})])
-def test_shared_weights_do_not_grow(make, names: set[str]) -> None:
-    dag = dagrow.trace(make(), torch.randn(2, 3))
+def test_weights_of_two_names_do_not_grow() -> None:
+    dag = dagrow.trace(Tied(), torch.randn(2, 3))
     frozen = {p.name for axis in dag.axes if not axis.growable for p in axis.producers}
-    assert names <= frozen
+    assert {"inner", "twin"} <= frozen
     assert all(axis.reason for axis in dag.axes if not axis.growable)
+
+
+def test_a_layer_that_is_called_twice_grows_for_both_calls() -> None:
+    dag = dagrow.trace(Twice(), torch.randn(2, 3))
+    axis = dag.axis("first+again")
+    assert axis.growable
+    assert axis.shared == "again is called more than once"
+    assert try_axis(dag, axis.name, [torch.randn(2, 3), torch.randn(4, 3)], tolerance=1e-5) is None
+    batches = [(torch.randn(8, 3), torch.randn(8, 2))]
+    for init in ("zero", "copy"):
+        (growth,) = dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=1, init=init)])
+        assert growth.where == axis.name
+    for axes in (None, (axis.name,)):
+        with pytest.raises(dagrow.GrowthError, match="again is called more than once. Give init='zero' or 'copy'"):
+            dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=1, axes=axes)])
 
 
 def test_a_frozen_class_keeps_its_first_cause() -> None:

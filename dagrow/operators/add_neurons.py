@@ -93,21 +93,31 @@ class AddNeurons(Operator):
 
     def _axes(self, dag: Dag) -> list[Axis]:
         if self.axes is None:
-            found = [axis for axis in dag.axes if axis.growable and (axis.consumers or self.init == "zero")]
+            growable = [axis for axis in dag.axes if axis.growable]
+            found = [axis for axis in growable if not self._obstacle(axis)]
             if not found:
-                raise GrowthError(f"no axis can grow:\n{dag}")
+                causes = [f" with init={self.init!r}", *filter(None, map(self._obstacle, growable))]
+                raise GrowthError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
             return found
         asked = [dag.axis(name) for name in self.axes]
         frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
         if frozen:
             raise GrowthError(f"cannot grow {', '.join(frozen)}; leave it out of axes=.")
-        unread = [axis.name for axis in asked if not axis.consumers]
-        if unread and self.init != "zero":
-            raise GrowthError(
-                f"no layer reads {', '.join(unread)}: the channels meet in a product of two layers, where no fan-out "
-                "can be fitted. Give init='zero', or leave it out of axes=."
-            )
+        obstacles = [why for axis in asked if (why := self._obstacle(axis))]
+        if obstacles:
+            raise GrowthError(f"AddNeurons(init={self.init!r}): {'; '.join(obstacles)}, or leave it out of axes=.")
         return asked
+
+    def _obstacle(self, axis: Axis) -> str | None:
+        """Why this init does not fit the axis, and which does; or None."""
+        if not axis.consumers and self.init != "zero":
+            return (
+                f"no layer reads {axis.name}: the channels meet in a product of two layers, where no fan-out can be "
+                "fitted. Give init='zero'"
+            )
+        if axis.shared and self.init not in ("zero", "copy"):
+            return f"no closed form holds for {axis.name}: {axis.shared}. Give init='zero' or 'copy'"
+        return None
 
     def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:
         return [self._candidate(place) for place in places(dag, axis)]

@@ -36,8 +36,9 @@ class PreservingCandidate(Candidate):
 
     def pairs(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
-        goal = Goal((self.axis.consumers or self.axis.producers)[0].name)
-        return [(goal, goal)]
+        near = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
+        goals = [Goal(edge.name) for edge in near if not edge.shared]
+        return [(goal, goal) for goal in goals[:1]]
 
     def solve(self, moments: Moments, objective: Objective) -> Growth | None:
         widening = self.dag.widening(self.axis, self.k)

@@ -43,9 +43,9 @@ class Widen(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         ridges = neuron_ridges(self.ridge, self.folds)
-        found = [place for axis in dag.axes if axis.growable and axis.consumers for place in places(dag, axis)]
+        axes = [axis for axis in dag.axes if axis.growable and axis.consumers and not axis.shared]
         return [
             WidenCandidate(
                 self, place, propose=self.propose, needs=((place.features, place.features),), ridges=ridges
-            ) for place in found
+            ) for axis in axes for place in places(dag, axis)
         ]  # fmt: skip
