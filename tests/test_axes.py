@@ -109,7 +109,7 @@ def test_a_layer_that_is_called_twice_grows_for_both_calls() -> None:
         (growth,) = dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=1, init=init)])
         assert growth.where == axis.name
     for axes in (None, (axis.name,)):
-        with pytest.raises(dagrow.GrowthError, match="again is called more than once. Give init='zero' or 'copy'"):
+        with pytest.raises(dagrow.GrowthError, match=r"again is called more than once\. Give init='zero' or 'copy'"):
             dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=1, axes=axes)])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from torch import nn
-from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, case_of, plans
+from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoProducers, built, case_of, plans
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, MoveWeights, testing
@@ -144,9 +144,7 @@ def test_an_operator_that_promises_too_much_is_found_out() -> None:
         check_operator(Wrong())
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"), [(Twice, "more than once"), (Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("make", "reason"), [(Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x))
 def test_what_cannot_grow_says_why(make, reason: str) -> None:
     dag = dagrow.trace(make(), torch.randn(2, 3))
     refused = [axis.reason for axis in dag.axes if not axis.growable]
