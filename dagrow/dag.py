@@ -25,7 +25,7 @@ from dagrow.record import is_closed
 from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
-from dagrow.trace import Program, record
+from dagrow.trace import Program, fewer, record
 from dagrow.widening import Widening, widen
 
 __all__ = ["Axis", "Dag", "Edge", "Rule", "trace"]
@@ -46,7 +46,7 @@ class Dag:
     def retrace(self, *, verified: bool = False) -> None:
         """Reads edges and axes off the model as it is now."""
         self.__dict__.pop("_unwritable", None)
-        self.program: Program = self._read(verified=verified)
+        self.program: Program = self._read(self.example_inputs, verified=verified)
         self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self._layer_rules)
         self.labels: Labelling = label(self.graph, self.model, self.layers)
         freeze_shared(self.graph, self.model, self.layers, self.labels)
@@ -112,10 +112,17 @@ class Dag:
     @cached_property
     def _unwritable(self) -> str | None:
         """Why no forward with other literal sizes can be written from the graph, or None."""
-        return unwritable(self.program, lambda: self._read(verified=False))
+        return unwritable(self.program, self._once_more)
 
-    def _read(self, *, verified: bool) -> Program:
+    def _once_more(self) -> Program:
+        """The graph in the mode that the model is in now, from few samples if the model takes so few."""
         given = self.example_inputs
+        try:
+            return self._read(given if given is None else fewer(given), verified=False)
+        except TraceError:
+            return self._read(given, verified=False)
+
+    def _read(self, given: Any, *, verified: bool) -> Program:
         if given is None:
             program = symbolic(self.model, self._named)
         else:

@@ -8,7 +8,6 @@ are one class at the end must grow together.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +53,7 @@ class Labelling:
         aside: labels that were broadcast over channels of others, and so met none of them.
         joined: node -> the dimension along which channels stay apart; those along all others are one.
         channels: smaller labels are channels of layers.
+        named: parameters and buffers of the model.
     """
 
     classes: Classes
@@ -65,6 +65,7 @@ class Labelling:
     aside: list[Tensor] = field(default_factory=list)
     joined: Mapping[fx.Node, int] = field(default_factory=dict)
     channels: int = 0
+    named: frozenset[str] = frozenset()
 
 
 class ChannelRunner(Runner):
@@ -74,11 +75,6 @@ class ChannelRunner(Runner):
         super().__init__(model, layers)
         self.found, self.classes = found, found.classes
         self.live: set[fx.Node] = set()  #: nodes that depend on an input of the model
-
-    @cached_property
-    def named(self) -> set[str]:
-        """Parameters and buffers of the model."""
-        return {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
 
     def same(self, entries: Tensor) -> Tensor:
         return self.classes.roots(entries)
@@ -156,7 +152,7 @@ class ChannelRunner(Runner):
         return tree_map(frozen, node.meta.get("val"))
 
     def source(self, node: fx.Node) -> Any:
-        if node.op == "placeholder" or node.target not in self.named:
+        if node.op == "placeholder" or node.target not in self.found.named:
             return self.opaque(node, "is an input of the model" if node.op == "placeholder" else "is a constant")
         if not node.meta["val"].is_floating_point():
             return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
@@ -241,7 +237,8 @@ def label(
     graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed], joined: Mapping[fx.Node, int] | None = None
 ) -> Labelling:
     """Runs the whole graph on fresh labels; ``joined`` as in :class:`Labelling`."""
-    found = Labelling(Classes(), joined=joined or {})
+    named = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    found = Labelling(Classes(), joined=joined or {}, named=named)
     for layer in layers.values():
         if isinstance(layer.rule, EdgeRule) and layer.name not in found.rows:
             found.rows[layer.name] = found.classes.fresh(layer.rule.widths(layer.module)[1])

@@ -38,7 +38,7 @@ class GrowthRunner(ChannelRunner):
     ) -> None:
         before = layout.found
         classes = before.classes.copy()
-        found = Labelling(classes, joined=before.joined, channels=before.channels)
+        found = Labelling(classes, joined=before.joined, channels=before.channels, named=before.named)
         super().__init__(program.model, layers, found)
         self.program, self.restated = program, restated
         self.before, self.layout, self.k, self.first = before, layout, k, len(classes)
@@ -276,12 +276,11 @@ class GrowthRunner(ChannelRunner):
 
     def check(self) -> None:
         """The safety net."""
-        for label in range(self.first, len(self.classes)):
-            cause = self.classes.cause(label)
-            if cause:
-                raise MisfitError(cause)
         old, fresh = torch.arange(self.first), torch.arange(self.first, len(self.classes))
         roots = self.classes.roots(fresh)
+        frozen = roots[self.classes.numbers(roots) > 0]
+        if len(frozen):
+            raise MisfitError(str(self.classes.cause(int(frozen[0]))))
         units = self._unit(fresh)
         meets = bool((roots < self.first).any()) or not torch.equal(units, self.units)
         if meets or not torch.equal(self.classes.roots(old), self.before.classes.roots(old)):

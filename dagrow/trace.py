@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from dagrow.stated import Place, StatedInt, arguments_of, stated
 from dagrow.trees import leaves, mapped
 from dagrow.undisturbed import AsFound
 
-__all__ = ["Executor", "Program", "bind", "explained", "fits", "record", "refuse_lazy", "verify"]
+__all__ = ["Executor", "Program", "bind", "explained", "fewer", "fits", "record", "refuse_lazy", "verify"]
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -182,7 +183,7 @@ def record(
     with found.kept():
         program = _recorded(model, *given, real, closed)
     if program.obstacle and real:  # many a forward does without values where there are none
-        with found.kept(), contextlib.suppress(TraceError):
+        with found.kept(), contextlib.suppress(TraceError), _quietly():
             program = _recorded(model, *given, False, closed)
     return verify(program, example_inputs, found) if verified else program
 
@@ -217,6 +218,17 @@ def _hold_values(model: nn.Module, inputs: Any) -> bool:
     """Whether no tensor is a stand-in without values."""
     tensors = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
     return not any(isinstance(t, FakeTensor) or t.is_meta for t in (*tensors, *model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch logs about operations that need values."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextlib.contextmanager
@@ -344,3 +356,10 @@ def _resized(given: Any) -> Iterator[tuple[int, Any]]:
             return leaf[samples.to(leaf.device)] if batched else leaf
 
         yield size, mapped(taken, given)
+
+
+def fewer(example_inputs: Any) -> Any:
+    """Two samples of the example inputs, where there are more."""
+    given = bind(example_inputs)
+    size, (args, kwargs) = next(_resized(given), (0, given))
+    return (args or kwargs) if size == 2 else example_inputs

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = ["AsFound", "undisturbed"]
 
 FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
 
 
@@ -80,7 +81,8 @@ class AsFound:
         torch.set_grad_enabled(self.grad)
         self.model.__class__ = self.kind
         for container, content in self.contents:
-            _refill(container, content)
+            if container or content:
+                _refill(container, content)
         for saved in self.tensors:
             saved.restore()
         for setter, state in self.generators:
@@ -93,7 +95,8 @@ def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -
     elif type(value) in _CONTAINERS and id(value) not in containers:
         containers[id(value)] = value
         for child in list(value.values() if isinstance(value, dict) else value):
-            _collect(child, containers, found)
+            if type(child) not in _PLAIN:
+                _collect(child, containers, found)
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -5,7 +5,8 @@
 FOLDER holds ``models.py`` with ``all_specs()``, a list of (suite, name, build, inputs), and ``torchvision_on_cpu.py``.
 Each model runs in a process of its own, with a time limit, in eval mode, on one thread:
 
-- trace and axes, timed against a forward pass, in single precision on the same batch;
+- trace and axes, timed against a plain call of the model, in single precision on the same batch: of 2 samples, and of 8
+  where the model has no more than 200 million parameters;
 - model and graph compared in float64 at a batch size that tracing did not see;
 - every growable axis grown by 2 units with random fan-in at gamma = 0: the output stays within 1e-10 of its largest
   entry, gradients reach the new entries, another batch size runs, and undo restores every bit.
@@ -38,7 +39,8 @@ from dagrow.ops import op_name
 from dagrow.testing import try_axes
 from dagrow.trees import leaves
 
-BATCH, OTHER, UNITS = 2, 3, 2  #: of tracing; of graph and model; new units of an axis
+BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
+LARGE = 200_000_000  #: parameters of models that are not timed on the larger batch
 TOLERANCE, SINGLE_TOLERANCE = 1e-10, 1e-4
 Spec = tuple[str, str, Callable[[], nn.Module], Callable[[int], Any]]
 
@@ -66,10 +68,10 @@ def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, example = _alive(build().eval()), inputs(BATCH)
-    forward = statistics.median(_seconds(lambda: _run(model, example)) for _ in range(3))
     dag = dagrow.trace(model, example)
-    seconds = statistics.median(_seconds(lambda: dagrow.trace(model, example)) for _ in range(3))
-    yield {"traced": True, "forward": forward, "seconds": seconds, "passes": seconds / forward}
+    yield {"traced": True} | _timed(model, example, BATCH)
+    if sum(parameter.numel() for parameter in model.parameters()) <= LARGE:
+        yield _timed(model, inputs(LARGER), LARGER)
     yield _shape(dag)
     del dag
     kind = _widest(model, example)
@@ -80,6 +82,13 @@ def study(spec: Spec, *, grown: bool) -> Iterator[dict[str, Any]]:
     yield {"precision": str(kind)[6:], "equal": all(_equal(dag, given, tolerance) for given in others)}
     if grown:
         yield _grown(dag, [_to(inputs(size), kind) for size in (1, BATCH)], tolerance)
+
+
+def _timed(model: nn.Module, example: Any, batch: int) -> dict[str, float]:
+    """Seconds of a plain call and of trace and axes, one after the other, medians of three."""
+    pairs = [(_seconds(lambda: model(*example)), _seconds(lambda: dagrow.trace(model, example))) for _ in range(3)]
+    forward, traced = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {f"forward{batch}": forward, f"seconds{batch}": traced, f"passes{batch}": traced / forward}
 
 
 def _alive(model: nn.Module) -> nn.Module:
@@ -227,7 +236,7 @@ def main() -> None:
 
 
 def _line(run: Mapping[str, Any]) -> str:
-    keys = [key for key in ("equal", "axes", "growable", "exact", "share", "passes", "took") if key in run]
+    keys = [key for key in ("equal", "axes", "growable", "exact", "share", "passes2", "passes8", "took") if key in run]
     shown = " ".join(f"{key}={run[key]:.3g}" if isinstance(run[key], float) else f"{key}={run[key]}" for key in keys)
     return f"{run['suite']}/{run['name']}: {shown} {run.get('error', '')} {run.get('failed') or ''}"
 
@@ -249,12 +258,13 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         if shares:
             median = statistics.median(shares)
             lines.append(f"median share of parameters in growable layers, {kind} models ({len(shares)}): {median:.1%}")
-    passes = [run["passes"] for run in known]
-    if passes:
-        lines.append(
-            f"tracing and axes, in forward passes on the same batch of {BATCH}: "
-            f"median {statistics.median(passes):.2f}, from {min(passes):.2f} to {max(passes):.0f}"
-        )
+    for batch in (BATCH, LARGER):
+        passes = [run[f"passes{batch}"] for run in runs if f"passes{batch}" in run]
+        if passes:
+            lines.append(
+                f"tracing and axes, in forward passes on the same batch of {batch} ({len(passes)} models): "
+                f"median {statistics.median(passes):.2f}, from {min(passes):.2f} to {max(passes):.0f}"
+            )
     return lines
 
 
@@ -268,20 +278,26 @@ def document(runs: Sequence[Mapping[str, Any]]) -> str:
         "growable",
         "exact",
         "share",
-        "passes",
+        f"passes ({BATCH})",
+        f"passes ({LARGER})",
         "why not the rest, or what failed",
     ]
     rows = [
         [
             f"{run['suite']}/{run['name']}", _mark(run, "traced"), _mark(run, "equal"), str(run.get("axes", "")),
             str(run.get("growable", "")), f"{run['exact']}/{run['tried']}" if "tried" in run else "",
-            f"{run['share']:.2f}" if "share" in run else "", f"{run['passes']:.1f}" if "passes" in run else "",
+            f"{run['share']:.2f}" if "share" in run else "",
+            _number(run, f"passes{BATCH}"), _number(run, f"passes{LARGER}"),
             run.get("error") or "; ".join(f"{axis}: {why}" for axis, why in run.get("failed", {}).items()) or _why(run),
         ] for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
     ]  # fmt: skip
     versions = ", ".join(sorted({run["version"] for run in runs}))
     items = "\n".join(f"- {line}" for line in summary(runs))
     return f"{items}\n\n{table(head, rows)}\n\nSources of the package: {versions}."
+
+
+def _number(run: Mapping[str, Any], key: str) -> str:
+    return f"{run[key]:.1f}" if key in run else ""
 
 
 def _mark(run: Mapping[str, Any], key: str) -> str:
