@@ -6,7 +6,7 @@ FOLDER holds ``models.py`` with ``all_specs()``, a list of (suite, name, build, 
 Each model runs in a process of its own, with a time limit, in eval mode, on one thread:
 
 - trace and axes, timed against a plain call of the model, in single precision on the same batch: of 2 samples, and of 8
-  where the model has no more than 200 million parameters;
+  where the model has no more than 60 million parameters;
 - model and graph compared in float64 at a batch size that tracing did not see;
 - every growable axis grown by 2 units with random fan-in at gamma = 0: the output stays within 1e-10 of its largest
   entry, gradients reach the new entries, another batch size runs, and undo restores every bit.
@@ -40,7 +40,7 @@ from dagrow.testing import try_axes
 from dagrow.trees import leaves
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
-LARGE = 200_000_000  #: parameters of models that are not timed on the larger batch
+LARGE = 60_000_000  #: parameters of models that are not timed on the larger batch
 TOLERANCE, SINGLE_TOLERANCE = 1e-10, 1e-4
 Spec = tuple[str, str, Callable[[], nn.Module], Callable[[int], Any]]
 
