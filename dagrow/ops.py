@@ -1,6 +1,6 @@
 """What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx, nn
 __all__ = [
     "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES", "UNIFORM",
     "ZERO_KEEPING", "binds", "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims",
-    "neutral_entries", "op_name",
+    "neutral_entries", "op_name", "reduced_dims",
 ]  # fmt: skip
 
 #: y = f(x), entry by entry
@@ -38,14 +38,15 @@ MOVES = frozenset(
     """
     broadcast_to cat channel_shuffle chunk concat concatenate expand expand_as flatten flip getitem movedim moveaxis
     narrow permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll select split
-    split_with_sizes squeeze stack swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze view
-    view_as
+    split_with_sizes squeeze stack swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze
+    values view view_as
     """.split()
 )
 #: entries along some dimensions are merged
 REDUCTIONS = frozenset(
     """
-    mean sum amax amin prod logsumexp std var
+    all amax amin any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min nanmean nansum norm
+    prod std sum var
     """.split()
 )
 #: results are sizes or facts about a tensor, not values
@@ -122,7 +123,8 @@ def keeps_zero(module: nn.Module) -> bool:
 
 
 def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] | None:
-    """The dimensions along which entries meet in an operation that keeps the shape: a norm, or softmax. Else None."""
+    """The dimensions along which entries meet in an operation that keeps the shape, as in a norm or softmax. Else
+    None."""
     name = op_name(node)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return list(range(ndim - len(module.normalized_shape), ndim))
@@ -132,11 +134,22 @@ def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] 
     dim: object
     if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmin)):
         dim = module.dim
-    elif module is None and name in {"softmax", "log_softmax", "softmin"}:
+    elif module is None and name in {"softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"}:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    elif module is None and name == "normalize":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 1)
     else:
         return None
     return [dim % ndim] if isinstance(dim, int) else list(range(ndim))
+
+
+def reduced_dims(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dimensions over which a reduction takes its input."""
+    ndim, at = args[0].ndim, 2 if op_name(node) in {"norm", "linalg_vector_norm"} else 1
+    dims = args[at] if len(args) > at else kwargs.get("dim", kwargs.get("axis"))
+    if dims is None or isinstance(dims, bool):
+        return tuple(range(ndim))
+    return tuple(d % ndim for d in ((dims,) if isinstance(dims, int) else dims))
 
 
 def op_name(node: fx.Node) -> str | None:

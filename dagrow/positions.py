@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dagrow.classes import NEUTRAL
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.layers import RiderRule
+from dagrow.ops import reduced_dims
 from dagrow.placed import Placed
 from dagrow.runner import Runner
 from dagrow.space import Tables
@@ -205,10 +206,9 @@ class _PositionRunner(Runner):
         return torch.where(mixed, MIXED, numbers)
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        inputs = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = tuple(range(inputs.ndim)) if dims is None else dims
-        dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
+        inputs, dims = args[0], reduced_dims(node, args, kwargs)
+        if not isinstance(node.meta["val"], Tensor):
+            return self.unknown(node, inputs, "")
         kept = [d for d in range(inputs.ndim) if d not in dims]
         found = self.mean(inputs.permute(*kept, *dims).flatten(len(kept)))
         return found.view(node.meta["val"].shape)

@@ -118,7 +118,8 @@ class Runner(ABC):
             dims = ops.mixed_dims(node, module, args[0].ndim)
             if dims is not None:
                 return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
-        why = next((why for kind, why in ops.REFUSALS.items() if isinstance(module, kind)), "has no rule")
+        unknown = "has no rule" if len(args) + len(kwargs) == 1 else "has no rule for several arguments"
+        why = next((why for kind, why in ops.REFUSALS.items() if isinstance(module, kind)), unknown)
         return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {why}")
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -140,7 +141,7 @@ class Runner(ABC):
         if name == "glu":
             return self.halves(node, *args, **kwargs)
         if name in ops.REDUCTIONS:
-            return self.reduce(node, args, kwargs)
+            return self.reduce(node, args, kwargs) if len(tensors) == 1 else self.merge(tensors)  # max(a, b)
         if name == ATTENTION:
             return self.attend(node, args, kwargs)
         product = contraction(name, args) if not kwargs else None
@@ -206,15 +207,14 @@ class Runner(ABC):
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """Entries along the reduced dimensions meet; different channels must not."""
-        inputs = args[0]
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        dims = tuple(range(inputs.ndim)) if dims is None or isinstance(dims, bool) else dims
-        dims = tuple(d % inputs.ndim for d in ((dims,) if isinstance(dims, int) else dims))
+        inputs, dims = args[0], ops.reduced_dims(node, args, kwargs)
         if any(self.varies(inputs, d) for d in dims):
             return self.unknown(node, inputs, f"{ops.op_name(node)} mixes channels")
-        keep = node.meta["val"].ndim == inputs.ndim
         index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
-        return inputs[index] if keep else inputs[index].squeeze(dims)
+        given = node.meta["val"]
+        value = given if isinstance(given, Tensor) else given[0]
+        found = inputs[index] if value.ndim == inputs.ndim else inputs[index].squeeze(dims)
+        return found if given is value else type(given)([found, torch.tensor(NEUTRAL).expand(found.shape)])
 
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
         """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
