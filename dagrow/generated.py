@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from operator import eq, ge, gt, le, lt, ne
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dagrow.errors import TraceError
 from dagrow.record import is_leaf
 from dagrow.settling import Arguments
+from dagrow.sizes import described
 from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
 from dagrow.undisturbed import undisturbed
@@ -44,6 +46,8 @@ def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
         return f"a size is written into the model's forward; written anew, it would skip the hooks of {hooked[0]}"
     if program.obstacle:
         return f"a size is written into the model's forward, which {program.obstacle} and cannot be written anew"
+    if program.unrolled:
+        return f"a size is written into the model's forward, where {program.unrolled}"
     if any(node.target is setattr for node in program.graph.nodes):
         return "a size is written into the model's forward, which sets attributes and cannot be written anew"
     return _mode_obstacle(program, again)
@@ -92,6 +96,7 @@ def wear(program: Program, literals: Mapping[fx.Node, Arguments]) -> type[nn.Mod
     for node, copied in copies.items():
         if node.meta.get("modes"):
             _follow_mode(graph, copied, node.meta["modes"])
+    _hold_sizes(graph, copies, literals)
     switches = _follow_grad(graph)
     code = graph.python_code("self")
     source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
@@ -140,6 +145,30 @@ def _fixed(name: str, made: Any, given: Any) -> None:
             f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
             f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
         )
+
+
+def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Mapping[fx.Node, Arguments]) -> None:
+    """The new forward refuses inputs of sizes for which the user's own does something else."""
+    with graph.inserting_before(graph.output_node()):
+        for node, copied in copies.items():
+            for (sign, right), result in node.meta.get("guards", {}).items():
+                if node not in literals and right not in literals:
+                    text = f"{described(node)} {sign} {described(right)}"
+                    other = copies[right] if isinstance(right, fx.Node) else right
+                    graph.call_function(_hold, (copied, sign, other, result, text))
+
+
+def _hold(left: Any, sign: str, right: Any, result: bool, text: str) -> None:
+    if _COMPARISONS[sign](left, right) is not result:
+        raise TraceError(
+            f"the forward that dagrow wrote after growth holds only where {text} is {result}, as it was when the model "
+            "was traced. Trace the model with the sizes that you need before it grows."
+        )
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge,
+}  # fmt: skip
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:

@@ -151,6 +151,12 @@ class ChannelRunner(Runner):
 
         return tree_map(frozen, node.meta.get("val"))
 
+    def table(self, node: fx.Node, cause: str) -> Any:
+        shape = node.meta["val"].shape
+        labels = self.classes.fresh(shape[-1])
+        self.classes.freeze(labels, self.located(node, cause))
+        return labels.expand(shape)
+
     def source(self, node: fx.Node) -> Any:
         if node.op == "placeholder" or node.target not in self.found.named:
             return self.opaque(node, "is an input of the model" if node.op == "placeholder" else "is a constant")
@@ -200,6 +206,7 @@ class ChannelRunner(Runner):
         paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
         rider = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
         if rider in self.found.entries:
+            self.found.shared[name] = f"{name} is called more than once"
             self.merge([self.found.entries[rider], labels])
         self.found.entries[rider] = labels
         same = (read, written) == (1, 1) and inputs.shape[:dim] == node.meta["val"].shape[:dim]

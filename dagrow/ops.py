@@ -15,7 +15,8 @@ __all__ = [
 #: y = f(x), entry by entry
 POINTWISE = frozenset(
     """
-    abs acos acosh alpha_dropout asin asinh atan atanh ceil celu clamp clip clone contiguous cos cosh detach digamma
+    abs absolute acos acosh alpha_dropout arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh ceil celu
+    clamp clamp_max clamp_min clip clone contiguous cos cosh cpu cuda detach digamma special_expit type_as
     dropout dropout1d dropout2d dropout3d elu erf erfc erfinv exp exp2 expm1 feature_alpha_dropout floor frac isfinite
     isinf isnan lgamma log10 log2 logical_not logit positive sgn sinc sinh trunc
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
@@ -174,9 +175,22 @@ def _is_torch(target: object) -> bool:
     return module.startswith(("torch", "_operator")) or issubclass(owner, torch.Tensor) or "torch" in str(owner)
 
 
+_PRODUCTS_OF_TWO = frozenset(
+    """
+    mul multiply div divide truediv true_divide floor_divide floordiv pow mod remainder fmod
+    """.split()
+)
+#: of 0 they make what cannot be multiplied with, or learns nothing; of 1 a number like any other
+_FROM_ONE = frozenset(
+    """
+    abs absolute log log10 log2 reciprocal rsqrt sqrt square
+    """.split()
+)
+
+
 def identity_of(name: str | None) -> float:
     """The entry of a per-channel operand that leaves the channel as it is: 1 for products, 0 otherwise."""
-    return 1.0 if name in {"mul", "multiply", "div", "divide", "truediv", "pow"} else 0.0
+    return 1.0 if name in _PRODUCTS_OF_TWO else 0.0
 
 
 def neutral_entries(node: fx.Node) -> set[float]:
@@ -185,7 +199,7 @@ def neutral_entries(node: fx.Node) -> set[float]:
     for user in node.users:
         name = op_name(user)
         moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "detach"}
-        found |= neutral_entries(user) if moved else {identity_of(name)}
+        found |= neutral_entries(user) if moved else {1.0 if name in _FROM_ONE else identity_of(name)}
     return found
 
 

@@ -1,7 +1,7 @@
 """Layers at their places in a graph: calls of modules that a rule knows, and functions called with a parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import matmul
 from typing import Any
@@ -59,7 +59,21 @@ def placed(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -> dic
             layer = _functional(node, held, rules)
             if layer is not None:
                 found[node] = layer
-    return found
+    return _told_apart(found)
+
+
+def _told_apart(found: Mapping[fx.Node, Placed]) -> dict[fx.Node, Placed]:
+    """Functions that use a layer's tensors otherwise than the layer does get names of their own."""
+    uses: dict[str, list[Any]] = {}
+    for layer in sorted(found.values(), key=lambda layer: bool(layer.paths)):  # modules keep their names
+        use = type(layer.module), dict(layer.paths)
+        if use not in uses.setdefault(layer.name, []):
+            uses[layer.name].append(use)
+    place = {node: uses[layer.name].index((type(layer.module), dict(layer.paths))) for node, layer in found.items()}
+    return {
+        node: replace(layer, name=f"{layer.name}[{place[node]}]") if place[node] else layer
+        for node, layer in found.items()
+    }  # fmt: skip
 
 
 def _only(node: fx.Node) -> fx.Node | None:

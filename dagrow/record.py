@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
@@ -33,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dagrow.errors import TraceError
 from dagrow.frames import refusal, source, user_names
 from dagrow.opened import run_opened
-from dagrow.sizes import LiveInt, described
+from dagrow.sizes import LiveInt, described, guard
 from dagrow.trees import is_plain, leaves, mapped, opened, tensors
 
 __all__ = [
@@ -125,6 +126,7 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None  #: why no forward can be written from the graph
+        self.unrolled: str | None = None  #: a size that loops may count to
         self._named = {id(t): (name, t) for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
         self._nodes: Any = WeakIdKeyDictionary()  # tensors go when forward lets them go
         self._devices: dict[int, fx.Node] = {}
@@ -197,7 +199,8 @@ class Recorder(TorchFunctionMode):
             self.note(f"{name.strip('_')} reads a value of the example")
             self.obstacle = f"reads values of tensors ({source()})"
         if name in ("unbind", "__len__"):
-            self.note(f"{name} bakes in a size of {tuple(next(tensors((args, kwargs))).shape)}")
+            self._count(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0))
+            self.note(f"{name} bakes in a size of {tuple(args[0].shape)}")
         lowered, before = self._lower((args, kwargs)), _versions((args, kwargs))
         try:
             result = func(*args, **kwargs)
@@ -213,8 +216,14 @@ class Recorder(TorchFunctionMode):
         if name in _SIZES:
             self._disposable.add(node)
             if "range" in user_names():
-                self.note(f"{described(node)} is read next to range(): a loop that counts to it is unrolled")
+                self.unrolled = f"{described(node)} is read next to range(): a loop that counts to it is unrolled"
+                self.note(self.unrolled)
         return self._adopt(node, result, before)
+
+    def _count(self, tensor: Tensor, dim: int) -> None:
+        """Python counts the entries along a dimension."""
+        shape = self._part(self._node_of(tensor), getattr, "shape", tensor.shape)
+        guard(self._part(shape, operator.getitem, dim, tensor.shape[dim]), "==", tensor.shape[dim], True)
 
     def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside += 1
@@ -255,6 +264,8 @@ class Recorder(TorchFunctionMode):
         return map_aggregate(value, self._lower_leaf)
 
     def _lower_leaf(self, value: Any) -> Any:
+        if isinstance(value, np.generic):  # written into a forward it must be a plain number
+            return value.item()
         if isinstance(value, LiveInt):
             return value.node if value.recorder is self else int.__int__(value)
         if isinstance(value, torch.device) and id(value) in self._devices:

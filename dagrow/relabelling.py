@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dagrow import ops
 from dagrow.axes import Layout
 from dagrow.classes import NEUTRAL, narrow
-from dagrow.contractions import ATTENTION_ARGUMENTS
+from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS
 from dagrow.labels import ChannelRunner, Labelling, Rider
 from dagrow.landings import Landing, MisfitError, insert, insert_along
 from dagrow.layers import EdgeRule, RiderRule
@@ -24,10 +24,14 @@ from dagrow.placed import Placed
 from dagrow.relayout import expected, rewritten, unflattened
 from dagrow.runner import Values
 from dagrow.settling import Arguments, substituted
-from dagrow.stated import Place
+from dagrow.stated import Place, StatedInt, arguments_of
 from dagrow.trace import Program
 
 __all__ = ["GrowthRunner"]
+
+
+_SHAPING = ops.MOVES | ops.CREATION | ops.UNIFORM - {"full", "full_like", "new_full"} | {ATTENTION}
+_FILLING = {"full", "full_like", "new_full"}
 
 
 class GrowthRunner(ChannelRunner):
@@ -115,6 +119,7 @@ class GrowthRunner(ChannelRunner):
             name = ops.op_name(node) or str(node.target)
             raise MisfitError(f"{name} does not accept the wider axis{_at(node)}") from error
         before = self.before.values[node]
+        self._check_numbers(node)
         if isinstance(value, Tensor) and isinstance(before, Tensor) and self._unchanged(value, before):
             return False
         self.values[node] = value
@@ -133,15 +138,39 @@ class GrowthRunner(ChannelRunner):
             self.literals[node] = node.args, dict(node.kwargs)
         if not isinstance(value, Tensor) or not isinstance(before, Tensor):
             return
-        numbers = [s for s in node.all_input_nodes if isinstance(self.values[s], (int, float))]
-        moved = ops.op_name(node) in ops.MOVES | ops.CREATION | ops.UNIFORM
-        if not moved and any(self.values[s] != self.before.values[s] for s in numbers):
-            raise MisfitError(f"its width is used as a number in the model's forward{_at(node)}")
         if [s == 0 for s in value.stride()] == [s == 0 for s in before.stride()]:
             value, before = narrow(value), narrow(before)
         roots = self.classes.roots(value).flatten()
         if not torch.equal(roots[roots < self.first], self.classes.roots(before).flatten()):
             raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before{_at(node)}")
+
+    def _check_numbers(self, node: fx.Node) -> None:
+        """No tensor is computed with a number that follows the width."""
+        name = ops.op_name(node)
+        if not isinstance(node.meta.get("val"), Tensor) or name in _SHAPING or node in self.layers:
+            return
+        used = list(arguments_of((node.args, dict(node.kwargs))))
+        if name in _FILLING:
+            used = [*node.args[1:2], node.kwargs.get("fill_value")]
+        followed = [n for n in used if isinstance(n, fx.Node) and isinstance(self.values[n], (int, float))]
+        if any(self.values[n] != self.before.values[n] for n in followed) or any(
+            isinstance(n, StatedInt) and self.restated.get(n.place, n) != n for n in used
+        ):
+            raise MisfitError(f"its width is used as a number in the model's forward{_at(node)}")
+
+    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        self._check_size(node, args[0], ops.reduced_dims(node, args, kwargs))
+        return super().reduce(node, args, kwargs)
+
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+        self._check_size(node, inputs, dims)
+        return super().mixed(node, name, dims, inputs)
+
+    def _check_size(self, node: fx.Node, inputs: Tensor, dims: Sequence[int]) -> None:
+        """A constant as wide as an axis, whose entries are taken together, would change."""
+        before = self.before.values[node.all_input_nodes[0]].shape
+        if any(inputs.shape[d] != before[d] for d in dims):
+            raise MisfitError(f"{ops.op_name(node) or node.target} takes all channels together{_at(node)}")
 
     def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
         before = layer.inputs.meta["val"].shape

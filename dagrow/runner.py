@@ -118,6 +118,8 @@ class Runner(ABC):
             dims = ops.mixed_dims(node, module, args[0].ndim)
             if dims is not None:
                 return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
+        if isinstance(module, nn.Embedding):
+            return self.table(node, f"Embedding ({node.target}) {ops.REFUSALS[nn.Embedding]}")
         unknown = "has no rule" if len(args) + len(kwargs) == 1 else "has no rule for several arguments"
         why = next((why for kind, why in ops.REFUSALS.items() if isinstance(module, kind)), unknown)
         return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {why}")
@@ -135,7 +137,7 @@ class Runner(ABC):
         if name in ops.MOVES and not (name == "getitem" and tensors_in(args[1:])):  # labels are no indices
             return self.move(node, args, kwargs)
         if name in ops.POINTWISE and isinstance(args[0], Tensor):
-            return args[0] if len(tensors) == 1 else self.merge(tensors)
+            return args[0] if len(tensors) == 1 or name in ("to", "type_as") else self.merge(tensors)
         if name in ops.PAIRWISE:
             return self.merge(tensors)
         if name == "glu":
@@ -236,6 +238,10 @@ class Runner(ABC):
             cause = f"{name} mixes all channels, so that a new one would change the others"
             self.freeze([inputs], self.located(node, cause))
         return inputs
+
+    def table(self, node: fx.Node, cause: str) -> Any:
+        """What is looked up in a table, whose width is not known to change."""
+        return self.opaque(node, self.located(node, cause))
 
     def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
         """Unknown never means pointwise: all that the operation touches freezes."""

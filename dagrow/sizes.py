@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-__all__ = ["LiveInt", "Writer", "described"]
+__all__ = ["LiveInt", "Writer", "described", "guard"]
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 
@@ -28,7 +28,7 @@ class Writer(Protocol):
 def described(node: Any, depth: int = 4) -> str:
     """A size as it was computed, for messages; of long computations the last steps."""
     if not isinstance(node, fx.Node):
-        return str(node)
+        return int.__repr__(node) if isinstance(node, int) else str(node)
     if not depth:
         return node.name
     given = [described(arg, depth - 1) for arg in node.args]
@@ -43,9 +43,18 @@ def described(node: Any, depth: int = 4) -> str:
 
 
 def mark_baked(size: Any) -> None:
-    """The graph holds for this value of a size only."""
+    """Something was read from a size that the graph does not follow."""
     if isinstance(size, fx.Node):
         size.meta["baked"] = True
+
+
+def guard(left: fx.Node, sign: str, right: Any, holds: Any) -> None:
+    """The graph holds only where a comparison of sizes comes out as it did."""
+    if not isinstance(holds, bool):
+        return
+    for size in (left, right):
+        mark_baked(size)
+    left.meta.setdefault("guards", {})[sign, int.__int__(right) if isinstance(right, int) else right] = holds
 
 
 def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
@@ -67,8 +76,7 @@ def _guarding(name: str, sign: str) -> Callable[..., Any]:
         if isinstance(other, (int, float)) and self.recorder.live:
             right = other.node if isinstance(other, LiveInt) else other
             if right is not self.node:
-                for size in (self.node, right):
-                    mark_baked(size)
+                guard(self.node, sign, right, result)
                 self.recorder.note(f"{described(self.node)} {sign} {described(right)} is {result}")
         return result
 
@@ -100,7 +108,7 @@ class LiveInt(int):
 
     def bake(self, *others: Any) -> None:
         if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
-            mark_baked(self.node)
+            guard(self.node, "==", int.__int__(self), True)
             self.recorder.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__

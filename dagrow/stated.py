@@ -5,6 +5,8 @@ that the model's own forward goes on. An attribute that was computed with cannot
 """
 
 import contextlib
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,7 +63,7 @@ def _noticed(name: str) -> Callable[..., Any]:
 for _name in (
     "add sub mul floordiv truediv mod divmod pow lshift rshift and or xor radd rsub rmul rfloordiv rtruediv rmod "
     "rdivmod rpow rlshift rrshift rand ror rxor neg pos abs invert bool int float trunc round ceil floor eq ne lt le "
-    "gt ge"
+    "gt ge str repr format"
 ).split():
     setattr(StatedInt, f"__{_name}__", _noticed(f"__{_name}__"))
 
@@ -70,19 +72,52 @@ for _name in (
 def stated(model: nn.Module) -> Iterator[Uses]:
     """Inside, whole numbers among the attributes of modules are :class:`StatedInt`."""
     uses, found = Uses(), []
+    counted = {kind: _counted(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             noted = _noted(value, path, name, uses)
             if noted is not None:
+                if name in counted[type(module)]:
+                    uses.computed |= {number.place for number in arguments_of(noted)}
                 found.append((module, name, value, noted))
                 vars(module)[name] = noted
     try:
-        yield uses
+        with _math_telling():
+            yield uses
     finally:
         uses.live = lambda: False
         for module, name, value, noted in found:
             if vars(module).get(name) is noted:
                 vars(module)[name] = value
+
+
+@contextlib.contextmanager
+def _math_telling() -> Iterator[None]:
+    """Inside, functions of ``math`` that read whole numbers below Python tell that they did."""
+    before = {name: getattr(math, name) for name in ("log", "log2", "log10", "isqrt")}
+
+    def telling(function: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*given: Any) -> Any:
+            return function(*(int(float(x)) if isinstance(x, (LiveInt, StatedInt)) else x for x in given))
+
+        return told
+
+    for name, function in before.items():
+        setattr(math, name, telling(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(math, name, function)
+
+
+def _counted(kind: type[nn.Module]) -> frozenset[str]:
+    """Names that a class uses next to ``range``, which does not tell what it counts to."""
+    codes = [
+        function.__code__ for base in kind.__mro__ if not base.__module__.startswith("torch.")
+        for name, function in vars(base).items() if inspect.isfunction(function) and name != "__init__"
+    ]  # fmt: skip
+    return frozenset(name for code in codes if "range" in code.co_names for name in code.co_names)
 
 
 def _noted(value: Any, path: str, name: str, uses: Uses) -> Any:

@@ -18,6 +18,7 @@ from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
 from dagrow.optimizers import carry, log_growth, log_undo, refuse, settle
+from dagrow.preserved import difference
 from dagrow.sharing import tensor_at
 from dagrow.undisturbed import AsFound
 
@@ -194,9 +195,16 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     """Writes a change at an amplitude into the model. All or nothing.
 
     Raises:
-        GrowthError: the model is not the one that was measured.
+        GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
+            does not show, so that it would not be the same function at gamma = 0.
         OptimizerError: the optimizer holds state that cannot follow.
     """
+    wrong = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
+    if wrong is not None:
+        raise GrowthError(
+            f"the model cannot grow {', '.join(change.landings)}: {wrong}, although nothing new is connected yet. Its "
+            "forward depends on the width in a way that its graph does not show. Leave this axis out."
+        )
     tensors = change.tensors(dag.model, gamma)
     kind = _kind(dag, change)
     undo = Undo(dag, change, optimizer, kind)

@@ -32,7 +32,19 @@ from dagrow.stated import Place, StatedInt, arguments_of, stated
 from dagrow.trees import leaves, mapped
 from dagrow.undisturbed import AsFound
 
-__all__ = ["Executor", "Program", "bind", "explained", "fewer", "fits", "record", "refuse_lazy", "verify"]
+__all__ = [
+    "Executor",
+    "Program",
+    "bind",
+    "close",
+    "explained",
+    "fewer",
+    "fits",
+    "hold_values",
+    "record",
+    "refuse_lazy",
+    "verify",
+]
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -47,8 +59,10 @@ class Program:
     methods for all else, one output. Every node has `meta["val"]`, its value (tensors without entries), and
     `meta["source"]`, the user's line.
 
+    Nodes of sizes that were compared have `meta["guards"]`, what came out.
+
     `computed` are the attributes of modules, whole numbers, that forward computed with; `obstacle` is what forward
-    does that none written from the graph would do.
+    does that none written from the graph would do; `unrolled` is a size that its loops may count to.
     """
 
     model: nn.Module
@@ -57,6 +71,7 @@ class Program:
     specialisations: tuple[str, ...]
     computed: frozenset[Place] = frozenset()
     obstacle: str | None = None
+    unrolled: str | None = None
 
     @cached_property
     def stated(self) -> dict[Place, list[fx.Node]]:
@@ -179,7 +194,7 @@ def record(
     Modules that are ``closed`` become one node, whatever they do inside."""
     given = bind(example_inputs)
     refuse_lazy(model)
-    found, real = AsFound(model, weights=True), _hold_values(model, given)
+    found, real = AsFound(model, weights=True), hold_values(model, given)
     with found.kept():
         program = _recorded(model, *given, real, closed)
     if program.obstacle and real:  # many a forward does without values where there are none
@@ -210,11 +225,17 @@ def _recorded(
         for name in recorder.assigned():
             recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
     return Program(
-        model, recorder.graph, recorder.constants, tuple(recorder.notes), frozenset(uses.computed), recorder.obstacle
+        model,
+        recorder.graph,
+        recorder.constants,
+        tuple(recorder.notes),
+        frozenset(uses.computed),
+        recorder.obstacle,
+        recorder.unrolled,
     )
 
 
-def _hold_values(model: nn.Module, inputs: Any) -> bool:
+def hold_values(model: nn.Module, inputs: Any) -> bool:
     """Whether no tensor is a stand-in without values."""
     tensors = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
     return not any(isinstance(t, FakeTensor) or t.is_meta for t in (*tensors, *model.parameters(), *model.buffers()))
@@ -278,7 +299,7 @@ def verify(program: Program, example_inputs: Any, found: AsFound | None = None) 
         found: the model as it is, to come back to.
     """
     given = bind(example_inputs)
-    if not _hold_values(program.model, given):
+    if not hold_values(program.model, given):
         return _noted(program, "not verified: the model or the example inputs hold no values")
     found = found or AsFound(program.model, weights=True)
     for size, other in _resized(given):
@@ -327,11 +348,12 @@ def _compare(program: Program, found: AsFound, expected: Any, given: Any, which:
     except Exception as error:
         raise TraceError(f"The graph of {name} fails on {which} ({first_line(error)}). {advice}") from error
     for path in {**expected, **computed}:
-        if path not in expected or path not in computed or not _close(expected[path], computed[path]):
+        if path not in expected or path not in computed or not close(expected[path], computed[path]):
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")
 
 
-def _close(a: Any, b: Any) -> bool:
+def close(a: Any, b: Any) -> bool:
+    """Whether two values are the same, tensors up to what their type tells apart."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b or bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:

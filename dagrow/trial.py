@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Change, Draft
+from dagrow.errors import GrowthError, first_line
 from dagrow.sharing import tensor_at
 from dagrow.surgery import grown
 from dagrow.trace import bind
@@ -40,8 +41,14 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
 def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> dict[str, str | None]:
     """:func:`try_axis` for every axis that says it can grow. Axes that share no layer's side are grown at once, and
     one by one only if something is wrong."""
-    growing = [(axis, dag.widening(axis, k)) for axis in dag.axes if axis.growable]
     found: dict[str, str | None] = {}
+    growing: list[Grown] = []
+    for axis in dag.axes:
+        if axis.growable:
+            try:
+                growing.append((axis, dag.widening(axis, k)))
+            except GrowthError as error:
+                found[axis.name] = str(error)
     with undisturbed(dag.model):
         trial = _Trial(dag, inputs, tolerance)
         for group in disjoint(growing, lambda pair: pair[1]):
@@ -65,7 +72,10 @@ class _Trial:
         """What is wrong with axes that are grown at once, or None."""
         wrong = None
         for sign in (1, -1):  # units behind a rectifier may be dead for one of them
-            wrong = self._with(axes, _random(self.dag, axes, sign))
+            try:
+                wrong = self._with(axes, _random(self.dag, axes, sign))
+            except Exception as error:  # the user's forward may raise anything
+                return f"the grown model fails: {first_line(error)}"
             if wrong != _DEAD:
                 return wrong
         return wrong

@@ -222,6 +222,31 @@ CASES: dict[str, Case] = {
         linear(w=lambda: nn.Parameter(torch.randn(8, 8)), v=lambda: nn.Parameter(torch.randn(8, 8))),
         grows=("a", "w", "v"),
     ),
+    "a weight and its transpose": Case(
+        lambda m, x: m.b((m.a(x) @ m.w).relu() @ m.w.T), linear(w=lambda: nn.Parameter(torch.randn(8, 8))), grows=(),
+        refuses={"a": "w is also used elsewhere"},
+    ),
+    "one weight with two biases": Case(
+        lambda m, x: m.b(functional.linear(h := m.a(x), m.w, m.p).relu() + functional.linear(h, m.w, m.q)),
+        linear(**{n: lambda n=n: nn.Parameter(torch.randn(*([8, 8] if n == "w" else [8]))) for n in "wpq"}),
+        grows=(), refuses={"a": "w is also used elsewhere"},
+    ),
+    "roots of scales": between(
+        lambda m, h: h / m.s.abs().sqrt() * torch.rsqrt(m.t),
+        linear(s=lambda: nn.Parameter(torch.rand(8) + 1), t=lambda: nn.Parameter(torch.rand(8) + 1)),
+    ),
+    "a sum over constants as wide": between(
+        lambda m, h: h / torch.ones_like(h).sum(-1, keepdim=True), linear(), grows=(),
+        refuses={"a": "takes all channels together"},
+    ),
+    "a constant of the width": between(
+        lambda m, h: h / torch.full((1,), h.shape[-1]), linear(), grows=(), refuses={"a": "used as a number"},
+    ),
+    "a stated number of two meanings": between(
+        lambda m, h: (h.view(-1, m.n, 4) * m.n).flatten(1), lambda: {**linear()(), "n": 2},
+    ),
+    "types of other tensors": Case(lambda m, x: m.b(m.a(x).type_as(x).to(x)), linear()),
+    "mean along an axis": Case(lambda m, x: m.b(m.a(x).mean(axis=1)), linear(), **TOKENS),
     "cut by a list of widths": Case(
         lambda m, x: (lambda p, q: m.b(torch.cat([m.c(p), m.d(q)], 1)))(*m.a(x).split(m.widths, -1)),
         lambda: {**linear(c=lambda: nn.Linear(5, 4), d=lambda: nn.Linear(3, 4))(), "widths": [5, 3]},

@@ -78,7 +78,7 @@ def test_a_number_computed_from_a_width_stays_what_it_was(between: Callable[...,
 
 
 def test_a_width_that_the_graph_does_not_show_is_caught_by_the_loss() -> None:
-    dag = dag_of(Between(lambda m, h: h.tanh() / len(m.first.weight)), 3)
+    dag = dag_of(Between(lambda m, h: h.tanh() / h.shape[1:].numel()), 3)
     with pytest.raises(dagrow.GrowthError, match="computes something else when first is wider"):
         dagrow.propose(dag, data(3), loss, [dagrow.AddNeurons(k=2)])
 

@@ -53,7 +53,8 @@ class ScaledByWidth(nn.Module):
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)) * len(self.a.weight) ** -0.5)
+        h = self.a(x)
+        return self.b(torch.tanh(h) * h.shape[1:].numel() ** -0.5)
 
 
 def test_a_width_that_the_forward_computes_with_is_noticed() -> None:
