@@ -25,7 +25,7 @@ from dagrow.record import is_closed
 from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
-from dagrow.trace import Program, fewer, record
+from dagrow.trace import Program, fewer, record, relax
 from dagrow.widening import Widening, widen
 
 __all__ = ["Axis", "Dag", "Edge", "Rule", "trace"]
@@ -112,6 +112,8 @@ class Dag:
     @cached_property
     def _unwritable(self) -> str | None:
         """Why no forward with other literal sizes can be written from the graph, or None."""
+        if self.example_inputs is not None:
+            relax(self.program, self.example_inputs)
         return unwritable(self.program, self._once_more)
 
     def _once_more(self) -> Program:

@@ -9,7 +9,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from operator import eq, ge, gt, le, lt, ne
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dagrow.errors import TraceError
 from dagrow.record import is_leaf
 from dagrow.settling import Arguments
-from dagrow.sizes import described
+from dagrow.sizes import COMPARISONS, described
 from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
 from dagrow.undisturbed import undisturbed
@@ -159,16 +158,11 @@ def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Ma
 
 
 def _hold(left: Any, sign: str, right: Any, result: bool, text: str) -> None:
-    if _COMPARISONS[sign](left, right) is not result:
+    if COMPARISONS[sign](left, right) is not result:
         raise TraceError(
             f"the forward that dagrow wrote after growth holds only where {text} is {result}, as it was when the model "
             "was traced. Trace the model with the sizes that you need before it grows."
         )
-
-
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge,
-}  # fmt: skip
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:

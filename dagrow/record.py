@@ -11,7 +11,7 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from typing import Any
 
@@ -114,15 +114,17 @@ class Recorder(TorchFunctionMode):
     """Writes an `fx.Graph` while a model runs inside `with recorder:`.
 
     A tensor is known by its identity: inputs and results by the node that made them, parameters and buffers
-    by their first name in the model, all other real tensors as constants. A result that is the very tensor
-    that went in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
+    by their first name in the model, all other real tensors as constants. Tensors that were made from others before
+    count as such only if the model ``held`` them (their ids): in a cache. A result that is the very tensor that went
+    in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
     """
 
     def __init__(
-        self, model: nn.Module, fake: FakeMode | None, closed: Callable[[nn.Module], bool] | None = None
-    ) -> None:
+        self, model: nn.Module, fake: FakeMode | None, closed: Callable[[nn.Module], bool] | None = None,
+        held: Set[int] = frozenset(),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.fake, self.closed, self.graph = model, fake, closed, fx.Graph()
+        self.model, self.fake, self.closed, self.held, self.graph = model, fake, closed, held, fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None  #: why no forward can be written from the graph
@@ -285,13 +287,14 @@ class Recorder(TorchFunctionMode):
     def _attribute(self, tensor: Tensor) -> fx.Node:
         name = self._named[id(tensor)][0] if id(tensor) in self._named else f"_constant{len(self.constants)}"
         if name.startswith("_constant"):
-            if tensor.grad_fn is not None if self.fake is None else isinstance(tensor, FakeTensor):
+            derived = tensor.grad_fn is not None if self.fake is None else isinstance(tensor, FakeTensor)
+            if derived and id(tensor) not in self.held:
                 raise TraceError(
                     f"{source()}: a tensor of shape {tuple(tensor.shape)} was made by something other than a "
                     "torch function (torch.Tensor(...), from_numpy, vmap, a scripted part, a cache filled by "
                     "another call), so the graph cannot remake it. Use torch.tensor(...) or a function there."
                 )
-            self.constants[name] = tensor
+            self.constants[name] = tensor.detach() if derived else tensor
         node = self._emit("get_attr", name)
         node.meta["val"] = snapshot(tensor)
         self._disposable.add(node)

@@ -6,8 +6,11 @@ from typing import Any, Protocol
 
 from torch import fx
 
-__all__ = ["LiveInt", "Writer", "described", "guard"]
+__all__ = ["COMPARISONS", "LiveInt", "Writer", "described", "guard"]
 
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 
 

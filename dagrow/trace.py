@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -28,23 +28,15 @@ from dagrow.record import (
     refusal,
     source,
 )  # fmt: skip
+from dagrow.sizes import COMPARISONS
 from dagrow.stated import Place, StatedInt, arguments_of, stated
 from dagrow.trees import leaves, mapped
 from dagrow.undisturbed import AsFound
 
 __all__ = [
-    "Executor",
-    "Program",
-    "bind",
-    "close",
-    "explained",
-    "fewer",
-    "fits",
-    "hold_values",
-    "record",
-    "refuse_lazy",
-    "verify",
-]
+    "Executor", "Program", "bind", "close", "explained", "fewer", "fits", "hold_values", "record", "refuse_lazy",
+    "relax", "verify",
+]  # fmt: skip
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -87,6 +79,9 @@ class Program:
         """Execute the graph with the model's current parameters.
 
         Raises TraceError for arguments that the graph does not have, or whose value it has baked in."""
+        return self._run(Executor(self), args, kwargs)
+
+    def _run(self, executor: "Executor", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _arguments(self.model, args, kwargs).arguments
         known = inspect.signature(self.model.forward).parameters
         made = {n.target.lstrip("*"): n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"}
@@ -98,7 +93,7 @@ class Program:
                 "then, or not given now, or not tensors and different. Trace again with these arguments."
             )
         with _modes_kept():
-            return Executor(self).run(*(given[name] for name in made))
+            return executor.run(*(given[name] for name in made))
 
 
 @contextlib.contextmanager
@@ -195,17 +190,18 @@ def record(
     given = bind(example_inputs)
     refuse_lazy(model)
     found, real = AsFound(model, weights=True), hold_values(model, given)
+    held = {id(saved.tensor) for saved in found.tensors}
     with found.kept():
-        program = _recorded(model, *given, real, closed)
+        program = _recorded(model, *given, real, closed, held)
     if program.obstacle and real:  # many a forward does without values where there are none
         with found.kept(), contextlib.suppress(TraceError), _quietly():
-            program = _recorded(model, *given, False, closed)
+            program = _recorded(model, *given, False, closed, held)
     return verify(program, example_inputs, found) if verified else program
 
 
 def _recorded(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], real: bool,
-    closed: Callable[[nn.Module], bool] | None,
+    closed: Callable[[nn.Module], bool] | None, held: Set[int],
 ) -> Program:  # fmt: skip
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
     bound = _arguments(model, args, kwargs)
@@ -214,7 +210,7 @@ def _recorded(
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     with fake or contextlib.nullcontext(), torch.enable_grad(), stated(model) as uses, plainly():
-        recorder = Recorder(model, fake, closed)
+        recorder = Recorder(model, fake, closed, held)
         uses.live = lambda: recorder.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
@@ -365,12 +361,46 @@ def close(a: Any, b: Any) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=slack, equal_nan=True).all())
 
 
-def _resized(given: Any) -> Iterator[tuple[int, Any]]:
+def relax(program: Program, example_inputs: Any) -> None:
+    """Drops comparisons of sizes that come out otherwise for one sample or two, where the graph holds nevertheless."""
+    found, executor = AsFound(program.model, weights=True), _Sizing(program)
+    for _, one in _resized(bind(example_inputs), (1, 2)):
+        try:
+            expected = dict(leaves(_evaluated(found, program.model, one)))
+            computed = dict(leaves(_evaluated(found, lambda *a, **k: program._run(executor, a, k), one)))
+        except Exception:  # the user's forward may raise anything
+            return
+        if all(path in computed and close(value, computed[path]) for path, value in expected.items()):
+            executor.relax()
+
+
+class _Sizing(Executor):
+    """Remembers sizes that were compared."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.sizes: dict[Any, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.meta.get("baked"):
+            self.sizes[n] = value
+        return value
+
+    def relax(self) -> None:
+        for node, left in self.sizes.items():
+            guards = node.meta.get("guards", {})
+            for (sign, right), holds in list(guards.items()):
+                if COMPARISONS[sign](left, self.sizes.get(right, right)) is not holds:
+                    del guards[sign, right]
+
+
+def _resized(given: Any, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Any]]:
     """The inputs with other sizes of the dimension that most tensors share as their first."""
     sizes = [leaf.shape[0] for _, leaf in leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
-    wanted = dict.fromkeys((1 if batch == 2 else 2, batch // 2, batch + 1))
-    for size in [size for size in wanted if size > 1 or batch == 2] if batch else ():
+    usual = [size for size in (1 if batch == 2 else 2, batch // 2, batch + 1) if size > 1 or batch == 2]
+    for size in dict.fromkeys(wanted or usual) if batch else ():
         samples = torch.arange(size) % batch
 
         def taken(leaf: Any, samples: Tensor = samples) -> Any:

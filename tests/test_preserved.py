@@ -94,3 +94,19 @@ def test_a_written_forward_refuses_sizes_that_it_does_not_hold_for(forward: Call
         model(torch.randn(2, 7, 6, dtype=torch.float64))
     again = copy.deepcopy(model)
     assert torch.equal(again(x), model(x))
+
+
+def placing(m: Any, x: Tensor) -> Any:
+    place = m.place if x.shape[0] == m.place.shape[0] else m.place.expand(x.shape[0], -1, -1)
+    return m.b(m.a(x + place).view(x.shape[0], -1, 2, 4).relu().flatten(2).mean(1))
+
+
+def test_a_comparison_that_makes_no_difference_does_not_count() -> None:
+    model, x = made(placing, place=nn.Parameter(torch.randn(1, 5, 6))), torch.randn(4, 5, 6, dtype=torch.float64)
+    dag = dagrow.trace(model, x)
+    batches = [(x, torch.zeros(4, 3, dtype=torch.float64))]
+    axis = next(axis.name for axis in dag.axes if axis.growable)
+    before = model(x[:1])
+    operator = dagrow.AddNeurons(k=2, axes=(axis,), init="zero")
+    dagrow.propose(dag, batches, nn.functional.mse_loss, [operator])[0].apply(0.0)
+    assert torch.allclose(model(x[:1]), before)

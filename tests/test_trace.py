@@ -558,3 +558,21 @@ def test_programs_can_be_copied():
     twin = copy.deepcopy(program.graph)
     assert [n.target for n in twin.nodes] == [n.target for n in program.graph.nodes]
     assert twin.output_node().meta["structure"] == 0
+
+
+def test_a_cache_that_was_filled_before_is_a_constant():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.cache = nn.Parameter(torch.randn(4)), {}
+
+        def forward(self, x):
+            if "table" not in self.cache:
+                self.cache["table"] = self.table * 2
+            return x + self.cache["table"]
+
+    model, x = Caching(), torch.randn(3, 4)
+    expected = model(x)
+    cached = model.cache["table"]
+    assert torch.equal(record(model, x).run(x), expected)
+    assert model.cache["table"] is cached
