@@ -16,13 +16,12 @@ from dagrow.axes import Layout, group
 from dagrow.classes import narrow
 from dagrow.labels import ChannelRunner, Labelling
 from dagrow.placed import Placed
+from dagrow.program import Program
 from dagrow.relayout import carrying
-from dagrow.trace import Program
 
 __all__ = ["coarsened"]
 
 _LAYOUTS = {"view", "reshape", "unflatten"}
-_CUTS = {"chunk", "split", "tensor_split"}
 _RANKS = 3  #: dimensions over which a width may be laid out: parts, heads, channels
 
 
@@ -79,7 +78,7 @@ def _cut(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[list[Ten
     chosen = found.classes.chosen(labels)
     for node in graph.nodes:
         pieces = found.values.get(node)
-        if ops.op_name(node) in _CUTS and isinstance(pieces, (tuple, list)):
+        if ops.op_name(node) in ops.CUTS and isinstance(pieces, (tuple, list)):
             inside = all(bool(chosen[found.classes.roots(narrow(p))].any()) for p in pieces)
             if inside and len({piece.shape for piece in pieces}) == 1:
                 yield list(pieces)

@@ -18,14 +18,17 @@ from dagrow.generated import unwritable
 from dagrow.labels import Labelling, label
 from dagrow.landings import MisfitError
 from dagrow.layers import DEFAULT_RULES, LayerRule, OperationRule, rule_for
+from dagrow.modes import OtherMode, in_other_mode, unused
 from dagrow.network import network
 from dagrow.ops import mixed_dims
 from dagrow.placed import Placed, placed
+from dagrow.program import Program
 from dagrow.record import is_closed
 from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
-from dagrow.trace import Program, fewer, record, relax
+from dagrow.trace import record
+from dagrow.verification import fewer, relax
 from dagrow.widening import Widening, widen
 
 __all__ = ["Axis", "Dag", "Edge", "Rule", "trace"]
@@ -45,7 +48,7 @@ class Dag:
 
     def retrace(self, *, verified: bool = False) -> None:
         """Reads edges and axes off the model as it is now."""
-        self.__dict__.pop("_unwritable", None)
+        self._forget()
         self.program: Program = self._read(self.example_inputs, verified=verified)
         self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self._layer_rules)
         self.labels: Labelling = label(self.graph, self.model, self.layers)
@@ -55,16 +58,19 @@ class Dag:
         by_name = {edge.name: edge for edge in self.edges}
         self.axes: tuple[Axis, ...] = tuple(axes_of(by_name, layouts, reasons))
         self._widths = {edge.name: edge.rule.widths(edge.module) for edge in self.edges}
-        self.__dict__.pop("_graph", None)
 
     def view(self) -> dict[str, Any]:
         """What :meth:`retrace` found out, to be shown again when a growth is undone."""
         return dict(vars(self))
 
     def show(self, view: dict[str, Any]) -> None:
-        for cached in ("_graph", "_unwritable"):
-            self.__dict__.pop(cached, None)
+        self._forget()
         self.__dict__.update(view)
+
+    def _forget(self) -> None:
+        """What was found out when it was asked for."""
+        for cached in ("_graph", "_unwritable", "_other", "_elsewhere"):
+            self.__dict__.pop(cached, None)
 
     @property
     def graph(self) -> fx.Graph:
@@ -107,14 +113,29 @@ class Dag:
             widening = widen(self.program, self.layers, layout, 1)
         except MisfitError as misfit:
             return str(misfit)
-        return self._unwritable if widening.written else None
+        return (self._unwritable if widening.written else None) or (
+            self._elsewhere.obstacle(layout) if self._elsewhere else None
+        )
 
     @cached_property
     def _unwritable(self) -> str | None:
         """Why no forward with other literal sizes can be written from the graph, or None."""
         if self.example_inputs is not None:
             relax(self.program, self.example_inputs)
-        return unwritable(self.program, self._once_more)
+        return unwritable(self.program, lambda: self._other)
+
+    @cached_property
+    def _elsewhere(self) -> OtherMode | None:
+        """The other mode, if it uses parameters that are not used in this one."""
+        left = unused(self.program)
+        if not left or isinstance(self._other, str) or unused(self._other) >= left:
+            return None
+        return OtherMode.of(self._other, self._layer_rules)
+
+    @cached_property
+    def _other(self) -> Program | str:
+        """The graph in the mode that the model is not in, or why there is none."""
+        return in_other_mode(self.model, self._once_more)
 
     def _once_more(self) -> Program:
         """The graph in the mode that the model is in now, from few samples if the model takes so few."""

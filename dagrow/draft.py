@@ -14,9 +14,9 @@ from dagrow.dag import Axis, Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.labels import Rider
 from dagrow.landings import Landing
+from dagrow.program import Program
 from dagrow.settling import Arguments
 from dagrow.sharing import tensor_at
-from dagrow.trace import Program
 from dagrow.widening import Widening
 
 __all__ = ["Change", "Draft", "pad"]

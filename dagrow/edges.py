@@ -91,7 +91,7 @@ class Axis:
 
     @property
     def shared(self) -> str | None:
-        """Why no closed form holds for it: a layer beside it acts at several places. None if none does."""
+        """Why no closed form holds for it: a layer beside it does not act once on each sample; or None."""
         names = [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
         return next((why for name in names if (why := self.layout.found.shared.get(name))), None)
 

@@ -12,12 +12,14 @@ __all__ = ["refusal", "source", "user_names"]
 _OURS = (
     "dagrow.frames",
     "dagrow.opened",
+    "dagrow.program",
     "dagrow.record",
     "dagrow.sizes",
     "dagrow.stated",
     "dagrow.symbolic",
     "dagrow.trace",
     "dagrow.trees",
+    "dagrow.verification",
 )
 
 

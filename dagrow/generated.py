@@ -17,12 +17,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow.errors import TraceError
+from dagrow.program import Program, fits
 from dagrow.record import is_leaf
 from dagrow.settling import Arguments
 from dagrow.sizes import COMPARISONS, described
-from dagrow.trace import Program, fits
 from dagrow.trees import is_plain, leaves, mapped
-from dagrow.undisturbed import undisturbed
 
 __all__ = ["unwritable", "wear"]
 
@@ -30,12 +29,12 @@ _PREFIX = "_dagrow_"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
+def unwritable(program: Program, other: Callable[[], Program | str]) -> str | None:
     """Why no forward can be written from a graph, or None. Marks the nodes whose flag follows the model's mode.
 
     Args:
         program: the graph.
-        again: traces the model once more, in the mode that it is in.
+        other: gives the graph in the other mode, or why there is none.
     """
     model = program.model
     if "forward" in vars(model):
@@ -49,21 +48,16 @@ def unwritable(program: Program, again: Callable[[], Program]) -> str | None:
         return f"a size is written into the model's forward, where {program.unrolled}"
     if any(node.target is setattr for node in program.graph.nodes):
         return "a size is written into the model's forward, which sets attributes and cannot be written anew"
-    return _mode_obstacle(program, again)
+    return _mode_obstacle(program, other())
 
 
-def _mode_obstacle(program: Program, again: Callable[[], Program]) -> str | None:
+def _mode_obstacle(program: Program, other: Program | str) -> str | None:
     """Compares the graphs of both modes: they may differ only in flags and rates, which then follow the mode."""
-    model, other, training = program.model, None, program.model.training
-    with undisturbed(model):
-        model.train(not model.training)
-        try:
-            other = again()
-        except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
-            return f"a size is written into the model's forward, which fails in the other mode: {error}"
+    if isinstance(other, str):
+        return f"a size is written into the model's forward, which fails in the other mode: {other}"
     here, there = list(program.graph.nodes), list(other.graph.nodes)
     partner = dict(zip(there, here, strict=False))
-    differing = next((a for b, a in partner.items() if not _agree(a, b, partner, training)), None)
+    differing = next((a for b, a in partner.items() if not _agree(a, b, partner, program.model.training)), None)
     if len(here) != len(there) or differing is not None:
         where = differing.meta.get("source", "") if differing is not None else ""
         return f"a size is written into the model's forward, which does other things in training {where}".strip()

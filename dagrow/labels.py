@@ -49,7 +49,7 @@ class Labelling:
         rows: edge -> labels of its output channels.
         columns: edge -> labels of its input channels.
         entries: rider -> labels of its entries.
-        shared: edge -> why its weights do not act at one place only.
+        shared: edge -> why its weights do not act once on each sample.
         aside: labels that were broadcast over channels of others, and so met none of them.
         joined: node -> the dimension along which channels stay apart; those along all others are one.
         channels: smaller labels are channels of layers.
@@ -255,6 +255,9 @@ def label(
     runner.run(graph.nodes, found.values)
     for name in [name for name in found.rows if name not in found.columns]:
         del found.rows[name]
+    for layer in layers.values():
+        if isinstance(layer.rule, EdgeRule) and layer.inputs not in runner.live:
+            found.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
     return found
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from dagrow.errors import BatchError, DagrowError, LossError
-from dagrow.trace import bind
+from dagrow.program import bind
 from dagrow.undisturbed import undisturbed
 
 __all__ = ["Loss", "Objective", "Step", "describe"]

@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 __all__ = [
-    "CREATION", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES", "UNIFORM",
-    "ZERO_KEEPING", "binds", "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims",
+    "CREATION", "CUTS", "MODES", "MOVES", "PAIRWISE", "POINTWISE", "PRODUCTS", "REDUCTIONS", "REFUSALS", "SIZES",
+    "UNIFORM", "ZERO_KEEPING", "binds", "executor", "is_move_module", "is_pointwise_module", "keeps_zero", "mixed_dims",
     "neutral_entries", "op_name", "reduced_dims",
 ]  # fmt: skip
 
@@ -43,6 +43,8 @@ MOVES = frozenset(
     values view view_as
     """.split()
 )
+#: a dimension is cut into parts
+CUTS = frozenset({"chunk", "split", "tensor_split"})
 #: entries along some dimensions are merged
 REDUCTIONS = frozenset(
     """

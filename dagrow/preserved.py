@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.errors import first_line
-from dagrow.trace import bind, close, fewer, hold_values
+from dagrow.program import bind, hold_values
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
+from dagrow.verification import close, fewer
 
 __all__ = ["difference"]
 

@@ -21,11 +21,11 @@ from dagrow.labels import ChannelRunner, Labelling, Rider
 from dagrow.landings import Landing, MisfitError, insert, insert_along
 from dagrow.layers import EdgeRule, RiderRule
 from dagrow.placed import Placed
+from dagrow.program import Program
 from dagrow.relayout import expected, rewritten, unflattened
 from dagrow.runner import Values
 from dagrow.settling import Arguments, substituted
 from dagrow.stated import Place, StatedInt, arguments_of
-from dagrow.trace import Program
 
 __all__ = ["GrowthRunner"]
 
@@ -252,6 +252,7 @@ class GrowthRunner(ChannelRunner):
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         before = self.before.values[node]
+        self._check_cut(node, args, _each(before))
         shapes = [expected(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in _each(before)]
         known = any(shape is not None for shape in shapes)
         try:
@@ -276,6 +277,13 @@ class GrowthRunner(ChannelRunner):
             raise MisfitError(f"what {ops.op_name(node) or node.target} gives does not follow the axis{_at(node)}")
         self.literals[node] = literals
         return super().move(node, *fx.map_arg(literals, lambda n: self.values[n]))
+
+    def _check_cut(self, node: fx.Node, args: tuple, pieces: Sequence[Any]) -> None:
+        """A number of parts, or a size of parts, that does not fit the width cuts elsewhere when it grows."""
+        if ops.op_name(node) in ops.CUTS and len(args) > 1 and isinstance(args[1], int):
+            old, new = self.before.values[node.all_input_nodes[0]].shape, args[0].shape
+            if any(old[d] != new[d] and len({p.shape[d] for p in pieces}) > 1 for d in range(len(old))):
+                raise MisfitError(f"{ops.op_name(node)} cuts it into uneven parts{_at(node)}")
 
     def restate(self) -> None:
         """Functions that are called with a number of groups get the new one."""

@@ -1,5 +1,6 @@
 """Running a graph on integers instead of numbers: what every operation does to the entries of a tensor."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -197,8 +198,8 @@ class Runner(ABC):
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """Executes an operation that only moves entries. A hook for rewriting literals."""
         name = ops.op_name(node)
-        if name in ("view", "reshape"):  # labels are laid out otherwise in memory than the activation
-            return args[0].reshape(*args[1:], **kwargs)
+        if name in ("view", "reshape"):
+            return _laid_out(args[0], torch.empty_like(args[0], device="meta").reshape(*args[1:], **kwargs).shape)
         if name in ("cat", "concat", "concatenate"):
             return _joined(*args, **kwargs)
         if name in ("roll", "flip") and not kwargs and _repeated(args[0], args[-1]):
@@ -264,6 +265,21 @@ def _repeated(tensor: Tensor, dims: Any) -> bool:
 def tensors_in(tree: object) -> list[Tensor]:
     """Every tensor in a nest of containers, bounds of slices included."""
     return [leaf for leaf in arguments_of(tree) if isinstance(leaf, Tensor)]
+
+
+def _laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A reshape that keeps repeated what is repeated along dimensions that stay as they are."""
+    same = _same_dims(tensor.shape, shape) if tensor.numel() else {}
+    kept = {d: e for d, e in same.items() if tensor.stride(d) == 0}
+    thin = tensor[tuple(slice(0, 1) if d in kept else slice(None) for d in range(tensor.ndim))]
+    return thin.reshape([1 if e in kept.values() else size for e, size in enumerate(shape)]).expand(*shape)
+
+
+def _same_dims(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
+    """Dimensions of a shape, none of them empty, that are dimensions of what it is reshaped to."""
+    starts = {math.prod(after[:e]): e for e in range(len(after))}
+    found = {d: starts.get(math.prod(before[:d])) for d in range(len(before))}
+    return {d: e for d, e in found.items() if e is not None and after[e] == before[d] != 1}
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:

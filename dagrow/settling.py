@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import fx
 
+from dagrow.program import Program
 from dagrow.stated import Place, StatedInt, arguments_of
-from dagrow.trace import Program
 
 __all__ = ["Arguments", "moved", "settled", "substituted"]
 

@@ -10,11 +10,13 @@ from torch import Tensor, fx, nn
 
 from dagrow.errors import TraceError
 from dagrow.frames import source
+from dagrow.program import Executor, Program, explained
 from dagrow.record import FakeMode, is_leaf, snapshot
 from dagrow.stated import stated
-from dagrow.trace import Executor, Program, explained, refuse_lazy, verify
+from dagrow.trace import refuse_lazy
 from dagrow.trees import mapped
 from dagrow.undisturbed import undisturbed
+from dagrow.verification import verify
 
 __all__ = ["symbolic"]
 

@@ -25,8 +25,8 @@ from dagrow.dag import Dag
 from dagrow.errors import GrowthError, LossError
 from dagrow.grow import Bottlenecks, bottlenecks
 from dagrow.objective import Loss, Objective
+from dagrow.program import bind
 from dagrow.tables import render
-from dagrow.trace import bind
 from dagrow.undisturbed import AsFound, undisturbed
 
 __all__ = ["Tangent", "tangent"]

@@ -36,14 +36,14 @@ from dagrow.measure import measure
 from dagrow.moments import Means, Moments
 from dagrow.objective import Loss, Objective
 from dagrow.operators import Operator
+from dagrow.program import bind
 from dagrow.surgery import preview
-from dagrow.trace import bind
-from dagrow.trial import try_axes, try_axis
+from dagrow.trial import rounding, try_axes, try_axis
 from dagrow.undisturbed import undisturbed
 
 __all__ = [
     "LAWS", "Case", "Law", "additivity", "atomicity", "check_operator", "descent", "invariance", "optimality",
-    "preservation", "regrowth", "residual", "slope", "snapshot", "try_axes", "try_axis", "undoing",
+    "preservation", "regrowth", "residual", "rounding", "slope", "snapshot", "try_axes", "try_axis", "undoing",
 ]  # fmt: skip
 
 

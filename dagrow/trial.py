@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Change, Draft
 from dagrow.errors import GrowthError, first_line
+from dagrow.program import bind
 from dagrow.sharing import tensor_at
 from dagrow.surgery import grown
-from dagrow.trace import bind
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
 from dagrow.widening import Widening, disjoint
 
-__all__ = ["try_axes", "try_axis"]
+__all__ = ["rounding", "try_axes", "try_axis"]
 
 Grown = tuple[Axis, Widening]
 
@@ -29,7 +29,8 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
 
     Args:
         inputs: example inputs, as for :func:`dagrow.trace`; of several batch sizes.
-        tolerance: of the outputs, relative to the largest entry where that is above 1.
+        tolerance: of the outputs, relative to the largest entry where that is above 1. Where rounding alone changes
+            them by more than a tenth of it, ten times what it changes, up to the square root of ``tolerance``.
 
     Returns:
         What is wrong, or None.
@@ -57,6 +58,23 @@ def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 
     return found
 
 
+def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
+    """How much outputs change, relative to the largest entry, when every weight changes in its last bit."""
+    model, generator = dag.model, torch.Generator().manual_seed(2)
+    with undisturbed(model, weights=True), torch.no_grad():
+        before = [output for given in inputs for output in _outputs(model, given)]
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                signs = torch.randint(2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+                parameter.mul_(1 + signs * torch.finfo(parameter.dtype).eps)
+        after = [output for given in inputs for output in _outputs(model, given)]
+    changes = [
+        float((a - b).nan_to_num(0.0, 0.0, 0.0).abs().max()) / _scale(b)
+        for a, b in zip(after, before, strict=True) if b.is_floating_point() and b.numel()
+    ]  # fmt: skip
+    return max(changes, default=0.0)
+
+
 _DEAD = "no gradient reaches the new entries"
 
 
@@ -64,9 +82,10 @@ class _Trial:
     """What the model gives for some inputs, to be compared with what it gives when it is grown."""
 
     def __init__(self, dag: Dag, inputs: Sequence[Any], tolerance: float) -> None:
-        self.dag, self.inputs, self.tolerance = dag, inputs, tolerance
+        self.dag, self.inputs = dag, inputs
         with torch.no_grad():
             self.before = [_outputs(dag.model, given) for given in inputs]
+        self.tolerance = max(tolerance, min(10 * rounding(dag, inputs), tolerance**0.5))
 
     def of(self, axes: Sequence[Grown]) -> str | None:
         """What is wrong with axes that are grown at once, or None."""
@@ -132,9 +151,13 @@ def _close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not b.is_floating_point():
         return torch.equal(a, b)
-    finite = b[torch.isfinite(b)].abs()
-    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
-    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True).all())
+    return bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * _scale(b), equal_nan=True).all())
+
+
+def _scale(outputs: Tensor) -> float:
+    """The largest entry, or 1."""
+    finite = outputs[torch.isfinite(outputs)].abs()
+    return max(1.0, float(finite.max())) if finite.numel() else 1.0
 
 
 def _reached(model: nn.Module, axes: Sequence[Grown], change: Change, outputs: Sequence[Tensor]) -> bool:

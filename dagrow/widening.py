@@ -15,10 +15,10 @@ from dagrow.axes import Layout
 from dagrow.labels import Rider
 from dagrow.landings import Landing, MisfitError
 from dagrow.placed import Placed
+from dagrow.program import Program
 from dagrow.relabelling import GrowthRunner
 from dagrow.settling import Arguments, moved, settled
 from dagrow.stated import Place
-from dagrow.trace import Program
 
 __all__ = ["Widening", "disjoint", "widen"]
 

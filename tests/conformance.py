@@ -270,6 +270,11 @@ CASES: dict[str, Case] = {
     "glu over channels of images": between(lambda m, h: m.g(h), conv(width=16, g=lambda: nn.GLU(1)), **IMAGE),
     "spread over positions": Case(lambda m, x: m.b(m.a(x).std(1)), linear(), **TOKENS),
     "gated by halves": between(lambda m, h: torch.mul(*h.chunk(2, -1)), linear(width=16)),
+    "cut into parts that are not even": Case(
+        lambda m, x: sum(layer(part) for layer, part in zip((m.b, m.c, m.d), m.a(x).chunk(3, -1), strict=True)),
+        linear(last=3, c=lambda: nn.Linear(3, 3), d=lambda: nn.Linear(2, 3)),
+        grows=(), refuses={"a": "uneven parts"},
+    ),
     "silu of one half": between(lambda m, h: functional.silu(h[..., :8]) * h[..., 8:], linear(width=16)),
     "every other channel": between(lambda m, h: h[..., ::2] * h[..., 1::2], linear(width=16)),
     "two projections": Case(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from test_laws import LAW
-from torch import nn
+from torch import Tensor, nn
 from zoo import Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, plans
 
 import dagrow
@@ -96,6 +96,34 @@ def test_weights_of_two_names_do_not_grow() -> None:
     frozen = {p.name for axis in dag.axes if not axis.growable for p in axis.producers}
     assert {"inner", "twin"} <= frozen
     assert all(axis.reason for axis in dag.axes if not axis.growable)
+
+
+class Positioned(nn.Module):
+    """Adds what a small network makes of the positions, as relative position biases do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.rand(5, 2))
+        self.near, self.far = nn.Linear(2, 7), nn.Linear(7, 6)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x + self.far(self.near(self.positions).relu())).relu()).mean(1)
+
+
+def test_layers_that_read_no_samples_are_left_out_of_closed_forms() -> None:
+    dag = dagrow.trace(Positioned(), torch.randn(4, 5, 6))
+    assert dag.axis("near").growable
+    assert dag.axis("near").shared == "near reads a constant, not the samples"
+    batches = [(torch.randn(8, 5, 6), torch.randn(8, 2))]
+    operators = [dagrow.AddNeurons(k=1), dagrow.MoveWeights()]
+    where = {growth.where for growth in dagrow.propose(dag, batches, nn.functional.mse_loss, operators)}
+    assert {"up", "down"} <= where
+    assert not any("near" in name or "far" in name for name in where)
+    (growth,) = dagrow.propose(
+        dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=1, init="zero", axes=("near",))]
+    )
+    assert growth.where == "near"
 
 
 def test_a_layer_that_is_called_twice_grows_for_both_calls() -> None:

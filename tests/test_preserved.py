@@ -45,8 +45,6 @@ def picking(m: Any, x: Tensor) -> Any:
     ("model", "why"),
     [
         (made(counting, n=2), "its output would change in training"),
-        (made(scaling, scale=nn.Parameter(torch.rand(8))), "it would fail in training"),
-        (made(assisted, aux=nn.Linear(8, 3)), "it would fail in training"),
         (
             made(picking, n=2, acts=nn.ModuleList([nn.ReLU(), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.ELU()])),
             "would change",
@@ -110,3 +108,29 @@ def test_a_comparison_that_makes_no_difference_does_not_count() -> None:
     operator = dagrow.AddNeurons(k=2, axes=(axis,), init="zero")
     dagrow.propose(dag, batches, nn.functional.mse_loss, [operator])[0].apply(0.0)
     assert torch.allclose(model(x[:1]), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (made(scaling, scale=nn.Parameter(torch.rand(8))), "scale, which is used in training only"),
+        (made(assisted, aux=nn.Linear(8, 3)), "aux, which is used in training only"),
+    ],
+)
+def test_what_is_used_in_the_other_mode_only_freezes_the_axis_that_it_shares(model: nn.Module, why: str) -> None:
+    axis = dagrow.trace(model, X).axis("a")
+    assert not axis.growable
+    assert why in str(axis.reason)
+    assert dagrow.trace(model.train(), X).axis("a").growable
+
+
+def test_what_is_used_in_neither_mode_freezes_nothing() -> None:
+    model = made(lambda m, x: m.b(m.a(x)), idle=nn.Linear(8, 8))
+    assert dagrow.trace(model, X).axis("a").growable
+
+
+def test_a_part_of_its_own_in_the_other_mode_freezes_nothing() -> None:
+    model = made(
+        lambda m, x: m.b(m.a(x)) + (m.c(m.aux(x)) if m.training else 0), aux=nn.Linear(6, 4), c=nn.Linear(4, 3)
+    )
+    assert dagrow.trace(model, X).axis("a").growable

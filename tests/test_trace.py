@@ -17,10 +17,12 @@ from torch import nn
 from torch.nn import functional
 
 from dagrow.errors import TraceError
+from dagrow.program import Program, bind
 from dagrow.record import is_leaf
 from dagrow.symbolic import symbolic
-from dagrow.trace import Program, bind, record, verify
+from dagrow.trace import record
 from dagrow.undisturbed import undisturbed
+from dagrow.verification import verify
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
 

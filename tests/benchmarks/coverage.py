@@ -9,7 +9,8 @@ Each model runs in a process of its own, with a time limit, in eval mode, on one
   where the model has no more than 60 million parameters;
 - model and graph compared in float64 at a batch size that tracing did not see;
 - every growable axis grown by 2 units with random fan-in at gamma = 0: the output stays within 1e-10 of its largest
-  entry, gradients reach the new entries, another batch size runs, and undo restores every bit.
+  entry (or ten times what a change of every weight in its last bit changes, if that is more), gradients reach the new
+  entries, another batch size runs, and undo restores every bit.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from dagrow.contractions import ATTENTION
 from dagrow.coverage import Coverage
 from dagrow.dag import Dag
 from dagrow.ops import op_name
-from dagrow.testing import try_axes
+from dagrow.testing import rounding, try_axes
 from dagrow.trees import leaves
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
@@ -144,7 +145,11 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """Every growable axis."""
     found = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
     failed = {axis: wrong for axis, wrong in found.items() if wrong}
-    return {"tried": len(found), "exact": len(found) - len(failed), "failed": failed}
+    noise = rounding(dag, inputs)
+    return {
+        "tried": len(found), "exact": len(found) - len(failed), "failed": failed,
+        "rounding": noise, "loosened": 10 * noise > tolerance,
+    }  # fmt: skip
 
 
 def _run(model: nn.Module, given: Any) -> list[Tensor]:
@@ -246,11 +251,14 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     known = [run for run in runs if "share" in run]
     some = sum(run["growable"] > 0 for run in known)
     tried, exact = (sum(run.get(key, 0) for run in runs) for key in ("tried", "exact"))
+    loosened = [f"{run['name']} {10 * run['rounding']:.0e}" for run in runs if run.get("loosened")]
     lines = [
         f"{len(runs)} models, {sum(bool(run.get('traced')) for run in runs)} traced, "
         f"{sum(bool(run.get('equal')) for run in runs)} graphs equal to their model at other batch sizes",
         f"{sum(run['axes'] for run in known)} axes found, {sum(run['growable'] for run in known)} growable, "
         f"{tried} tried, {exact} grown exactly",
+        f"{len(loosened)} models whose outputs change by over a tenth of the tolerance when every weight changes in "
+        f"its last bit, so that the tolerance is ten times that change{_listed(loosened)}",
         f"{some} models with a growable axis ({some / max(1, len(runs)):.1%})",
     ]
     for kind, attention in (("convolutional and other", False), ("attention", True)):
@@ -266,6 +274,10 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"median {statistics.median(passes):.2f}, from {min(passes):.2f} to {max(passes):.0f}"
             )
     return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f": {', '.join(names)}" if names else ""
 
 
 def document(runs: Sequence[Mapping[str, Any]]) -> str:

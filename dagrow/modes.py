@@ -1,0 +1,84 @@
+"""The mode that a model was not traced in: what runs there only, such as an auxiliary head, must not miss a channel."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from dagrow.axes import Layout, group
+from dagrow.errors import first_line
+from dagrow.labels import Labelling, label
+from dagrow.landings import MisfitError
+from dagrow.layers import LayerRule
+from dagrow.placed import Placed, placed
+from dagrow.program import Program
+from dagrow.sharing import freeze_shared, tensor_at
+from dagrow.undisturbed import undisturbed
+from dagrow.widening import widen
+
+__all__ = ["OtherMode", "in_other_mode", "unused"]
+
+
+def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | str:
+    """What ``trace`` gives in evaluation for a model in training and the other way round, or why it gives nothing."""
+    with undisturbed(model):
+        model.train(not model.training)
+        try:
+            return trace()
+        except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
+            return first_line(error)
+
+
+def unused(program: Program) -> set[str]:
+    """Parameters that the graph does not use."""
+    named = dict(program.model.named_parameters())
+    used: set[int] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            used |= {id(parameter) for parameter in program.model.get_submodule(str(node.target)).parameters()}
+        elif node.op == "get_attr" and node.target not in program.constants:
+            used.add(id(tensor_at(program.model, str(node.target))))
+    return {name for name, parameter in named.items() if id(parameter) not in used}
+
+
+@dataclass(frozen=True, eq=False)
+class OtherMode:
+    """The graph in the other mode, run on labels."""
+
+    program: Program
+    layers: Mapping[fx.Node, Placed]
+    labels: Labelling
+
+    @classmethod
+    def of(cls, program: Program, rules: Sequence[LayerRule]) -> "OtherMode":
+        layers = placed(program.graph, program.model, rules)
+        labels = label(program.graph, program.model, layers)
+        freeze_shared(program.graph, program.model, layers, labels)
+        return cls(program, layers, labels)
+
+    def obstacle(self, layout: Layout) -> str | None:
+        """Why an axis that can widen in the mode that was traced cannot in the other, or None."""
+        mode = "evaluation" if self.program.model.training else "training"
+        rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]
+        parts = group(self.labels, only=torch.cat(rows)) if rows else []
+        more = {name for part in parts for name in _names(part)} - _names(layout)
+        if more:
+            return f"{min(more)}, which is used in {mode} only, has its channels too; trace the model in that mode"
+        frozen = [part.reason for part in parts if part.reason]
+        if frozen:
+            return f"in {mode} it {frozen[0]}"
+        if len(parts) == 1 and _units(parts[0]) == _units(layout):
+            try:
+                widen(self.program, self.layers, parts[0], 1)
+            except MisfitError as misfit:
+                return f"in {mode}: {misfit}"
+        return None
+
+
+def _names(layout: Layout) -> set[str]:
+    return {*layout.rows, *layout.columns, *(rider.name for rider in layout.entries)}
+
+
+def _units(layout: Layout) -> dict[str, list[list[int]]]:
+    return {edge: rows.tolist() for edge, rows in layout.rows.items()}
