@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dagrow.layers import LayerRule, TransposedLinear, rule_for
+from dagrow.layers import LayerRule, Product, rule_for
 from dagrow.ops import op_name
 from dagrow.stated import arguments_of
 
-__all__ = ["Placed", "placed", "turned_of"]
+__all__ = ["THIN", "Placed", "parameter_of", "placed"]
+
+THIN = frozenset({"squeeze", "unsqueeze"})  #: operations that add or drop dimensions of one entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,43 +86,77 @@ def _only(node: fx.Node) -> fx.Node | None:
 
 def _functional(node: fx.Node, held: Mapping[str, Tensor], rules: Sequence[LayerRule]) -> Placed | None:
     function = node.target if node.op == "call_function" else getattr(torch, str(node.target), None)
-    called = _CALLS.get(function)
-    given = called.arguments(node) if called is not None else None
-    if called is None or given is None or not isinstance(given.get("input"), fx.Node):
+    found = (_called(node, call, held, rules) for call in _CALLS.get(function, ()))
+    return next((layer for layer in found if layer is not None), None)
+
+
+def _called(node: fx.Node, call: "_Call", held: Mapping[str, Tensor], rules: Sequence[LayerRule]) -> Placed | None:
+    given = call.arguments(node)
+    if given is None or not isinstance(given.get("input"), fx.Node):
         return None
-    turned = turned_of(given.get("weight"), held)
-    if turned is not None and function in _TURNED:
-        called, given["weight"] = _TURNED[function], turned
-    tensors = {entry: given[entry] for entry in _ENTRIES if given.get(entry) is not None}
-    if not tensors or not all(_direct(tensor, held) for tensor in tensors.values()):
+    origins = {entry: parameter_of(given[entry], held) for entry in _ENTRIES if given.get(entry) is not None}
+    tensors = {entry: origin for entry, origin in origins.items() if origin is not None}
+    turned = {entry for entry, origin in tensors.items() if origin.turned}
+    if not tensors or len(tensors) < len(origins) or not turned <= {"weight"}:
         return None
-    paths = {entry: str(tensor.target) for entry, tensor in tensors.items()}
-    settings = {key: value for key, value in given.items() if key not in ("input", *_ENTRIES)}
+    settings = {key: _setting(key, value) for key, value in given.items() if key not in ("input", *_ENTRIES)}
     if any(isinstance(value, fx.Node) for setting in settings.values() for value in _each(setting)):
         return None
-    module = called.make({entry: held[path] for entry, path in paths.items()}, settings)
+    module = call.make({entry: held[origin.path] for entry, origin in tensors.items()}, settings, bool(turned))
     rule = None if module is None else rule_for(module, rules)
-    if module is None or rule is None:
+    if module is None or rule is None or rule.channel_dim(given["input"].meta["val"].ndim) < 0:
         return None
+    paths = {entry: origin.path for entry, origin in tensors.items()}
     first = next(iter(paths.values()))
     owner, _, leaf = first.rpartition(".")
     return Placed(
-        owner if leaf in _ENTRIES and owner else first, module, rule, given["input"], paths, owner, called.names
+        owner if leaf in _ENTRIES and owner else first, module, rule, given["input"], paths, owner, call.names
     )
 
 
-def _direct(value: Any, held: Mapping[str, Tensor]) -> bool:
-    """Whether an argument is a parameter or buffer of the model."""
-    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in held
+def _setting(name: str, value: Any) -> Any:
+    """A number instead of the node of one that follows from the sizes of parameters, or that counts groups."""
+    if (
+        isinstance(value, fx.Node)
+        and isinstance(value.meta["val"], int)
+        and (name == "groups" or _of_parameters(value))
+    ):
+        return value.meta["val"]
+    return value
 
 
-def turned_of(value: Any, held: Mapping[str, Tensor]) -> fx.Node | None:
-    """The parameter, a matrix, that an argument is the transpose of; or None."""
-    if not isinstance(value, fx.Node) or op_name(value) not in _TURNS or not _direct(value.args[0], held):
+def _of_parameters(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_of_parameters, node.all_input_nodes)))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The parameter or buffer that an argument is, or whose transpose it is."""
+
+    node: fx.Node
+    turned: bool
+
+    @property
+    def path(self) -> str:
+        return str(self.node.target)
+
+
+def parameter_of(value: Any, held: Mapping[str, Tensor]) -> _Origin | None:
+    """The parameter or buffer of the model that an argument is: itself, after dimensions of one entry came and went,
+    or, of a matrix, transposed; or None."""
+    if not isinstance(value, fx.Node):
+        return None
+    node = value
+    while op_name(node) in THIN:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op == "get_attr" and node.target in held:
+        return _Origin(node, False) if held[str(node.target)].shape == value.meta["val"].shape else None
+    if op_name(value) not in _TURNS or not isinstance(value.args[0], fx.Node):
         return None
     matrix = value.args[0]
     distinct = len({dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)}) in (0, 2)
-    return matrix if isinstance(matrix, fx.Node) and held[str(matrix.target)].ndim == 2 and distinct else None
+    direct = matrix.op == "get_attr" and matrix.target in held and held[str(matrix.target)].ndim == 2
+    return _Origin(matrix, True) if direct and distinct else None
 
 
 @dataclass(frozen=True)
@@ -129,11 +165,11 @@ class _Call:
 
     Attributes:
         names: of its arguments, in their order.
-        make: a layer of given tensors and settings, or None if there is none.
+        make: a layer of given tensors and settings, and of the transpose of the weight if it is turned; or None.
     """
 
     names: tuple[str, ...]
-    make: Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module | None]
+    make: Callable[[Mapping[str, Tensor], Mapping[str, Any], bool], nn.Module | None]
 
     def arguments(self, node: fx.Node) -> dict[str, Any] | None:
         """By their names; None for a call that gives others."""
@@ -141,20 +177,28 @@ class _Call:
         return given if len(node.args) <= len(self.names) and set(given) <= set(self.names) else None
 
 
-def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
-    if tensors["weight"].ndim != 2:
+def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.ndim != 1) or settings:
         return None
-    outputs, inputs = tensors["weight"].shape
+    if turned:
+        return Product(weight, bias, turned=True)
+    outputs, inputs = weight.shape
     return _holding(nn.Linear(inputs, outputs, device="meta"), tensors)
 
 
-def _product(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    fits = weight is not None and weight.ndim == 2 and (bias is None or bias.ndim == 1) and not settings
-    return TransposedLinear(weight, bias) if fits and weight is not None else None
+def _product(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    return _linear(tensors, settings, not turned)
 
 
-def _convolution(kind: type[nn.Module], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+def _left(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    weight = tensors["weight"]
+    return Product(weight, turned=turned, columns=True) if weight.ndim == 2 else None
+
+
+def _convolution(
+    kind: type[nn.Module], tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool
+) -> nn.Module | None:
     weight, groups = tensors["weight"], settings.get("groups", 1)
     if weight.ndim < 3:
         return None
@@ -167,7 +211,7 @@ def _convolution(kind: type[nn.Module], tensors: Mapping[str, Tensor], settings:
     return _holding(module, tensors)
 
 
-def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     width = len(next(iter(tensors.values())))
     module = nn.BatchNorm2d(
         width, settings.get("eps", 1e-5), affine="weight" in tensors, track_running_stats="running_mean" in tensors,
@@ -176,7 +220,7 @@ def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> n
     return _holding(module, tensors) if len(tensors) == 4 else None
 
 
-def _slopes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Module | None:
+def _slopes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     return _holding(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
 
 
@@ -185,26 +229,20 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _TURNS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"}
-_LINEAR, _PRODUCT = _Call(("input", "weight", "bias"), _linear), _Call(("input", "weight"), _product)
-_CALLS: dict[Any, _Call] = {
-    functional.linear: _LINEAR,
-    torch.matmul: _PRODUCT, torch.mm: _PRODUCT, matmul: _PRODUCT,
-    torch.addmm: _Call(("bias", "input", "weight"), _product),
-    functional.batch_norm: _Call(
+_PRODUCTS = (_Call(("input", "weight"), _product), _Call(("weight", "input"), _left))
+_CALLS: dict[Any, tuple[_Call, ...]] = {
+    functional.linear: (_Call(("input", "weight", "bias"), _linear),),
+    torch.matmul: _PRODUCTS, torch.mm: _PRODUCTS, matmul: _PRODUCTS,
+    torch.addmm: (_Call(("bias", "input", "weight"), _product),),
+    functional.batch_norm: (_Call(
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm
-    ),
-    functional.prelu: _Call(("input", "weight"), _slopes),
+    ),),
+    functional.prelu: (_Call(("input", "weight"), _slopes),),
 } | {
-    getattr(space, f"{name}{d}d"): _Call(order, partial(_convolution, getattr(nn, f"{kind}{d}d")))
+    getattr(space, f"{name}{d}d"): (_Call(order, partial(_convolution, getattr(nn, f"{kind}{d}d"))),)
     for space in (functional, torch)
     for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
     for d in (1, 2, 3)
-}  # fmt: skip
-
-_TURNED: dict[Any, _Call] = {  #: what a function is with the transpose of its weight
-    functional.linear: _Call(("input", "weight", "bias"), _product),
-    torch.matmul: _Call(("input", "weight"), _linear), torch.mm: _Call(("input", "weight"), _linear),
-    matmul: _Call(("input", "weight"), _linear), torch.addmm: _Call(("bias", "input", "weight"), _linear),
 }  # fmt: skip
 
 

@@ -292,7 +292,8 @@ class GrowthRunner(ChannelRunner):
             if layer is not None and layer.paths:
                 sizes = self._sizes(layer)
                 given = {**dict(zip(layer.names, node.args, strict=False)), **node.kwargs}
-                if any(given[name] != sizes[name] for name in given.keys() & sizes.keys()):
+                stated = {name: given[name] for name in given.keys() & sizes.keys()}
+                if any(fx.map_arg(value, lambda n: self.values[n]) != sizes[name] for name, value in stated.items()):
                     args = tuple(sizes.get(name, arg) for name, arg in zip(layer.names, node.args, strict=False))
                     self.literals[node] = args, {name: sizes.get(name, arg) for name, arg in node.kwargs.items()}
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 
+import torch
 from torch import Tensor, fx, nn
 
 from dagrow.labels import Labelling
 from dagrow.layers import EdgeRule
-from dagrow.placed import Placed, turned_of
+from dagrow.ops import op_name
+from dagrow.placed import THIN, Placed, parameter_of
 
 __all__ = ["freeze_shared", "tensor_at"]
 
@@ -57,12 +59,30 @@ def _readers(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, Placed]
 
 
 def _uses(node: fx.Node, held: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Who uses a parameter or its transpose."""
-    for user in node.users:
-        if turned_of(user, held) is node:
-            yield from ((user, other) for other in user.users)
-        else:
-            yield node, user
+    """Who uses a parameter, or what is the same parameter laid out otherwise."""
+    waiting = [node]
+    while waiting:
+        value = waiting.pop()
+        for user in value.users:
+            origin = parameter_of(user, held)
+            if op_name(user) in THIN or (origin is not None and origin.node is node):
+                waiting.append(user)
+            elif not _reads_no_width(user, value.meta["val"].shape, node.meta["val"].shape):
+                yield value, user
+
+
+def _reads_no_width(node: fx.Node, shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a node reads a fact about a parameter that is the same however wide it is, such as the size of a kernel.
+
+    Args:
+        shape, whole: of what it reads, and of the parameter itself.
+    """
+    if op_name(node) in ("dtype", "device", "ndim", "dim", "is_floating_point"):
+        return True
+    taken = [user.args[1] for user in node.users] if op_name(node) == "shape" else []
+    ends = {index - len(shape) if index >= 0 else index for index in taken if isinstance(index, int)}
+    kernel = all(2 - len(whole) <= end and shape[end:] == whole[end:] for end in ends)
+    return bool(taken) and all(isinstance(index, int) for index in taken) and kernel
 
 
 def _sharing(

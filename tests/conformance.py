@@ -182,6 +182,34 @@ CASES: dict[str, Case] = {
         lambda m, x: (x @ m.a).relu() @ m.b,
         lambda: {"a": nn.Parameter(torch.randn(6, 8)), "b": nn.Parameter(torch.randn(8, 3))},
     ),
+    "parameters on the left": Case(
+        lambda m, x: (m.b @ (m.a @ x.transpose(1, 2)).relu()).mean(2),
+        lambda: {"a": nn.Parameter(torch.randn(8, 6)), "b": nn.Parameter(torch.randn(3, 8))}, **TOKENS,
+    ),
+    "transposed parameters on the left": Case(
+        lambda m, x: torch.matmul(m.b.t(), (m.a.T @ x.mT).relu()).flatten(1),
+        lambda: {"a": nn.Parameter(torch.randn(6, 8)), "b": nn.Parameter(torch.randn(8, 3))}, **TOKENS,
+    ),
+    "parameters on both sides": Case(
+        lambda m, x: m.b @ ((m.a @ x.mT).relu() @ m.mixed),
+        lambda: {"a": nn.Parameter(torch.randn(8, 6)), "b": nn.Parameter(torch.randn(3, 8)),
+                 "mixed": nn.Parameter(torch.randn(5, 4))},
+        grows=(), refuses={"a": "beside the features"}, **TOKENS,
+    ),
+    "depthwise convolution over all channels that there are": Case(
+        lambda m, x: m.b(functional.conv2d(h := m.a(x), m.d.weight, m.d.bias, padding=m.d.weight.shape[-1] // 2,
+                                           groups=h.shape[1])),
+        conv(d=lambda: nn.Conv2d(8, 8, 3, groups=8)), **IMAGE,
+    ),
+    "width of a weight as a number": Case(
+        lambda m, x: m.b(functional.conv2d(h := m.a(x), m.d.weight, groups=h.shape[1]) * m.d.weight.shape[0]),
+        conv(d=lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False)),
+        grows=(), refuses={"a": "also used elsewhere"}, **IMAGE,
+    ),
+    "weights without their thin dimension": Case(
+        lambda m, x: m.b(functional.conv2d(h := m.a(x), m.d.weight.squeeze(1).unsqueeze(1), groups=h.size(1))),
+        conv(d=lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False)), **IMAGE,
+    ),
     "addmm": Case(
         lambda m, x: torch.addmm(m.bias, torch.addmm(m.start, x, m.a).relu(), m.b),
         lambda: {"a": nn.Parameter(torch.randn(6, 8)), "start": nn.Parameter(torch.randn(8)),
