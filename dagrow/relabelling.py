@@ -23,7 +23,7 @@ from dagrow.layers import EdgeRule, RiderRule
 from dagrow.placed import Placed
 from dagrow.program import Program
 from dagrow.relayout import expected, rewritten, unflattened
-from dagrow.runner import Values
+from dagrow.runner import Values, tensors_in
 from dagrow.settling import Arguments, substituted
 from dagrow.stated import Place, StatedInt, arguments_of
 
@@ -120,13 +120,15 @@ class GrowthRunner(ChannelRunner):
             raise MisfitError(f"{name} does not accept the wider axis{_at(node)}") from error
         before = self.before.values[node]
         self._check_numbers(node)
-        if isinstance(value, Tensor) and isinstance(before, Tensor) and self._unchanged(value, before):
+        if self._unchanged(value, before):
             return False
         self.values[node] = value
         self._check_reached(node)
         return True
 
-    def _unchanged(self, value: Tensor, before: Tensor) -> bool:
+    def _unchanged(self, value: Any, before: Any) -> bool:
+        if not (isinstance(value, Tensor) and isinstance(before, Tensor)):
+            return not tensors_in((value, before)) and bool(value == before)
         return value.shape == before.shape and torch.equal(
             self.classes.roots(narrow(value)), self.classes.roots(narrow(before))
         )
