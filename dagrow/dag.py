@@ -10,6 +10,7 @@ import networkx as nx
 from torch import fx, nn
 
 from dagrow.axes import Layout, group
+from dagrow.boundaries import is_closed
 from dagrow.coarsening import coarsened
 from dagrow.coverage import Coverage, coverage_of
 from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
@@ -23,7 +24,6 @@ from dagrow.network import network
 from dagrow.ops import mixed_dims
 from dagrow.placed import Placed, placed
 from dagrow.program import Program
-from dagrow.record import is_closed
 from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables

@@ -10,11 +10,13 @@ from types import FrameType
 __all__ = ["refusal", "source", "user_names"]
 
 _OURS = (
+    "dagrow.boundaries",
     "dagrow.frames",
     "dagrow.opened",
     "dagrow.program",
     "dagrow.record",
     "dagrow.sizes",
+    "dagrow.spelling",
     "dagrow.stated",
     "dagrow.symbolic",
     "dagrow.trace",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dagrow.boundaries import is_leaf
 from dagrow.errors import TraceError
 from dagrow.program import Program, fits
-from dagrow.record import is_leaf
 from dagrow.settling import Arguments
 from dagrow.sizes import COMPARISONS, described
 from dagrow.trees import is_plain, leaves, mapped

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dagrow.errors import TraceError
-from dagrow.record import DEVICES, VALUE_ERRORS, refusal, source
+from dagrow.frames import refusal, source
+from dagrow.record import DEVICES, VALUE_ERRORS
 from dagrow.stated import Place, StatedInt, arguments_of
 from dagrow.trees import leaves, mapped
 

@@ -11,7 +11,7 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
@@ -31,54 +31,27 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dagrow.boundaries import Closed, closed_parts, is_leaf
 from dagrow.errors import TraceError
 from dagrow.frames import refusal, source, user_names
 from dagrow.opened import run_opened
 from dagrow.sizes import LiveInt, described, guard
+from dagrow.spelling import spelled
 from dagrow.trees import is_plain, leaves, mapped, opened, tensors
 
-__all__ = [
-    "DEVICES", "VALUE_ERRORS", "FakeMode", "Recorder", "is_closed", "is_leaf", "snapshot",
-]  # fmt: skip
+__all__ = ["DEVICES", "VALUE_ERRORS", "FakeMode", "Recorder", "snapshot"]
 
 Versions = dict[int, int]
 
 DEVICES = ("cpu", "cuda")  #: that forward may cast for
 
-_WALKED = (
-    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
-    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention,
-)  # fmt: skip
 _READS = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__",
     "__contains__", "is_nonzero", "equal", "allclose",
 }  # fmt: skip
 _SIZES = {"shape", "size", "numel", "nelement", "stride"}
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
-    "matmul": operator.matmul, "pow": operator.pow, "neg": operator.neg,
-}  # fmt: skip
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
 VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
-
-
-def is_closed(module: nn.Module) -> bool:
-    """True for a scripted or compiled module, which hides what it computes."""
-    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """True for a class of `torch.nn` that is not a container, or a subclass that computes what it computes.
-
-    `nn.TransformerEncoderLayer` and its like are walked through: their linear layers are edges too.
-    """
-    kind = type(module)
-    if is_closed(module):
-        return True
-    base = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules."))
-    if base is nn.Module or issubclass(base, _WALKED) or "forward" in vars(module):
-        return False
-    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 def snapshot(value: Any) -> Any:
@@ -88,26 +61,6 @@ def snapshot(value: Any) -> Any:
     if value.layout is not torch.strided or value.is_nested:
         return value.detach()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-class _Closed(nn.Module):
-    """Stands for a scripted or compiled module, which takes no hooks, while it is recorded."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._run = module.__call__  # no submodule: nothing in there is seen
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
-
-
-def _closed(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], nn.Module]]:
-    """Scripted and compiled modules in a model, by their parents and names; not those within them."""
-    for name, child in model._modules.items():
-        if child is not None and is_closed(child):
-            yield (model, name), child
-        elif child is not None:
-            yield from _closed(child)
 
 
 class Recorder(TorchFunctionMode):
@@ -147,11 +100,11 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> "Recorder":
         """Start recording: hang a pair of hooks on every leaf module, so that each call becomes one node."""
         self._handles = []
-        self._closed = dict(_closed(self.model))
+        self._closed = dict(closed_parts(self.model))
         for (parent, name), module in self._closed.items():
-            parent._modules[name] = _Closed(module)
+            parent._modules[name] = Closed(module)
         for path, module in self.model.named_modules():
-            if is_leaf(module) or isinstance(module, _Closed) or (self.closed is not None and self.closed(module)):
+            if is_leaf(module) or isinstance(module, Closed) or (self.closed is not None and self.closed(module)):
                 leave = partial(self._leave, path)
                 self._handles += [
                     module.register_forward_pre_hook(self._arrive, prepend=True, with_kwargs=True),
@@ -214,7 +167,7 @@ class Recorder(TorchFunctionMode):
         written = _versions((args, kwargs)) != before or called in ("__set__", "_set_grad_enabled")
         if not (written or name in _SIZES or any(isinstance(leaf, Tensor) for _, leaf in leaves(result))):
             return result
-        node = self._emit(*_normal(func, attribute, *lowered))
+        node = self._emit(*spelled(func, attribute, *lowered))
         if name in _SIZES:
             self._disposable.add(node)
             if "range" in user_names():
@@ -426,25 +379,3 @@ def _version(tensor: Tensor) -> int:
 
 def _versions(tree: Any) -> Versions:
     return {id(tensor): _version(tensor) for tensor in tensors(tree)}
-
-
-def _normal(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
-    """One spelling for one operation: attributes as getattr, dunders and `x.add(y)` as `operator`."""
-    name = func.__name__
-    if attribute:
-        return (
-            "call_function",
-            getattr if name == "__get__" else setattr,
-            (args[0], attribute, *args[1:2]),
-            {},
-        )
-    method = getattr(torch.Tensor, name, None) is func
-    if method and not kwargs and name.startswith("__"):
-        if hasattr(operator, name):
-            return "call_function", getattr(operator, name), args, {}
-        plain = f"__{name[3:]}".replace("__div__", "__truediv__")
-        if name.startswith("__r") and hasattr(operator, plain):
-            return "call_function", getattr(operator, plain), args[::-1], {}
-    if method and not kwargs and name in _OPERATORS:
-        return "call_function", _OPERATORS[name], args, {}
-    return ("call_method", name, args, kwargs) if method else ("call_function", func, args, kwargs)

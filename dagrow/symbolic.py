@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dagrow.boundaries import is_leaf
 from dagrow.errors import TraceError
 from dagrow.frames import source
 from dagrow.program import Executor, Program, explained
-from dagrow.record import FakeMode, is_leaf, snapshot
+from dagrow.record import FakeMode, snapshot
 from dagrow.stated import stated
 from dagrow.trace import refuse_lazy
 from dagrow.trees import mapped

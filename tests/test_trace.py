@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from dagrow.boundaries import is_leaf
 from dagrow.errors import TraceError
 from dagrow.program import Program, bind
-from dagrow.record import is_leaf
 from dagrow.symbolic import symbolic
 from dagrow.trace import record
 from dagrow.undisturbed import undisturbed
