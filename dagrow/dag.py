@@ -10,13 +10,14 @@ import networkx as nx
 from torch import fx, nn
 
 from dagrow.axes import Layout, group
+from dagrow.blocks import labelled
 from dagrow.boundaries import is_closed
 from dagrow.coarsening import coarsened
 from dagrow.coverage import Coverage, coverage_of
 from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
 from dagrow.errors import GrowthError, TraceError
 from dagrow.generated import unwritable
-from dagrow.labels import Labelling, label
+from dagrow.labels import Labelling
 from dagrow.landings import MisfitError
 from dagrow.layers import DEFAULT_RULES, LayerRule, OperationRule, rule_for
 from dagrow.modes import OtherMode, in_other_mode, unused
@@ -24,7 +25,6 @@ from dagrow.network import network
 from dagrow.ops import mixed_dims
 from dagrow.placed import Placed, placed
 from dagrow.program import Program
-from dagrow.sharing import freeze_shared
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
 from dagrow.trace import record
@@ -50,9 +50,10 @@ class Dag:
         """Reads edges and axes off the model as it is now."""
         self._forget()
         self.program: Program = self._read(self.example_inputs, verified=verified)
-        self.layers: dict[fx.Node, Placed] = placed(self.graph, self.model, self._layer_rules)
-        self.labels: Labelling = label(self.graph, self.model, self.layers)
-        freeze_shared(self.graph, self.model, self.layers, self.labels)
+        layers = placed(self.graph, self.model, self._layer_rules)
+        self.layers: dict[fx.Node, Placed]
+        self.labels: Labelling
+        self.layers, self.labels = labelled(self.graph, self.model, layers)
         layouts, reasons = self._layouts()
         self.edges: tuple[Edge, ...] = tuple(edges_of(self.layers, self.labels, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}

@@ -180,7 +180,7 @@ class ChannelRunner(Runner):
         if name not in self.found.rows:
             return self.unknown(node, inputs, f"{name} cannot run on labels")
         dim, rows = rule.channel_dim(inputs.ndim), self.found.rows[name]
-        columns = self._per_channel(inputs, dim)
+        columns = self._folded(self._per_channel(inputs, dim), rule.blocks(layer.module))
         if name in self.found.columns:
             self.found.shared[name] = f"{name} is called more than once"
             columns = self.merge([self.found.columns[name], columns])
@@ -213,6 +213,14 @@ class ChannelRunner(Runner):
         if same and inputs.shape[dim + 1 :] == node.meta["val"].shape[dim + 1 :]:
             return inputs
         return _along(labels, rule, node)
+
+    def _folded(self, channels: Tensor, blocks: int) -> Tensor:
+        """One label for the channels that the same weights' column reads, one in each block."""
+        if blocks == 1:
+            return channels
+        folded = channels.view(blocks, -1)
+        self.classes.unite(folded[:1], folded)
+        return folded[0]
 
     def _per_channel(self, inputs: Tensor, dim: int) -> Tensor:
         """One label per channel; labels that share a channel at different positions are united."""
@@ -248,7 +256,9 @@ def label(
     found = Labelling(Classes(), joined=joined or {}, named=named)
     for layer in layers.values():
         if isinstance(layer.rule, EdgeRule) and layer.name not in found.rows:
-            found.rows[layer.name] = found.classes.fresh(layer.rule.widths(layer.module)[1])
+            rows = found.rows[layer.name] = found.classes.fresh(layer.rule.widths(layer.module)[1])
+            by_block = rows.view(layer.rule.blocks(layer.module), -1)
+            found.classes.unite(by_block[:1], by_block)
     found.channels = len(found.classes)
     runner = ChannelRunner(model, layers, found)
     runner.live = _live(graph)
@@ -258,6 +268,8 @@ def label(
     for layer in layers.values():
         if isinstance(layer.rule, EdgeRule) and layer.inputs not in runner.live:
             found.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
+        elif isinstance(layer.rule, EdgeRule) and layer.rule.blocks(layer.module) > 1:
+            found.shared[layer.name] = f"{layer.name} has weights of its own for every group"
     return found
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import fx, nn
 
 from dagrow.axes import Layout, group
+from dagrow.blocks import labelled
 from dagrow.errors import first_line
-from dagrow.labels import Labelling, label
+from dagrow.labels import Labelling
 from dagrow.landings import MisfitError
 from dagrow.layers import LayerRule
 from dagrow.placed import Placed, placed
 from dagrow.program import Program
-from dagrow.sharing import freeze_shared, tensor_at
+from dagrow.sharing import tensor_at
 from dagrow.undisturbed import undisturbed
 from dagrow.widening import widen
 
@@ -52,10 +53,7 @@ class OtherMode:
 
     @classmethod
     def of(cls, program: Program, rules: Sequence[LayerRule]) -> "OtherMode":
-        layers = placed(program.graph, program.model, rules)
-        labels = label(program.graph, program.model, layers)
-        freeze_shared(program.graph, program.model, layers, labels)
-        return cls(program, layers, labels)
+        return cls(program, *labelled(program.graph, program.model, placed(program.graph, program.model, rules)))
 
     def obstacle(self, layout: Layout) -> str | None:
         """Why an axis that can widen in the mode that was traced cannot in the other, or None."""

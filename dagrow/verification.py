@@ -98,6 +98,8 @@ def close(a: Any, b: Any) -> bool:
 
 def relax(program: Program, example_inputs: Any) -> None:
     """Drops comparisons of sizes that come out otherwise for one sample or two, where the graph holds nevertheless."""
+    if not any(node.meta.get("guards") for node in program.graph.nodes):
+        return
     found, executor = AsFound(program.model, weights=True), _Sizing(program)
     for _, one in _resized(bind(example_inputs), (1, 2)):
         try:

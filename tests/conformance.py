@@ -221,6 +221,18 @@ CASES: dict[str, Case] = {
                  "b": nn.Parameter(torch.randn(2, 8, 1, 1))},
         **IMAGE,
     ),
+    "a channel in each group": Case(
+        lambda m, x: m.b(m.n((m.c(m.a(x)).relu() + 1).mean((2, 3)))),
+        lambda: {"a": nn.Conv2d(6, 8, 1, groups=2), "c": nn.Conv2d(8, 4, 3, groups=2, padding=1),
+                 "n": nn.LayerNorm(4), "b": nn.Linear(4, 3)},
+        shape=(6, 5, 5),
+    ),
+    "groups of different sizes": Case(
+        lambda m, x: m.b(m.n(m.c(m.d(m.a(x)).relu()).mean((2, 3)))),
+        lambda: {"a": nn.Conv2d(6, 8, 1, groups=2), "d": nn.Conv2d(8, 8, 3, groups=4),
+                 "c": nn.Conv2d(8, 4, 1), "n": nn.LayerNorm(4), "b": nn.Linear(4, 3)},
+        grows=("a", "d"), shape=(6, 5, 5),
+    ),
     "functional batch norm": between(
         lambda m, h: functional.batch_norm(h, m.n.running_mean, m.n.running_var, m.n.weight, m.n.bias),
         conv(n=lambda: nn.BatchNorm2d(8)), **IMAGE,

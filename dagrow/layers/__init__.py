@@ -2,12 +2,13 @@
 
 from dagrow.layers.base import EdgeRule, LayerRule, RiderRule, rule_for, with_constant
 from dagrow.layers.channels import BATCH_NORMS, GROUP_NORM, INSTANCE_NORMS, PRELU
-from dagrow.layers.convolutions import CONVOLUTIONS, GROUPED
+from dagrow.layers.convolutions import CONVOLUTIONS, GROUPED, BlockConvolutionRule, GroupedRule
 from dagrow.layers.linear import LINEAR, PRODUCTS, Product
 from dagrow.layers.operations import OperationRule
 
 __all__ = [
-    "DEFAULT_RULES", "EdgeRule", "LayerRule", "OperationRule", "Product", "RiderRule", "rule_for", "with_constant",
+    "DEFAULT_RULES", "BlockConvolutionRule", "EdgeRule", "GroupedRule", "LayerRule", "OperationRule", "Product",
+    "RiderRule", "rule_for", "with_constant",
 ]  # fmt: skip
 
 DEFAULT_RULES: tuple[LayerRule, ...] = (

@@ -63,6 +63,10 @@ class EdgeRule(LayerRule):
     def attributes(self, inputs: int, outputs: int) -> dict[str, int]:
         """The module's attributes that state its widths, for the given numbers of channels."""
 
+    def blocks(self, module: nn.Module) -> int:
+        """Groups of channels, each of which is read and written by weights of its own, side by side in ``W``."""
+        return 1
+
     def geometry(self, module: nn.Module) -> Geometry | None:
         """How a convolution slides over its input; None for a layer that does not."""
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dagrow.layers.base import EdgeRule, LayerRule, RiderRule
 from dagrow.patches import Geometry
 
-__all__ = ["CONVOLUTIONS", "GROUPED"]
+__all__ = ["CONVOLUTIONS", "GROUPED", "BlockConvolutionRule", "GroupedRule"]
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -134,6 +134,23 @@ class GroupedRule(_Sliding, RiderRule):
         geometry = _geometry(module)
         middle = [size // 2 for size in geometry.kernel]
         return [table[:, at : at + 1] for table, at in zip(geometry.tables(sizes), middle, strict=True)]
+
+
+@dataclass(frozen=True)
+class BlockConvolutionRule(ConvolutionRule):
+    """A convolution with groups as an edge: every group has weights of its own, and a new channel in each grows it
+    within the groups. Where whole groups cannot be added, these can."""
+
+    groups: int = 1
+
+    def covers(self, module: Any) -> bool:
+        return module.groups == self.groups
+
+    def blocks(self, module: nn.Module) -> int:
+        return self.groups
+
+    def attributes(self, inputs: int, outputs: int) -> dict[str, int]:
+        return {"in_channels": inputs * self.groups, "out_channels": outputs}
 
 
 CONVOLUTIONS = tuple(ConvolutionRule(space, transposed) for transposed in (False, True) for space in (1, 2, 3))
