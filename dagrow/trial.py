@@ -1,6 +1,7 @@
 """Trying out whether an axis grows as it says: for models of one's own, and for the architectures of others."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
         What is wrong, or None.
     """
     with undisturbed(dag.model):
-        return _Trial(dag, inputs, tolerance).of([(dag.axis(axis), dag.widening(dag.axis(axis), k))])
+        trial = _Trial(dag, inputs, tolerance)
+        wrong = trial.of([(dag.axis(axis), dag.widening(dag.axis(axis), k))])
+        return wrong or trial.left()
 
 
 def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> dict[str, str | None]:
@@ -55,7 +58,8 @@ def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 
         for group in disjoint(growing, lambda pair: pair[1]):
             wrong = trial.of(group)
             found |= {pair[0].name: trial.of([pair]) if wrong and len(group) > 1 else wrong for pair in group}
-    return found
+        left = trial.left()
+    return {axis: wrong or left for axis, wrong in found.items()}
 
 
 def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
@@ -76,44 +80,55 @@ def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
 
 
 _DEAD = "no gradient reaches the new entries"
+_CHANGED = "the output changes"
+_UNDONE = "undo does not restore every bit"
 
 
 class _Trial:
     """What the model gives for some inputs, to be compared with what it gives when it is grown."""
 
     def __init__(self, dag: Dag, inputs: Sequence[Any], tolerance: float) -> None:
-        self.dag, self.inputs = dag, inputs
+        self.dag, self.inputs, self._strict = dag, inputs, tolerance
         with torch.no_grad():
             self.before = [_outputs(dag.model, given) for given in inputs]
-        self.tolerance = max(tolerance, min(10 * rounding(dag, inputs), tolerance**0.5))
+
+    @cached_property
+    def _tolerance(self) -> float:
+        return max(self._strict, min(10 * rounding(self.dag, self.inputs), self._strict**0.5))
+
+    def left(self) -> str | None:
+        """What is wrong with the model after all that was tried, or None."""
+        with torch.no_grad():
+            now = [_outputs(self.dag.model, given) for given in self.inputs]
+        return None if all(_close(a, b, 0.0) for a, b in zip(now, self.before, strict=True)) else _UNDONE
 
     def of(self, axes: Sequence[Grown]) -> str | None:
         """What is wrong with axes that are grown at once, or None."""
         wrong = None
         for sign in (1, -1):  # units behind a rectifier may be dead for one of them
             try:
-                wrong = self._with(axes, _random(self.dag, axes, sign))
+                change = _random(self.dag, axes, sign)
+                wrong = self._with(axes, change, self._strict)
+                if wrong == _CHANGED and self._tolerance > self._strict:
+                    wrong = self._with(axes, change, self._tolerance)
             except Exception as error:  # the user's forward may raise anything
                 return f"the grown model fails: {first_line(error)}"
             if wrong != _DEAD:
                 return wrong
         return wrong
 
-    def _with(self, axes: Sequence[Grown], change: Change) -> str | None:
+    def _with(self, axes: Sequence[Grown], change: Change, tolerance: float) -> str | None:
         model, alive = self.dag.model, False
         state = {name: tensor.detach().clone() for name, tensor in _touched(model, change).items()}
         with grown(self.dag, change, 0.0):
             for given, expected in zip(self.inputs, self.before, strict=True):
                 with torch.set_grad_enabled(not alive):
                     found = _outputs(model, given)
-                if not _close(found, expected, self.tolerance):
-                    return "the output changes"
+                if not _close(found, expected, tolerance):
+                    return _CHANGED
                 alive = alive or _reached(model, axes, change, found)
-        same = all(torch.equal(tensor, state[name]) for name, tensor in _touched(model, change).items())
-        with torch.no_grad():
-            again = _outputs(model, self.inputs[0])
-        if not same or not all(torch.equal(a, b) for a, b in zip(again, self.before[0], strict=True)):
-            return "undo does not restore every bit"
+        if not all(torch.equal(tensor, state[name]) for name, tensor in _touched(model, change).items()):
+            return _UNDONE
         return None if alive else _DEAD
 
 
