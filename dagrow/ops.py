@@ -16,7 +16,7 @@ __all__ = [
 POINTWISE = frozenset(
     """
     abs absolute acos acosh alpha_dropout arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh ceil celu
-    clamp clamp_max clamp_min clip clone contiguous cos cosh cpu cuda detach digamma special_expit type_as
+    clamp clamp_max clamp_min clip clone contiguous cos cosh cpu cuda data detach digamma special_expit type_as
     dropout dropout1d dropout2d dropout3d elu erf erfc erfinv exp exp2 expm1 feature_alpha_dropout floor frac isfinite
     isinf isnan lgamma log10 log2 logical_not logit positive sgn sinc sinh trunc
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
@@ -67,7 +67,7 @@ PRODUCTS = frozenset(
 #: f(0) = 0
 ZERO_KEEPING = frozenset(
     """
-    abs clone contiguous detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float double
+    abs clone contiguous data detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float double
     half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu selu
     sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
     mul multiply rmul mean sum
@@ -200,7 +200,7 @@ def neutral_entries(node: fx.Node) -> set[float]:
     found: set[float] = set()
     for user in node.users:
         name = op_name(user)
-        moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "detach"}
+        moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "data", "detach"}
         found |= neutral_entries(user) if moved else {1.0 if name in _FROM_ONE else identity_of(name)}
     return found
 

@@ -220,6 +220,12 @@ def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turn
     return _holding(module, tensors) if len(tensors) == 4 else None
 
 
+def _group_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    groups, width = settings["num_groups"], len(next(iter(tensors.values())))
+    module = nn.GroupNorm(groups, width, settings.get("eps", 1e-5), device="meta")
+    return _holding(module, tensors) if len(tensors) == 2 else None
+
+
 def _slopes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     return _holding(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
 
@@ -237,6 +243,7 @@ _CALLS: dict[Any, tuple[_Call, ...]] = {
     functional.batch_norm: (_Call(
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm
     ),),
+    functional.group_norm: (_Call(("input", "num_groups", "weight", "bias", "eps"), _group_norm),),
     functional.prelu: (_Call(("input", "weight"), _slopes),),
 } | {
     getattr(space, f"{name}{d}d"): (_Call(order, partial(_convolution, getattr(nn, f"{kind}{d}d"))),)

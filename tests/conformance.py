@@ -233,6 +233,11 @@ CASES: dict[str, Case] = {
                  "c": nn.Conv2d(8, 4, 1), "n": nn.LayerNorm(4), "b": nn.Linear(4, 3)},
         grows=("a", "d"), shape=(6, 5, 5),
     ),
+    "functional group norm": between(
+        lambda m, h: functional.group_norm(h, m.n.num_groups, m.n.weight, m.n.bias),
+        conv(n=lambda: nn.GroupNorm(4, 8)), **IMAGE,
+    ),
+    "data of an activation": between(lambda m, h: h.data * h, linear()),
     "functional batch norm": between(
         lambda m, h: functional.batch_norm(h, m.n.running_mean, m.n.running_var, m.n.weight, m.n.bias),
         conv(n=lambda: nn.BatchNorm2d(8)), **IMAGE,
