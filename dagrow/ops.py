@@ -67,9 +67,9 @@ PRODUCTS = frozenset(
 #: f(0) = 0
 ZERO_KEEPING = frozenset(
     """
-    abs clone contiguous data detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float double
-    half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu selu
-    sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
+    abs clone contiguous data detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float
+    double half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu
+    selu sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
     mul multiply rmul mean sum
     """.split()
 )
