@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from dagrow.axes import Layout, group
 from dagrow.blocks import labelled
@@ -28,6 +30,7 @@ from dagrow.program import Program
 from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
 from dagrow.trace import record
+from dagrow.undisturbed import undisturbed
 from dagrow.verification import fewer, relax
 from dagrow.widening import Widening, widen
 
@@ -48,6 +51,15 @@ class Dag:
 
     def retrace(self, *, verified: bool = False) -> None:
         """Reads edges and axes off the model as it is now."""
+        with self._untouched():
+            self._retrace(verified=verified)
+
+    def _untouched(self) -> contextlib.AbstractContextManager[None]:
+        """Weights that are computed may write when they are only looked at, as spectral norms do."""
+        computed = any(map(parametrize.is_parametrized, self.model.modules()))
+        return undisturbed(self.model) if computed else contextlib.nullcontext()
+
+    def _retrace(self, *, verified: bool) -> None:
         self._forget()
         self.program: Program = self._read(self.example_inputs, verified=verified)
         layers = placed(self.graph, self.model, self._layer_rules)
@@ -115,7 +127,7 @@ class Dag:
         except MisfitError as misfit:
             return str(misfit)
         return (self._unwritable if widening.written else None) or (
-            self._elsewhere.obstacle(layout) if self._elsewhere else None
+            self._elsewhere.obstacle(layout, widening) if self._elsewhere else None
         )
 
     @cached_property
@@ -163,11 +175,14 @@ class Dag:
 
     def check(self) -> None:
         """Raises GrowthError if layers were replaced or resized by hand since the model was traced."""
-        for edge in self.edges:
-            if not in_place(edge, self.model) or edge.rule.widths(edge.module) != self._widths[edge.name]:
-                raise GrowthError(
-                    f"layer {edge.name} of the model was replaced or resized since it was traced; trace it again."
-                )
+        with self._untouched():
+            changed = [
+                e for e in self.edges if not in_place(e, self.model) or e.rule.widths(e.module) != self._widths[e.name]
+            ]
+        if changed:
+            raise GrowthError(
+                f"layer {changed[0].name} of the model was replaced or resized since it was traced; trace it again."
+            )
 
     def network(self) -> nx.MultiDiGraph:
         """A networkx view: nodes are activations that a layer reads (or the output), edges are weighted layers."""

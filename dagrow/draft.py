@@ -106,14 +106,15 @@ class Draft:
         inputs, outputs = edge.rule.widths(edge.module)
         inputs = self.read[edge.name].size if edge.name in self.read else inputs
         outputs = self.written[edge.name].size if edge.name in self.written else outputs
-        self._state(edge.layer.owner, edge.rule.attributes(inputs, outputs))
+        before = edge.rule.attributes(*edge.rule.widths(edge.module))
+        self._state(edge.layer.owner, before, edge.rule.attributes(inputs, outputs))
 
-    def _state(self, owner: str, stated: Mapping[str, int]) -> None:
+    def _state(self, owner: str, before: Mapping[str, int], stated: Mapping[str, int]) -> None:
         """Of a layer that is called as a function, the owner of the weight may state other things."""
         module = self.dag.model.get_submodule(owner)
         self.attributes[owner] = {
             **self.attributes.get(owner, {}),
-            **{k: v for k, v in stated.items() if hasattr(module, k)},
+            **{k: v for k, v in stated.items() if getattr(module, k, None) == before[k]},
         }
 
     def _ride(self, rider: Rider, landing: Landing) -> None:
@@ -131,7 +132,8 @@ class Draft:
             if value.ndim:  # the entries of one group, as often as a unit has groups
                 value = value.repeat(landing.new.shape[1] // len(value), *[1] * (value.ndim - 1))
             fresh[landing.new] = value.to(fresh)
-        self._state(rider.owner, rider.rule.attributes(rider.module, landing.size))
+        before, after = (rider.rule.attributes(rider.module, size) for size in (len(landing.old), landing.size))
+        self._state(rider.owner, before, after)
 
     def _fresh(self, name: str) -> Tensor:
         return self.fresh.setdefault(name, self._blank(name))

@@ -185,7 +185,7 @@ class ChannelRunner(Runner):
             self.found.shared[name] = f"{name} is called more than once"
             columns = self.merge([self.found.columns[name], columns])
         self.found.columns[name] = columns
-        if dim == 0 and inputs.ndim > 1:
+        if dim == 0 and inputs.ndim > 1 and rule.geometry(layer.module) is not None:
             self.freeze([inputs, rows], f"{name} reads an image without a dimension of samples")
         return _along(rows, rule, node)
 
@@ -274,9 +274,11 @@ def label(
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on an input of the model."""
+    """Nodes that depend on the values of an input of the model, not on its sizes alone."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(source in live for source in node.all_input_nodes):
+        if ops.op_name(node) not in ops.SIZES and (
+            node.op == "placeholder" or any(source in live for source in node.all_input_nodes)
+        ):
             live.add(node)
     return live

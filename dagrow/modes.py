@@ -1,10 +1,10 @@
 """The mode that a model was not traced in: what runs there only, such as an auxiliary head, must not miss a channel."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dagrow.axes import Layout, group
 from dagrow.blocks import labelled
@@ -16,31 +16,36 @@ from dagrow.placed import Placed, placed
 from dagrow.program import Program
 from dagrow.sharing import tensor_at
 from dagrow.undisturbed import undisturbed
-from dagrow.widening import widen
+from dagrow.widening import Widening, widen
 
 __all__ = ["OtherMode", "in_other_mode", "unused"]
 
 
 def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | str:
     """What ``trace`` gives in evaluation for a model in training and the other way round, or why it gives nothing."""
-    with undisturbed(model):
-        model.train(not model.training)
+    with undisturbed(model, weights=True):
         try:
+            model.train(not model.training)
             return trace()
         except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
             return first_line(error)
 
 
 def unused(program: Program) -> set[str]:
-    """Parameters that the graph does not use."""
-    named = dict(program.model.named_parameters())
+    """Parameters and buffers of numbers that the graph does not use."""
+    named = dict(_tensors(program.model))
     used: set[int] = set()
     for node in program.graph.nodes:
         if node.op == "call_module":
-            used |= {id(parameter) for parameter in program.model.get_submodule(str(node.target)).parameters()}
+            used |= {id(tensor) for _, tensor in _tensors(program.model.get_submodule(str(node.target)))}
         elif node.op == "get_attr" and node.target not in program.constants:
             used.add(id(tensor_at(program.model, str(node.target))))
-    return {name for name, parameter in named.items() if id(parameter) not in used}
+    return {name for name, tensor in named.items() if id(tensor) not in used}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,23 +60,28 @@ class OtherMode:
     def of(cls, program: Program, rules: Sequence[LayerRule]) -> "OtherMode":
         return cls(program, *labelled(program.graph, program.model, placed(program.graph, program.model, rules)))
 
-    def obstacle(self, layout: Layout) -> str | None:
-        """Why an axis that can widen in the mode that was traced cannot in the other, or None."""
+    def obstacle(self, layout: Layout, widening: Widening) -> str | None:
+        """Why an axis that can widen in the mode that was traced, as planned, cannot in the other.
+
+        None if it can, and where the other mode cuts it into other axes: that shows when a growth is tried out.
+        """
         mode = "evaluation" if self.program.model.training else "training"
         rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]
         parts = group(self.labels, only=torch.cat(rows)) if rows else []
         more = {name for part in parts for name in _names(part)} - _names(layout)
         if more:
-            return f"{min(more)}, which is used in {mode} only, has its channels too; trace the model in that mode"
+            return f"in {mode}, {min(more)} has its channels too; trace the model in that mode"
         frozen = [part.reason for part in parts if part.reason]
         if frozen:
             return f"in {mode} it {frozen[0]}"
-        if len(parts) == 1 and _units(parts[0]) == _units(layout):
-            try:
-                widen(self.program, self.layers, parts[0], 1)
-            except MisfitError as misfit:
-                return f"in {mode}: {misfit}"
-        return None
+        if len(parts) != 1 or _units(parts[0]) != _units(layout):
+            return None
+        try:
+            there = widen(self.program, self.layers, parts[0], 1)
+        except MisfitError as misfit:
+            return f"in {mode}: {misfit}"
+        moved = [name for name, at in there.columns.items() if not torch.equal(at.new, widening.columns[name].new)]
+        return f"in {mode} new channels would arrive at other places of {moved[0]}" if moved else None
 
 
 def _names(layout: Layout) -> set[str]:

@@ -95,13 +95,16 @@ def _called(node: fx.Node, call: "_Call", held: Mapping[str, Tensor], rules: Seq
     if given is None or not isinstance(given.get("input"), fx.Node):
         return None
     origins = {entry: parameter_of(given[entry], held) for entry in _ENTRIES if given.get(entry) is not None}
-    tensors = {entry: origin for entry, origin in origins.items() if origin is not None}
+    tensors = {entry: origin for entry, origin in origins.items() if origin is not None and origin.serves(entry, held)}
     turned = {entry for entry, origin in tensors.items() if origin.turned}
     if not tensors or len(tensors) < len(origins) or not turned <= {"weight"}:
         return None
     settings = {key: _setting(key, value) for key, value in given.items() if key not in ("input", *_ENTRIES)}
     if any(isinstance(value, fx.Node) for setting in settings.values() for value in _each(setting)):
         return None
+    thin = any(origin.thin and held[origin.path].shape[1:2] == (1,) for origin in tensors.values())
+    if settings.get("groups", 1) == 1 and (thin or isinstance(given.get("groups"), fx.Node)):
+        return None  # one group, or as many as there are channels: that cannot be told
     module = call.make({entry: held[origin.path] for entry, origin in tensors.items()}, settings, bool(turned))
     rule = None if module is None else rule_for(module, rules)
     if module is None or rule is None or rule.channel_dim(given["input"].meta["val"].ndim) < 0:
@@ -134,29 +137,36 @@ class _Origin:
     """The parameter or buffer that an argument is, or whose transpose it is."""
 
     node: fx.Node
-    turned: bool
+    turned: bool = False
+    thin: bool = False  #: whether dimensions of one entry came and went
 
     @property
     def path(self) -> str:
         return str(self.node.target)
 
+    def serves(self, entry: str, held: Mapping[str, Tensor]) -> bool:
+        """Whether it may be this entry of a layer: weights are parameters, and grow along dimensions that stay."""
+        tensor = held[self.path]
+        stays = not self.thin or (tensor.ndim > 2 and tensor.shape[0] > 1) or 1 not in tensor.shape
+        return stays and (isinstance(tensor, nn.Parameter) or entry not in ("weight", "bias"))
+
 
 def parameter_of(value: Any, held: Mapping[str, Tensor]) -> _Origin | None:
     """The parameter or buffer of the model that an argument is: itself, after dimensions of one entry came and went,
     or, of a matrix, transposed; or None."""
-    if not isinstance(value, fx.Node):
-        return None
     node = value
-    while op_name(node) in THIN:
-        node = node.args[0]  # type: ignore[assignment]
-    if node.op == "get_attr" and node.target in held:
-        return _Origin(node, False) if held[str(node.target)].shape == value.meta["val"].shape else None
-    if op_name(value) not in _TURNS or not isinstance(value.args[0], fx.Node):
+    while isinstance(node, fx.Node) and op_name(node) in THIN:
+        node = node.args[0] if node.args else None
+    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in held:
+        same = held[str(node.target)].shape == value.meta["val"].shape
+        return _Origin(node, thin=node is not value) if same else None
+    if not isinstance(value, fx.Node) or op_name(value) not in _TURNS or not value.args or value.kwargs:
         return None
-    matrix = value.args[0]
-    distinct = len({dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)}) in (0, 2)
-    direct = matrix.op == "get_attr" and matrix.target in held and held[str(matrix.target)].ndim == 2
-    return _Origin(matrix, True) if direct and distinct else None
+    matrix, dims = value.args[0], [dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)]
+    if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or matrix.target not in held:
+        return None
+    swapped = dims == [1, 0] if op_name(value) == "permute" else len(set(dims)) in (0, 2)
+    return _Origin(matrix, turned=True) if swapped and held[str(matrix.target)].ndim == 2 else None
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,9 @@ class _Call:
 
 def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if weight is None or weight.ndim != 2 or (bias is not None and bias.ndim != 1) or settings:
+    if weight is None or weight.ndim != 2 or settings:
+        return None
+    if bias is not None and bias.shape != weight.shape[1 if turned else 0 :][:1]:
         return None
     if turned:
         return Product(weight, bias, turned=True)

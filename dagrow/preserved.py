@@ -1,18 +1,21 @@
-"""Whether a grown model at gamma = 0 is still the same function, on few of the example inputs, in both modes."""
+"""Whether a grown model at gamma = 0 is still the same function, on the example inputs, in both modes."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from dagrow.errors import first_line
 from dagrow.program import bind, hold_values
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
-from dagrow.verification import close, fewer
+from dagrow.verification import close
 
 __all__ = ["difference"]
 
@@ -23,54 +26,75 @@ class _Run:
 
     Attributes:
         failure: why it gave nothing, or None.
-        random: whether it drew random numbers, which are others where widths are others.
+        drawn: the random generators after it.
     """
 
     outputs: dict[str, Any]
     failure: str | None
-    random: bool
+    drawn: list[Tensor]
 
 
 def difference(model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]) -> str | None:
     """How the model inside ``grown()`` differs from the model as it is, or None.
 
-    A mode in which the model as it is fails is left out. Where it draws random numbers, as dropout does, outputs cannot
-    be compared: there it must only not fail.
+    Both run without dropout, which draws other numbers where widths are others. A mode in which the model as it is
+    fails is left out. Where the grown model still draws more random numbers or fewer, its outputs must only have the
+    same shapes.
     """
     if example_inputs is None or not hold_values(model, bind(example_inputs)):
         return None
-    given = fewer(example_inputs)
-    before = {training: _run(model, given, training) for training in (model.training, not model.training)}
+    before = {training: _run(model, example_inputs, training) for training in (model.training, not model.training)}
     with grown():
-        after = {training: _run(model, given, training) for training in before}
+        after = {training: _run(model, example_inputs, training) for training in before}
     for training, run in before.items():
         now, mode = after[training], "training" if training else "evaluation"
         if run.failure is None and now.failure is not None:
             return f"it would fail in {mode}: {now.failure}"
-        if run.failure is None and not run.random and not now.random:
-            changed = [path for path, value in run.outputs.items() if not close(value, now.outputs.get(path))]
-            if changed or run.outputs.keys() != now.outputs.keys():
-                return f"its output{next(iter(changed), '')} would change in {mode}"
+        same = close if all(map(torch.equal, run.drawn, now.drawn)) else _alike
+        changed = [path for path, value in run.outputs.items() if not same(value, now.outputs.get(path))]
+        if run.failure is None and (changed or run.outputs.keys() != now.outputs.keys()):
+            return f"its output{next(iter(changed), '')} would change in {mode}"
     return None
 
 
 def _run(model: nn.Module, example_inputs: Any, training: bool) -> _Run:
-    with undisturbed(model), torch.no_grad():
-        if model.training != training:
-            model.train(training)
+    with undisturbed(model, weights=True), torch.no_grad(), _Undropped():
         torch.manual_seed(0)
-        states = _states()
         args, kwargs = bind(example_inputs)
         try:
+            if model.training != training:
+                model.train(training)
             outputs = {path: _kept(value) for path, value in leaves(model(*args, **kwargs))}
         except Exception as error:  # the user's forward may raise anything
-            return _Run({}, first_line(error), False)
-        return _Run(outputs, None, not all(map(torch.equal, _states(), states)))
+            return _Run({}, first_line(error), [])
+        return _Run(outputs, None, _drawn())
 
 
-def _states() -> list[Tensor]:
-    """Of the random generators of all devices."""
+class _Undropped(TorchFunctionMode):
+    """Without dropout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
+            kwargs["dropout_p"] = 0.0
+        if func is functional.multi_head_attention_forward:
+            given = signature(func).bind(*args, **kwargs)
+            given.arguments["dropout_p"] = 0.0
+            args, kwargs = given.args, given.kwargs
+        return func(*args, **kwargs)
+
+
+def _drawn() -> list[Tensor]:
+    """The random generators of all devices."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values have the same shape."""
+    return type(a) is type(b) and getattr(a, "shape", None) == getattr(b, "shape", None)
 
 
 def _kept(value: Any) -> Any:

@@ -7,6 +7,7 @@ ones, and the old labels came out in their old order.
 
 import collections
 import heapq
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from dagrow import ops
 from dagrow.axes import Layout
 from dagrow.classes import NEUTRAL, narrow
-from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS
+from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS, Contraction
 from dagrow.labels import ChannelRunner, Labelling, Rider
 from dagrow.landings import Landing, MisfitError, insert, insert_along
 from dagrow.layers import EdgeRule, RiderRule
@@ -25,6 +26,7 @@ from dagrow.program import Program
 from dagrow.relayout import expected, rewritten, unflattened
 from dagrow.runner import Values, tensors_in
 from dagrow.settling import Arguments, substituted
+from dagrow.space import Tables
 from dagrow.stated import Place, StatedInt, arguments_of
 
 __all__ = ["GrowthRunner"]
@@ -147,18 +149,41 @@ class GrowthRunner(ChannelRunner):
             raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before{_at(node)}")
 
     def _check_numbers(self, node: fx.Node) -> None:
-        """No tensor is computed with a number that follows the width."""
-        name = ops.op_name(node)
-        if not isinstance(node.meta.get("val"), Tensor) or name in _SHAPING or node in self.layers:
+        """No number that follows the width is rounded, no tensor is computed with one, and none is given out."""
+        name, used = ops.op_name(node), list(arguments_of((node.args, dict(node.kwargs))))
+        if node.target is operator.floordiv and any(
+            self._rounds(node, values) for values in (self.values, self.before.values)
+        ):
+            raise MisfitError(f"its width is rounded in the model's forward{_at(node)}")
+        makes = isinstance(node.meta.get("val"), Tensor) and name not in _SHAPING and node not in self.layers
+        if not makes and node.op != "output":
             return
-        used = list(arguments_of((node.args, dict(node.kwargs))))
         if name in _FILLING:
-            used = [*node.args[1:2], node.kwargs.get("fill_value")]
+            used = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
         followed = [n for n in used if isinstance(n, fx.Node) and isinstance(self.values[n], (int, float))]
         if any(self.values[n] != self.before.values[n] for n in followed) or any(
             isinstance(n, StatedInt) and self.restated.get(n.place, n) != n for n in used
         ):
-            raise MisfitError(f"its width is used as a number in the model's forward{_at(node)}")
+            how = "given out by" if node.op == "output" else "used as a number in"
+            raise MisfitError(f"its width is {how} the model's forward{_at(node)}")
+
+    @staticmethod
+    def _rounds(node: fx.Node, values: Values) -> bool:
+        left, right = fx.map_arg(node.args, lambda n: values[n])
+        return isinstance(left, int) and isinstance(right, int) and left % right != 0
+
+    def multiply(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> Tensor:
+        before = [value for n in node.all_input_nodes if isinstance(value := self.before.values[n], Tensor)]
+        if len(before) == 2 and not any(bool(self.is_fresh(narrow(side)).any()) for side in (left, right)):
+            now, then = (product.aligned(*sides)[0].shape for sides in ((left, right), before))
+            if now[len(product.out) :] != then[len(product.out) :]:
+                raise MisfitError(f"{ops.op_name(node)} takes all channels together{_at(node)}")
+        return super().multiply(node, product, left, right)
+
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+        last = range(inputs.ndim - len(tables(inputs.shape)), inputs.ndim)
+        self._check_size(node, inputs, [d for d in last if not self.varies(inputs, d)])
+        return super().spatial(node, tables, inputs)
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         self._check_size(node, args[0], ops.reduced_dims(node, args, kwargs))
@@ -254,12 +279,12 @@ class GrowthRunner(ChannelRunner):
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         before = self.before.values[node]
-        self._check_cut(node, args, _each(before))
         shapes = [expected(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in _each(before)]
         known = any(shape is not None for shape in shapes)
         try:
             value = super().move(node, args, kwargs)
             if all(shape in (None, v.shape) for shape, v in zip(shapes, _each(value), strict=False)):
+                self._check_cut(node, args[0], _each(value))
                 return value
         except (RuntimeError, IndexError):
             if not known:
@@ -280,39 +305,47 @@ class GrowthRunner(ChannelRunner):
         self.literals[node] = literals
         return super().move(node, *fx.map_arg(literals, lambda n: self.values[n]))
 
-    def _check_cut(self, node: fx.Node, args: tuple, pieces: Sequence[Any]) -> None:
+    def _check_cut(self, node: fx.Node, inputs: Any, pieces: Sequence[Any]) -> None:
         """A number of parts, or a size of parts, that does not fit the width cuts elsewhere when it grows."""
-        if ops.op_name(node) in ops.CUTS and len(args) > 1 and isinstance(args[1], int):
-            old, new = self.before.values[node.all_input_nodes[0]].shape, args[0].shape
-            if any(old[d] != new[d] and len({p.shape[d] for p in pieces}) > 1 for d in range(len(old))):
-                raise MisfitError(f"{ops.op_name(node)} cuts it into uneven parts{_at(node)}")
+        given = [*node.args[1:], *node.kwargs.values()]
+        if ops.op_name(node) in ops.CUTS and not any(isinstance(leaf, (tuple, list)) for leaf in given):
+            old, before = _each(self.before.values[node]), self.before.values[node.all_input_nodes[0]].shape
+            for d in (d for d in range(len(before)) if inputs.shape[d] != before[d]):
+                if any(len({piece.shape[d] for piece in parts}) > 1 for parts in (old, pieces)):
+                    raise MisfitError(f"{ops.op_name(node)} cuts it into uneven parts{_at(node)}")
 
     def restate(self) -> None:
         """Functions that are called with a number of groups get the new one."""
         for node in self.reached:
             layer = self.layers.get(node)
             if layer is not None and layer.paths:
-                sizes = self._sizes(layer)
+                sizes = self._sizes(layer, self.found)
                 given = {**dict(zip(layer.names, node.args, strict=False)), **node.kwargs}
                 stated = {name: given[name] for name in given.keys() & sizes.keys()}
                 if any(fx.map_arg(value, lambda n: self.values[n]) != sizes[name] for name, value in stated.items()):
                     args = tuple(sizes.get(name, arg) for name, arg in zip(layer.names, node.args, strict=False))
                     self.literals[node] = args, {name: sizes.get(name, arg) for name, arg in node.kwargs.items()}
 
-    def _sizes(self, layer: Placed) -> dict[str, Any]:
-        """What the layer would state as a module in the grown network."""
+    def _sizes(self, layer: Placed, found: Labelling) -> dict[str, Any]:
+        """What the layer states as a module, in the network that was run on these labels."""
         if isinstance(layer.rule, EdgeRule):
-            columns, rows = (found.get(layer.name, ()) for found in (self.found.columns, self.found.rows))
+            columns = found.columns.get(layer.name, self.before.columns[layer.name])
+            rows = found.rows.get(layer.name, self.before.rows[layer.name])
             return dict(layer.rule.attributes(len(columns), len(rows)))
         assert isinstance(layer.rule, RiderRule)
-        width = next(len(labels) for rider, labels in self.found.entries.items() if rider.name == layer.name)
+        width = next(len(labels) for rider, labels in found.entries.items() if rider.name == layer.name)
         return dict(layer.rule.attributes(layer.module, width))
 
     def resized(self) -> dict[Place, int]:
         """Attributes that layers restate when they are widened, by their owners."""
         names = {*self.layout.rows, *self.layout.columns, *(r.name for r in self.layout.entries if r.rule is not None)}
-        touched = [layer for layer in self.layers.values() if layer.name in names]
-        return {(layer.owner, name, None): size for layer in touched for name, size in self._sizes(layer).items()}
+        found: dict[Place, int] = {}
+        for layer in (layer for layer in self.layers.values() if layer.name in names):
+            owner, before = self.model.get_submodule(layer.owner), self._sizes(layer, self.before)
+            for name, size in self._sizes(layer, self.found).items():
+                if getattr(owner, name, None) == before[name]:  # the owner of a function's weight may state others
+                    found[layer.owner, name, None] = size
+        return found
 
     def check(self) -> None:
         """The safety net."""

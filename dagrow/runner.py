@@ -272,7 +272,7 @@ def _laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     same = _same_dims(tensor.shape, shape) if tensor.numel() else {}
     kept = {d: e for d, e in same.items() if tensor.stride(d) == 0}
     thin = tensor[tuple(slice(0, 1) if d in kept else slice(None) for d in range(tensor.ndim))]
-    return thin.reshape([1 if e in kept.values() else size for e, size in enumerate(shape)]).expand(*shape)
+    return thin.reshape([1 if e in kept.values() else size for e, size in enumerate(shape)]).expand(torch.Size(shape))
 
 
 def _same_dims(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,10 +80,15 @@ def _reads_no_width(node: fx.Node, shape: torch.Size, whole: torch.Size) -> bool
     """
     if op_name(node) in ("dtype", "device", "ndim", "dim", "is_floating_point"):
         return True
-    taken = [user.args[1] for user in node.users] if op_name(node) == "shape" else []
-    ends = {index - len(shape) if index >= 0 else index for index in taken if isinstance(index, int)}
-    kernel = all(2 - len(whole) <= end and shape[end:] == whole[end:] for end in ends)
-    return bool(taken) and all(isinstance(index, int) for index in taken) and kernel
+    if op_name(node) == "size":
+        taken: list[Any] = list(node.args[1:])
+    else:
+        read = op_name(node) == "shape" and all(op_name(user) == "getitem" for user in node.users)
+        taken = [user.args[1] for user in node.users] if read else []
+    if not taken or not all(isinstance(index, int) for index in taken):
+        return False
+    ends = [index % len(shape) - len(shape) for index in taken]  # -1 is the last, whatever came and went before it
+    return all(2 - len(whole) <= end and shape[end:] == whole[end:] for end in ends)
 
 
 def _sharing(

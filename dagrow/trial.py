@@ -177,10 +177,12 @@ def _scale(outputs: Tensor) -> float:
 
 def _reached(model: nn.Module, axes: Sequence[Grown], change: Change, outputs: Sequence[Tensor]) -> bool:
     """Whether the gradient of a random combination of the outputs reaches new entries of every axis."""
-    generator = torch.Generator().manual_seed(1)
+    generator, floating = torch.Generator().manual_seed(1), [o for o in outputs if o.is_floating_point()]
+    if not floating:
+        return True
     total = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum()
-        for o in outputs if o.is_floating_point()
+        for o in floating
     )  # fmt: skip
     tensors = {name: tensor for name, tensor in _touched(model, change).items() if tensor.requires_grad}
     gradients = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)  # type: ignore[arg-type]

@@ -54,7 +54,10 @@ class AsFound:
             _collect(vars(module), containers, found)
         self.contents = [(container, container.copy()) for container in containers.values()]
         self.tensors = [_Saved.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()]
-        self.generators = _random_state()
+        own = [
+            value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Generator)
+        ]
+        self.generators = [*_random_state(), *((generator.set_state, generator.get_state()) for generator in own)]
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
 

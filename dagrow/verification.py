@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -86,7 +87,7 @@ def _compare(program: Program, found: AsFound, expected: Any, given: Any, which:
 def close(a: Any, b: Any) -> bool:
     """Whether two values are the same, tensors up to what their type tells apart."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return a is b or bool(a == b)
+        return a is b or bool(np.all(a == b))
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     if not (a.is_floating_point() or a.is_complex()):

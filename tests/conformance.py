@@ -320,6 +320,53 @@ CASES: dict[str, Case] = {
         linear(last=3, c=lambda: nn.Linear(3, 3), d=lambda: nn.Linear(2, 3)),
         grows=(), refuses={"a": "uneven parts"},
     ),
+    "one of two halves": Case(
+        lambda m, x: m.b(h := m.a(x)) + m.c(h.chunk(2, 1)[0]), linear(c=lambda: nn.Linear(4, 3)),
+    ),
+    "parts by keyword": Case(
+        lambda m, x: m.b(torch.chunk(m.a(x), chunks=3, dim=-1)[2]), linear(last=2),
+        grows=(), refuses={"a": "uneven parts"},
+    ),
+    "halves that are counted": Case(
+        lambda m, x: m.b((h := m.a(x))[:, : h.shape[1] // 2]) + m.c(h[:, h.shape[1] // 2 :]),
+        linear(last=4, c=lambda: nn.Linear(4, 3)), grows=(), refuses={"a": "rounded"},
+    ),
+    "a buffer as a weight": Case(
+        lambda m, x: m.b((m.a(x) @ m.s.running_mean.view(4, 4)).relu()),
+        linear(width=4, last=4, s=lambda: nn.BatchNorm1d(16)), grows=(), refuses={"a": "summed over|no rule"},
+    ),
+    "a matrix that is not transposed": Case(
+        lambda m, x: m.b(m.a(x) @ m.w.permute(0, 1)), linear(last=5, w=lambda: nn.Parameter(torch.randn(8, 5))),
+        grows=(), refuses={"a": "summed over|no rule"},
+    ),
+    "a row that came and went": Case(
+        lambda m, x: m.b(functional.linear(x, m.a.squeeze(0).unsqueeze(0))),
+        lambda: {"a": nn.Parameter(torch.randn(1, 6)), "b": nn.Linear(1, 3)}, grows=(),
+    ),
+    "as many groups as channels, of one": Case(
+        lambda m, x: m.b(functional.conv2d(h := m.a(x), m.w, groups=h.shape[1])),
+        conv(width=1, last=1, w=lambda: nn.Parameter(torch.randn(1, 1, 3, 3))),
+        grows=(), refuses={"a": "no rule"}, **IMAGE,
+    ),
+    "one bias for all": Case(
+        lambda m, x: m.b(torch.addmm(m.one, x, m.a)),
+        lambda: {"a": nn.Parameter(torch.randn(6, 8)), "one": nn.Parameter(torch.randn(1)), "b": nn.Linear(8, 3)},
+        grows=(),
+    ),
+    "filled with the width": Case(
+        lambda m, x: m.b((h := m.a(x)) / h.new_full((1,), h.shape[1])), linear(), grows=(), refuses={"a": "number"},
+    ),
+    "a product of constants": Case(
+        lambda m, x: m.b((h := m.a(x)) / (torch.ones(1, h.shape[1]).to(h) @ torch.ones(h.shape[1], 1).to(h))),
+        linear(), grows=(), refuses={"a": "takes all channels together"},
+    ),
+    "the width is an output": Case(
+        lambda m, x: (m.b(h := m.a(x)), h.shape[1]), linear(), grows=(), refuses={"a": "given out"},
+    ),
+    "positions counted by the input": Case(
+        lambda m, x: m.b(m.a(x) + m.c(torch.arange(x.shape[1]).to(x)[:, None])),
+        linear(c=lambda: nn.Linear(1, 8)), grows=("a", "c"), **TOKENS,
+    ),
     "silu of one half": between(lambda m, h: functional.silu(h[..., :8]) * h[..., 8:], linear(width=16)),
     "every other channel": between(lambda m, h: h[..., ::2] * h[..., 1::2], linear(width=16)),
     "two projections": Case(

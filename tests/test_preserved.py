@@ -8,6 +8,7 @@ import pytest
 import torch
 from conformance import Made
 from torch import Tensor, nn
+from torch.nn import functional
 
 import dagrow
 from dagrow import GrowthError, TraceError
@@ -113,8 +114,8 @@ def test_a_comparison_that_makes_no_difference_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (made(scaling, scale=nn.Parameter(torch.rand(8))), "scale, which is used in training only"),
-        (made(assisted, aux=nn.Linear(8, 3)), "aux, which is used in training only"),
+        (made(scaling, scale=nn.Parameter(torch.rand(8))), "in training, scale has its channels too"),
+        (made(assisted, aux=nn.Linear(8, 3)), "in training, aux has its channels too"),
     ],
 )
 def test_what_is_used_in_the_other_mode_only_freezes_the_axis_that_it_shares(model: nn.Module, why: str) -> None:
@@ -134,3 +135,72 @@ def test_a_part_of_its_own_in_the_other_mode_freezes_nothing() -> None:
         lambda m, x: m.b(m.a(x)) + (m.c(m.aux(x)) if m.training else 0), aux=nn.Linear(6, 4), c=nn.Linear(4, 3)
     )
     assert dagrow.trace(model, X).axis("a").growable
+
+
+def dropping(m: Any, x: Tensor) -> Any:
+    h = m.a(x)
+    return functional.dropout(m.b(h.softmax(-1) if m.training else h), 0.5, m.training)
+
+
+def reshaping(m: Any, x: Tensor) -> Any:
+    h = m.a(x)
+    return torch.bernoulli(h.sigmoid()) if m.training else m.b(h)
+
+
+def crowded(m: Any, x: Tensor) -> Any:
+    assert x.shape[0] > 2
+    return m.b(m.a(x).softmax(-1) if m.training else m.a(x))
+
+
+def clamping(m: Any, x: Tensor) -> Any:
+    if m.training:
+        m.a.weight.data.clamp_(-0.1, 0.1)
+    return m.b(m.a(x))
+
+
+def zero(model: nn.Module, batch: Tensor) -> dagrow.Growth:
+    """A growth of the hidden layer."""
+    with torch.no_grad():
+        target = torch.zeros_like(copy.deepcopy(model).eval()(batch))
+    dag = dagrow.trace(model, batch)
+    operators = [dagrow.AddNeurons(k=2, init="zero", axes=("a",))]
+    return dagrow.propose(dag, [(batch, target)], nn.functional.mse_loss, operators)[0]
+
+
+@pytest.mark.parametrize("forward", [dropping, reshaping, crowded])
+def test_random_numbers_and_batch_sizes_hide_no_change_of_the_other_mode(forward: Callable[..., Any]) -> None:
+    model = made(forward)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(GrowthError, match="in training"):
+        zero(model, X).apply(0.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_the_other_mode_writes_is_not_left_behind() -> None:
+    model = made(clamping)
+    before = copy.deepcopy(model.state_dict())
+    zero(model, X).apply(0.0).undo()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tracing_computes_no_spectral_norm_for_good() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    dagrow.trace(model, X.float()).check()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_owners_of_functions_keep_what_else_they_state() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        return functional.linear(functional.linear(x, m.weight, m.bias).relu(), m.last)
+
+    weight, bias, last = (nn.Parameter(torch.randn(size)) for size in ((8, 6), (8,), (3, 8)))
+    parts = {"weight": weight, "bias": bias, "last": last, "in_features": 6, "out_features": 8}
+    model = Made(forward, parts).double().eval()
+    dag = dagrow.trace(model, X)
+    axis = next(axis for axis in dag.axes if axis.growable)
+    batches = [(X, torch.zeros(4, 3, dtype=torch.float64))]
+    operators = [dagrow.AddNeurons(k=2, init="zero", axes=(axis.name,))]
+    dagrow.propose(dag, batches, nn.functional.mse_loss, operators)[0].apply(0.0)
+    assert (model.in_features, model.out_features) == (6, 10)
+    assert model.weight.shape == (10, 6)
