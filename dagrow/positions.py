@@ -145,7 +145,7 @@ def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
 def _image(found: Arrival, producer: Edge, consumer: Edge) -> tuple[int, ...] | None:
     """See :class:`Arrival`."""
     geometry, sizes = consumer.rule.geometry(consumer.module), found.grids[producer.name]
-    if geometry is None or not found.whole or len(sizes) != geometry.space:
+    if geometry is None or not found.whole or len(sizes) != geometry.space or prod(sizes) != found.positions:
         return None
     if prod(geometry.sizes(sizes)) != len(found.index):
         return None
