@@ -185,8 +185,8 @@ class ChannelRunner(Runner):
             self.found.shared[name] = f"{name} is called more than once"
             columns = self.merge([self.found.columns[name], columns])
         self.found.columns[name] = columns
-        if dim == 0 and inputs.ndim > 1 and rule.geometry(layer.module) is not None:
-            self.freeze([inputs, rows], f"{name} reads an image without a dimension of samples")
+        if dim == 0 and inputs.ndim > 1:
+            self.freeze([inputs, rows], f"{name} reads channels along the first dimension, that of the samples")
         return _along(rows, rule, node)
 
     def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:

@@ -3,18 +3,16 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from dagrow.errors import first_line
 from dagrow.program import bind, hold_values
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
+from dagrow.undropped import Undropped
 from dagrow.verification import close
 
 __all__ = ["difference"]
@@ -58,7 +56,7 @@ def difference(model: nn.Module, example_inputs: Any, grown: Callable[[], Abstra
 
 
 def _run(model: nn.Module, example_inputs: Any, training: bool) -> _Run:
-    with undisturbed(model, weights=True), torch.no_grad(), _Undropped():
+    with undisturbed(model, weights=True), torch.no_grad(), Undropped():
         torch.manual_seed(0)
         args, kwargs = bind(example_inputs)
         try:
@@ -68,23 +66,6 @@ def _run(model: nn.Module, example_inputs: Any, training: bool) -> _Run:
         except Exception as error:  # the user's forward may raise anything
             return _Run({}, first_line(error), [])
         return _Run(outputs, None, _drawn())
-
-
-class _Undropped(TorchFunctionMode):
-    """Without dropout."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else kwargs["input"]
-        if func is functional.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
-            kwargs["dropout_p"] = 0.0
-        if func is functional.multi_head_attention_forward:
-            given = signature(func).bind(*args, **kwargs)
-            given.arguments["dropout_p"] = 0.0
-            args, kwargs = given.args, given.kwargs
-        return func(*args, **kwargs)
 
 
 def _drawn() -> list[Tensor]:

@@ -15,6 +15,7 @@ from dagrow.sharing import tensor_at
 from dagrow.surgery import grown
 from dagrow.trees import leaves
 from dagrow.undisturbed import undisturbed
+from dagrow.undropped import Undropped
 from dagrow.widening import Widening, disjoint
 
 __all__ = ["rounding", "try_axes", "try_axis"]
@@ -150,9 +151,9 @@ def _touched(model: nn.Module, change: Change) -> dict[str, Tensor]:
 
 
 def _outputs(model: nn.Module, given: Any) -> list[Tensor]:
-    """The same random numbers each time; without gradients unless they are switched on."""
+    """The same random numbers each time, and no dropout."""
     args, kwargs = bind(given)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), Undropped():
         torch.manual_seed(0)
         return [leaf for _, leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
