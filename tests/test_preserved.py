@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import GrowthError, TraceError
+from dagrow.testing import try_axis
 
 X = torch.randn(4, 6, dtype=torch.float64)
 
@@ -204,3 +205,8 @@ def test_owners_of_functions_keep_what_else_they_state() -> None:
     dagrow.propose(dag, batches, nn.functional.mse_loss, operators)[0].apply(0.0)
     assert (model.in_features, model.out_features) == (6, 10)
     assert model.weight.shape == (10, 6)
+
+
+def test_a_trial_in_training_mode_is_not_misled_by_dropout() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3)).double().train()
+    assert try_axis(dagrow.trace(model, X), "0", [X, X[:3]]) is None
