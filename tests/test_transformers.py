@@ -1,5 +1,9 @@
-"""Transformers of Hugging Face grow during training, untouched otherwise."""
+"""Transformers of Hugging Face grow during training, untouched otherwise.
 
+They train on the characters of a file of this folder, or of the file that the environment variable DAGROW_TEXT names.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import dagrow
 from dagrow.growth import Growth
 from dagrow.surgery import preview
 
-TEXT = Path(__file__).with_name("language.py").read_text()
+TEXT = Path(os.environ.get("DAGROW_TEXT", Path(__file__).with_name("language.py"))).read_text()[:20000]
 
 
 def grown(name: str, init: str = "optimal") -> tuple[Any, Any, list[dict[str, torch.Tensor]], list[Any]]:
