@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dagrow.calls import THIN, parameter_of
 from dagrow.labels import Labelling
 from dagrow.layers import EdgeRule
 from dagrow.ops import op_name
-from dagrow.placed import THIN, Placed, parameter_of
+from dagrow.placed import Placed
 
 __all__ = ["freeze_shared", "tensor_at"]
 
