@@ -82,7 +82,7 @@ class Dag:
 
     def _forget(self) -> None:
         """What was found out when it was asked for."""
-        for cached in ("_graph", "_unwritable", "_other", "_elsewhere"):
+        for cached in ("_graph", "unwritable", "_other", "_elsewhere"):
             self.__dict__.pop(cached, None)
 
     @property
@@ -126,13 +126,13 @@ class Dag:
             widening = widen(self.program, self.layers, layout, 1)
         except MisfitError as misfit:
             return str(misfit)
-        return (self._unwritable if widening.written else None) or (
-            self._elsewhere.obstacle(layout, widening) if self._elsewhere else None
-        )
+        if widening.written and self.unwritable:
+            return f"a size is written into the model's forward, {self.unwritable}"
+        return self._elsewhere.obstacle(layout, widening) if self._elsewhere else None
 
     @cached_property
-    def _unwritable(self) -> str | None:
-        """Why no forward with other literal sizes can be written from the graph, or None."""
+    def unwritable(self) -> str | None:
+        """Why no other forward can be written from the graph, as a clause about the model's own, or None."""
         if self.example_inputs is not None:
             relax(self.program, self.example_inputs)
         return unwritable(self.program, lambda: self._other)

@@ -5,11 +5,13 @@ At gamma = 0 the grown network computes what the network computed before.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dagrow.branches import Branch, parameters_of
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.labels import Rider
@@ -32,8 +34,9 @@ class Change:
         slope: parameter -> its derivative in gamma, in the grown shape.
         attributes: module -> its attributes that state widths.
         literals: node of the graph -> its arguments with the sizes of the grown network.
-        written: whether the forward is written anew, with the literals in it.
+        written: whether the forward is written anew, with the literals and the branches in it.
         program: what the graph was when the change was drafted.
+        branches: new layers beside those that there are.
     """
 
     landings: Mapping[str, tuple[Landing, ...]]
@@ -43,13 +46,20 @@ class Change:
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
+    branches: tuple[Branch, ...] = ()
+
+    @cached_property
+    def added(self) -> dict[str, Tensor]:
+        """Parameters that the model has not got yet, at gamma = 0."""
+        return parameters_of(self.branches)
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
         """Parameters and buffers that differ from the model's, at an amplitude."""
         found = {}
         with torch.no_grad():
             for name in dict.fromkeys((*self.landings, *self.slope)):
-                tensor = pad(tensor_at(model, name).detach(), self.landings.get(name, ()), self.fresh.get(name))
+                tensor = self.added[name] if name in self.added else tensor_at(model, name)
+                tensor = pad(tensor.detach(), self.landings.get(name, ()), self.fresh.get(name))
                 if name in self.slope:
                     slope = self.slope[name]
                     if slope.shape != tensor.shape:
@@ -74,6 +84,7 @@ class Draft:
         self.slope: dict[str, Tensor] = {}
         self.attributes: dict[str, Mapping[str, Any]] = {}
         self.literals: dict[fx.Node, Arguments] = {}
+        self.branches: list[Branch] = []
         self.forward_written = any(widening.written for _, widening in widenings)
         self.zeros: dict[str, Tensor] = {}
         self.read: dict[str, Landing] = {}
@@ -169,6 +180,15 @@ class Draft:
         rows = self._old(edge.path("weight"), edge.rule.dims["weight"][0], edge.rule.widths(edge.module)[1])
         self._write(self._slope, edge, delta, rows, delta)
 
+    def branch(self, branch: Branch, last: nn.Module) -> None:
+        """New layers. The last one, a part of them, grows from zero with gamma to the weights that it has."""
+        names = {id(parameter): name for name, parameter in branch.module.named_parameters(branch.name)}
+        for parameter in last.parameters():
+            self.slope[names[id(parameter)]] = parameter.detach().clone()
+            parameter.detach().zero_()
+        self.branches.append(branch)
+        self.forward_written = True
+
     def rider(self, rider: Rider, landing: Landing, values: Mapping[str, Tensor]) -> None:
         """New entries of a norm layer."""
         for entry, value in values.items():
@@ -200,7 +220,7 @@ class Draft:
     def change(self) -> Change:
         return Change(
             self.landings, self.fresh, self.slope, self.attributes, self.literals, self.forward_written,
-            self.dag.program,
+            self.dag.program, tuple(self.branches),
         )  # fmt: skip
 
 

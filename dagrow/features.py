@@ -3,19 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from dagrow.captures import Batch
 from dagrow.errors import BatchError
 from dagrow.layers import with_constant
+from dagrow.patches import Geometry
 from dagrow.positions import Arrival
 
 __all__ = [
-    "Arriving", "Carried", "Explained", "Feature", "Goal", "New", "Pulled", "Reads", "Remaining",
-    "Sliding", "Stacked",
+    "Agreement", "Arriving", "Carried", "Explained", "Feature", "Goal", "Hidden", "MeanRead", "New", "Pulled", "Reads",
+    "Remaining", "Slid", "Sliding", "Stacked",
 ]  # fmt: skip
 
 
@@ -88,12 +90,16 @@ class Reads(Feature):
         """The input that a convolution slides over."""
         return batch[self.edge].read()
 
+    def slides(self, batch: Batch) -> Geometry | None:
+        """How a convolution slides over it; None for other layers."""
+        return batch[self.edge].geometry
+
     def rows(self, batch: Batch) -> Tensor:
         capture = batch[self.edge]
         return with_constant(capture.rule.features(capture.module, self.image(batch)), self.bias)
 
     def projected(self, batch: Batch, basis: Tensor) -> Tensor:
-        geometry = batch[self.edge].geometry
+        geometry = self.slides(batch)
         if geometry is None:
             return super().projected(batch, basis)
         image = self.image(batch)
@@ -104,8 +110,52 @@ class Reads(Feature):
         return found + weight[:, -1] if self.bias else found
 
     def picture(self, batch: Batch) -> Tensor | None:
-        geometry = batch[self.edge].geometry
+        geometry = self.slides(batch)
         return self.image(batch) if geometry is not None and geometry.trivial else None
+
+
+@dataclass(frozen=True)
+class Slid(Reads):
+    """What a new convolution would read of the images that a layer reads.
+
+    Attributes:
+        geometry: how it would slide over them.
+    """
+
+    geometry: Geometry = field(kw_only=True)
+
+    def slides(self, batch: Batch) -> Geometry:
+        return self.geometry
+
+    def count(self, batch: Batch) -> int:
+        image = batch[self.edge].inputs
+        return len(image) * prod(self.geometry.sizes(image.shape[2:]))
+
+    def rows(self, batch: Batch) -> Tensor:
+        return with_constant(self.geometry.patches(self.image(batch)).flatten(0, 1), self.bias)
+
+    def picture(self, batch: Batch) -> Tensor | None:
+        thin = prod(self.geometry.kernel) == 1 and not any(map(any, self.geometry.margins))
+        steps = (slice(None), slice(None), *(slice(None, None, step) for step in self.geometry.stride))
+        return self.image(batch)[steps].contiguous() if thin else None
+
+
+@dataclass(frozen=True)
+class MeanRead(Feature):
+    """The mean over positions of each image that a convolution reads, with the constant 1: one row per sample."""
+
+    edge: str
+    bias: bool = True
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return (self.edge,)
+
+    def count(self, batch: Batch) -> int:
+        return len(batch[self.edge].inputs)
+
+    def rows(self, batch: Batch) -> Tensor:
+        return with_constant(batch[self.edge].read().flatten(2).mean(2), self.bias)
 
 
 @dataclass(frozen=True)
@@ -166,12 +216,12 @@ class Remaining(Feature):
     """
 
     goal: Goal
-    reads: Reads
+    reads: "Reads | Stacked"
     moves: Sequence[Tensor] = field(repr=False)
 
     @property
     def edges(self) -> tuple[str, ...]:
-        return self.goal.edges
+        return (*self.goal.edges, *self.reads.edges)
 
     @property
     def goals(self) -> tuple[str, ...]:
@@ -182,7 +232,7 @@ class Remaining(Feature):
 
     def picture(self, batch: Batch) -> Tensor | None:
         wanted, geometry = self.goal.picture(batch), batch[self.goal.edge].geometry
-        if wanted is None or geometry is None:
+        if wanted is None or geometry is None or isinstance(self.reads, Stacked):
             return None
         image = batch.grouped(self.reads.image(batch))
         moves = torch.cat([self.moves[fold] for fold in batch.groups]).to(wanted)
@@ -197,6 +247,18 @@ class Stacked(Feature):
     """Several features on top of each other."""
 
     parts: tuple[Feature, ...]
+
+    @property
+    def bias(self) -> bool:
+        """Whether the constant 1 comes last."""
+        return getattr(self.parts[-1], "bias", False)
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return tuple(goal for part in self.parts for goal in part.goals)
+
+    def count(self, batch: Batch) -> int:
+        return self.parts[0].count(batch)
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -351,3 +413,64 @@ class Explained(Feature):
             out = rearrange(omega, "(e o) k -> (k e) o", e=arrival.index.shape[1]).to(read)
             total += (read @ out * goals).view(batch.samples, -1).sum(1)
         return total
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden(Feature):
+    """Hidden units of a new layer: ``h = sigma(alpha^T p)``, one column each.
+
+    Attributes:
+        source: ``p``, with the constant 1 for the units' biases.
+        alpha: ``[p, k]``.
+        activation: sigma, entry by entry.
+    """
+
+    source: Feature
+    alpha: Tensor = field(repr=False)
+    activation: nn.Module = field(repr=False)
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return self.source.edges
+
+    def count(self, batch: Batch) -> int:
+        return self.source.count(batch)
+
+    def rows(self, batch: Batch) -> Tensor:
+        return self.activation(self.source.projected(batch, self.alpha))
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement(Feature):
+    """What a fit on the other folds explains of each sample: ``c = sum over positions of <v_perp, X p - D b>``, with
+    the constant 1. One row per sample, whatever its positions, as they are no independent ones.
+
+    Attributes:
+        source: ``p``.
+        goal: ``v_perp``, out of fold.
+        fits: for each fold ``X [o, p]`` and ``D [o, i]``, or None where nothing is taken out of the features.
+    """
+
+    source: Feature
+    goal: Goal | Remaining
+    fits: Sequence[tuple[Tensor, Tensor | None]] = field(repr=False)
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return (*self.goal.edges, *self.source.edges)
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        return self.goal.goals
+
+    def count(self, batch: Batch) -> int:
+        return batch.samples
+
+    def rows(self, batch: Batch) -> Tensor:
+        return with_constant(batch.by_fold(lambda part, fold: self._sums(part, *self.fits[fold])[:, None]), True)
+
+    def _sums(self, batch: Batch, x: Tensor, taken: Tensor | None) -> Tensor:
+        explained = self.source.projected(batch, x.T)
+        if taken is not None and isinstance(self.goal, Remaining):
+            explained = explained - self.goal.reads.projected(batch, taken.T)
+        return (explained * self.goal.rows(batch)).view(batch.samples, -1).sum(1).double()

@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,20 +17,21 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow.boundaries import is_leaf
+from dagrow.branches import Branch, Record, insert
 from dagrow.errors import TraceError
 from dagrow.program import Program, fits
 from dagrow.settling import Arguments
 from dagrow.sizes import COMPARISONS, described
 from dagrow.trees import is_plain, leaves, mapped
 
-__all__ = ["unwritable", "wear"]
+__all__ = ["branches_of", "unwritable", "wear"]
 
 _PREFIX = "_dagrow_"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def unwritable(program: Program, other: Callable[[], Program | str]) -> str | None:
-    """Why no forward can be written from a graph, or None. Marks the nodes whose flag follows the model's mode.
+    """Why no forward can be written from a graph, as a clause about the model's own, or None. Marks the nodes whose flag follows the model's mode.
 
     Args:
         program: the graph.
@@ -38,29 +39,29 @@ def unwritable(program: Program, other: Callable[[], Program | str]) -> str | No
     """
     model = program.model
     if "forward" in vars(model):
-        return "a size is written into the model's forward, which was put on the object and cannot be replaced"
+        return "which was put on the object and cannot be replaced"
     hooked = [name for name, m in model.named_modules() if name and not is_leaf(m) and any(vars(m)[h] for h in _HOOKS)]
     if hooked:
-        return f"a size is written into the model's forward; written anew, it would skip the hooks of {hooked[0]}"
+        return f"which, written anew, would skip the hooks of {hooked[0]}"
     if program.obstacle:
-        return f"a size is written into the model's forward, which {program.obstacle} and cannot be written anew"
+        return f"which {program.obstacle} and cannot be written anew"
     if program.unrolled:
-        return f"a size is written into the model's forward, where {program.unrolled}"
+        return f"where {program.unrolled}"
     if any(node.target is setattr for node in program.graph.nodes):
-        return "a size is written into the model's forward, which sets attributes and cannot be written anew"
+        return "which sets attributes and cannot be written anew"
     return _mode_obstacle(program, other())
 
 
 def _mode_obstacle(program: Program, other: Program | str) -> str | None:
     """Compares the graphs of both modes: they may differ only in flags and rates, which then follow the mode."""
     if isinstance(other, str):
-        return f"a size is written into the model's forward, which fails in the other mode: {other}"
+        return f"which fails in the other mode: {other}"
     here, there = list(program.graph.nodes), list(other.graph.nodes)
     partner = dict(zip(there, here, strict=False))
     differing = next((a for b, a in partner.items() if not _agree(a, b, partner, program.model.training)), None)
     if len(here) != len(there) or differing is not None:
         where = differing.meta.get("source", "") if differing is not None else ""
-        return f"a size is written into the model's forward, which does other things in training {where}".strip()
+        return f"which does other things in training {where}".strip()
     return None
 
 
@@ -77,8 +78,10 @@ def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training:
     return True
 
 
-def wear(program: Program, literals: Mapping[fx.Node, Arguments]) -> type[nn.Module]:
-    """A class like the model's own whose forward runs the program's graph with other literal sizes."""
+def wear(
+    program: Program, literals: Mapping[fx.Node, Arguments], branches: Sequence[Branch] = ()
+) -> type[nn.Module]:
+    """A class like the model's own whose forward runs the program's graph with other literal sizes and new branches."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(program.graph, copies)
@@ -86,6 +89,7 @@ def wear(program: Program, literals: Mapping[fx.Node, Arguments]) -> type[nn.Mod
     for node, (args, kwargs) in literals.items():
         copies[node].args = fx.map_arg(args, lambda n: copies[n])
         copies[node].kwargs = fx.map_arg(kwargs, lambda n: copies[n])
+    insert(graph, copies, branches)
     for node, copied in copies.items():
         if node.meta.get("modes"):
             _follow_mode(graph, copied, node.meta["modes"])
@@ -99,7 +103,13 @@ def wear(program: Program, literals: Mapping[fx.Node, Arguments]) -> type[nn.Mod
     names |= {**code.globals, f"{_PREFIX}structure": structure, f"{_PREFIX}fixed": _fixed}
     names[f"{_PREFIX}switches"] = switches
     names |= {_PREFIX + name: constant for name, constant in program.constants.items()}
+    names[f"{_PREFIX}branches"] = (*branches_of(program.model), *(branch.record for branch in branches))
     return _subclass(_own_class(program.model), source, names)
+
+
+def branches_of(model: nn.Module) -> tuple[Record, ...]:
+    """The branches that a model has got, oldest first."""
+    return getattr(type(model), f"{_PREFIX}names", {}).get(f"{_PREFIX}branches", ())
 
 
 def _signature(program: Program) -> tuple[str, dict[str, Any]]:

@@ -213,6 +213,8 @@ def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
             for at in landings:
                 moved = [int(at.old[place]) for place in places.get(at.dim, [])]
                 places[at.dim] = sorted(moved + at.new.flatten().tolist())
+        for name, parameter in change.added.items():
+            found[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
     return found
 
 
@@ -232,7 +234,8 @@ def cost_of(dag: Dag, change: Change) -> Cost:
     weights = {layer.path("weight"): (node, layer) for node, layer in dag.layers.items()}
     used = [name for name in weights if name in added and parameters[name].ndim > 1]
     flops = sum(2 * added[name] * _positions(*weights[name]) for name in used)
-    return Cost(sum(added.values()), flops)
+    new = [branch.cost() for branch in change.branches]
+    return Cost(sum(added.values()) + sum(p for p, _ in new), flops + sum(f for _, f in new))
 
 
 def _positions(node: fx.Node, layer: Placed) -> int:

@@ -1,14 +1,17 @@
-"""Optimizer state that follows its parameters.
+"""Optimizers that follow the parameters of a growing model.
 
 Every growth of a parameter is logged with the parameter. State that an optimizer keeps for an earlier version of it
 is brought to the present one: old entries bit-equal, new ones zero. An optimizer that nobody passed is brought along
 just before its next step.
+
+New parameters of new layers are optimized along with one that was there: they join its group, and leave it again when
+the growth is undone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dagrow.errors import OptimizerError
 from dagrow.landings import Landing
 
-__all__ = ["carry", "check_optimizer", "log_growth", "log_undo", "refuse", "settle"]
+__all__ = [
+    "carry", "check_optimizer", "log_added", "log_growth", "log_removed", "log_undo", "refuse",
+    "refuse_new", "regroup", "settle",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +92,7 @@ FACTORED = {"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
 
 _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
+_beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak reference to the one it is optimized with, or None
 _hooked: list[Any] = []
 
 
@@ -95,6 +102,10 @@ def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
     for landing in landings:
         before[landing.dim] = len(landing.old)
     _log.setdefault(tensor, _History()).add(_Stage(torch.Size(before), tensor.shape, tuple(landings), False))
+    _watch_steps()
+
+
+def _watch_steps() -> None:
     if not _hooked:
         _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: carry(optimizer)))
 
@@ -108,8 +119,46 @@ def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
         _log[tensor].add(_Stage(torch.Size(before), tensor.shape, tuple(landings), True))
 
 
+def log_added(parameter: Tensor, beside: Tensor) -> None:
+    """Notes that a parameter is new, and which one it is optimized with."""
+    _beside[parameter] = ref(beside)
+    _watch_steps()
+
+
+def log_removed(parameter: Tensor) -> None:
+    """Notes that a new parameter has just been taken out again. May run twice."""
+    _beside[parameter] = None
+
+
+def regroup(optimizer: Optimizer) -> None:
+    """New parameters join the group of those that they are optimized with; those that were taken out leave."""
+    if not _beside or isinstance(optimizer, torch.optim.LBFGS):
+        return
+    mine = {id(p) for p in _parameters(optimizer)}
+    for parameter, reference in list(_beside.items()):
+        beside = None if reference is None else reference()
+        for group in optimizer.param_groups:
+            if beside is None and id(parameter) in mine:
+                group["params"][:] = [p for p in group["params"] if p is not parameter]
+                optimizer.state.pop(parameter, None)
+            elif beside is not None and id(parameter) not in mine and any(p is beside for p in group["params"]):
+                group["params"].append(parameter)
+                mine.add(id(parameter))
+                optimizer.state.update(_first_state(optimizer, parameter))
+
+
+def _first_state(optimizer: Optimizer, parameter: Tensor) -> dict[Tensor, Any]:
+    """What an optimizer of this kind holds of a parameter before its first step: nothing, for most."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return {}
+    return dict(type(optimizer)([parameter], **optimizer.defaults).state)
+
+
 def carry(optimizer: Optimizer) -> None:
-    """Brings all state of an optimizer to its parameters' present shapes. Raises OptimizerError before any change."""
+    """Brings all state of an optimizer to its parameters' present shapes, and new parameters into its groups.
+
+    Raises OptimizerError before any change."""
+    regroup(optimizer)
     seen = _seen.setdefault(optimizer, WeakTensorKeyDictionary())
     grown = [p for p in _parameters(optimizer) if p in _log and seen.get(p) != _log[p].version]
     if not grown:
@@ -143,6 +192,15 @@ def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
                     f"{tuple(parameter.shape)}: nothing says where new entries belong. Make a new optimizer after the "
                     "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
                 )
+
+
+def refuse_new(optimizer: Optimizer) -> None:
+    """Raises OptimizerError if an optimizer takes no new parameters."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            "LBFGS keeps one state for all parameters together, which new ones cannot join. Make a new LBFGS after the "
+            "growth, and leave optimizer= out, or use another optimizer."
+        )
 
 
 def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:

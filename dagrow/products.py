@@ -79,7 +79,7 @@ def _from_images(x: Feature, y: Feature, batch: Batch) -> Tensor | None:
     if patches is None:
         return None
     others = patches if x == y else _Patches.of(y, batch)
-    if others is not None and others.edge == patches.edge:
+    if others is not None and (others.edge, others.geometry) == (patches.edge, patches.geometry):
         return patches.with_patches(others)
     picture = y.picture(batch)
     if picture is None:
@@ -100,12 +100,11 @@ class _Patches:
     @classmethod
     def of(cls, x: Feature, batch: Batch) -> "_Patches | None":
         if isinstance(x, Sliding):
-            edge, image, bias = x.consumer, x.image(batch), False
+            edge, image, bias, geometry = x.consumer, x.image(batch), False, batch[x.consumer].geometry
         elif isinstance(x, Reads):
-            edge, image, bias = x.edge, x.image(batch), x.bias
+            edge, image, bias, geometry = x.edge, x.image(batch), x.bias, x.slides(batch)
         else:
             return None
-        geometry = batch[edge].geometry
         if geometry is None or image is None:
             return None
         return cls(edge, geometry, batch.grouped(_exact(image)), bias, batch)

@@ -18,13 +18,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dagrow.features import Feature, Goal, Reads
+from dagrow.features import Feature, Goal, Reads, Stacked
 from dagrow.linalg import Whitening, leading_subspace, leading_svd, whitening
 from dagrow.moments import Means, Pair
 
 __all__ = [
     "Block", "Compensation", "Directions", "Fit", "Move", "Remainder", "Stack", "best_move", "directions",
-    "explained_alone", "fan_out",
+    "explained_alone", "fan_out", "selected",
 ]  # fmt: skip
 
 LOST = 100  #: precision lost by regressing features out of others
@@ -49,7 +49,7 @@ class Block:
     """
 
     features: Feature
-    reads: Reads | None
+    reads: Reads | Stacked | None
     goal: Feature
     compensation: Compensation = "none"
     project: bool = True
@@ -311,3 +311,25 @@ def explained_alone(m: Means, block: Block, slots: int, ridge: float = 0.0) -> T
     damping = max(ridge, 100 * m.resolution) * rearrange(remainder.unit, "(u s) -> u s", s=slots)
     inverse = torch.linalg.pinv(p + torch.diag_embed(damping), hermitian=True)
     return torch.einsum("uso, ust, uto -> u", n, inverse, n)
+
+
+def selected(m: Means, block: Block, k: int, ridge: float = 0.0) -> Tensor:
+    """Forward selection: the feature that explains most beside those taken before, k times; as columns ``[p, k]``.
+
+    Each step takes the feature out of all others: ``P' <- P' - P'_j P'_j^T / P'_jj``, ``N <- N - P'_j N_j / P'_jj``.
+    """
+    remainder = Remainder(m, block)
+    p, n = remainder.gram(), remainder.rows(torch.eye(len(remainder.unit)).to(remainder.unit))
+    damping = (ridge + len(p) * remainder.resolution()) * remainder.unit
+    chosen: list[int] = []
+    for _ in range(min(k, len(p))):
+        free = p.diagonal() > damping * 1e-3
+        free[chosen] = False
+        worth = torch.where(free, n.square().sum(1) / (p.diagonal() + damping).clamp_min(1e-300), -1)
+        j = int(worth.argmax())
+        if worth[j] <= 0:
+            break
+        chosen.append(j)
+        column = p[:, j] / (p[j, j] + damping[j])
+        p, n = p - torch.outer(column, p[j]), n - torch.outer(column, n[j])
+    return torch.eye(len(p)).to(p)[:, chosen]

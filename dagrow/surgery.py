@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from dagrow.branches import attach, attached, detach
 from dagrow.dag import Dag
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.generated import wear
-from dagrow.optimizers import carry, log_growth, log_undo, refuse, settle
+from dagrow.optimizers import (
+    carry, log_added, log_growth, log_removed, log_undo, refuse, refuse_new, regroup, settle,
+)  # fmt: skip
 from dagrow.preserved import difference
 from dagrow.sharing import tensor_at
 from dagrow.undisturbed import AsFound
@@ -30,13 +33,14 @@ Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that s
 
 @contextlib.contextmanager
 def preview(dag: Dag, change: Change) -> Iterator[None]:
-    """Inside, the model has the forward and the stated widths of the grown network."""
+    """Inside, the model has the forward, the branches and the stated widths of the grown network."""
     model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
     grown = _kind(dag, change)
     try:
-        model.__class__ = grown
-        _state(model, change.attributes)
-        yield
+        with attached(model, change.branches):
+            model.__class__ = grown
+            _state(model, change.attributes)
+            yield
     finally:
         model.__class__ = found
         try:
@@ -48,7 +52,7 @@ def preview(dag: Dag, change: Change) -> Iterator[None]:
 
 def _kind(dag: Dag, change: Change) -> type[nn.Module]:
     """The class of the grown model: its own, or one whose forward is written anew."""
-    return wear(dag.program, change.literals) if change.written else type(dag.model)
+    return wear(dag.program, change.literals, change.branches) if change.written else type(dag.model)
 
 
 def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
@@ -69,13 +73,14 @@ class Saved:
 
     def __init__(self, model: nn.Module, change: Change) -> None:
         self.model, self.change = model, change
-        names = dict.fromkeys((*change.landings, *change.slope))
+        names = [name for name in dict.fromkeys((*change.landings, *change.slope)) if name not in change.added]
         self.tensors = {name: tensor_at(model, name) for name in names}
         self.storages = {name: tensor.detach() for name, tensor in self.tensors.items()}
         self.values = {
             name: tensor.detach().clone() for name, tensor in self.tensors.items() if name not in change.landings
         }
         self.gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
+        self.added: list[Tensor] = []  #: parameters of new layers
         self.attributes = _stated(model, change.attributes)
         self.kind = type(model)
 
@@ -90,13 +95,19 @@ class Saved:
                 tensor.grad = self.gradients[name]
         _state(self.model, self.attributes)
         self.model.__class__ = self.kind
+        for parameter in self.added:
+            log_removed(parameter)
+        detach(self.model, self.change.branches)
         for name, landings in self.change.landings.items():
             log_undo(self.tensors[name], landings)
 
     def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
         """Puts grown tensors and their forward in place; gradients get zeros where tensors are new."""
+        self._add(tensors)
         with torch.no_grad():
             for name, value in tensors.items():
+                if name in self.change.added:
+                    continue
                 tensor, landings = self.tensors[name], self.change.landings.get(name)
                 if landings is None:
                     tensor.copy_(value)
@@ -107,6 +118,17 @@ class Saved:
                 log_growth(tensor, landings)
         _state(self.model, self.change.attributes)
         self.model.__class__ = kind
+
+
+    def _add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts new layers in place, each to be optimized with the layer that it is added to."""
+        attach(self.model, self.change.branches, copied=True)
+        for branch in self.change.branches:
+            for name, parameter in self.model.get_submodule(branch.name).named_parameters(branch.name):
+                with torch.no_grad():
+                    parameter.copy_(tensors.get(name, parameter))
+                self.added.append(parameter)
+                log_added(parameter, tensor_at(self.model, branch.beside))
 
 
 def _resize(tensor: Tensor, value: Tensor) -> None:
@@ -145,6 +167,7 @@ class Undo:
         """Puts everything back. May run twice."""
         self.saved.restore()
         if self.optimizer is not None:
+            regroup(self.optimizer)
             for tensor in self.saved.tensors.values():
                 if tensor in self.state:
                     self.optimizer.state[tensor] = _kept(self.state[tensor], False)
@@ -210,6 +233,8 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
         refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
+        if change.branches:
+            refuse_new(optimizer)
 
     def write() -> None:
         undo.saved.write(tensors, kind)
@@ -252,6 +277,7 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
         if slope is not None:
             fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
         tensors[name] = pad(old, landings, fresh)
+    tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
     saved = Saved(copy, replace(change, slope={}))
     whole(lambda: saved.write(tensors, kind if change.written else type(copy)), saved.restore)
     return saved

@@ -1,0 +1,189 @@
+"""Branches: new layers between an activation and a pre-activation that was computed without them.
+
+A branch ``f`` turns ``a = W b`` into ``a = W b + f(x)``, where ``x`` is what some other layer reads.
+"""
+
+import contextlib
+import copy
+import inspect
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dagrow.errors import StoreError
+
+__all__ = ["Branch", "Record", "attach", "attached", "crossed", "described", "detach", "insert", "parameters_of", "rebuilt"]
+
+Record = tuple[str, str, str]  #: a branch's name, and the layers that it reads with and writes to
+#: of a weighted layer's arguments, those that state what it reads and writes
+WIDTHS = {"in_features", "out_features", "in_channels", "out_channels"}
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """New layers at their place in a graph.
+
+    Attributes:
+        name: of the new module, an attribute of the model.
+        module: what is computed, a layer or several in a row, with its weights at gamma = 0.
+        reader: the node of a layer; the branch reads ``source``, what that layer reads, just before it does.
+        writer: the node of a layer; the branch is added to what that layer writes.
+        reads, writes: the names of these layers.
+        beside: the parameter that the new ones are optimized with.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    reader: fx.Node = field(repr=False)
+    writer: fx.Node = field(repr=False)
+    source: fx.Node = field(repr=False)
+    reads: str
+    writes: str
+    beside: str
+
+    @property
+    def record(self) -> Record:
+        """How the branch is known once it is part of a model."""
+        return self.name, self.reads, self.writes
+
+    def cost(self) -> tuple[int, int]:
+        """Parameters, and FLOPs of a sample of the example that was traced."""
+        image = torch.empty(self.source.meta["val"].shape, device="meta")
+        twin = copy.deepcopy(self.module).to("meta", torch.float32)
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            twin(image)
+        return sum(p.numel() for p in self.module.parameters()), counted.get_total_flops() // len(image)
+
+
+def parameters_of(branches: Iterable[Branch]) -> dict[str, Tensor]:
+    """The parameters of branches, by the names that they will have in the model."""
+    return {f"{b.name}.{name}": p for b in branches for name, p in b.module.named_parameters()}
+
+
+# ---------------------------------------------------------------- in a model
+
+
+def attach(model: nn.Module, branches: Iterable[Branch], *, copied: bool) -> None:
+    """Makes branches part of a model: the modules themselves, for a look, or copies, for good."""
+    for branch in branches:
+        module = copy.deepcopy(branch.module) if copied else branch.module
+        module.train(model.training)
+        model._modules[branch.name] = module
+
+
+def detach(model: nn.Module, branches: Iterable[Branch]) -> None:
+    """Takes branches out of a model. May run twice."""
+    for branch in branches:
+        model._modules.pop(branch.name, None)
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
+    """Inside, the branches are part of the model."""
+    try:
+        attach(model, branches, copied=False)
+        yield
+    finally:
+        try:
+            detach(model, branches)
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            detach(model, branches)
+            raise
+
+
+# ---------------------------------------------------------------- in a graph
+
+
+def insert(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterable[Branch]) -> None:
+    """Puts branches into a copy of the graph that they were made for.
+
+    What reads the sum and comes before the branch has to wait for it.
+
+    Args:
+        copies: nodes of that graph and their copies.
+    """
+    for branch in branches:
+        reader, writer = copies[branch.reader], copies[branch.writer]
+        with graph.inserting_before(reader):
+            added = graph.call_module(branch.name, (copies[branch.source],))
+        needing = _dependent(writer)
+        late = [node for node in crossed(writer, added) if node in needing]
+        with graph.inserting_after(max(writer, added)):
+            total = graph.call_function(operator.add, (writer, added))
+        writer.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        last = total
+        for node in late:
+            last.append(node)
+            last = node
+
+
+def crossed(writer: fx.Node, reader: fx.Node) -> list[fx.Node]:
+    """The nodes that run after a layer has written and before another one reads; none if it reads before."""
+    found, node = [], writer.next
+    while node is not reader:
+        if node.op == "root":
+            return []
+        found.append(node)
+        node = node.next
+    return found
+
+
+def _dependent(origin: fx.Node) -> set[fx.Node]:
+    """Every node that needs this one."""
+    found, waiting = set(), [origin]
+    while waiting:
+        new = [user for user in waiting.pop().users if user not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
+# ---------------------------------------------------------------- in a file
+
+
+def described(module: nn.Module) -> list[dict[str, Any]]:
+    """The layers of a branch as plain values: the names of their classes in ``torch.nn`` and their arguments.
+
+    Raises StoreError for layers that are not torch's own."""
+    layers = list(module) if isinstance(module, nn.Sequential) else [module]
+    return [{"type": _own(layer), **_arguments(layer)} for layer in layers]
+
+
+def _own(layer: nn.Module) -> str:
+    name = type(layer).__name__
+    if getattr(nn, name, None) is not type(layer):
+        raise StoreError(
+            f"a new layer of type {name} cannot be saved: a file holds no code, and only layers of torch.nn can be "
+            "built again from their names. Save the model itself with torch.save, or grow with an activation of "
+            "torch.nn."
+        )
+    return name
+
+
+def _arguments(layer: nn.Module) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(layer).__init__).parameters if name not in ("self", "device")]
+    found = {name: getattr(layer, name) for name in names if hasattr(layer, name) and name != "dtype"}
+    return {name: value is not None if name == "bias" else value for name, value in found.items()}
+
+
+def rebuilt(layers: Sequence[Mapping[str, Any]], inputs: int, outputs: int) -> nn.Module:
+    """The inverse of :func:`described`, for other numbers of channels at both ends; all weights are zero."""
+    made = [dict(layer) for layer in layers]
+    weighted = [layer for layer in made if WIDTHS & layer.keys()]
+    for name in WIDTHS & weighted[0].keys():
+        if name.startswith("in"):
+            weighted[0][name] = inputs
+    for name in WIDTHS & weighted[-1].keys():
+        if name.startswith("out"):
+            weighted[-1][name] = outputs
+    modules = [getattr(nn, layer.pop("type"))(**layer) for layer in made]
+    module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    return module

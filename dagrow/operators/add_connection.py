@@ -1,0 +1,81 @@
+"""``AddConnection``: a new linear or convolutional layer from an activation to a pre-activation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dagrow.dag import Dag
+from dagrow.errors import GrowthError
+from dagrow.moments import Means
+from dagrow.operators.base import Candidate, Operator, check_names
+from dagrow.operators.links import Link, filled, links, refuse_unwritable
+from dagrow.operators.paths import PathCandidate, everything
+from dagrow.solve import Block, directions
+from dagrow.validate import neuron_ridges
+
+__all__ = ["AddConnection"]
+
+
+@dataclass(frozen=True)
+class AddConnection(Operator):
+    """Joins an earlier activation to a later pre-activation by a new layer: ``X = N^T (P - C S^-1 C^T)^-1``.
+
+    Linear layers join activations with as many positions; convolutions have the stride and the kernel that make one
+    grid of the other; from an image to features of a whole sample leads the mean over positions. The gain is
+    ``tr(X N)``. Pre-activations that read the activation already are left out, and all that would close a cycle.
+
+    Args:
+        rank: of the new weights, as two layers in a row without an activation; None for a single layer.
+        kernel: of new convolutions, the least; larger where the grids fit no other way.
+        targets: names of the edges whose pre-activations are considered; all by default.
+        ridge: relative to each feature's second moment; None chooses it by cross-validation.
+        folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+
+    Raises (from ``candidates``):
+        GrowthError: no forward with a new connection can be written for the model, or there is no place for one.
+    """
+
+    rank: int | None = None
+    kernel: int = 1
+    targets: tuple[str, ...] | None = None
+    ridge: float | None = None
+    folds: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("kernel", self.kernel)):
+            if (name != "rank" or value is not None) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise GrowthError(f"AddConnection({name}={value!r}): give a positive whole number.")
+        check_names(self, "targets")
+        self.check_regularisation(self.ridge)
+
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        refuse_unwritable(dag)
+        wanted = None if self.targets is None else {dag.edge(name).name for name in self.targets}
+        found = [link for link in links(dag, self.kernel) if wanted is None or wanted & {e.name for e in link.members}]
+        if not found:
+            raise GrowthError(
+                f"AddConnection: no activation can be joined to {', '.join(self.targets or ()) or 'any layer'}: what "
+                f"comes before is read already, or has another number of positions.\n{dag}"
+            )
+        basis, layout = (everything, _single) if self.rank is None else (self._leading, _pair)
+        ridges = neuron_ridges(self.ridge, self.folds)
+        return [
+            PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, ridges) for link in found
+        ]
+
+    def _leading(self, m: Means, block: Block, ridge: float) -> Tensor:
+        """The directions of the best fit of a given rank."""
+        assert self.rank is not None
+        return directions(m, [block], self.rank, ridge).alpha
+
+
+def _single(link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
+    return [filled(link.layer(link.outputs, link.bias), weights @ basis.T)]
+
+
+def _pair(link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
+    first = filled(link.layer(basis.shape[1], link.bias), basis.T)
+    return [first, filled(link.further(basis.shape[1], False), weights)]

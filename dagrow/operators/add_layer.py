@@ -1,0 +1,135 @@
+"""``AddLayer``: a new hidden layer on a new path between two activations."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dagrow.dag import Dag
+from dagrow.errors import GrowthError
+from dagrow.features import Hidden
+from dagrow.moments import Means, Moments, Pair
+from dagrow.objective import Objective
+from dagrow.operators.base import Candidate, Operator, check_names
+from dagrow.operators.links import Link, filled, links, refuse_unwritable
+from dagrow.operators.paths import PathCandidate
+from dagrow.ops import is_pointwise_module
+from dagrow.solve import Block, directions, selected
+from dagrow.validate import neuron_ridges
+
+__all__ = ["AddLayer"]
+
+OFFERED = 64  #: random directions that units are chosen from, at least
+PER_UNIT = 4  #: and for each unit
+
+
+@dataclass(frozen=True)
+class AddLayer(Operator):
+    """Lays a new path of k hidden units from an activation to a pre-activation: ``a <- a + X sigma(alpha^T x)``.
+
+    Fan-ins are chosen one after the other, each the one that explains most beside those before, among the directions of
+    linear theory, with both signs, and random ones. What units compute is measured, and the fan-out is the regression
+    of what the pre-activation still wants on it, exact for any activation.
+
+    Args:
+        k: hidden units.
+        activation: a module of ``torch.nn`` that works entry by entry.
+        kernel: of new convolutions, the least; larger where the grids fit no other way.
+        targets: names of the edges whose pre-activations are considered; all by default.
+        ridge: relative to each feature's second moment; None chooses it by cross-validation.
+        folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+        seed: of random directions.
+
+    Raises (from ``candidates``):
+        GrowthError: no forward with a new layer can be written for the model, or there is no place for one.
+    """
+
+    k: int
+    activation: nn.Module = field(default_factory=nn.ReLU)
+    kernel: int = 1
+    targets: tuple[str, ...] | None = None
+    ridge: float | None = None
+    folds: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("k", "kernel"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise GrowthError(f"AddLayer({name}={value!r}): give a positive whole number.")
+        sigma = self.activation
+        if not isinstance(sigma, nn.Module) or not is_pointwise_module(sigma) or any(True for _ in sigma.parameters()):
+            raise GrowthError(
+                f"AddLayer(activation={sigma!r}): give a module that computes each entry from itself alone and has no "
+                "parameters, such as torch.nn.ReLU() or torch.nn.GELU()."
+            )
+        check_names(self, "targets")
+        self.check_regularisation(self.ridge)
+
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        refuse_unwritable(dag)
+        wanted = None if self.targets is None else {dag.edge(name).name for name in self.targets}
+        found = [
+            link for link in links(dag, self.kernel, known=True)
+            if wanted is None or wanted & {edge.name for edge in link.members}
+        ]  # fmt: skip
+        if not found:
+            raise GrowthError(f"AddLayer: there is no activation to lay a path from:\n{dag}")
+        return [LayerCandidate(self, link) for link in found]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCandidate(Candidate):
+    """One place: units along directions that are offered, of which the fit takes the best."""
+
+    operator: AddLayer
+    link: Link
+
+    @property
+    def block(self) -> Block:
+        return self.link.block(self.link.features(True))
+
+    def pairs(self) -> list[Pair]:
+        return self.block.pairs()
+
+    def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
+        alpha = self._offered(moments)
+        if not alpha.shape[1]:
+            return None
+        hidden = Hidden(self.block.features, alpha, deepcopy(self.operator.activation))
+        ridges = neuron_ridges(self.operator.ridge, self.operator.folds)
+        return PathCandidate(
+            self.operator, self.link, hidden, self._chosen, _Layered(alpha, hidden.activation), self.operator.k, ridges,
+            invariant=False,
+        )  # fmt: skip
+
+    def _chosen(self, m: Means, block: Block, ridge: float) -> Tensor:
+        return selected(m, block, self.operator.k, ridge)
+
+    def _offered(self, m: Moments) -> Tensor:
+        """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random."""
+        p = m[self.block.features, self.block.features]
+        count = max(OFFERED, PER_UNIT * self.operator.k)
+        generator = torch.Generator().manual_seed(self.operator.seed + 7919 * len(self.link.dag.edges))
+        random = torch.randn(len(p), count, generator=generator, dtype=torch.float64).to(p)
+        alive = p.diagonal() > 0
+        random = random * torch.where(alive, p.diagonal(), 1).rsqrt()[:, None] * alive[:, None]
+        leading = directions(m, [self.block], self.operator.k, 0.1).alpha
+        alpha = torch.cat([leading, -leading, random], 1)
+        square = (alpha * (p @ alpha)).sum(0) / m.positions[self.block.features]
+        return (alpha * square.clamp_min(1e-300).rsqrt())[:, square > 0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layered:
+    """The layers of a path with hidden units."""
+
+    alpha: Tensor
+    activation: Any
+
+    def __call__(self, link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
+        first = filled(link.layer(basis.shape[1], True), (self.alpha @ basis).T)
+        return [first, deepcopy(self.activation), filled(link.further(basis.shape[1], False), weights)]

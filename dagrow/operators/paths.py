@@ -1,0 +1,128 @@
+"""New paths in closed form: what a new layer reads is regressed on what a pre-activation still wants.
+
+With ``p`` what the new layer reads, ``b`` what the pre-activation reads already and ``P' = P - C S^-1 C^T``, the best
+weights are ``X = N^T P'^-1``; the old weights move by ``-X C S^-1`` along, so that only what is new in ``p`` acts. A path
+of rank K has the leading K singular directions of ``P'^-1/2 N``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dagrow.draft import Draft
+from dagrow.features import Agreement, Feature, Remaining
+from dagrow.growth import Growth, cost_of
+from dagrow.moments import Means, Moments, Pair, Split
+from dagrow.objective import Objective
+from dagrow.operators.base import Candidate
+from dagrow.operators.links import Link
+from dagrow.solve import Block, Fit, Remainder, fan_out
+from dagrow.validate import HeldOut, settled, significant, validate_fan_out
+
+__all__ = ["Basis", "Layout", "PathCandidate", "everything"]
+
+#: combinations ``A [p, q]`` of the features that are fitted, from moments and a ridge for choosing them
+Basis = Callable[[Means, Block, float], Tensor]
+#: the layers of a path with ``a += X A^T p``, from ``A [p, q]`` and ``X [o, q]``; all but the last as they will be
+Layout = Callable[[Link, Tensor, Tensor], Sequence[nn.Module]]
+
+
+def everything(m: Means, block: Block, ridge: float) -> Tensor:
+    """All features, each by itself."""
+    p = m[block.features, block.features]
+    return torch.eye(len(p)).to(p)
+
+
+@dataclass(frozen=True, eq=False)
+class PathCandidate(Candidate):
+    """A path whose last layer is fitted.
+
+    Attributes:
+        features: what the fit is on: what the last layer reads, the constant last if it has a bias.
+        basis: which combinations of them.
+        layout: builds the layers, the last with its weights at gamma = 1.
+        neurons: new hidden units.
+        ridges: to choose from.
+    """
+
+    operator: Any
+    link: Link
+    features: Feature
+    basis: Basis
+    layout: Layout
+    neurons: int = 0
+    ridges: tuple[float, ...] = (0.0,)
+    invariant: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def block(self) -> Block:
+        return self.link.block(self.features)
+
+    def pairs(self) -> list[Pair]:
+        return self.block.pairs()
+
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
+        if not float(moments[self.features, self.features].diagonal().sum()):
+            return None
+        split = moments.split()
+        block = settled(split, self.block)
+        basis = self.basis(moments, block, self.ridges[0])
+        if not basis.shape[1]:
+            return None
+        if moments.folds == 1:
+            fit = fan_out(moments, block, basis, self.ridges[0])
+            return self._growth(basis, fit, None, True, objective)
+        held = validate_fan_out(split, block, basis, self.ridges)
+        fit = fan_out(moments, block, basis, held.ridge)
+        return Judged(self, basis, fit, held, self._agreement(split, block, held.ridge))
+
+    def _agreement(self, split: Split, block: Block, ridge: float) -> Agreement:
+        """What is fitted on the other folds, to be compared with each fold's goals."""
+        fits, moves = [], []
+        for train, _ in split:
+            basis = self.basis(train, block, self.ridges[0])
+            fit = fan_out(train, block, basis, ridge)
+            taken = Remainder(train, block).taken(basis)
+            fits.append((fit.weights @ basis.T, None if taken is None else fit.weights @ taken.T))
+            if block.reads is not None:
+                moves.append(train.whitening(block.reads, block.ridge).solve(train[block.reads, block.goal]).T)
+        goal = self.link.goal if block.reads is None else Remaining(self.link.goal, block.reads, moves)
+        return Agreement(self.features, goal, fits)
+
+    def _growth(
+        self, basis: Tensor, fit: Fit, held: HeldOut | None, real: bool, objective: Objective
+    ) -> Growth:  # fmt: skip
+        link, draft = self.link, Draft(self.link.dag)
+        layers = self.layout(link, basis, fit.weights)
+        draft.branch(link.branch(layers), layers[-1])
+        if fit.compensation is not None:
+            link.compensate(draft, fit.compensation)
+        change = draft.change()
+        return Growth(
+            self.operator, link.name, self.neurons, fit.gain, {link.target.name: fit.gain},
+            cost_of(link.dag, change), None if held is None else held.gain, None if held is None else held.error,
+            fit.drop, significant=real and (held is None or held.significant), invariant=self.invariant,
+            notes=(*self.notes, *((fit.note,) if fit.note else ())), change=change, dag=link.dag, objective=objective,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Judged(Candidate):
+    """A fitted path, of which one more pass tells whether it explains more than chance."""
+
+    origin: PathCandidate
+    basis: Tensor = field(repr=False)
+    fit: Fit = field(repr=False)
+    held: HeldOut
+    agreement: Agreement = field(repr=False)
+
+    def pairs(self) -> list[Pair]:
+        return [(self.agreement, self.agreement)]
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth:
+        real = significant(moments.sums[self.agreement, self.agreement].sum(0))
+        return self.origin._growth(self.basis, self.fit, self.held, real, objective)
