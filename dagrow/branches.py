@@ -7,6 +7,7 @@ import contextlib
 import copy
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,12 +147,12 @@ def _dependent(origin: fx.Node) -> set[fx.Node]:
 # ---------------------------------------------------------------- in a file
 
 
-def described(module: nn.Module) -> list[dict[str, Any]]:
-    """The layers of a branch as plain values: the names of their classes in ``torch.nn`` and their arguments.
+def described(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The layers of a branch by their names: the names of their classes in ``torch.nn`` and their arguments.
 
     Raises StoreError for layers that are not torch's own."""
-    layers = list(module) if isinstance(module, nn.Sequential) else [module]
-    return [{"type": _own(layer), **_arguments(layer)} for layer in layers]
+    layers = dict(module.named_children()) if isinstance(module, nn.Sequential) else {"": module}
+    return {name: {"type": _own(layer), **_arguments(layer)} for name, layer in layers.items()}
 
 
 def _own(layer: nn.Module) -> str:
@@ -171,18 +172,14 @@ def _arguments(layer: nn.Module) -> dict[str, Any]:
     return {name: value is not None if name == "bias" else value for name, value in found.items()}
 
 
-def rebuilt(layers: Sequence[Mapping[str, Any]], inputs: int, outputs: int) -> nn.Module:
+def rebuilt(layers: Mapping[str, Mapping[str, Any]], inputs: int, outputs: int) -> nn.Module:
     """The inverse of :func:`described`, for other numbers of channels at both ends; all weights are zero."""
-    made = [dict(layer) for layer in layers]
-    weighted = [layer for layer in made if WIDTHS & layer.keys()]
-    for name in WIDTHS & weighted[0].keys():
-        if name.startswith("in"):
-            weighted[0][name] = inputs
-    for name in WIDTHS & weighted[-1].keys():
-        if name.startswith("out"):
-            weighted[-1][name] = outputs
-    modules = [getattr(nn, layer.pop("type"))(**layer) for layer in made]
-    module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+    made = {name: dict(layer) for name, layer in layers.items()}
+    weighted = [layer for layer in made.values() if WIDTHS & layer.keys()]
+    for layer, side, size in ((weighted[0], "in_", inputs), (weighted[-1], "out_", outputs)):
+        layer.update({name: size for name in WIDTHS & layer.keys() if name.startswith(side)})
+    modules = {name: getattr(nn, layer.pop("type"))(**layer) for name, layer in made.items()}
+    module = modules[""] if "" in modules else nn.Sequential(OrderedDict(modules))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()

@@ -1,4 +1,4 @@
-"""Grown networks in files: widths and weights, no pickled code."""
+"""Grown networks in files: new layers, widths and weights, no pickled code."""
 
 import os
 import pickle
@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dagrow.branches import Branch, described, rebuilt
 from dagrow.dag import Dag, Rule, trace
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError, StoreError, first_line
+from dagrow.generated import branches_of
 from dagrow.surgery import apply, transaction, whole
 
 __all__ = ["load", "save"]
 
-FORMAT, VERSION = "dagrow", 1
+FORMAT, VERSION = "dagrow", 2
 
 
 def save(dag: Dag, path: str | os.PathLike[str]) -> None:
-    """Writes a model's widths and weights. A file that is there is replaced only when the new one is complete.
+    """Writes a model's new layers, widths and weights. A file that is there is replaced only when the new one is complete.
 
     The file is what ``torch.save`` makes of a dict of numbers and tensors; ``torch.load(path, weights_only=True)``
     reads it.
@@ -37,7 +39,8 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     odd = [name for name, value in state.items() if not isinstance(value, Tensor) or value.layout is not torch.strided]
     if odd:
         raise StoreError(f"{', '.join(odd)} in the model's state_dict cannot be saved: only dense tensors can.")
-    content = {"format": FORMAT, "version": VERSION, "widths": widths, "state": state}
+    branches = [[*record, described(dag.model.get_submodule(record[0]))] for record in branches_of(dag.model)]
+    content = {"format": FORMAT, "version": VERSION, "branches": branches, "widths": widths, "state": state}
     target = _path(path)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # all of the file, or none
@@ -60,7 +63,7 @@ def load(
     *,
     rules: Sequence[Rule] = (),
 ) -> Dag:
-    """Grows a freshly built model to the widths in a file, in place, and gives it the weights in the file.
+    """Grows a freshly built model to the layers and widths in a file, in place, and gives it the weights in the file.
 
     Args:
         model: as it was built before it grew, or anywhere on the way.
@@ -71,11 +74,13 @@ def load(
         StoreError: the file is none of ours, or of another architecture. The model is as it was.
         TraceError: the model cannot be traced.
     """
-    widths, state = _read(_path(path))
+    branches, widths, state = _read(_path(path))
     dag = trace(model, example_inputs, rules=rules)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:
+        for branch in branches:
+            _lay(dag, *branch)
         _check_axes(dag, widths)
         for name, width in widths.items():
             _widen(dag, name, width)
@@ -87,7 +92,7 @@ def load(
     return dag
 
 
-def _read(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
+def _read(path: Path) -> tuple[list[Any], dict[str, int], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -101,11 +106,37 @@ def _read(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
         )
     widths: Any = content.get("widths")
     state: Any = content.get("state")
-    complete = isinstance(widths, Mapping) and isinstance(state, Mapping)
+    branches: Any = content.get("branches")
+    complete = isinstance(widths, Mapping) and isinstance(state, Mapping) and isinstance(branches, list)
     whole_numbers = complete and all(type(width) is int for width in widths.values())
     if not whole_numbers or not all(isinstance(value, Tensor) for value in state.values()):
         raise StoreError(f"{path} is damaged: its widths or weights are missing. Save it again.")
-    return dict(widths), dict(state)
+    return branches, dict(widths), dict(state)
+
+
+def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds new layers as they were added to the model in the file."""
+    if (name, reads, writes) in branches_of(dag.model):
+        return
+    nodes = {layer.name: node for node, layer in dag.layers.items()}
+    missing = [layer for layer in (reads, writes) if layer not in nodes]
+    if missing or name in dag.model._modules or dag.unwritable:
+        why = f"it has no layer {missing[0]}" if missing else f"it has one {dag.unwritable}"
+        raise StoreError(
+            f"the model does not take the new layers {name} in the file: "
+            + (f"it has another {name}" if name in dag.model._modules else why)
+            + ". Build the model as it was built before it was grown and saved."
+        )
+    reader, writer = dag.edge(reads), dag.edge(writes)
+    value = reader.layer.inputs.meta["val"]
+    module = rebuilt(layers, value.shape[reader.rule.channel_dim(value.ndim)], writer.rule.widths(writer.module)[1])
+    module.to(writer.parameters()["weight"])
+    draft = Draft(dag)
+    draft.branch(
+        Branch(name, module, nodes[reads], nodes[writes], reader.layer.inputs, reads, writes, writer.path("weight")),
+        nn.Identity(),
+    )
+    apply(dag, draft.change(), 0.0)
 
 
 def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:

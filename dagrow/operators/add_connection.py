@@ -1,6 +1,6 @@
 """``AddConnection``: a new linear or convolutional layer from an activation to a pre-activation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -63,7 +63,8 @@ class AddConnection(Operator):
         basis, layout = (everything, _single) if self.rank is None else (self._leading, _pair)
         ridges = neuron_ridges(self.ridge, self.folds)
         return [
-            PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, ridges) for link in found
+            PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, None, ridges)
+            for link in found
         ]
 
     def _leading(self, m: Means, block: Block, ridge: float) -> Tensor:
@@ -72,10 +73,10 @@ class AddConnection(Operator):
         return directions(m, [block], self.rank, ridge).alpha
 
 
-def _single(link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
-    return [filled(link.layer(link.outputs, link.bias), weights @ basis.T)]
+def _single(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
+    return {"fan_out": filled(link.layer(link.outputs, link.bias), weights @ basis.T)}
 
 
-def _pair(link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
+def _pair(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
     first = filled(link.layer(basis.shape[1], link.bias), basis.T)
-    return [first, filled(link.further(basis.shape[1], False), weights)]
+    return {"fan_in": first, "fan_out": filled(link.further(basis.shape[1], False), weights)}

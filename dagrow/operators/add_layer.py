@@ -1,6 +1,6 @@
 """``AddLayer``: a new hidden layer on a new path between two activations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,8 +102,8 @@ class LayerCandidate(Candidate):
         hidden = Hidden(self.block.features, alpha, deepcopy(self.operator.activation))
         ridges = neuron_ridges(self.operator.ridge, self.operator.folds)
         return PathCandidate(
-            self.operator, self.link, hidden, self._chosen, _Layered(alpha, hidden.activation), self.operator.k, ridges,
-            invariant=False,
+            self.operator, self.link, hidden, self._chosen, _Layered(alpha, hidden.activation), self.operator.k, "hidden",
+            ridges, invariant=False,
         )  # fmt: skip
 
     def _chosen(self, m: Means, block: Block, ridge: float) -> Tensor:
@@ -130,6 +130,7 @@ class _Layered:
     alpha: Tensor
     activation: Any
 
-    def __call__(self, link: Link, basis: Tensor, weights: Tensor) -> Sequence[nn.Module]:
+    def __call__(self, link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
         first = filled(link.layer(basis.shape[1], True), (self.alpha @ basis).T)
-        return [first, deepcopy(self.activation), filled(link.further(basis.shape[1], False), weights)]
+        last = filled(link.further(basis.shape[1], False), weights)
+        return {"fan_in": first, "activation": deepcopy(self.activation), "fan_out": last}

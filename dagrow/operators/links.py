@@ -1,7 +1,9 @@
 """Where new paths can be laid: from an activation to a pre-activation that does not lead to it."""
 
+import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +15,7 @@ from dagrow.dag import Dag, Edge
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError
 from dagrow.features import Feature, Goal, MeanRead, Reads, Slid, Stacked
+from dagrow.generated import branches_of
 from dagrow.layers.linear import LinearRule
 from dagrow.patches import Geometry
 from dagrow.solve import Block
@@ -46,13 +49,18 @@ class Link:
     geometry: Geometry | None = None
     pooled: bool = False
 
-    @cached_property
-    def name(self) -> str:
-        """Of the new module: where it leads from and to."""
-        plain = f"{_origin(self.source, self.dag)}_to_{self.target.name}".replace(".", "_").strip("_")
-        plain = f"from_{plain}" if not plain.isidentifier() else plain
-        taken = {name for module in (self.dag.model,) for name in (*dir(module), *module._modules)}
-        return next(name for name in _numbered(plain) if name not in taken)
+    @property
+    def place(self) -> str:
+        """Where it leads from and to."""
+        return f"{_origin(self.source, self.dag)} -> {self.target.name}"
+
+    def named(self, kind: str | None = None) -> str:
+        """A name for the new module: where it leads from and to, or a kind with a number."""
+        plain = kind or "_to_".join(_short(end, self.dag) for end in self.place.split(" -> "))
+        plain = plain if plain.isidentifier() else f"from_{plain}"
+        model, count = self.dag.model, itertools.count(1 if kind else 2)
+        names = itertools.chain([] if kind else [plain], (f"{plain}{'' if kind else '_'}{n}" for n in count))
+        return next(name for name in names if name not in model._modules and not hasattr(model, name))
 
     @property
     def movable(self) -> tuple[Edge, ...]:
@@ -118,14 +126,15 @@ class Link:
         rule, value = self.reader.rule, self.source.meta["val"]
         return value.shape[rule.channel_dim(value.ndim)]
 
-    def branch(self, layers: Sequence[nn.Module]) -> Branch:
-        """The new layers, at their place."""
+    def branch(self, name: str, layers: Mapping[str, nn.Module]) -> Branch:
+        """The new layers by their names, at their place."""
         if self.pooled:
-            space = self.source.meta["val"].ndim - 2
-            layers = [_MEANS[space - 1](1), nn.Flatten(1), *layers]
-        module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+            mean = _MEANS[self.source.meta["val"].ndim - 3](1)
+            layers = {"mean": mean, "flatten": nn.Flatten(1), **layers}
+        several = nn.Sequential(OrderedDict(layers))
+        module = several if len(layers) > 1 else several[0]
         return Branch(
-            self.name, module, self.reading, self.writing, self.source, self.reader.name, self.target.name,
+            name, module, self.reading, self.writing, self.source, self.reader.name, self.target.name,
             self.target.path("weight"),
         )  # fmt: skip
 
@@ -156,8 +165,9 @@ def links(dag: Dag, kernel: int = 1, *, known: bool = False) -> list[Link]:
     nodes = {layer.name: node for node, layer in dag.layers.items()}
     edges = [edge for edge in dag.edges if not edge.shared]
     found = []
+    new = {branch for branch, *_ in branches_of(dag.model)}
     for members in _summed(edges, nodes):
-        target = members[0]
+        target = min(members, key=lambda edge: edge.name.partition(".")[0] in new)  # the user's own first
         beyond = _beyond(nodes[target.name])
         heard = {edge.layer.inputs for edge in members}
         for reader in _readers(edges):
@@ -264,7 +274,7 @@ def _line(size: int, wanted: int, kernel: int) -> tuple[int, int, int] | None:
 
 
 def _origin(node: fx.Node, dag: Dag) -> str:
-    """The layer that an activation comes from, the last one if there are several, or the input."""
+    """The layer that an activation comes from, or the input; the last one if there are several, new connections aside."""
     waiting, seen, found = [node], set(), []
     while waiting:
         one = waiting.pop()
@@ -277,15 +287,15 @@ def _origin(node: fx.Node, dag: Dag) -> str:
             found.append((one, dag.layers[one].name))
         else:
             waiting += one.all_input_nodes
-    return max(found)[1] if found else node.name
+    bypasses = {name for name, *_ in branches_of(dag.model)}
+    return max(found, key=lambda one: (one[1] not in bypasses, one[0]))[1] if found else node.name
 
 
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    count = 2
-    while True:
-        yield f"{name}_{count}"
-        count += 1
+def _short(name: str, dag: Dag) -> str:
+    """A layer's name as part of another: of new layers the name of their branch."""
+    branches = {branch for branch, *_ in branches_of(dag.model)}
+    first = name.partition(".")[0]
+    return first if first in branches else name.replace(".", "_").strip("_")
 
 
 def _blank(module: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ weights are ``X = N^T P'^-1``; the old weights move by ``-X C S^-1`` along, so t
 of rank K has the leading K singular directions of ``P'^-1/2 N``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ __all__ = ["Basis", "Layout", "PathCandidate", "everything"]
 #: combinations ``A [p, q]`` of the features that are fitted, from moments and a ridge for choosing them
 Basis = Callable[[Means, Block, float], Tensor]
 #: the layers of a path with ``a += X A^T p``, from ``A [p, q]`` and ``X [o, q]``; all but the last as they will be
-Layout = Callable[[Link, Tensor, Tensor], Sequence[nn.Module]]
+Layout = Callable[[Link, Tensor, Tensor], Mapping[str, nn.Module]]
 
 
 def everything(m: Means, block: Block, ridge: float) -> Tensor:
@@ -45,6 +45,7 @@ class PathCandidate(Candidate):
         basis: which combinations of them.
         layout: builds the layers, the last with its weights at gamma = 1.
         neurons: new hidden units.
+        kind: what the new module is called, with a number; by where it leads if None.
         ridges: to choose from.
     """
 
@@ -54,6 +55,7 @@ class PathCandidate(Candidate):
     basis: Basis
     layout: Layout
     neurons: int = 0
+    kind: str | None = None
     ridges: tuple[float, ...] = (0.0,)
     invariant: bool = True
     notes: tuple[str, ...] = ()
@@ -98,12 +100,12 @@ class PathCandidate(Candidate):
     ) -> Growth:  # fmt: skip
         link, draft = self.link, Draft(self.link.dag)
         layers = self.layout(link, basis, fit.weights)
-        draft.branch(link.branch(layers), layers[-1])
+        draft.branch(link.branch(link.named(self.kind), layers), [*layers.values()][-1])
         if fit.compensation is not None:
             link.compensate(draft, fit.compensation)
         change = draft.change()
         return Growth(
-            self.operator, link.name, self.neurons, fit.gain, {link.target.name: fit.gain},
+            self.operator, link.place, self.neurons, fit.gain, {link.target.name: fit.gain},
             cost_of(link.dag, change), None if held is None else held.gain, None if held is None else held.error,
             fit.drop, significant=real and (held is None or held.significant), invariant=self.invariant,
             notes=(*self.notes, *((fit.note,) if fit.note else ())), change=change, dag=link.dag, objective=objective,
