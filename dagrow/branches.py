@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
 from dagrow.errors import StoreError
 
-__all__ = ["Branch", "Record", "attach", "attached", "crossed", "described", "detach", "insert", "parameters_of", "rebuilt"]
+__all__ = ["Branch", "Record", "attach", "attached", "blank", "crossed", "described", "detach", "insert", "parameters_of", "rebuilt"]
 
 Record = tuple[str, str, str]  #: a branch's name, and the layers that it reads with and writes to
 #: of a weighted layer's arguments, those that state what it reads and writes
@@ -178,8 +179,17 @@ def rebuilt(layers: Mapping[str, Mapping[str, Any]], inputs: int, outputs: int) 
     weighted = [layer for layer in made.values() if WIDTHS & layer.keys()]
     for layer, side, size in ((weighted[0], "in_", inputs), (weighted[-1], "out_", outputs)):
         layer.update({name: size for name in WIDTHS & layer.keys() if name.startswith(side)})
-    modules = {name: getattr(nn, layer.pop("type"))(**layer) for name, layer in made.items()}
-    module = modules[""] if "" in modules else nn.Sequential(OrderedDict(modules))
+    modules = {name: _made(getattr(nn, layer.pop("type")), layer) for name, layer in made.items()}
+    return blank(modules[""] if "" in modules else nn.Sequential(OrderedDict(modules)))
+
+
+def _made(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """Draws no random numbers."""
+    return skip_init(kind, **arguments) if WIDTHS & arguments.keys() else kind(**arguments)
+
+
+def blank(module: nn.Module) -> nn.Module:
+    """The module, all its parameters zero."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()

@@ -3,6 +3,7 @@
 Nothing here uses the package's moments or solvers.
 """
 
+import copy
 import pickle
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagrow.branches import Branch
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.draft import Change
 from dagrow.growth import Growth
+from dagrow.layers import DEFAULT_RULES, EdgeRule, rule_for, with_constant
 from dagrow.objective import Loss, Objective
 from dagrow.sharing import tensor_at
 from dagrow.surgery import preview
@@ -165,6 +168,16 @@ class Target:
         return float((self.wanted.square() - (self.wanted - written).square()).sum()) / self.samples
 
 
+@dataclass(frozen=True)
+class Look:
+    """What an edge reads, as it comes and as rows; and minus the gradient of each sample's loss at a zero that is added
+    to what it writes, as rows."""
+
+    inputs: Tensor
+    read: Tensor
+    goal: Tensor
+
+
 def observe(
     growth: Growth, batches: Sequence[Any], loss: Loss, mode: str, *, project: bool = True, paired: bool = False
 ) -> list[Target]:
@@ -176,6 +189,8 @@ def observe(
     """
     dag, names = growth.dag, list(growth.gain_from)
     objective = Objective(dag.model, batches, loss, mode=mode)
+    if growth.change.branches:
+        return [_joined(growth, branch, objective) for branch in growth.change.branches]
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
     before = _look(objective, edges if producer is None or producer.name in names else [*edges, producer])
@@ -183,7 +198,7 @@ def observe(
         grown = _look(objective, edges, growth.change.tensors(dag.model, 0.0))
     samples = sum(n for _, n in objective)
     return [
-        _target(growth.change, edge, before, grown[edge.name][0], producer, samples, project, paired) for edge in edges
+        _target(growth.change, edge, before, grown[edge.name].read, producer, samples, project, paired) for edge in edges
     ]
 
 
@@ -193,10 +208,10 @@ def _only_producer(dag: Dag, where: str, targets: int) -> Edge | None:
 
 
 def _target(
-    change: Change, edge: Edge, before: dict[str, tuple[Tensor, Tensor]], read: Tensor, producer: Edge | None,
+    change: Change, edge: Edge, before: Mapping[str, Look], read: Tensor, producer: Edge | None,
     samples: int, project: bool, paired: bool,
 ) -> Target:  # fmt: skip
-    reads, goal = before[edge.name]
+    reads, goal = before[edge.name].read, before[edge.name].goal
     if edge.bias:
         reads = torch.cat([reads, reads.new_ones(len(reads), 1)], 1)
     wanted = goal - regressed(reads, goal) if project and edge.trainable else goal
@@ -215,7 +230,7 @@ def _target(
             new = (new[:, ::2] - new[:, 1::2] if paired else new).flatten(1)
     centred = edge.trainable and edge.bias
     new = new - new.mean(0) if centred and len(new) else new
-    offered = None if producer is None else before[producer.name][0]
+    offered = None if producer is None else before[producer.name].read
     if offered is not None and producer is not None:
         offered = offered - offered.mean(0) if centred and producer.bias else offered
         exact = len(offered) == len(new) and (producer.bias or not edge.bias)
@@ -230,6 +245,46 @@ def _target(
         offered,
         _certain(torch.cat([reads, new], 1)) if len(new) == len(reads) else _certain(reads),
     )
+
+
+def _joined(growth: Growth, branch: Branch, objective: Objective) -> Target:
+    """The pre-activation that a branch is added to, and the moves of layers that come with it."""
+    dag, change = growth.dag, growth.change
+    target, reader = dag.edge(branch.writes), dag.edge(branch.reads)
+    movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or [target] * target.trainable
+    seen = _look(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
+    known = [seen[edge.name].read for edge in movers]
+    goal = seen[target.name].goal
+    if any(edge.bias for edge in movers):
+        known.append(goal.new_ones(len(goal), 1))
+    reads = torch.cat(known, 1) if known else goal[:, :0]
+    module = copy.deepcopy(branch.module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters(branch.name):
+            parameter += change.slope.get(name, 0)
+    read, written = _run(module, seen[reader.name].inputs, target)
+    for edge in movers:
+        slope, bias = change.slope.get(edge.path("weight")), change.slope.get(edge.path("bias"))
+        if slope is not None:
+            written = written + seen[edge.name].read @ edge.matrix(slope).flatten(1).T + (0 if bias is None else bias)
+    samples = sum(n for _, n in objective)
+    new = read - regressed(reads, read)
+    return Target(
+        samples, float(goal.square().sum()) / samples, goal - regressed(reads, goal), written, new, None,
+        _certain(torch.cat([reads, read], 1)),
+    )  # fmt: skip
+
+
+def _run(module: nn.Module, inputs: Tensor, target: Edge) -> tuple[Tensor, Tensor]:
+    """What the last of some layers reads, with the constant of its bias, and what it writes, as rows."""
+    layers = list(module.children()) or [module]
+    with torch.no_grad():
+        for layer in layers[:-1]:
+            inputs = layer(inputs)
+        last, outputs = rule_for(layers[-1], DEFAULT_RULES), layers[-1](inputs)
+    assert isinstance(last, EdgeRule)
+    bias = getattr(layers[-1], "bias", None) is not None
+    return with_constant(last.features(layers[-1], inputs), bias), target.rule.rows(target.module, outputs)
 
 
 def _certain(x: Tensor) -> bool:
@@ -250,30 +305,33 @@ def regressed(x: Tensor, y: Tensor) -> Tensor:
 
 def _look(
     objective: Objective, edges: Iterable[Edge], tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What edges read, and minus the gradient of each sample's loss at a zero that is added to what they write."""
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {edge.name: [] for edge in edges}
+) -> dict[str, Look]:  # fmt: skip
     edges, reduction = list(edges), objective.reduction
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {edge.name: [] for edge in edges}
     with undisturbed(objective.model), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         for batch, n in objective:
             caught: dict[str, tuple[Tensor, Tensor]] = {}
-            with Watch(objective.model, [edge.layer for edge in edges], _probe(edges, caught)):
+            with Watch(objective.model, [edge.layer for edge in edges], _probe(caught)):
                 loss = objective.value(batch, tensors)
             probes = [caught[edge.name][1] for edge in edges]
             slopes = torch.autograd.grad(loss * (n if reduction == "mean" else 1), probes, materialize_grads=True)
             for edge, gradient in zip(edges, slopes, strict=True):
                 found[edge.name].append((caught[edge.name][0], edge.rule.rows(edge.module, -gradient)))
-    return {name: (torch.cat([x for x, _ in parts]), torch.cat([v for _, v in parts])) for name, parts in found.items()}
+    return {edge.name: _joined_look(edge, found[edge.name]) for edge in edges}
 
 
-def _probe(edges: Iterable[Edge], caught: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    by_name = {edge.name: edge for edge in edges}
+def _joined_look(edge: Edge, parts: Sequence[tuple[Tensor, Tensor]]) -> Look:
+    inputs = [x for x, _ in parts]
+    read = torch.cat([edge.rule.features(edge.module, x) for x in inputs])
+    same = all(x.shape[1:] == inputs[0].shape[1:] for x in inputs)
+    return Look(torch.cat(inputs) if same else inputs[0], read, torch.cat([v for _, v in parts]))
 
+
+def _probe(caught: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     def catch(name: str, inputs: Tensor, output: Tensor) -> Tensor:
         probe = torch.zeros_like(output, requires_grad=True)
-        edge = by_name[name]
-        caught[name] = edge.rule.features(edge.module, inputs.detach()).clone(), probe
+        caught[name] = inputs.detach().clone(), probe
         return output + probe
 
     return catch

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from dagrow.branches import Branch, parameters_of
 from dagrow.dag import Axis, Dag, Edge
 from dagrow.errors import GrowthError
+from dagrow.generated import wear
 from dagrow.labels import Rider
 from dagrow.landings import Landing
 from dagrow.program import Program
@@ -52,6 +53,14 @@ class Change:
     def added(self) -> dict[str, Tensor]:
         """Parameters that the model has not got yet, at gamma = 0."""
         return parameters_of(self.branches)
+
+    def kind(self, model: nn.Module) -> type[nn.Module]:
+        """The class of the grown model: its own, or one whose forward is written anew."""
+        return self._written if self.written else type(model)
+
+    @cached_property
+    def _written(self) -> type[nn.Module]:
+        return wear(self.program, self.literals, self.branches)
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
         """Parameters and buffers that differ from the model's, at an amplitude."""

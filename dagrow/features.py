@@ -473,4 +473,4 @@ class Agreement(Feature):
         explained = self.source.projected(batch, x.T)
         if taken is not None and isinstance(self.goal, Remaining):
             explained = explained - self.goal.reads.projected(batch, taken.T)
-        return (explained * self.goal.rows(batch)).view(batch.samples, -1).sum(1).double()
+        return (explained * self.goal.rows(batch)).reshape(batch.samples, -1).sum(1).double()

@@ -17,7 +17,6 @@ from dagrow.branches import attach, attached, detach
 from dagrow.dag import Dag
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
-from dagrow.generated import wear
 from dagrow.optimizers import (
     carry, log_added, log_growth, log_removed, log_undo, refuse, refuse_new, regroup, settle,
 )  # fmt: skip
@@ -35,7 +34,7 @@ Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that s
 def preview(dag: Dag, change: Change) -> Iterator[None]:
     """Inside, the model has the forward, the branches and the stated widths of the grown network."""
     model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
-    grown = _kind(dag, change)
+    grown = change.kind(dag.model)
     try:
         with attached(model, change.branches):
             model.__class__ = grown
@@ -48,11 +47,6 @@ def preview(dag: Dag, change: Change) -> Iterator[None]:
         except BaseException:  # an interrupt while cleaning up: finish the cleaning first
             _state(model, before)
             raise
-
-
-def _kind(dag: Dag, change: Change) -> type[nn.Module]:
-    """The class of the grown model: its own, or one whose forward is written anew."""
-    return wear(dag.program, change.literals, change.branches) if change.written else type(dag.model)
 
 
 def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
@@ -229,7 +223,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
             "forward depends on the width in a way that its graph does not show. Leave this axis out."
         )
     tensors = change.tensors(dag.model, gamma)
-    kind = _kind(dag, change)
+    kind = change.kind(dag.model)
     undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
         refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
@@ -252,7 +246,7 @@ def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
     """Inside, the model is grown in place; the dag still shows what it was."""
     tensors, saved = change.tensors(dag.model, gamma), Saved(dag.model, change)
     try:
-        saved.write(tensors, _kind(dag, change))
+        saved.write(tensors, change.kind(dag.model))
         yield
     finally:
         try:

@@ -144,7 +144,7 @@ def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     for growth, targets in _observed(_exact(operator), case):
-        if not growth.drop or not growth.neurons:
+        if not growth.drop or not (growth.neurons or growth.change.branches):
             continue
         for t in targets:
             for scale in (1.0, 1e-2, 1e-4) * draws:
@@ -235,16 +235,21 @@ def regrowth(operator: Operator, case: Case) -> None:
     keys, optimizer = set(dag.model.state_dict()), torch.optim.Adam(dag.model.parameters(), lr=1e-4)
     _step(case, dag.model, optimizer)
     picklable = is_picklable(case.model)
-    for where in [g.where for g in case.propose(operator, dag) for _ in range(2)]:
+    first = case.propose(operator, dag)
+    places = [g.where for g in first if not g.change.branches] + [g.where for g in first if g.change.branches][:2]
+    for where in [where for where in places for _ in range(2)]:
         for growth in [g for g in case.propose(operator, dag) if g.where == where][:1]:
             gamma = _gentle(growth)
             widths, predicted = {axis.name: axis.width for axis in dag.axes}, growth.loss(gamma)
             receipt = growth.apply(gamma, optimizer=optimizer)
             close(Objective(dag.model, case.batches, case.loss, mode=case.mode).mean(), predicted, f"{growth} applied",
                    rtol=1e-9, atol=1e-12)  # fmt: skip
-            grown = {axis.name: axis.width - widths[axis.name] for axis in dag.axes if axis.width != widths[axis.name]}
-            assert grown == ({where: growth.neurons} if growth.neurons else {}), f"{growth} widened {grown}"
-            assert bool(receipt.parameters) == bool(growth.neurons), f"{receipt} tells of {receipt.parameters}"
+            grown = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
+            grown = {name: more for name, more in grown.items() if more}
+            wider = {where: growth.neurons} if growth.neurons and not growth.change.branches else {}
+            assert grown == wider, f"{growth} widened {grown}"
+            new = bool(growth.neurons or growth.change.branches)
+            assert bool(receipt.parameters) == new, f"{receipt} tells of {receipt.parameters}"
             _step(case, dag.model, optimizer)
     now = {name: id(p) for name, p in dag.model.named_parameters(remove_duplicate=False)}
     assert {name: now.get(name) for name in identities} == identities, "a parameter has lost its identity"
@@ -354,7 +359,7 @@ def _certain(growth: Growth, case: Case) -> bool:
 def _observed(operator: Operator, case: Case) -> Iterator[tuple[Growth, list[Target]]]:
     paired, unprojected = getattr(operator, "paired", False), getattr(operator, "solver", "") == "unprojected"
     for growth in case.propose(operator, case.copy()):
-        project = growth.neurons > 0 and not unprojected
+        project = (growth.neurons > 0 or bool(growth.change.branches)) and not unprojected
         targets = observe(growth, case.batches, case.loss, case.mode, project=project, paired=paired)
         if all(target.certain for target in targets):
             yield growth, targets

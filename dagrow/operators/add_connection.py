@@ -33,7 +33,8 @@ class AddConnection(Operator):
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
 
     Raises (from ``candidates``):
-        GrowthError: no forward with a new connection can be written for the model, or there is no place for one.
+        GrowthError: no forward with a new connection can be written for the model, or a target that was asked for can
+            take none.
     """
 
     rank: int | None = None
@@ -53,13 +54,7 @@ class AddConnection(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
-        wanted = None if self.targets is None else {dag.edge(name).name for name in self.targets}
-        found = [link for link in links(dag, self.kernel) if wanted is None or wanted & {e.name for e in link.members}]
-        if not found:
-            raise GrowthError(
-                f"AddConnection: no activation can be joined to {', '.join(self.targets or ()) or 'any layer'}: what "
-                f"comes before is read already, or has another number of positions.\n{dag}"
-            )
+        found = links(dag, self.kernel, self.targets)
         basis, layout = (everything, _single) if self.rank is None else (self._leading, _pair)
         ridges = neuron_ridges(self.ridge, self.folds)
         return [
@@ -79,4 +74,4 @@ def _single(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Modul
 
 def _pair(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
     first = filled(link.layer(basis.shape[1], link.bias), basis.T)
-    return {"fan_in": first, "fan_out": filled(link.further(basis.shape[1], False), weights)}
+    return {"fan_in": first, "fan_out": filled(link.further(basis.shape[1]), weights)}

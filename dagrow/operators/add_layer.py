@@ -44,7 +44,8 @@ class AddLayer(Operator):
         seed: of random directions.
 
     Raises (from ``candidates``):
-        GrowthError: no forward with a new layer can be written for the model, or there is no place for one.
+        GrowthError: no forward with a new layer can be written for the model, or a target that was asked for can take
+            none.
     """
 
     k: int
@@ -71,14 +72,7 @@ class AddLayer(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
-        wanted = None if self.targets is None else {dag.edge(name).name for name in self.targets}
-        found = [
-            link for link in links(dag, self.kernel, known=True)
-            if wanted is None or wanted & {edge.name for edge in link.members}
-        ]  # fmt: skip
-        if not found:
-            raise GrowthError(f"AddLayer: there is no activation to lay a path from:\n{dag}")
-        return [LayerCandidate(self, link) for link in found]
+        return [LayerCandidate(self, link) for link in links(dag, self.kernel, self.targets, known=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,5 +126,5 @@ class _Layered:
 
     def __call__(self, link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
         first = filled(link.layer(basis.shape[1], True), (self.alpha @ basis).T)
-        last = filled(link.further(basis.shape[1], False), weights)
+        last = filled(link.further(basis.shape[1]), weights)
         return {"fan_in": first, "activation": deepcopy(self.activation), "fan_out": last}

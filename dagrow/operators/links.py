@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 
-from dagrow.branches import Branch, crossed
+from dagrow.branches import Branch, blank, crossed
 from dagrow.dag import Dag, Edge
 from dagrow.draft import Draft
 from dagrow.errors import GrowthError
@@ -99,23 +101,21 @@ class Link:
 
     def layer(self, outputs: int, bias: bool) -> nn.Module:
         """A new layer that reads the activation, all zero."""
-        like = self.target.parameters()["weight"]
-        made: nn.Module
         if self.geometry is None:
-            made = nn.Linear(self._inputs, outputs, bias)
-        else:
-            made = _CONVOLUTIONS[self.geometry.space - 1](
-                self._inputs, outputs, self.geometry.kernel, self.geometry.stride,
-                tuple(before for before, _ in self.geometry.margins), bias=bias,
-            )  # fmt: skip
-        return _blank(made).to(like)
+            return self._blank(nn.Linear, self._inputs, outputs, bias=bias)
+        margins = tuple(before for before, _ in self.geometry.margins)
+        kind, *slides = _CONVOLUTIONS[self.geometry.space - 1], self.geometry.kernel, self.geometry.stride, margins
+        return self._blank(kind, self._inputs, outputs, *slides, bias=bias)
 
-    def further(self, inputs: int, bias: bool) -> nn.Module:
-        """A new layer that reads another new one and writes the pre-activation, all zero."""
-        like, outputs = self.target.parameters()["weight"], self.target.rule.widths(self.target.module)[1]
+    def further(self, inputs: int) -> nn.Module:
+        """A new layer that reads another new one and writes the pre-activation, all zero and without a bias."""
         if self.geometry is None:
-            return _blank(nn.Linear(inputs, outputs, bias)).to(like)
-        return _blank(_CONVOLUTIONS[self.geometry.space - 1](inputs, outputs, 1, bias=bias)).to(like)
+            return self._blank(nn.Linear, inputs, self.outputs, bias=False)
+        return self._blank(_CONVOLUTIONS[self.geometry.space - 1], inputs, self.outputs, 1, bias=False)
+
+    def _blank(self, kind: type[nn.Module], *sizes: Any, bias: bool) -> nn.Module:
+        made: nn.Module = skip_init(kind, *sizes, bias=bias)  # draws no random numbers
+        return blank(made).to(self.target.parameters()["weight"])
 
     @property
     def outputs(self) -> int:
@@ -155,29 +155,45 @@ def refuse_unwritable(dag: Dag) -> None:
         )
 
 
-def links(dag: Dag, kernel: int = 1, *, known: bool = False) -> list[Link]:
+def links(dag: Dag, kernel: int = 1, targets: Sequence[str] | None = None, *, known: bool = False) -> list[Link]:
     """Every pair of an activation and a pre-activation that a new path could join without a cycle.
 
     Args:
         kernel: the smallest kernel of new convolutions; larger where the grids fit no other way.
+        targets: names of layers whose pre-activations are meant; all by default.
         known: whether activations are offered to pre-activations that read them already.
+
+    Raises GrowthError for a target that no path can lead to.
     """
     nodes = {layer.name: node for node, layer in dag.layers.items()}
     edges = [edge for edge in dag.edges if not edge.shared]
-    found = []
     new = {branch for branch, *_ in branches_of(dag.model)}
+    found: list[Link] = []
     for members in _summed(edges, nodes):
         target = min(members, key=lambda edge: edge.name.partition(".")[0] in new)  # the user's own first
-        beyond = _beyond(nodes[target.name])
+        beyond, writing = _beyond(nodes[target.name]), nodes[target.name]
         heard = {edge.layer.inputs for edge in members}
         for reader in _readers(edges):
-            source, spot = reader.layer.inputs, (nodes[reader.name], nodes[target.name])
-            if source in beyond or (source in heard and not known) or _unsafe(dag, *spot):
+            source, reading = reader.layer.inputs, nodes[reader.name]
+            if source in beyond or (source in heard and not known) or _unsafe(dag, reading, writing):
                 continue
-            form = _form(source, reader, target, spot[1], kernel)
+            form = _form(source, reader, target, writing, kernel)
             if form is not None:
-                found.append(Link(dag, reader, source, spot[0], target, spot[1], members, *form))
-    return found
+                found.append(Link(dag, reader, source, reading, target, writing, members, *form))
+    return found if targets is None else _meant(dag, found, targets)
+
+
+def _meant(dag: Dag, found: Sequence[Link], targets: Sequence[str]) -> list[Link]:
+    reached = {edge.name for link in found for edge in link.members}
+    missing = [name for name in targets if dag.edge(name).name not in reached]
+    if missing:
+        why = next((edge.shared for edge in map(dag.edge, missing) if edge.shared), None)
+        raise GrowthError(
+            f"no new path can lead to {', '.join(missing)}: "
+            + (why or "all that comes before is read there already, or has another number of positions")
+            + ". Leave it out of targets=."
+        )
+    return [link for link in found if {edge.name for edge in link.members} & set(targets)]
 
 
 def _readers(edges: Sequence[Edge]) -> Iterator[Edge]:
@@ -296,13 +312,6 @@ def _short(name: str, dag: Dag) -> str:
     branches = {branch for branch, *_ in branches_of(dag.model)}
     first = name.partition(".")[0]
     return first if first in branches else name.replace(".", "_").strip("_")
-
-
-def _blank(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    return module
 
 
 def filled(layer: nn.Module, matrix: Tensor) -> nn.Module:

@@ -1,0 +1,46 @@
+"""Every law for new connections and new layers, over drawn models and drawn images."""
+
+import images
+import pytest
+import zoo
+from hypothesis import assume, given
+from test_laws import LAW
+from torch import nn
+
+from dagrow import AddConnection, AddLayer, testing
+from dagrow.operators import Operator
+from dagrow.operators.links import links
+from dagrow.testing import Case
+
+OPERATORS: tuple[Operator, ...] = (
+    AddConnection(),
+    AddConnection(folds=1),
+    AddConnection(rank=1),
+    AddConnection(kernel=2, rank=2, folds=1),
+    AddLayer(2, nn.Tanh()),
+    AddLayer(3, folds=1),
+)
+
+
+def holds(law: testing.Law, operator: Operator, case: Case) -> None:
+    dag = case.copy()
+    assume(dag.unwritable is None and links(dag, known=isinstance(operator, AddLayer)))
+    law(operator, case)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@given(plan=zoo.plans())
+@LAW
+def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator) -> None:
+    holds(law, operator, zoo.built(plan))
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@given(plan=images.plans())
+@LAW
+def test_a_law_over_images(law: testing.Law, plan: images.Plan, operator: Operator) -> None:
+    case = images.built(plan)
+    assume(case is not None)
+    holds(law, operator, case)
