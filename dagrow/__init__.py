@@ -9,7 +9,7 @@ from dagrow.store import load, save
 from dagrow.tangent import Tangent, tangent
 
 __all__ = [
-    "AddConnection", "AddLayer", "AddNeurons", "Axis", "BatchError", "Bottleneck", "Bottlenecks", "Dag", "DagrowError", "Edge", "Growth",
-    "GrowthError", "LossError", "MoveWeights", "Operator", "OptimizerError", "Receipt", "StoreError", "Tangent",
-    "TraceError", "bottlenecks", "grow", "load", "propose", "save", "tangent", "trace",
+    "AddConnection", "AddLayer", "AddNeurons", "Axis", "BatchError", "Bottleneck", "Bottlenecks", "Dag", "DagrowError",
+    "Edge", "Growth", "GrowthError", "LossError", "MoveWeights", "Operator", "OptimizerError", "Receipt", "StoreError",
+    "Tangent", "TraceError", "bottlenecks", "grow", "load", "propose", "save", "tangent", "trace",
 ]  # fmt: skip

@@ -19,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dagrow.errors import StoreError
 
-__all__ = ["Branch", "Record", "attach", "attached", "blank", "crossed", "described", "detach", "insert", "parameters_of", "rebuilt"]
+__all__ = [
+    "Branch", "Record", "attach", "attached", "blank", "crossed", "described", "detach",
+    "insert", "parameters_of", "rebuilt",
+]  # fmt: skip
 
 Record = tuple[str, str, str]  #: a branch's name, and the layers that it reads with and writes to
 #: of a weighted layer's arguments, those that state what it reads and writes
@@ -117,7 +120,7 @@ def insert(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterabl
         late = [node for node in crossed(writer, added) if node in needing]
         with graph.inserting_after(max(writer, added)):
             total = graph.call_function(operator.add, (writer, added))
-        writer.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        writer.replace_all_uses_with(total, delete_user_cb=total.__ne__)
         last = total
         for node in late:
             last.append(node)

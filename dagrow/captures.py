@@ -1,6 +1,6 @@
 """What a batch leaves at layers: their inputs and the goals at their outputs, by sample and by fold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -84,6 +84,18 @@ class Capture:
         return replace(self, inputs=inputs, goal=goal, version=inputs._version, shape=shape)
 
 
+class _Parts(dict[str, Capture]):
+    """Captures of some samples, each cut out when it is first asked for."""
+
+    def __init__(self, whole: Mapping[str, Capture], samples: slice, of: int) -> None:
+        super().__init__()
+        self.whole, self.samples, self.of = whole, samples, of
+
+    def __missing__(self, name: str) -> Capture:
+        self[name] = self.whole[name].part(self.samples, self.of)
+        return self[name]
+
+
 @dataclass
 class Batch:
     """What one batch left at all layers. Samples go round-robin into folds."""
@@ -106,7 +118,7 @@ class Batch:
         return replace(self._of(samples), seen=self.seen + samples.start)
 
     def _of(self, samples: slice) -> "Batch":
-        found = {name: capture.part(samples, self.samples) for name, capture in self.captures.items()}
+        found = _Parts(self.captures, samples, self.samples)
         return replace(self, captures=found, samples=len(range(self.samples)[samples]))
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:

@@ -198,7 +198,8 @@ def observe(
         grown = _look(objective, edges, growth.change.tensors(dag.model, 0.0))
     samples = sum(n for _, n in objective)
     return [
-        _target(growth.change, edge, before, grown[edge.name].read, producer, samples, project, paired) for edge in edges
+        _target(growth.change, edge, before, grown[edge.name].read, producer, samples, project, paired)
+        for edge in edges
     ]
 
 
@@ -261,12 +262,13 @@ def _joined(growth: Growth, branch: Branch, objective: Objective) -> Target:
     module = copy.deepcopy(branch.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters(branch.name):
-            parameter += change.slope.get(name, 0)
+            parameter.add_(change.slope.get(name, torch.zeros(())))
     read, written = _run(module, seen[reader.name].inputs, target)
     for edge in movers:
         slope, bias = change.slope.get(edge.path("weight")), change.slope.get(edge.path("bias"))
         if slope is not None:
-            written = written + seen[edge.name].read @ edge.matrix(slope).flatten(1).T + (0 if bias is None else bias)
+            written = written + seen[edge.name].read @ edge.matrix(slope).flatten(1).T
+            written = written if bias is None else written + bias
     samples = sum(n for _, n in objective)
     new = read - regressed(reads, read)
     return Target(

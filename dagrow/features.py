@@ -16,8 +16,8 @@ from dagrow.patches import Geometry
 from dagrow.positions import Arrival
 
 __all__ = [
-    "Agreement", "Arriving", "Carried", "Explained", "Feature", "Goal", "Hidden", "MeanRead", "New", "Pulled", "Reads",
-    "Remaining", "Slid", "Sliding", "Stacked",
+    "Agreement", "Arriving", "Carried", "Explained", "Feature", "Goal", "Hidden", "MeanRead", "New", "Ones", "Pulled",
+    "Reads", "Remaining", "Slid", "Sliding", "Squares", "Stacked",
 ]  # fmt: skip
 
 
@@ -474,3 +474,28 @@ class Agreement(Feature):
         if taken is not None and isinstance(self.goal, Remaining):
             explained = explained - self.goal.reads.projected(batch, taken.T)
         return (explained * self.goal.rows(batch)).reshape(batch.samples, -1).sum(1).double()
+
+
+@dataclass(frozen=True)
+class Squares(Feature):
+    """The squares of other features."""
+
+    source: Feature
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        return self.source.edges
+
+    def count(self, batch: Batch) -> int:
+        return self.source.count(batch)
+
+    def rows(self, batch: Batch) -> Tensor:
+        return self.source.rows(batch).square()
+
+
+@dataclass(frozen=True)
+class Ones(Squares):
+    """The constant 1 alone, as often as there are rows of other features."""
+
+    def rows(self, batch: Batch) -> Tensor:
+        return torch.ones_like(self.source.rows(batch)[:, :1])

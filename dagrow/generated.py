@@ -31,7 +31,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def unwritable(program: Program, other: Callable[[], Program | str]) -> str | None:
-    """Why no forward can be written from a graph, as a clause about the model's own, or None. Marks the nodes whose flag follows the model's mode.
+    """Why no forward can be written from a graph, as a clause about the model's own, or None.
+
+    Marks the nodes whose flag follows the model's mode.
 
     Args:
         program: the graph.
@@ -78,9 +80,7 @@ def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training:
     return True
 
 
-def wear(
-    program: Program, literals: Mapping[fx.Node, Arguments], branches: Sequence[Branch] = ()
-) -> type[nn.Module]:
+def wear(program: Program, literals: Mapping[fx.Node, Arguments], branches: Sequence[Branch] = ()) -> type[nn.Module]:
     """A class like the model's own whose forward runs the program's graph with other literal sizes and new branches."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

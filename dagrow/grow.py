@@ -170,7 +170,7 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
     growths, stages, folds = [], [], operator.folds
     while waiting:
         m = measure(dag, objective, [pair for c in waiting for pair in c.pairs()], folds=folds)
-        solved = [found for c in waiting if (found := c.solve(m, objective)) is not None]
+        solved = [found for c in waiting for found in _listed(c.solve(m, objective))]
         _check_solved(solved, operator, Growth, Candidate)
         growths += [growth for growth in solved if isinstance(growth, Growth)]
         stages += [stage for stage in solved if isinstance(stage, Stage)]
@@ -180,10 +180,17 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
             _check_unchanged(growth)
     for group in disjoint(stages, lambda stage: stage.widening):
         m = _previewed(dag, objective, group, folds)
-        further = [found for stage in group if (found := stage.solve(m, objective)) is not None]
+        further = [found for stage in group for found in _listed(stage.solve(m, objective))]
         _check_solved(further, operator, Growth)
         growths += [growth for growth in further if isinstance(growth, Growth)]
     return growths
+
+
+def _listed(found: Any) -> Sequence[Any]:
+    """What a candidate came to, however many it is."""
+    if found is None:
+        return []
+    return found if isinstance(found, (list, tuple)) else [found]
 
 
 def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> None:

@@ -23,8 +23,9 @@ FORMAT, VERSION = "dagrow", 2
 
 
 def save(dag: Dag, path: str | os.PathLike[str]) -> None:
-    """Writes a model's new layers, widths and weights. A file that is there is replaced only when the new one is complete.
+    """Writes a model's new layers, widths and weights.
 
+    A file that is there is replaced only when the new one is complete.
     The file is what ``torch.save`` makes of a dict of numbers and tensors; ``torch.load(path, weights_only=True)``
     reads it.
 

@@ -18,7 +18,15 @@ from dagrow.dag import Dag
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.optimizers import (
-    carry, log_added, log_growth, log_removed, log_undo, refuse, refuse_new, regroup, settle,
+    carry,
+    log_added,
+    log_growth,
+    log_removed,
+    log_undo,
+    refuse,
+    refuse_new,
+    regroup,
+    settle,
 )  # fmt: skip
 from dagrow.preserved import difference
 from dagrow.sharing import tensor_at
@@ -112,7 +120,6 @@ class Saved:
                 log_growth(tensor, landings)
         _state(self.model, self.change.attributes)
         self.model.__class__ = kind
-
 
     def _add(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts new layers in place, each to be optimized with the layer that it is added to."""

@@ -10,6 +10,6 @@ from dagrow.operators.places import Place, places
 from dagrow.operators.widen import Widen
 
 __all__ = [
-    "AddConnection", "AddLayer", "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Stage", "Widen", "WidenCandidate",
-    "places",
+    "AddConnection", "AddLayer", "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Stage",
+    "Widen", "WidenCandidate", "places",
 ]  # fmt: skip

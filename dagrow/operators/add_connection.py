@@ -11,6 +11,7 @@ from dagrow.moments import Means
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.links import Link, filled, links, refuse_unwritable
 from dagrow.operators.paths import PathCandidate, everything
+from dagrow.operators.screening import EXACT, screened
 from dagrow.solve import Block, directions
 from dagrow.validate import neuron_ridges
 
@@ -31,6 +32,7 @@ class AddConnection(Operator):
         targets: names of the edges whose pre-activations are considered; all by default.
         ridge: relative to each feature's second moment; None chooses it by cross-validation.
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+        exact: places that are solved exactly. If there are more, random sketches of the features rank them first.
 
     Raises (from ``candidates``):
         GrowthError: no forward with a new connection can be written for the model, or a target that was asked for can
@@ -42,9 +44,10 @@ class AddConnection(Operator):
     targets: tuple[str, ...] | None = None
     ridge: float | None = None
     folds: int = 4
+    exact: int = EXACT
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("kernel", self.kernel)):
+        for name, value in (("rank", self.rank), ("kernel", self.kernel), ("exact", self.exact)):
             if (name != "rank" or value is not None) and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
@@ -57,10 +60,11 @@ class AddConnection(Operator):
         found = links(dag, self.kernel, self.targets)
         basis, layout = (everything, _single) if self.rank is None else (self._leading, _pair)
         ridges = neuron_ridges(self.ridge, self.folds)
-        return [
-            PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, None, ridges)
-            for link in found
-        ]
+
+        def candidate(link: Link) -> Candidate:
+            return PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, None, ridges)
+
+        return screened(found, candidate, None, self.exact)
 
     def _leading(self, m: Means, block: Block, ridge: float) -> Tensor:
         """The directions of the best fit of a given rank."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.links import Link, filled, links, refuse_unwritable
 from dagrow.operators.paths import PathCandidate
+from dagrow.operators.screening import EXACT, screened
 from dagrow.ops import is_pointwise_module
 from dagrow.solve import Block, directions, selected
 from dagrow.validate import neuron_ridges
@@ -41,6 +43,7 @@ class AddLayer(Operator):
         targets: names of the edges whose pre-activations are considered; all by default.
         ridge: relative to each feature's second moment; None chooses it by cross-validation.
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+        exact: places that are solved exactly. If there are more, random sketches of the features rank them first.
         seed: of random directions.
 
     Raises (from ``candidates``):
@@ -54,10 +57,11 @@ class AddLayer(Operator):
     targets: tuple[str, ...] | None = None
     ridge: float | None = None
     folds: int = 4
+    exact: int = EXACT
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k", "kernel"):
+        for name in ("k", "kernel", "exact"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GrowthError(f"AddLayer({name}={value!r}): give a positive whole number.")
@@ -72,7 +76,8 @@ class AddLayer(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
-        return [LayerCandidate(self, link) for link in links(dag, self.kernel, self.targets, known=True)]
+        found = links(dag, self.kernel, self.targets, known=True)
+        return screened(found, partial(LayerCandidate, self), self.activation, self.exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +100,10 @@ class LayerCandidate(Candidate):
             return None
         hidden = Hidden(self.block.features, alpha, deepcopy(self.operator.activation))
         ridges = neuron_ridges(self.operator.ridge, self.operator.folds)
+        layered = _Layered(alpha, hidden.activation)
         return PathCandidate(
-            self.operator, self.link, hidden, self._chosen, _Layered(alpha, hidden.activation), self.operator.k, "hidden",
-            ridges, invariant=False,
-        )  # fmt: skip
+            self.operator, self.link, hidden, self._chosen, layered, self.operator.k, "hidden", ridges, invariant=False
+        )
 
     def _chosen(self, m: Means, block: Block, ridge: float) -> Tensor:
         return selected(m, block, self.operator.k, ridge)

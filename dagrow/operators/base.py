@@ -26,8 +26,8 @@ class Candidate(ABC):
         """The moments that it needs."""
 
     @abstractmethod
-    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
-        """A growth, a further candidate or stage that needs moments of its own, or None if there is nothing to add."""
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | Sequence[Candidate] | None":
+        """A growth, further candidates or stages that need moments of their own, or None if there is nothing to add."""
 
 
 class Stage(Candidate):

@@ -290,7 +290,7 @@ def _line(size: int, wanted: int, kernel: int) -> tuple[int, int, int] | None:
 
 
 def _origin(node: fx.Node, dag: Dag) -> str:
-    """The layer that an activation comes from, or the input; the last one if there are several, new connections aside."""
+    """The layer that an activation comes from, or the input; of several the last, new connections aside."""
     waiting, seen, found = [node], set(), []
     while waiting:
         one = waiting.pop()

@@ -1,8 +1,8 @@
 """New paths in closed form: what a new layer reads is regressed on what a pre-activation still wants.
 
 With ``p`` what the new layer reads, ``b`` what the pre-activation reads already and ``P' = P - C S^-1 C^T``, the best
-weights are ``X = N^T P'^-1``; the old weights move by ``-X C S^-1`` along, so that only what is new in ``p`` acts. A path
-of rank K has the leading K singular directions of ``P'^-1/2 N``.
+weights are ``X = N^T P'^-1``; the old weights move by ``-X C S^-1`` along, so that only what is new in ``p`` acts. A
+path of rank K has the leading K singular directions of ``P'^-1/2 N``.
 """
 
 from collections.abc import Callable, Mapping
