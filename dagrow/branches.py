@@ -116,11 +116,12 @@ def insert(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterabl
         reader, writer = copies[branch.reader], copies[branch.writer]
         with graph.inserting_before(reader):
             added = graph.call_module(branch.name, (copies[branch.source],))
-        needing = _dependent(writer)
+        needing, users = _dependent(writer), list(writer.users)
         late = [node for node in crossed(writer, added) if node in needing]
         with graph.inserting_after(max(writer, added)):
             total = graph.call_function(operator.add, (writer, added))
-        writer.replace_all_uses_with(total, delete_user_cb=total.__ne__)
+        for user in users:
+            user.replace_input_with(writer, total)
         last = total
         for node in late:
             last.append(node)

@@ -170,7 +170,8 @@ def links(dag: Dag, kernel: int = 1, targets: Sequence[str] | None = None, *, kn
     new = {branch for branch, *_ in branches_of(dag.model)}
     found: list[Link] = []
     for members in _summed(edges, nodes):
-        target = min(members, key=lambda edge: edge.name.partition(".")[0] in new)  # the user's own first
+        # the user's own layers come first, then new hidden layers, then new connections
+        target = min(members, key=lambda edge: (edge.name.partition(".")[0] in new, edge.name in new))
         beyond, writing = _beyond(nodes[target.name]), nodes[target.name]
         heard = {edge.layer.inputs for edge in members}
         for reader in _readers(edges):
