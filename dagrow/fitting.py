@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dagrow.budget import Budget
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError, OptimizerError
+from dagrow.errors import GrowthError, LossError, OptimizerError
 from dagrow.grower import Grower
 from dagrow.history import History
 from dagrow.objective import Loss, Objective, Step, samples_of
@@ -80,6 +80,11 @@ def _epoch(objective: Objective, optimizer: Optimizer) -> float:
         for batch in objective.batches:
             optimizer.zero_grad()
             value = objective.value(batch)
+            if not value.requires_grad:
+                raise LossError(
+                    "the loss does not depend on the model's trainable parameters. Compute it from the model's output, "
+                    "without detach(), item() or torch.no_grad()."
+                )
             value.backward()
             optimizer.step()
             n = samples_of(batch)
