@@ -3,14 +3,16 @@
 from dagrow.budget import Budget
 from dagrow.dag import Axis, Dag, Edge, trace
 from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, OptimizerError, StoreError, TraceError
+from dagrow.figures import FigureError
 from dagrow.fitting import fit
 from dagrow.grow import Bottleneck, Bottlenecks, bottlenecks, grow, propose
 from dagrow.grower import Grower
 from dagrow.growth import Growth, Receipt
-from dagrow.history import Grown, History, HistoryError, Record
+from dagrow.history import History, HistoryError
 from dagrow.operators import AddNeurons, MoveWeights, Operator
 from dagrow.planning import plan
 from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, Policy, RoundRobin
+from dagrow.records import Grown, Record
 from dagrow.schedules import (
     AfterEpoch,
     EveryEpochs,
@@ -29,8 +31,8 @@ from dagrow.tangent import Tangent, tangent
 
 __all__ = [
     "AddNeurons", "AfterEpoch", "Axis", "BatchError", "Bottleneck", "Bottlenecks", "Budget", "ByGain",
-    "ByGainPerFlop", "ByGainPerParameter", "Dag", "DagrowError", "Edge", "EveryEpochs", "Grower", "Grown",
-    "Growth", "GrowthError", "History", "HistoryError", "LossError", "LossReached", "MoveWeights",
+    "ByGainPerFlop", "ByGainPerParameter", "Dag", "DagrowError", "Edge", "EveryEpochs", "FigureError", "Grower",
+    "Grown", "Growth", "GrowthError", "History", "HistoryError", "LossError", "LossReached", "MoveWeights",
     "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau", "Operator", "OptimizerError", "Policy",
     "Receipt", "Record", "RoundRobin", "Schedule", "ShortTraining", "Situation", "StopRule", "StoreError",
     "Tangent", "TraceError", "bottlenecks", "fit", "grow", "load", "plan", "propose", "save", "tangent",

@@ -12,12 +12,13 @@ from dagrow.dag import Dag
 from dagrow.errors import GrowthError
 from dagrow.grow import bottlenecks, propose
 from dagrow.growth import Growth, Receipt
-from dagrow.history import Grown, History, Record
+from dagrow.history import History
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.optimizers import check_optimizer
 from dagrow.planning import check_kinds, chosen, place, worthy
 from dagrow.policies import ByGain, Policy
+from dagrow.records import Grown, Record
 from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.search import applied, summed
 from dagrow.snapshots import snapshot

@@ -1,89 +1,24 @@
 """What happened while a model grew: plain records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from dagrow.charts import draw_graph, draw_plot
 from dagrow.errors import DagrowError
-from dagrow.growth import Receipt
+from dagrow.page import write_page
+from dagrow.records import Record
 from dagrow.snapshots import Snapshot
 from dagrow.tables import render
 
-__all__ = ["Grown", "History", "HistoryError", "Record"]
+__all__ = ["History", "HistoryError"]
 
 
 class HistoryError(DagrowError):
-    """A history cannot be shown as asked: a library is missing, or a file cannot be written."""
-
-
-@dataclass(frozen=True)
-class Grown:
-    """One applied growth, see :class:`dagrow.Growth` and :class:`dagrow.Receipt`.
-
-    Attributes:
-        operator: its ``repr``.
-        parameters, flops: what it added.
-    """
-
-    where: str
-    operator: str
-    neurons: int
-    gain: float
-    heldout_gain: float | None
-    gamma: float
-    loss_before: float
-    loss_after: float
-    parameters: int
-    flops: int
-
-    @staticmethod
-    def of(receipt: Receipt) -> "Grown":
-        growth = receipt.growth
-        assert growth is not None
-        return Grown(
-            receipt.where, repr(growth.operator), receipt.neurons, receipt.gain, growth.heldout_gain, receipt.gamma,
-            receipt.loss_before, receipt.loss_after, growth.cost.parameters, growth.cost.flops,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Record:
-    """One step of a :class:`dagrow.Grower`, as a rule after an epoch of training.
-
-    Attributes:
-        epoch: as it was given.
-        seconds: since the grower was made.
-        train_loss, validation_loss: before growing; the second is None without batches for validation.
-        asked: whether growing was asked for.
-        share: the part of all goals that no layer's own weights can follow, before growing; None where it was not
-            measured, which it is when growing is asked for.
-        grown: what was applied, first to last.
-        widths: of the axes that can grow, after growing.
-        parameters, flops: of the whole model, after growing.
-    """
-
-    epoch: int
-    seconds: float
-    train_loss: float
-    validation_loss: float | None
-    asked: bool
-    share: float | None
-    grown: tuple[Grown, ...]
-    widths: Mapping[str, int]
-    parameters: int
-    flops: int
-
-    @property
-    def loss(self) -> float:
-        """The validation loss, or the training loss where there is none."""
-        return self.train_loss if self.validation_loss is None else self.validation_loss
-
-    @property
-    def added(self) -> tuple[Grown, ...]:
-        """What was applied and added parameters."""
-        return tuple(grown for grown in self.grown if grown.parameters)
+    """A history does not become a table as asked."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +63,26 @@ class History(Sequence[Record]):
         except ImportError as error:
             raise HistoryError(f'to_pandas needs pandas ({error}): pip install "dagrow[history]"') from error
         return pd.DataFrame.from_records(tables[of]())
+
+    def plot(self, path: str | Path) -> None:
+        """A figure of losses, widths and bottleneck over epochs; the name's ending says in which format.
+
+        Raises:
+            FigureError: matplotlib is not installed, or the file cannot be written.
+        """
+        draw_plot(self.steps, {one.label: one.width for one in self.snapshots[0].activations}, Path(path))
+
+    def graph(self, path: str | Path) -> None:
+        """A picture of the dag, and of when its units and layers were added. Raises as :meth:`plot`."""
+        draw_graph(self.snapshots, Path(path))
+
+    def html(self, path: str | Path) -> None:
+        """An interactive page: the dag at any step, and all of the above. It loads nothing from anywhere.
+
+        Raises:
+            FigureError: the file cannot be written.
+        """
+        write_page(self.steps, self.growths(), self.snapshots, self.over, Path(path))
 
     def __str__(self) -> str:
         table = Table("epoch", "train loss", "validation loss", "bottleneck", "grew", "parameters", "FLOPs")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dagrow.errors import GrowthError
-from dagrow.history import Record
+from dagrow.records import Record
 
 __all__ = [
     "AfterEpoch", "EveryEpochs", "LossReached", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau",
