@@ -144,6 +144,8 @@ class Grower:
         return receipt
 
     def _share(self, objective: Objective) -> float:
+        if all(edge.shared for edge in self.dag.edges):
+            return 0.0  # nothing can be measured
         found = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode)
         goal = sum(edge.goal for edge in found.values())
         return sum(edge.bottleneck for edge in found.values()) / goal if goal else 0.0
