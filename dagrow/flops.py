@@ -10,7 +10,7 @@ from dagrow.contractions import ATTENTION, ATTENTION_ARGUMENTS, Contraction, con
 from dagrow.ops import op_name
 from dagrow.placed import Placed
 
-__all__ = ["count_flops"]
+__all__ = ["count_flops", "weight_uses"]
 
 
 def count_flops(graph: fx.Graph, layers: Mapping[fx.Node, Placed]) -> int:
@@ -24,11 +24,23 @@ def count_flops(graph: fx.Graph, layers: Mapping[fx.Node, Placed]) -> int:
     return total // _samples(graph)
 
 
+def weight_uses(graph: fx.Graph, layers: Mapping[fx.Node, Placed]) -> dict[str, int]:
+    """Weight -> how often each of its entries is used for one sample of the example, over all calls."""
+    found: dict[str, int] = {}
+    for node, layer in layers.items():
+        found[layer.path("weight")] = found.get(layer.path("weight"), 0) + _positions(node, layer)
+    return {name: uses // _samples(graph) for name, uses in found.items()}
+
+
+def _positions(node: fx.Node, layer: Placed) -> int:
+    return int(layer.rule.positions(layer.inputs.meta["val"], node.meta["val"]))
+
+
 def _of_layer(node: fx.Node, layer: Placed) -> int:
     weight = getattr(layer.module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return 0
-    return 2 * weight.numel() * int(layer.rule.positions(layer.inputs.meta["val"], node.meta["val"]))
+    return 2 * weight.numel() * _positions(node, layer)
 
 
 def _of_product(node: fx.Node) -> int:

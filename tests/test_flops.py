@@ -103,3 +103,27 @@ def test_a_growth_costs_by_how_much_the_count_grows(k: int, axis: str) -> None:
     growths[0].apply()
     assert dag.flop_count() - before == cost.flops > 0
     assert dag.flop_count() == counted(model, x)
+
+
+class Again(nn.Module):
+    """A layer that is called twice, on windows that are merged into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.b(torch.tanh(self.a(x.flatten(0, 1)))))
+        return self.c(torch.tanh(self.a(h))).view(*x.shape[:2], 2)
+
+
+def test_the_cost_of_a_growth_counts_all_calls_and_all_windows() -> None:
+    model, x = Again(), torch.randn(4, 5, 3)
+    dag = dagrow.trace(model, x)
+    before = dag.flop_count()
+    growth = dagrow.propose(
+        dag, [(x, torch.zeros(4, 5, 2))], functional.mse_loss, [AddNeurons(k=2, init="zero", axes=("a",))]
+    )[0]
+    growth.apply()
+    assert dag.flop_count() - before == growth.cost.flops
+    assert dag.flop_count() == counted(model, x)
