@@ -170,15 +170,23 @@ class Grower:
         self, objective: Objective, judge: Objective, left: Budget, parts: Sequence[Receipt],
         wanted: set[tuple[str, str]] | None = None,
     ) -> list[Growth]:  # fmt: skip
-        if left.spent:
+        operators = [] if left.spent else [operator for operator in self.operators if self._has_places(operator)]
+        if not operators:
             return []
-        growths = propose(self.dag, objective.batches, operators=self.operators, step=self.function, mode=self.mode)
+        growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
         fitting = [
             growth for growth in worthy(growths)
             if left.holds(growth) and (wanted is None or place(growth) in wanted)
         ]  # fmt: skip
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
         return chosen(fitting, left, self.policy, judge, past)
+
+    def _has_places(self, operator: Operator) -> bool:
+        """Every operator had some at first; it may have used them up."""
+        try:
+            return bool(operator.candidates(self.dag))
+        except GrowthError:
+            return False
 
     def _recorded(self, record: Record, left: Budget) -> History:
         history = self.history

@@ -113,6 +113,29 @@ def test_short_training_chooses_in_a_grower() -> None:
     assert len(Grower(traced(), mse, [AddNeurons(k=1)], policy=policy).step(0, BATCHES, HELD).parts) == 1
 
 
+class Once(AddNeurons):
+    """Has no place any more once the dag has grown."""
+
+    def candidates(self, dag: Any) -> Any:
+        if dag.applied:
+            raise GrowthError("no place is left.")
+        return super().candidates(dag)
+
+
+def test_an_operator_that_has_used_up_its_places_leaves_the_field_to_others() -> None:
+    grower = Grower(
+        traced(), mse, [Once(k=2, folds=1), AddNeurons(k=1, axes=("0",), folds=1)], per_step=Budget(growths=1)
+    )
+    operators = [grower.step(epoch, BATCHES).parts[0].growth.operator for epoch in range(2)]  # type: ignore[union-attr]
+    assert [type(operator) for operator in operators] == [Once, AddNeurons]
+    alone = Grower(traced(), mse, [Once(k=2)])
+    sizes = [alone.step(epoch, BATCHES).neurons for epoch in range(3)]
+    assert sizes == [2, 0, 0]
+    assert alone.over
+    with pytest.raises(GrowthError, match="no place is left"):
+        Grower(alone.dag, mse, [Once(k=2)])
+
+
 def test_nothing_happens_before_it_is_time() -> None:
     dag = traced()
     before = copy.deepcopy(dag.model.state_dict())
@@ -243,7 +266,7 @@ def test_fit_is_the_plain_loop(growing: bool) -> None:
     torch.manual_seed(3)
     history = dagrow.fit(fitted, BATCHES, mse, TWO, schedule=schedule, epochs=4, optimizer=one, validation=HELD)
     torch.manual_seed(3)
-    by_hand(looped, 4, Grower(looped, mse, TWO, schedule=schedule, optimizer=other), other)
+    by_hand(looped, 4, Grower(looped, mse, TWO, schedule=schedule, optimizer=other) if growing else None, other)
     assert all(torch.equal(a, b) for a, b in zip(fitted.model.parameters(), looped.model.parameters(), strict=True))
     assert len(history) == 4
     assert bool(history.growths()) == growing
