@@ -116,6 +116,8 @@ def test_moves_are_free_and_overlap_with_nothing() -> None:
     move, wider = made({"x": 5.0}, parameters=0, neurons=0), made({"x": 1.0}, operator="wider")
     assert dagrow.plan([wider, move], Budget(growths=1)) == [move, wider]
     assert dagrow.plan([wider, move], Budget(parameters=0)) == [move]
+    small = made({"x": 0.5}, parameters=0, neurons=0, where="b")
+    assert dagrow.plan([wider, small]) == [wider, small]
     assert dagrow.plan([wider, move], policy=ByGainPerParameter()) == [move, wider]
 
 
@@ -142,6 +144,8 @@ def test_round_robin_takes_the_place_that_grew_longest_ago() -> None:
     found = [made({to: gain}, where=to) for to, gain in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5))]
     plan = chosen(found, Budget(), RoundRobin(), found[0].objective, ["b", "a", "b"])
     assert [g.where for g in plan] == ["c", "d", "a", "b"]
+    plan = chosen(found, Budget(), RoundRobin(), found[0].objective, ["a", "c", "b"])
+    assert [g.where for g in plan] == ["d", "a", "c", "b"]
 
 
 @dataclass(frozen=True)

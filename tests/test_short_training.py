@@ -87,7 +87,10 @@ def test_the_model_in_training_and_random_numbers_stay_as_they_are() -> None:
     policy = ShortTraining(steps=5, lr=0.1)
     first = policy.values(growths, growths[0].objective, ())
     assert not differences(before, setting.state())
-    assert policy.values(growths, growths[0].objective, ()) == first  # dropout draws the same for all
+    assert policy.values(growths, growths[0].objective, ()) == first
+    twice = dagrow.propose(setting.dag, setting.loader, loss, [*OPERATORS[1:], *OPERATORS[1:]])
+    one, other = policy.values(twice, twice[0].objective, ())
+    assert one == other  # dropout draws the same for all copies
     growths[0].apply(0.5, optimizer=setting.optimizer)
     setting.optimizer.step()
 
