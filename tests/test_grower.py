@@ -1,6 +1,7 @@
 """Growing on a schedule and under a budget, inside a loop and as one."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,6 +112,34 @@ def test_growths_that_preserve_the_function_are_applied_too() -> None:
 def test_short_training_chooses_in_a_grower() -> None:
     policy = dagrow.ShortTraining(steps=3, top=1, lr=1e-2)
     assert len(Grower(traced(), mse, [AddNeurons(k=1)], policy=policy).step(0, BATCHES, HELD).parts) == 1
+
+
+class First(dagrow.Policy):
+    """Axis 0 before all else."""
+
+    def values(self, growths: Any, judge: Any, past: Any) -> list[float]:
+        return [1.0 + (growth.where == "0") for growth in growths]
+
+
+def test_a_step_grows_each_place_of_its_plan_once() -> None:
+    receipt = Grower(traced(), mse, [AddNeurons(k=1)], Budget(growths=5), policy=First()).step(0, BATCHES, HELD)
+    assert [part.where for part in receipt.parts] == ["0", "2"]
+
+
+class Swelling(AddNeurons):
+    """Wants more once the dag has grown."""
+
+    def __repr__(self) -> str:
+        return "Swelling()"
+
+    def candidates(self, dag: Any) -> Any:
+        return AddNeurons.candidates(replace(self, k=3 if dag.applied else 1), dag)
+
+
+def test_what_grows_between_plan_and_growth_must_still_fit() -> None:
+    grower = Grower(traced(), mse, [Swelling(k=1)], Budget(neurons=3))
+    assert [part.neurons for part in grower.step(0, BATCHES, HELD).parts] == [1]
+    assert grower.left.neurons == 2
 
 
 class Once(AddNeurons):
