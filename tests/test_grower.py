@@ -190,7 +190,17 @@ def test_growing_on_the_bottleneck() -> None:
     assert waiting.history[0].share == pytest.approx(at)
 
 
+class AtEpoch(dagrow.StopRule):
+    """Forgets."""
+
+    def over(self, past: Any) -> str | None:
+        return "epoch 0" if past[-1].epoch == 0 else None
+
+
 def test_the_end_is_final_and_has_a_reason() -> None:
+    once = Grower(traced(), mse, TWO, stop=[AtEpoch()])
+    assert [bool(once.step(epoch, BATCHES).parts) for epoch in range(3)] == [True, False, False]
+    assert once.over == "epoch 0"
     grower = Grower(traced(), mse, TWO, stop=[dagrow.AfterEpoch(1)])
     sizes = [grower.step(epoch, BATCHES).neurons for epoch in range(4)]
     assert sizes[0] > 0
@@ -321,10 +331,27 @@ def test_fit_records_the_running_loss_and_restores_the_modes() -> None:
 
 
 def test_fit_measures_what_it_is_told_to() -> None:
-    optimizer = torch.optim.SGD((dag := traced()).model.parameters(), lr=1e-2)
-    history = dagrow.fit(dag, BATCHES, mse, TWO, Budget(growths=1), epochs=1, optimizer=optimizer, measured=HELD)
-    receipt_loss = history[0].grown[0].loss_before
-    assert receipt_loss != pytest.approx(history[0].train_loss)
+    dag, twin = traced(), traced()
+    one, other = (torch.optim.SGD(d.model.parameters(), lr=1e-2) for d in (dag, twin))
+    history = dagrow.fit(dag, BATCHES, mse, TWO, epochs=1, optimizer=one, measured=HELD)
+    by_hand(twin, 1, None, other)
+    expected = float(mse(twin.model(HELD[0][0]), HELD[0][1]).detach())
+    assert history[0].grown[0].loss_before == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_loader_that_shuffles_gives_every_epoch_another_order() -> None:
+    data, seen = torch.utils.data.TensorDataset(X, Y), []
+    loader = torch.utils.data.DataLoader(data, 50, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        if model.training:
+            seen.append(float(batch[0].sum()))
+        return mse(model(batch[0]), batch[1])
+
+    dag = traced()
+    optimizer = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
+    dagrow.fit(dag, loader, step=step, operators=TWO, schedule=Never(), epochs=2, optimizer=optimizer)
+    assert len(set(seen)) == len(seen) == 12
 
 
 def test_a_step_of_ones_own_trains_and_grows() -> None:

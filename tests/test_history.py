@@ -102,6 +102,7 @@ def test_a_picture_tells_when_what_was_added(history: History) -> None:
     grown = {record.epoch: record.widths["a"] for record in history}
     assert all(grown[epoch] == width for epoch, width in bar.stages[1:] if epoch is not None)
     assert bar.width == history[-1].widths["a"]
+    assert [bar.stages for bar in found.bars if bar.label == "input"] == [((None, 5),)]
     for arrow in found.arrows:
         assert found.bars[arrow.source].x < found.bars[arrow.target].x
         assert arrow.since is None
