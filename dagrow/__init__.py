@@ -1,15 +1,39 @@
 """dagrow grows PyTorch networks where they are too small, in closed form, during training."""
 
+from dagrow.budget import Budget
 from dagrow.dag import Axis, Dag, Edge, trace
 from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, OptimizerError, StoreError, TraceError
+from dagrow.figures import FigureError
+from dagrow.fitting import fit
 from dagrow.grow import Bottleneck, Bottlenecks, bottlenecks, grow, propose
+from dagrow.grower import Grower
 from dagrow.growth import Growth, Receipt
+from dagrow.history import History, HistoryError
 from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
+from dagrow.planning import plan
+from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, Policy, RoundRobin
+from dagrow.records import Grown, Record
+from dagrow.schedules import (
+    AfterEpoch,
+    EveryEpochs,
+    LossReached,
+    NoImprovement,
+    NothingToAdd,
+    OnBottleneck,
+    OnPlateau,
+    Schedule,
+    Situation,
+    StopRule,
+)
+from dagrow.short_training import ShortTraining
 from dagrow.store import load, save
 from dagrow.tangent import Tangent, tangent
 
 __all__ = [
-    "AddConnection", "AddLayer", "AddNeurons", "Axis", "BatchError", "Bottleneck", "Bottlenecks", "Dag", "DagrowError",
-    "Edge", "Growth", "GrowthError", "LossError", "MoveWeights", "Operator", "OptimizerError", "Receipt", "StoreError",
-    "Tangent", "TraceError", "bottlenecks", "grow", "load", "propose", "save", "tangent", "trace",
+    "AddConnection", "AddLayer", "AddNeurons", "AfterEpoch", "Axis", "BatchError", "Bottleneck", "Bottlenecks",
+    "Budget", "ByGain", "ByGainPerFlop", "ByGainPerParameter", "Dag", "DagrowError", "Edge", "EveryEpochs",
+    "FigureError", "Grower", "Grown", "Growth", "GrowthError", "History", "HistoryError", "LossError", "LossReached",
+    "MoveWeights", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau", "Operator", "OptimizerError",
+    "Policy", "Receipt", "Record", "RoundRobin", "Schedule", "ShortTraining", "Situation", "StopRule", "StoreError",
+    "Tangent", "TraceError", "bottlenecks", "fit", "grow", "load", "plan", "propose", "save", "tangent", "trace",
 ]  # fmt: skip

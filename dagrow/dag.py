@@ -18,6 +18,7 @@ from dagrow.coarsening import coarsened
 from dagrow.coverage import Coverage, coverage_of
 from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
 from dagrow.errors import GrowthError, TraceError
+from dagrow.flops import count_flops
 from dagrow.generated import unwritable
 from dagrow.labels import Labelling
 from dagrow.landings import MisfitError
@@ -198,6 +199,10 @@ class Dag:
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
+
+    def flop_count(self) -> int:
+        """Floating point operations of one sample's forward pass: of layers, and of products of activations."""
+        return count_flops(self.graph, self.layers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are traced anew, with the model and without the receipts that could undo growths."""

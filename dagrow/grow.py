@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +12,16 @@ from dagrow.dag import Dag
 from dagrow.draft import Change, Draft
 from dagrow.errors import GrowthError
 from dagrow.features import Goal, Reads
-from dagrow.growth import Growth, Receipt, where_new
+from dagrow.growth import Growth, Receipt
 from dagrow.measure import measure
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.operators.base import Candidate, Stage
 from dagrow.optimizers import check_optimizer
-from dagrow.search import line_search
+from dagrow.planning import worthy
+from dagrow.policies import worth
+from dagrow.search import applied, summed
 from dagrow.solve import best_move
 from dagrow.surgery import preview, transaction
 from dagrow.tables import render
@@ -149,11 +150,7 @@ def propose(
     objective = _objective(dag, batches, loss, step, mode)
     chosen = _checked(operators)
     growths = transaction(dag, lambda: [g for operator in chosen for g in _growths(dag, objective, operator)])
-    return sorted(growths, key=_worth, reverse=True)
-
-
-def _worth(growth: Growth) -> float:
-    return growth.gain if growth.heldout_gain is None else growth.heldout_gain
+    return sorted(growths, key=worth, reverse=True)
 
 
 def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
@@ -275,7 +272,7 @@ def grow(
 
     def work() -> Receipt:
         parts = [p for operator in chosen if (p := _grown(dag, objective, judge, operator, optimizer)) is not None]
-        return _summed(parts, parts[0].loss_before if parts else judge.mean())
+        return summed(parts, parts[0].loss_before if parts else judge.mean())
 
     return transaction(dag, work)
 
@@ -284,24 +281,10 @@ def _grown(
     dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None
 ) -> Receipt | None:
     """The operator's best growth that lowers the loss, applied; None if there is none."""
-    growths = [g for g in _growths(dag, objective, operator) if g.preserving or (g.significant and g.gain > 0)]
+    growths = worthy(_growths(dag, objective, operator))
     before = judge.mean() if growths else 0.0
-    for growth in sorted(growths, key=_worth, reverse=True):
-        if growth.preserving:
-            return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
-        gamma, after = line_search(partial(growth.loss, objective=judge), before)
-        if gamma > 0:
-            return growth.commit(gamma, before, after, optimizer)
+    for growth in sorted(growths, key=worth, reverse=True):
+        receipt = applied(growth, judge, before, optimizer)
+        if receipt is not None:
+            return receipt
     return None
-
-
-def _summed(parts: Sequence[Receipt], before: float) -> Receipt:
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        return Receipt("", 0, 0.0, before, before, 0.0, {})
-    where = where_new([part.growth.change for part in parts if part.growth is not None])
-    return Receipt(
-        ", ".join(part.where for part in parts), sum(part.neurons for part in parts), parts[-1].gamma,
-        before, parts[-1].loss_after, sum(part.gain for part in parts), where, _parts=tuple(parts),
-    )  # fmt: skip

@@ -7,16 +7,16 @@ from math import isfinite, prod
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagrow.dag import Dag
 from dagrow.draft import Change
 from dagrow.errors import GrowthError
+from dagrow.flops import weight_uses
 from dagrow.landings import Landing
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
-from dagrow.placed import Placed
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
@@ -231,17 +231,11 @@ def cost_of(dag: Dag, change: Change) -> Cost:
         for n, at in change.landings.items()
         if n in parameters
     }
-    weights = {layer.path("weight"): (node, layer) for node, layer in dag.layers.items()}
-    used = [name for name in weights if name in added and parameters[name].ndim > 1]
-    flops = sum(2 * added[name] * _positions(*weights[name]) for name in used)
+    uses = weight_uses(dag.graph, dag.layers)
+    used = [name for name in uses if name in added and parameters[name].ndim > 1]
+    flops = sum(2 * added[name] * uses[name] for name in used)
     new = [branch.cost() for branch in change.branches]
     return Cost(sum(added.values()) + sum(p for p, _ in new), flops + sum(f for _, f in new))
-
-
-def _positions(node: fx.Node, layer: Placed) -> int:
-    """How often a layer uses each entry of its weight for a sample of the example that was traced."""
-    inputs, outputs = layer.inputs.meta["val"], node.meta["val"]
-    return max(1, layer.rule.positions(inputs, outputs) // outputs.shape[0])
 
 
 def _grown(shape: Sequence[int], landings: Sequence[Landing]) -> int:

@@ -16,7 +16,7 @@ from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.program import bind
 from dagrow.undisturbed import undisturbed
 
-__all__ = ["Loss", "Objective", "Step", "describe"]
+__all__ = ["Loss", "Objective", "Step", "describe", "samples_of"]
 
 Loss = Callable[[Any, Any], Tensor]
 Step = Callable[[nn.Module, Any], Tensor]
@@ -68,7 +68,7 @@ class Objective:
         try:
             for batch in self.batches:
                 empty = False
-                yield batch, _samples(batch)
+                yield batch, samples_of(batch)
         finally:
             for generator, state in states:
                 generator.set_state(state)
@@ -205,7 +205,7 @@ def _supervised(loss: Loss | None) -> Step:
                 f"a batch is {describe(batch)}; it must be (inputs, target). One batch alone goes into a list, "
                 "[(inputs, target)]; for other batches, give step=, called as step(model, batch)."
             )
-        n, target = _samples(batch), batch[1]
+        n, target = samples_of(batch), batch[1]
         if isinstance(target, Tensor) and target.ndim and len(target) % n:
             raise BatchError(
                 f"a batch has {n} inputs and {len(target)} targets: {describe(batch)}. Give as many of each."
@@ -216,7 +216,8 @@ def _supervised(loss: Loss | None) -> Step:
     return step
 
 
-def _samples(batch: Any) -> int:
+def samples_of(batch: Any) -> int:
+    """The size of the first dimension of a batch's first tensor."""
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             if not len(leaf):

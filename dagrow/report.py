@@ -1,6 +1,5 @@
 """What the demo says: a line per growth, a table that compares the runs, a figure."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from dagrow.data import Dataset
 from dagrow.demo import HIDDEN, Config, Run, Scores, Step
-from dagrow.errors import DagrowError
+from dagrow.figures import FigureError, blank, check_figure, tidy, write
 
 __all__ = [
     "FigureError", "check_figure", "comparison", "ending", "equal", "figure", "legend", "refusals",
@@ -19,10 +18,6 @@ __all__ = [
 REACH = 0.9  #: the test accuracy whose epoch the table tells
 WIDE = 100  #: columns from which the lines of growths tell more
 STYLES = {"grown": ("#0b6e4f", "-"), "random neurons": ("#d1495b", "--"), "from scratch": ("#3d5a80", ":")}
-
-
-class FigureError(DagrowError):
-    """The figure cannot be drawn or written."""
 
 
 #: title, width, content, whether only a wide terminal shows it
@@ -141,37 +136,13 @@ def _widths(widths: Sequence[int]) -> str:
     return f"[{', '.join(map(str, widths))}]"
 
 
-def check_figure(path: Path) -> None:
-    """Finds out early whether :func:`figure` can be written.
-
-    Raises:
-        FigureError: it cannot.
-    """
-    known = _backend()[1]
-    if path.suffix.lstrip(".").lower() not in known:
-        raise FigureError(f"figure {path}: the name must end in one of {', '.join(f'.{k}' for k in sorted(known))}.")
-    if path.is_dir():
-        raise FigureError(f"figure {path} is a folder; give a file.")
-    if not path.parent.is_dir():
-        raise FigureError(f"figure {path}: there is no folder {path.parent} to write it to.")
-
-
-def _backend() -> tuple[Any, dict[str, str]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FigureError(f'the figure needs matplotlib ({error}): pip install "dagrow[demo]"') from error
-    return Figure, FigureCanvasAgg.get_supported_filetypes()
-
-
 def figure(runs: Sequence[Run], data: Dataset, path: Path) -> None:
     """Test loss and accuracy of all runs over epochs, and the widths of the one that grew.
 
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
     """
-    drawing = _backend()[0](figsize=(13, 4.2), layout="constrained")
+    drawing = blank(13, 4.2)
     loss, accuracy, widths = drawing.subplots(1, 3)
     for run in runs:
         color, line = STYLES.get(run.name, (None, "-"))
@@ -187,11 +158,9 @@ def figure(runs: Sequence[Run], data: Dataset, path: Path) -> None:
     loss.legend()
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy, widths):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     drawing.suptitle(f"{data.name}: from {_widths(runs[0].points[0].widths)} to {_widths(runs[0].last.widths)}")
-    _write(drawing, path)
+    write(drawing, path)
 
 
 def _draw_widths(axes: Any, run: Run) -> None:
@@ -203,12 +172,3 @@ def _draw_widths(axes: Any, run: Run) -> None:
     axes.set(title="Width of each hidden layer", ylabel="neurons", ylim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="lower right")
-
-
-def _write(drawing: Any, path: Path) -> None:
-    content = io.BytesIO()
-    drawing.savefig(content, format=path.suffix.lstrip(".").lower(), dpi=130)
-    try:
-        path.write_bytes(content.getvalue())
-    except OSError as error:
-        raise FigureError(f"figure {path} cannot be written: {error.strerror or error}.") from error

@@ -1,8 +1,14 @@
-"""The amplitude of a growth, by line search on the loss."""
+"""The amplitude of a growth, by line search on the loss; the receipt of several growths in a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
-__all__ = ["line_search"]
+from torch.optim import Optimizer
+
+from dagrow.growth import Growth, Receipt, where_new
+from dagrow.objective import Objective
+
+__all__ = ["applied", "line_search", "summed"]
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
@@ -36,3 +42,27 @@ def line_search(loss: Callable[[float], float], before: float) -> tuple[float, f
         low, high = (low, right) if at(left) < at(right) else (left, high)
     gamma = min(known, key=lambda g: (known[g], g))
     return (gamma, known[gamma]) if known[gamma] < before - WORTH * abs(before) else (0.0, before)
+
+
+def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+    """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss.
+
+    A growth that preserves the function comes in whole.
+    """
+    if growth.preserving:
+        return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
+    gamma, after = line_search(partial(growth.loss, objective=judge), before)
+    return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
+
+
+def summed(parts: Sequence[Receipt], before: float) -> Receipt:
+    """One receipt of growths in a row, perhaps none, that began at a loss."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Receipt("", 0, 0.0, before, before, 0.0, {})
+    where = where_new([part.growth.change for part in parts if part.growth is not None])
+    return Receipt(
+        ", ".join(part.where for part in parts), sum(part.neurons for part in parts), parts[-1].gamma,
+        before, parts[-1].loss_after, sum(part.gain for part in parts), where, _parts=tuple(parts),
+    )  # fmt: skip

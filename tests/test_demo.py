@@ -181,7 +181,9 @@ def test_listeners_hear_of_every_growth_and_epoch(data):
 
 def test_random_neurons_that_no_amplitude_helps_come_in_all_the_same(runs, data, monkeypatch):
     schedule, config = runs[0].steps[:2], replace(TINY, epochs=1)
-    monkeypatch.setattr(sys.modules["dagrow.grow"], "line_search", lambda loss, before, *args, **kwargs: (0.0, before))
+    monkeypatch.setattr(
+        sys.modules["dagrow.search"], "line_search", lambda loss, before, *args, **kwargs: (0.0, before)
+    )
     twin = _run("random", data, config, config.start, _Scheduled(schedule, 0), lambda s: None, lambda: None)
     assert twin.last.widths == runs[0].points[1].widths
     assert all(step.refused and abs(step.fall) < 1e-6 for step in twin.steps)

@@ -9,10 +9,10 @@ winner is among the screened, the places' rank correlation, and the ratio of tim
 """
 
 import argparse
+import itertools
 import statistics
 import time
-import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from dagrow.operators.screening import EXACT
 class Chain(nn.Module):
     """Layers in a row, and connections past them."""
 
-    def __init__(self, widths: list[int], past: list[tuple[int, int]] = ()) -> None:
+    def __init__(self, widths: list[int], past: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.pairs = past
         self.past = nn.ModuleList(nn.Linear(widths[a], widths[b]) for a, b in past)
 

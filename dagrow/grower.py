@@ -1,0 +1,213 @@
+"""``Grower``: growing inside a training loop, on a schedule and under a budget."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dagrow.budget import Budget
+from dagrow.dag import Dag
+from dagrow.errors import GrowthError
+from dagrow.grow import bottlenecks, propose
+from dagrow.growth import Growth, Receipt
+from dagrow.history import History
+from dagrow.objective import Loss, Objective, Step
+from dagrow.operators import AddNeurons, Operator
+from dagrow.optimizers import check_optimizer
+from dagrow.planning import check_kinds, chosen, place, worthy
+from dagrow.policies import ByGain, Policy
+from dagrow.records import Grown, Record
+from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
+from dagrow.search import applied, summed
+from dagrow.snapshots import snapshot
+from dagrow.surgery import transaction, whole
+
+__all__ = ["Grower"]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What changes from step to step."""
+
+    left: Budget
+    history: History
+
+
+class Grower:
+    """Grows a dag while it trains: call :meth:`step` after each epoch of a loop of your own, or use :func:`dagrow.fit`.
+
+    When its schedule says so, a step measures, plans under the budget, and applies the plan growth by growth, each at
+    the amplitude of a line search, measuring again in between.
+
+    Args:
+        dag: what :func:`dagrow.trace` returned; its model grows in place.
+        loss: ``loss(output, target)``, a mean or a sum over samples.
+        operators: ways to grow; those of all compete at all places.
+        budget: what may be added in all.
+        schedule: when to grow.
+        policy: which growths first.
+        stop: when growing is over for good; any of these, or a spent budget, ends it.
+        per_step: what one step may add.
+        optimizer: its state is brought along at once, for every parameter that grows.
+        step: ``step(model, batch)``, instead of ``loss``, for any other training step.
+        mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+
+    Raises:
+        GrowthError, LossError, OptimizerError: something does not fit; nothing that is to grow can.
+    """
+
+    def __init__(
+        self, dag: Dag, loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),),
+        budget: Budget = Budget(), schedule: Schedule = EveryEpochs(), *, policy: Policy = ByGain(),
+        stop: Sequence[StopRule] = (NothingToAdd(),), per_step: Budget = Budget(), optimizer: Optimizer | None = None,
+        step: Step | None = None, mode: str = "eval",
+    ) -> None:  # fmt: skip
+        check_kinds(
+            dag=(dag, Dag), budget=(budget, Budget), schedule=(schedule, Schedule), policy=(policy, Policy),
+            per_step=(per_step, Budget),
+        )  # fmt: skip
+        self.stop = _all(stop, StopRule, "stop", "[dagrow.NothingToAdd()]")
+        self.operators = _all(operators, Operator, "operators", "[dagrow.AddNeurons()]")
+        check_optimizer(optimizer, dag.model)
+        self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
+        for operator in self.operators:
+            operator.candidates(dag)  # refuses early what nothing can be made of
+        self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
+        self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
+        self._state = _State(budget, History(snapshots=(snapshot(dag),)))
+
+    @property
+    def history(self) -> History:
+        """What happened so far."""
+        return self._state.history
+
+    @property
+    def left(self) -> Budget:
+        """What is left of the budget."""
+        return self._state.left
+
+    @property
+    def over(self) -> str | None:
+        """Why growing has ended, or None."""
+        return self._state.history.over
+
+    def step(
+        self, epoch: int, batches: Iterable[Any], validation: Iterable[Any] | None = None, *,
+        train_loss: float | None = None,
+    ) -> Receipt:  # fmt: skip
+        """Records an epoch, and grows if it is time to.
+
+        Args:
+            epoch: its number.
+            batches: any re-iterable of ``(inputs, target)``, to be measured.
+            validation: batches for the line search, and for what schedule, stop rules and policy read; by default those
+                that are measured.
+            train_loss: of the epoch, if it is known; else the loss on ``batches`` is computed.
+
+        Returns:
+            A receipt; its ``parts`` are what was applied. Possibly nothing was.
+
+        Raises:
+            BatchError, LossError, GrowthError, OptimizerError: nothing has changed, and nothing is recorded.
+        """
+        self.dag.check()
+        check_optimizer(self.optimizer, self.dag.model)
+        objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode)
+        held = None if validation is None else objective.with_batches(validation, "validation")
+        found = self._state
+
+        def restore() -> None:
+            self._state = found
+
+        return whole(lambda: transaction(self.dag, lambda: self._step(epoch, objective, held, train_loss)), restore)
+
+    def _step(self, epoch: int, objective: Objective, held: Objective | None, train_loss: float | None) -> Receipt:
+        train_loss = objective.mean() if train_loss is None else float(train_loss)
+        validation_loss = None if held is None else held.mean()
+        loss = train_loss if validation_loss is None else validation_loss
+        now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
+        asked, left, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
+        share = now.share if asked or "share" in vars(now) else None
+        if asked:
+            parts = self._grow(objective, held or objective, left)
+            for growth in _growths(parts):
+                left = left.less(growth)
+        record = Record(
+            epoch, time.perf_counter() - self._begun, train_loss, validation_loss, asked, share,
+            tuple(map(Grown.of, parts)), {axis.name: axis.width for axis in self.dag.axes if axis.growable},
+            self.dag.parameter_count(), self.dag.flop_count(),
+        )  # fmt: skip
+        receipt = summed(parts, loss)
+        self._state = _State(left, self._recorded(record, left))
+        return receipt
+
+    def _share(self, objective: Objective) -> float:
+        if all(edge.shared for edge in self.dag.edges):
+            return 0.0  # nothing can be measured
+        found = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode)
+        goal = sum(edge.goal for edge in found.values())
+        return sum(edge.bottleneck for edge in found.values()) / goal if goal else 0.0
+
+    def _grow(self, objective: Objective, judge: Objective, left: Budget) -> list[Receipt]:
+        """Applies a plan. After each growth what is left of it is measured and planned again."""
+        left, parts = left.within(self.per_step), list[Receipt]()
+        plan = self._plan(objective, judge, left, parts)
+        wanted = {place(growth) for growth in plan}
+        while plan:
+            growth = plan.pop(0)
+            wanted.discard(place(growth))
+            receipt = applied(growth, judge, judge.mean(), self.optimizer)
+            if receipt is None:
+                continue
+            parts.append(receipt)
+            left = left.less(growth)
+            plan = self._plan(objective, judge, left, parts, wanted) if wanted else []
+        return parts
+
+    def _plan(
+        self, objective: Objective, judge: Objective, left: Budget, parts: Sequence[Receipt],
+        wanted: set[tuple[str, str]] | None = None,
+    ) -> list[Growth]:  # fmt: skip
+        operators = [] if left.spent else [operator for operator in self.operators if self._has_places(operator)]
+        if not operators:
+            return []
+        growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
+        fitting = [
+            growth for growth in worthy(growths)
+            if left.holds(growth) and (wanted is None or place(growth) in wanted)
+        ]  # fmt: skip
+        past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
+        return chosen(fitting, left, self.policy, judge, past)
+
+    def _has_places(self, operator: Operator) -> bool:
+        """Every operator had some at first; it may have used them up."""
+        try:
+            return bool(operator.candidates(self.dag))
+        except GrowthError:
+            return False
+
+    def _recorded(self, record: Record, left: Budget) -> History:
+        history = self.history
+        steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
+        if record.added:
+            snapshots = (*snapshots, snapshot(self.dag, record.epoch))
+        reasons = ["the budget is spent"] if left.spent else [rule.over(steps) for rule in self.stop]
+        over = over or next((reason for reason in reasons if reason), None)
+        return replace(history, steps=steps, snapshots=snapshots, over=over)
+
+    def __repr__(self) -> str:
+        return f"Grower({self.dag!r}, {len(self.history)} steps, {self.over or 'growing'})"
+
+
+def _growths(parts: Sequence[Receipt]) -> list[Growth]:
+    return [part.growth for part in parts if part.growth is not None]
+
+
+def _all(given: Any, kind: type, name: str, example: str) -> tuple[Any, ...]:
+    """Values of a kind, or one alone. Raises GrowthError for anything else."""
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(one, kind) for one in found) or (name == "operators" and not found):
+        raise GrowthError(f"{name}={given!r}: give a list such as {example}.")
+    return found

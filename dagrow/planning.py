@@ -1,0 +1,104 @@
+"""A set of growths under a budget."""
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+
+from dagrow.budget import Budget
+from dagrow.errors import GrowthError
+from dagrow.growth import Growth
+from dagrow.objective import Objective
+from dagrow.policies import ByGain, Policy, worth
+
+__all__ = ["check_kinds", "chosen", "place", "plan", "worthy"]
+
+NEW = 1e-6  #: a part of what a growth brings that is none beside those chosen before it
+
+
+def worthy(growths: Sequence[Growth]) -> list[Growth]:
+    """Those that are more than chance and lower the loss, and those that preserve the function."""
+    return [growth for growth in growths if growth.preserving or (growth.significant and growth.gain > 0)]
+
+
+def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy | None = None) -> list[Growth]:
+    """Picks the growths that together are worth most under a budget, greedily, best first. Applies nothing.
+
+    Growths that feed the same target explain overlapping parts of its goal, so their gains do not add. Of a growth
+    only that counts which exceeds, target by target, the most that one chosen before it explains:
+
+        f(chosen) = sum over targets of max over chosen of gain_from[target]
+
+    No set explains less than that, as a fit on several features explains at least what the best of them does. f is
+    submodular, so that under a limit on the number of growths alone greedy choice by gain comes to at least
+    1 - 1/e of the best set (Nemhauser, Wolsey and Fisher 1978). The policy's value of a growth falls in proportion.
+    Moves of weights explain another part of the goal than what is new, and overlap with nothing. Growths of one
+    operator at one place are alternatives, of which one is chosen.
+
+    Args:
+        growths: of one dag, what :func:`dagrow.propose` returned.
+        budget: what they may add together; by default there is no limit. One that does not fit is skipped.
+        policy: how they compare; by default :class:`ByGain`.
+
+    Returns:
+        The chosen ones. Once one is applied the others are stale: to apply them, measure again, as
+        :class:`dagrow.Grower` does.
+
+    Raises:
+        GrowthError: the policy's values do not fit the growths.
+    """
+    budget, policy = Budget() if budget is None else budget, ByGain() if policy is None else policy
+    check_kinds(budget=(budget, Budget), policy=(policy, Policy))
+    found = worthy(growths)
+    return chosen(found, budget, policy, found[0].objective, ()) if found else []
+
+
+def check_kinds(**given: tuple[object, type]) -> None:
+    """Raises GrowthError for an argument that is not of its kind."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise GrowthError(f"{name}={value!r} is a {type(value).__name__}; give a dagrow.{kind.__name__}.")
+
+
+def chosen(
+    growths: Sequence[Growth], budget: Budget, policy: Policy, judge: Objective, past: Sequence[str]
+) -> list[Growth]:
+    """The plan for growths that are worth applying."""
+    values, plan, explained = _values(growths, policy, judge, past), list[Growth](), dict[str, float]()
+    left = [growth for growth in growths if values[growth] >= 0]
+    while True:
+        shares = {growth: _share(growth, explained) for growth in left if budget.holds(growth)}
+        left = [growth for growth, share in shares.items() if share > NEW]
+        if not left:
+            return plan
+        best = max(left, key=lambda growth: (values[growth] * shares[growth], worth(growth) * shares[growth]))
+        plan.append(best)
+        left = [growth for growth in left if place(growth) != place(best)]
+        budget = budget.less(best)
+        if best.cost.parameters:
+            explained |= {to: max(part, explained.get(to, 0.0)) for to, part in _parts(best).items()}
+
+
+def place(growth: Growth) -> tuple[str, str]:
+    """Growths of one operator at one place are alternatives."""
+    return repr(growth.operator), growth.where
+
+
+def _values(growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]) -> dict[Growth, float]:
+    values = list(policy.values(growths, judge, past))
+    if len(values) != len(growths) or any(isnan(value) for value in values):
+        raise GrowthError(f"{policy!r} gave the values {values} for {len(growths)} growths; give one number for each.")
+    return dict(zip(growths, values, strict=True))
+
+
+def _parts(growth: Growth) -> dict[str, float]:
+    """Target -> its part of what the growth is expected to bring."""
+    scale = worth(growth) / growth.gain if growth.gain > 0 else 0.0
+    return {to: scale * part for to, part in growth.gain_from.items()}
+
+
+def _share(growth: Growth, explained: Mapping[str, float]) -> float:
+    """The part of what a growth brings that those chosen before it do not bring, 0 to 1."""
+    parts = _parts(growth)
+    if not growth.cost.parameters or not sum(parts.values()) > 0:
+        return 1.0
+    new = sum(part if part < 0 else max(0.0, part - explained.get(to, 0.0)) for to, part in parts.items())
+    return new / sum(parts.values())

@@ -1,0 +1,69 @@
+"""Which growth first: a policy gives every growth a value."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from dagrow.growth import Growth
+from dagrow.objective import Objective
+
+__all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "Policy", "RoundRobin", "worth"]
+
+
+def worth(growth: Growth) -> float:
+    """What a growth is expected to bring: its held-out gain, or its gain where there are no folds."""
+    return growth.gain if growth.heldout_gain is None else growth.heldout_gain
+
+
+class Policy(ABC):
+    """How growths compare. Subclass it as a frozen dataclass and hand it to ``dagrow.plan`` or ``dagrow.Grower``."""
+
+    @abstractmethod
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> Sequence[float]:
+        """One number for each growth: the largest is taken first, one below 0 never. It must not change the model.
+
+        Args:
+            growths: of one dag, all measured on the model as it is.
+            judge: the loss on the batches that choose: those for validation, if there are any.
+            past: where was grown before, oldest first.
+        """
+
+
+@dataclass(frozen=True)
+class ByGain(Policy):
+    """The largest gain first."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [worth(growth) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByGainPerParameter(Policy):
+    """The largest gain per parameter first. What adds no parameters is free."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [_per(worth(growth), growth.cost.parameters) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByGainPerFlop(Policy):
+    """The largest gain per floating point operation first. What adds none is free."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [_per(worth(growth), growth.cost.flops) for growth in growths]
+
+
+def _per(gain: float, cost: int) -> float:
+    if cost:
+        return gain / cost
+    return inf if gain > 0 else gain
+
+
+@dataclass(frozen=True)
+class RoundRobin(Policy):
+    """The place first that was grown longest ago; among places that never grew, the one with the largest gain."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        last = {where: turn for turn, where in enumerate(past)}
+        return [float(len(past) - last.get(growth.where, -1)) for growth in growths]

@@ -1,0 +1,124 @@
+"""An oracle of growths: train copies for a while, and see."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, repeat
+from math import inf, isfinite
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dagrow.errors import GrowthError, LossError, first_line
+from dagrow.growth import Growth
+from dagrow.objective import Objective
+from dagrow.policies import Policy, worth
+from dagrow.search import line_search
+from dagrow.surgery import grown
+from dagrow.undisturbed import undisturbed
+
+__all__ = ["ShortTraining"]
+
+
+@dataclass(frozen=True)
+class ShortTraining(Policy):
+    """Trains a copy of the model with each of the most promising growths, and one without any, for some steps.
+
+    The value of a growth is by how much the loss on the batches that choose is lower with it than without, after equal
+    training on the measured batches in the same order. Other growths are never chosen. The user's model and random
+    numbers stay as they are. It costs ``(top + 1) * steps`` steps for each plan, of which :class:`dagrow.Grower`
+    makes one per growth.
+
+    Args:
+        steps: of training, for each copy.
+        top: how many growths are tried: those with the largest gain.
+        optimizer: made anew for each copy, as ``optimizer(parameters, lr=lr)``.
+        lr: its learning rate.
+        seed: of what training draws at random, the same for all copies.
+
+    Raises (from ``values``):
+        GrowthError: the model cannot be copied, or the optimizer cannot be made.
+    """
+
+    steps: int = 50
+    top: int = 3
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "top"):
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+                raise GrowthError(f"ShortTraining({name}={given!r}): give a positive whole number.")
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        if not growths:
+            return []
+        tried = sorted(growths, key=worth, reverse=True)[: self.top]
+        with undisturbed(growths[0].dag.model):
+            without = self._trained(growths[0], None, judge)
+            found = {growth: self._trained(growth, self._amplitude(growth, judge), judge) for growth in tried}
+        return [_fall(without, found.get(growth, inf)) for growth in growths]
+
+    @staticmethod
+    def _amplitude(growth: Growth, judge: Objective) -> float:
+        if growth.preserving:
+            return 1.0
+        return line_search(partial(growth.loss, objective=judge), judge.mean())[0]
+
+    def _trained(self, growth: Growth, gamma: float | None, judge: Objective) -> float:
+        """The loss of a trained copy, with the growth at an amplitude or without it; inf if training fails."""
+        if gamma == 0:
+            return inf
+        dag = growth.dag
+        with nullcontext() if gamma is None else grown(dag, growth.change, gamma):
+            model = _copied(dag.model)
+        try:
+            self._train(model, growth.objective)
+            return Objective(model, judge.batches, step=judge.function, mode=judge.mode, name=judge.name).mean()
+        except LossError:  # it diverged
+            return inf
+
+    def _train(self, model: nn.Module, objective: Objective) -> None:
+        torch.manual_seed(self.seed)
+        optimizer = self._made([parameter for parameter in model.parameters() if parameter.requires_grad])
+        model.train()
+        batches = chain.from_iterable(repeat(objective))
+        with torch.enable_grad():
+            for batch, _ in islice(batches, self.steps):
+                optimizer.zero_grad()
+                value = objective.function(model, batch)
+                if not isfinite(float(value.detach())):
+                    raise LossError("training diverged.")
+                value.backward()
+                optimizer.step()
+
+    def _made(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        try:
+            return self.optimizer(parameters, lr=self.lr)
+        except Exception as error:  # the user's optimizer may raise anything
+            raise GrowthError(
+                f"{self!r} cannot make its optimizer ({first_line(error)}); give a class, or a function, that is "
+                "called as optimizer(parameters, lr=lr)."
+            ) from error
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:  # whatever the model holds
+        raise GrowthError(
+            f"the {type(model).__name__} cannot be copied ({first_line(error)}), which short training needs; use "
+            "another policy."
+        ) from error
+    copied.zero_grad()
+    return copied
+
+
+def _fall(without: float, loss: float) -> float:
+    """By how much the loss is lower; a copy that diverged is worth nothing."""
+    return -inf if loss == inf else without - loss
