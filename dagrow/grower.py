@@ -55,7 +55,7 @@ class Grower:
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
 
     Raises:
-        GrowthError, LossError, OptimizerError: something does not fit; nothing that is to grow can.
+        GrowthError, LossError, OptimizerError: something does not fit; no operator finds a place.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class Grower:
         self.operators = _all(operators, Operator, "operators", "[dagrow.AddNeurons()]")
         check_optimizer(optimizer, dag.model)
         self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
-        for operator in self.operators:
-            operator.candidates(dag)  # refuses early what nothing can be made of
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
         self._state = _State(budget, History(snapshots=(snapshot(dag),)))
+        if not any(map(self._has_places, self.operators)):  # refuses early what nothing can be made of
+            for operator in self.operators:
+                operator.candidates(dag)
 
     @property
     def history(self) -> History:
@@ -182,7 +183,7 @@ class Grower:
         return chosen(fitting, left, self.policy, judge, past)
 
     def _has_places(self, operator: Operator) -> bool:
-        """Every operator had some at first; it may have used them up."""
+        """It may have used them up, or find some only in what others have grown."""
         try:
             return bool(operator.candidates(self.dag))
         except GrowthError:
