@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dagrow.errors import StoreError
 
 __all__ = [
-    "Branch", "Record", "attach", "attached", "blank", "crossed", "described", "detach",
+    "Branch", "Record", "attach", "attached", "blank", "crossed", "dependent", "described", "detach",
     "insert", "parameters_of", "rebuilt",
 ]  # fmt: skip
 
@@ -36,9 +36,11 @@ class Branch:
     Attributes:
         name: of the new module, an attribute of the model.
         module: what is computed, a layer or several in a row, with its weights at gamma = 0.
-        reader: the node of a layer; the branch reads ``source``, what that layer reads, just before it does.
-        writer: the node of a layer; the branch is added to what that layer writes.
-        reads, writes: the names of these layers.
+        reader: the node before which the branch runs: a layer that reads ``source`` as well.
+        writer: the node of a layer; the branch is added to what that layer writes. Or ``source`` itself, in a residual
+            block ``x + f(x)``; then ``reader`` is whatever comes next.
+        reads: the name of a layer that reads ``source``.
+        writes: the name of the layer that writes, "" in a residual block.
         beside: the parameter that the new ones are optimized with.
     """
 
@@ -116,7 +118,7 @@ def insert(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterabl
         reader, writer = copies[branch.reader], copies[branch.writer]
         with graph.inserting_before(reader):
             added = graph.call_module(branch.name, (copies[branch.source],))
-        needing, users = _dependent(writer), list(writer.users)
+        needing, users = dependent(writer), [user for user in writer.users if user is not added]
         late = [node for node in crossed(writer, added) if node in needing]
         with graph.inserting_after(max(writer, added)):
             total = graph.call_function(operator.add, (writer, added))
@@ -139,7 +141,7 @@ def crossed(writer: fx.Node, reader: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _dependent(origin: fx.Node) -> set[fx.Node]:
+def dependent(origin: fx.Node) -> set[fx.Node]:
     """Every node that needs this one."""
     found, waiting = set(), [origin]
     while waiting:

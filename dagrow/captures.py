@@ -30,6 +30,8 @@ class Capture:
     shape: Sequence[int]  #: of its output
     written: GradientEdge | None = None  #: where the gradient of its output is found
     goal: Tensor | None = None
+    arrived: GradientEdge | None = None  #: where the gradient of its input is found
+    wish: Tensor | None = None
 
     @property
     def geometry(self) -> Geometry | None:
@@ -62,6 +64,11 @@ class Capture:
         assert self.goal is not None
         return self.goal if self.new_written is None else self._select(self.goal, self.new_written.old)
 
+    def wanted_of_inputs(self) -> Tensor:
+        """The goal at the layer's input."""
+        assert self.wish is not None
+        return self.wish if self.new_read is None else self._select(self.wish, self.new_read.old)
+
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
@@ -78,10 +85,15 @@ class Capture:
                 f"a layer reads a first dimension of {len(self.inputs)}, which is no multiple of the {of} samples; "
                 "samples must come first."
             )
-        inputs = self.inputs.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
-        goal = None if self.goal is None else self.goal.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
+
+        def cut(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
+
+        inputs = cut(self.inputs)
         shape = (self.shape[0] // len(self.inputs) * len(inputs), *self.shape[1:])
-        return replace(self, inputs=inputs, goal=goal, version=inputs._version, shape=shape)
+        return replace(
+            self, inputs=inputs, goal=cut(self.goal), wish=cut(self.wish), version=inputs._version, shape=shape
+        )
 
 
 class _Parts(dict[str, Capture]):

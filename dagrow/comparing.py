@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from dagrow.branches import Branch
@@ -21,6 +21,7 @@ from dagrow.draft import Change
 from dagrow.growth import Growth
 from dagrow.layers import DEFAULT_RULES, EdgeRule, rule_for, with_constant
 from dagrow.objective import Loss, Objective
+from dagrow.program import Executor
 from dagrow.sharing import tensor_at
 from dagrow.surgery import preview
 from dagrow.undisturbed import undisturbed
@@ -249,13 +250,14 @@ def _target(
 
 
 def _joined(growth: Growth, branch: Branch, objective: Objective) -> Target:
-    """The pre-activation that a branch is added to, and the moves of layers that come with it."""
+    """What a branch is added to, and the moves of layers that come with it."""
     dag, change = growth.dag, growth.change
-    target, reader = dag.edge(branch.writes), dag.edge(branch.reads)
-    movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or [target] * target.trainable
+    target, reader = dag.edge(branch.writes or branch.reads), dag.edge(branch.reads)
+    still = [target] * (bool(branch.writes) and target.trainable)
+    movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or still
     seen = _look(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
     known = [seen[edge.name].read for edge in movers]
-    goal = seen[target.name].goal
+    goal = seen[target.name].goal if branch.writes else _looped(growth, branch, objective)
     if any(edge.bias for edge in movers):
         known.append(goal.new_ones(len(goal), 1))
     reads = torch.cat(known, 1) if known else goal[:, :0]
@@ -263,7 +265,7 @@ def _joined(growth: Growth, branch: Branch, objective: Objective) -> Target:
     with torch.no_grad():
         for name, parameter in module.named_parameters(branch.name):
             parameter.add_(change.slope.get(name, torch.zeros(())))
-    read, written = _run(module, seen[reader.name].inputs, target)
+    read, written = _run(module, seen[reader.name].inputs)
     for edge in movers:
         slope, bias = change.slope.get(edge.path("weight")), change.slope.get(edge.path("bias"))
         if slope is not None:
@@ -277,7 +279,30 @@ def _joined(growth: Growth, branch: Branch, objective: Objective) -> Target:
     )  # fmt: skip
 
 
-def _run(module: nn.Module, inputs: Tensor, target: Edge) -> tuple[Tensor, Tensor]:
+def _looped(growth: Growth, branch: Branch, objective: Objective) -> Tensor:
+    """Minus the gradient of each sample's loss at a zero that is added to an activation, as rows."""
+    program, reader, found = growth.dag.program, growth.dag.edge(branch.reads), []
+    scale = objective.reduction == "mean"
+
+    class Probed(Executor):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n is not branch.source:
+                return value
+            probes.append(torch.zeros_like(value, requires_grad=True))
+            return value + probes[-1]
+
+    with undisturbed(objective.model), torch.enable_grad():
+        objective.model.train(objective.mode == "train")
+        for batch, n in objective:
+            probes: list[Tensor] = []
+            loss = objective.function(lambda *a, **k: program._run(Probed(program), a, k), batch)  # type: ignore
+            (gradient,) = torch.autograd.grad(loss.sum() * (n if scale else 1), probes)
+            found.append(-gradient.movedim(reader.rule.channel_dim(gradient.ndim), -1).flatten(0, -2))
+    return torch.cat(found)
+
+
+def _run(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """What the last of some layers reads, with the constant of its bias, and what it writes, as rows."""
     layers = list(module.children()) or [module]
     with torch.no_grad():
@@ -286,7 +311,7 @@ def _run(module: nn.Module, inputs: Tensor, target: Edge) -> tuple[Tensor, Tenso
         last, outputs = rule_for(layers[-1], DEFAULT_RULES), layers[-1](inputs)
     assert isinstance(last, EdgeRule)
     bias = getattr(layers[-1], "bias", None) is not None
-    return with_constant(last.features(layers[-1], inputs), bias), target.rule.rows(target.module, outputs)
+    return with_constant(last.features(layers[-1], inputs), bias), last.rows(layers[-1], outputs)
 
 
 def _certain(x: Tensor) -> bool:

@@ -3,11 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from dagrow.captures import Batch
 from dagrow.errors import BatchError
@@ -16,8 +15,7 @@ from dagrow.patches import Geometry
 from dagrow.positions import Arrival
 
 __all__ = [
-    "Agreement", "Arriving", "Carried", "Explained", "Feature", "Goal", "Hidden", "MeanRead", "New", "Ones", "Pulled",
-    "Reads", "Remaining", "Slid", "Sliding", "Squares", "Stacked",
+    "Arriving", "Carried", "Explained", "Feature", "Goal", "New", "Pulled", "Reads", "Remaining", "Sliding", "Stacked",
 ]  # fmt: skip
 
 
@@ -66,6 +64,11 @@ class Feature(ABC):
         """Names of the layers whose goals it needs."""
         return ()
 
+    @property
+    def wishes(self) -> tuple[str, ...]:
+        """Names of the layers for whose inputs it needs goals."""
+        return ()
+
     def picture(self, batch: Batch) -> Tensor | None:
         """Rows without a constant as an image ``[n, d, *space]``, where they lie in memory as one; else None."""
         return None
@@ -112,50 +115,6 @@ class Reads(Feature):
     def picture(self, batch: Batch) -> Tensor | None:
         geometry = self.slides(batch)
         return self.image(batch) if geometry is not None and geometry.trivial else None
-
-
-@dataclass(frozen=True)
-class Slid(Reads):
-    """What a new convolution would read of the images that a layer reads.
-
-    Attributes:
-        geometry: how it would slide over them.
-    """
-
-    geometry: Geometry = field(kw_only=True)
-
-    def slides(self, batch: Batch) -> Geometry:
-        return self.geometry
-
-    def count(self, batch: Batch) -> int:
-        image = batch[self.edge].inputs
-        return len(image) * prod(self.geometry.sizes(image.shape[2:]))
-
-    def rows(self, batch: Batch) -> Tensor:
-        return with_constant(self.geometry.patches(self.image(batch)).flatten(0, 1), self.bias)
-
-    def picture(self, batch: Batch) -> Tensor | None:
-        thin = prod(self.geometry.kernel) == 1 and not any(map(any, self.geometry.margins))
-        steps = (slice(None), slice(None), *(slice(None, None, step) for step in self.geometry.stride))
-        return self.image(batch)[steps].contiguous() if thin else None
-
-
-@dataclass(frozen=True)
-class MeanRead(Feature):
-    """The mean over positions of each image that a convolution reads, with the constant 1: one row per sample."""
-
-    edge: str
-    bias: bool = True
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return (self.edge,)
-
-    def count(self, batch: Batch) -> int:
-        return len(batch[self.edge].inputs)
-
-    def rows(self, batch: Batch) -> Tensor:
-        return with_constant(batch[self.edge].read().flatten(2).mean(2), self.bias)
 
 
 @dataclass(frozen=True)
@@ -413,89 +372,3 @@ class Explained(Feature):
             out = rearrange(omega, "(e o) k -> (k e) o", e=arrival.index.shape[1]).to(read)
             total += (read @ out * goals).view(batch.samples, -1).sum(1)
         return total
-
-
-@dataclass(frozen=True, eq=False)
-class Hidden(Feature):
-    """Hidden units of a new layer: ``h = sigma(alpha^T p)``, one column each.
-
-    Attributes:
-        source: ``p``, with the constant 1 for the units' biases.
-        alpha: ``[p, k]``.
-        activation: sigma, entry by entry.
-    """
-
-    source: Feature
-    alpha: Tensor = field(repr=False)
-    activation: nn.Module = field(repr=False)
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return self.source.edges
-
-    def count(self, batch: Batch) -> int:
-        return self.source.count(batch)
-
-    def rows(self, batch: Batch) -> Tensor:
-        return self.activation(self.source.projected(batch, self.alpha))
-
-
-@dataclass(frozen=True, eq=False)
-class Agreement(Feature):
-    """What a fit on the other folds explains of each sample: ``c = sum over positions of <v_perp, X p - D b>``, with
-    the constant 1. One row per sample, whatever its positions, as they are no independent ones.
-
-    Attributes:
-        source: ``p``.
-        goal: ``v_perp``, out of fold.
-        fits: for each fold ``X [o, p]`` and ``D [o, i]``, or None where nothing is taken out of the features.
-    """
-
-    source: Feature
-    goal: Goal | Remaining
-    fits: Sequence[tuple[Tensor, Tensor | None]] = field(repr=False)
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return (*self.goal.edges, *self.source.edges)
-
-    @property
-    def goals(self) -> tuple[str, ...]:
-        return self.goal.goals
-
-    def count(self, batch: Batch) -> int:
-        return batch.samples
-
-    def rows(self, batch: Batch) -> Tensor:
-        return with_constant(batch.by_fold(lambda part, fold: self._sums(part, *self.fits[fold])[:, None]), True)
-
-    def _sums(self, batch: Batch, x: Tensor, taken: Tensor | None) -> Tensor:
-        explained = self.source.projected(batch, x.T)
-        if taken is not None and isinstance(self.goal, Remaining):
-            explained = explained - self.goal.reads.projected(batch, taken.T)
-        return (explained * self.goal.rows(batch)).reshape(batch.samples, -1).sum(1).double()
-
-
-@dataclass(frozen=True)
-class Squares(Feature):
-    """The squares of other features."""
-
-    source: Feature
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return self.source.edges
-
-    def count(self, batch: Batch) -> int:
-        return self.source.count(batch)
-
-    def rows(self, batch: Batch) -> Tensor:
-        return self.source.rows(batch).square()
-
-
-@dataclass(frozen=True)
-class Ones(Squares):
-    """The constant 1 alone, as often as there are rows of other features."""
-
-    def rows(self, batch: Batch) -> Tensor:
-        return torch.ones_like(self.source.rows(batch)[:, :1])

@@ -67,6 +67,7 @@ class _Watch(Watch):
         layers = [dag.layer(name) for name in sorted({edge for feature in features for edge in feature.edges})]
         super().__init__(dag.model, layers, self.caught)
         self.goals = {edge for feature in features for edge in feature.goals}
+        self.wishes = {edge for feature in features for edge in feature.wishes}
         self.watched = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
@@ -82,8 +83,10 @@ class _Watch(Watch):
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
                 "if the model itself has changed, trace it again."
             )
-        inputs = inputs.detach()
+        source, inputs = inputs, inputs.detach()
         self.found[name] = Capture(*self.watched[name], inputs, inputs._version, output.shape)
+        if name in self.wishes and source.requires_grad:
+            self.found[name].arrived = get_gradient_edge(source)
         if name not in self.goals:
             return None
         if not output.requires_grad:
@@ -103,11 +106,16 @@ class _Watch(Watch):
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        names = sorted(self.goals)
-        written = [edge for name in names if (edge := self.found[name].written) is not None]
-        for name, gradient in zip(names, _gradients(loss, written), strict=True):
-            capture = self.found[name]
+        for name in self.wishes:  # unless a gradient arrives
+            self.found[name].wish = torch.zeros_like(self.found[name].inputs)
+        goals = [self.found[name] for name in sorted(self.goals)]
+        wishes = [self.found[name] for name in sorted(self.wishes) if self.found[name].arrived is not None]
+        ends = [*(capture.written for capture in goals), *(capture.arrived for capture in wishes)]
+        gradients = _gradients(loss, [end for end in ends if end is not None])
+        for capture, gradient in zip(goals, gradients, strict=False):
             capture.goal = capture.inputs.new_zeros(capture.shape) if gradient is None else gradient.detach() * scale
+        for capture, gradient in zip(wishes, gradients[len(goals) :], strict=True):
+            capture.wish = capture.wish if gradient is None else gradient.detach() * scale
         found, self.found = self.found, {}
         return found
 

@@ -120,7 +120,7 @@ def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapp
     if (name, reads, writes) in branches_of(dag.model):
         return
     nodes = {layer.name: node for node, layer in dag.layers.items()}
-    missing = [layer for layer in (reads, writes) if layer not in nodes]
+    missing = [layer for layer in (reads, writes) if layer and layer not in nodes]
     if missing or name in dag.model._modules or dag.unwritable:
         why = f"it has no layer {missing[0]}" if missing else f"it has one {dag.unwritable}"
         raise StoreError(
@@ -128,15 +128,14 @@ def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapp
             + (f"it has another {name}" if name in dag.model._modules else why)
             + ". Build the model as it was built before it was grown and saved."
         )
-    reader, writer = dag.edge(reads), dag.edge(writes)
-    value = reader.layer.inputs.meta["val"]
-    module = rebuilt(layers, value.shape[reader.rule.channel_dim(value.ndim)], writer.rule.widths(writer.module)[1])
+    reader, writer = dag.edge(reads), dag.edge(writes or reads)
+    source = reader.layer.inputs
+    inputs = source.meta["val"].shape[reader.rule.channel_dim(source.meta["val"].ndim)]
+    module = rebuilt(layers, inputs, writer.rule.widths(writer.module)[1] if writes else inputs)
     module.to(writer.parameters()["weight"])
+    reading, writing = (nodes[reads], nodes[writes]) if writes else (source.next, source)
     draft = Draft(dag)
-    draft.branch(
-        Branch(name, module, nodes[reads], nodes[writes], reader.layer.inputs, reads, writes, writer.path("weight")),
-        nn.Identity(),
-    )
+    draft.branch(Branch(name, module, reading, writing, source, reads, writes, writer.path("weight")), nn.Identity())
     apply(dag, draft.change(), 0.0)
 
 

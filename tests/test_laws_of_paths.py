@@ -9,7 +9,7 @@ from torch import nn
 
 from dagrow import AddConnection, AddLayer, testing
 from dagrow.operators import Operator
-from dagrow.operators.links import links
+from dagrow.operators.reach import links
 from dagrow.testing import Case
 
 OPERATORS: tuple[Operator, ...] = (

@@ -14,7 +14,7 @@ from torch.nn import functional
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, GrowthError, OptimizerError, StoreError
 from dagrow.comparing import same, snapshot
-from dagrow.operators.links import links
+from dagrow.operators.reach import links
 
 DOUBLE = torch.float64
 SOME = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
@@ -167,6 +167,18 @@ def test_the_rank_is_the_best_of_its_rank(model: Wired, rank: int) -> None:
         assert growth.drop == pytest.approx(float(explained), rel=0, abs=1e-8 * energy(goals[node]))
 
 
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(5, 3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * self(x)
+
+
 class Images(nn.Module):
     """Convolutions whose grids differ, and a layer on the mean."""
 
@@ -236,19 +248,54 @@ def test_a_layer_explains_what_its_own_units_explain() -> None:
     assert fall > sorted(others)[-20]  # among the best tenth of random layers
 
 
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_residual_block_explains_what_an_activation_wants(name: str) -> None:
+    """Identity-initialised: ``x + f(x)``, f fitted to minus the gradient at the activation, for all that read it."""
+    torch.manual_seed(0)
+    model = Net().double()
+    x, y = torch.randn(200, 5, dtype=DOUBLE), torch.randn(200, 2, dtype=DOUBLE)
+    dag = dagrow.trace(model, x[:2])
+    growths = dagrow.propose(dag, [(x, y)], loss, [AddLayer(4, nn.Tanh(), folds=1, exact=100)])
+    (growth,) = [growth for growth in growths if growth.where == f"{name} -> itself"]
+    one = torch.tanh(model.one(x))
+    activation = (one if name == "one" else torch.tanh(model.two(one))).detach().requires_grad_()
+    rest = model.three(torch.tanh(model.two(activation)) if name == "one" else activation)
+    wish = -torch.autograd.grad((rest - y).square().sum() / 2, activation)[0]
+    expected = model(x)
+    receipt = growth.apply(0.0)
+    assert torch.equal(model(x), expected)
+    hidden = torch.tanh(model.hidden1.fan_in(activation)).detach()
+    explained = energy(wish) - left([hidden], wish)
+    assert growth.gain == pytest.approx(explained, rel=1e-8)
+    receipt.undo()
+    loss_before = loss(model(x), y)
+    growth.apply(0.1)
+    assert loss(model(x), y) < loss_before
+    assert dag.axis(f"{name}+hidden1.fan_out").growable
+
+
+def test_residual_blocks_between_images(tmp_path) -> None:
+    """They keep the grid, whatever the kernel, and files hold them."""
+    model, batches = images()
+    x = batches[0][0]
+    dag, expected = dagrow.trace(model, x[:2]), model(x)
+    growths = dagrow.propose(dag, batches, loss, [AddLayer(2, nn.Tanh(), kernel=3, exact=100)])
+    places = {growth.where for growth in growths if growth.where.endswith("itself")}
+    assert places == {"norm -> itself", "second -> itself", "third -> itself"}
+    (growth,) = [growth for growth in growths if growth.where == "second -> itself"]
+    slope = (growth.loss(1e-4) - growth.loss(-1e-4)) / 2e-4
+    assert -slope == pytest.approx(growth.gain, rel=1e-4, abs=1e-12)
+    growth.apply(0.0)
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    with torch.no_grad():
+        model.hidden1.fan_out.weight.normal_()
+    dagrow.save(dag, tmp_path / "grown.pt")
+    fresh = images()[0]
+    dagrow.load(fresh, tmp_path / "grown.pt", x[:2])
+    assert torch.equal(fresh(x), model(x))
+
+
 # ---------------------------------------------------------------- what becomes of a model
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(5, 3), nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
-
-    def twice(self, x: Tensor) -> Tensor:
-        return 2 * self(x)
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from dagrow.dag import Dag
 from dagrow.errors import GrowthError
 from dagrow.moments import Means
 from dagrow.operators.base import Candidate, Operator, check_names
-from dagrow.operators.links import Link, filled, links, refuse_unwritable
+from dagrow.operators.links import Link, filled
 from dagrow.operators.paths import PathCandidate, everything
+from dagrow.operators.reach import links, refuse_unwritable
 from dagrow.operators.screening import EXACT, screened
 from dagrow.solve import Block, directions
 from dagrow.validate import neuron_ridges

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from dagrow.dag import Dag
 from dagrow.errors import GrowthError
-from dagrow.features import Hidden
 from dagrow.moments import Means, Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator, check_names
-from dagrow.operators.links import Link, filled, links, refuse_unwritable
+from dagrow.operators.links import Link, filled
 from dagrow.operators.paths import PathCandidate
+from dagrow.operators.reach import links, loops, refuse_unwritable
 from dagrow.operators.screening import EXACT, screened
 from dagrow.ops import is_pointwise_module
+from dagrow.path_features import Hidden
 from dagrow.solve import Block, directions, selected
 from dagrow.validate import neuron_ridges
 
@@ -30,7 +31,8 @@ PER_UNIT = 4  #: and for each unit
 
 @dataclass(frozen=True)
 class AddLayer(Operator):
-    """Lays a new path of k hidden units from an activation to a pre-activation: ``a <- a + X sigma(alpha^T x)``.
+    """Lays a new path of k hidden units from an activation to a pre-activation, ``a <- a + X sigma(alpha^T x)``, or to
+    the activation itself, a residual block ``x <- x + X sigma(alpha^T x)`` for all that read it.
 
     Fan-ins are chosen one after the other, each the one that explains most beside those before, among the directions of
     linear theory, with both signs, and random ones. What units compute is measured, and the fan-out is the regression
@@ -40,7 +42,7 @@ class AddLayer(Operator):
         k: hidden units.
         activation: a module of ``torch.nn`` that works entry by entry.
         kernel: of new convolutions, the least; larger where the grids fit no other way.
-        targets: names of the edges whose pre-activations are considered; all by default.
+        targets: names of the edges whose pre-activations are considered; by default all, and residual blocks.
         ridge: relative to each feature's second moment; None chooses it by cross-validation.
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
         exact: places that are solved exactly. If there are more, random sketches of the features rank them first.
@@ -77,6 +79,7 @@ class AddLayer(Operator):
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
         found = links(dag, self.kernel, self.targets, known=True)
+        found += loops(dag, self.kernel) if self.targets is None else []
         return screened(found, partial(LayerCandidate, self), self.activation, self.exact)
 
 

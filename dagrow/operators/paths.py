@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.draft import Draft
-from dagrow.features import Agreement, Feature, Remaining
+from dagrow.features import Feature, Remaining
 from dagrow.growth import Growth, cost_of
 from dagrow.moments import Means, Moments, Pair, Split
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.links import Link
+from dagrow.path_features import Agreement
 from dagrow.solve import Block, Fit, Remainder, fan_out
 from dagrow.validate import HeldOut, settled, significant, validate_fan_out
 

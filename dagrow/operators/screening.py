@@ -11,11 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from dagrow.features import Feature, Hidden, Ones, Squares
+from dagrow.features import Feature
 from dagrow.moments import Moments, Pair, Split
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.links import Link
+from dagrow.path_features import Hidden, Ones, Squares
 from dagrow.solve import Block, fan_out
 from dagrow.validate import settled, validate_fan_out
 
