@@ -15,7 +15,7 @@ from dagrow.undisturbed import undisturbed
 from dagrow.undropped import Undropped
 from dagrow.verification import close
 
-__all__ = ["difference"]
+__all__ = ["Difference", "difference"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,26 @@ class _Run:
     """
 
     outputs: dict[str, Any]
-    failure: str | None
+    failure: Exception | None
     drawn: list[Tensor]
 
 
-def difference(model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]) -> str | None:
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ.
+
+    Attributes:
+        text: in words.
+        cause: what the second one raised, if it did.
+    """
+
+    text: str
+    cause: Exception | None = None
+
+
+def difference(
+    model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]
+) -> Difference | None:
     """How the model inside ``grown()`` differs from the model as it is, or None.
 
     Both run without dropout, which draws other numbers where widths are others. A mode in which the model as it is
@@ -47,11 +62,11 @@ def difference(model: nn.Module, example_inputs: Any, grown: Callable[[], Abstra
     for training, run in before.items():
         now, mode = after[training], "training" if training else "evaluation"
         if run.failure is None and now.failure is not None:
-            return f"it would fail in {mode}: {now.failure}"
+            return Difference(f"it would fail in {mode}: {first_line(now.failure)}", now.failure)
         same = close if all(map(torch.equal, run.drawn, now.drawn)) else _alike
         changed = [path for path, value in run.outputs.items() if not same(value, now.outputs.get(path))]
         if run.failure is None and (changed or run.outputs.keys() != now.outputs.keys()):
-            return f"its output{next(iter(changed), '')} would change in {mode}"
+            return Difference(f"its output{next(iter(changed), '')} would change in {mode}")
     return None
 
 
@@ -64,7 +79,7 @@ def _run(model: nn.Module, example_inputs: Any, training: bool) -> _Run:
                 model.train(training)
             outputs = {path: _kept(value) for path, value in leaves(model(*args, **kwargs))}
         except Exception as error:  # the user's forward may raise anything
-            return _Run({}, first_line(error), [])
+            return _Run({}, error, [])
         return _Run(outputs, None, _drawn())
 
 

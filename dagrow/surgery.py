@@ -225,10 +225,11 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     """
     wrong = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
     if wrong is not None:
+        grows = ", ".join((*change.landings, *change.added))
         raise GrowthError(
-            f"the model cannot grow {', '.join(change.landings)}: {wrong}, although nothing new is connected yet. Its "
-            "forward depends on the width in a way that its graph does not show. Leave this axis out."
-        )
+            f"the model cannot grow {grows}: {wrong.text}, although nothing new is connected yet. Its forward depends on "
+            "the width in a way that its graph does not show. Leave this axis out."
+        ) from wrong.cause
     tensors = change.tensors(dag.model, gamma)
     kind = change.kind(dag.model)
     undo = Undo(dag, change, optimizer, kind)

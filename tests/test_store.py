@@ -114,7 +114,7 @@ def test_a_model_on_the_way_is_loaded_too(tmp_path: Path) -> None:
 def test_the_file_holds_no_code(tmp_path: Path) -> None:
     dagrow.save(grown("literal"), tmp_path / "net.pt")
     content = torch.load(tmp_path / "net.pt", weights_only=True)
-    assert set(content) == {"format", "version", "widths", "state"}
+    assert set(content) == {"format", "version", "branches", "widths", "state"}
     assert not list(tmp_path.glob("*.part"))
 
 
