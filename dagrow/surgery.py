@@ -227,8 +227,8 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     if wrong is not None:
         grows = ", ".join((*change.landings, *change.added))
         raise GrowthError(
-            f"the model cannot grow {grows}: {wrong.text}, although nothing new is connected yet. Its forward depends on "
-            "the width in a way that its graph does not show. Leave this axis out."
+            f"the model cannot grow {grows}: {wrong.text}, although nothing new is connected yet. Its forward depends "
+            "on the width in a way that its graph does not show. Leave this axis out."
         ) from wrong.cause
     tensors = change.tensors(dag.model, gamma)
     kind = change.kind(dag.model)

@@ -21,6 +21,7 @@ from dagrow.widening import Widening, disjoint
 __all__ = ["rounding", "try_axes", "try_axis"]
 
 Grown = tuple[Axis, Widening]
+AT_ONCE = 100_000_000  #: weights beside axes that are grown at once
 
 
 def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> str | None:
@@ -44,8 +45,8 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
 
 
 def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> dict[str, str | None]:
-    """:func:`try_axis` for every axis that says it can grow. Axes that share no layer's side are grown at once, and
-    one by one only if something is wrong."""
+    """:func:`try_axis` for every axis that says it can grow. Axes that share no layer's side are grown at once, as many
+    as memory allows, and one by one only if something is wrong."""
     found: dict[str, str | None] = {}
     growing: list[Grown] = []
     for axis in dag.axes:
@@ -56,11 +57,25 @@ def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 
                 found[axis.name] = str(error)
     with undisturbed(dag.model):
         trial = _Trial(dag, inputs, tolerance)
-        for group in disjoint(growing, lambda pair: pair[1]):
+        for group in _portions(disjoint(growing, lambda pair: pair[1])):
             wrong = trial.of(group)
             found |= {pair[0].name: trial.of([pair]) if wrong and len(group) > 1 else wrong for pair in group}
         left = trial.left()
     return {axis: wrong or left for axis, wrong in found.items()}
+
+
+def _portions(groups: Sequence[Sequence[Grown]]) -> Iterator[Sequence[Grown]]:
+    """Groups of axes beside which there are no more weights than fit into memory several times."""
+    for group in groups:
+        portion: list[Grown] = []
+        held = 0
+        for axis, widening in group:
+            size = sum(edge.parameters()["weight"].numel() for edge in (*axis.producers, *axis.consumers))
+            if portion and held + size > AT_ONCE:
+                yield portion
+                portion, held = [], 0
+            portion, held = [*portion, (axis, widening)], held + size
+        yield portion
 
 
 def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
