@@ -185,8 +185,15 @@ def rebuilt(layers: Mapping[str, Mapping[str, Any]], inputs: int, outputs: int) 
     weighted = [layer for layer in made.values() if WIDTHS & layer.keys()]
     for layer, side, size in ((weighted[0], "in_", inputs), (weighted[-1], "out_", outputs)):
         layer.update({name: size for name in WIDTHS & layer.keys() if name.startswith(side)})
-    modules = {name: _made(getattr(nn, layer.pop("type")), layer) for name, layer in made.items()}
+    modules = {name: _made(_kind(layer.pop("type")), layer) for name, layer in made.items()}
     return blank(modules[""] if "" in modules else nn.Sequential(OrderedDict(modules)))
+
+
+def _kind(name: str) -> type[nn.Module]:
+    kind = getattr(nn, name)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"torch.nn.{name} is no layer")
+    return kind
 
 
 def _made(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:

@@ -40,6 +40,10 @@ def unwritable(program: Program, other: Callable[[], Program | str]) -> str | No
         other: gives the graph in the other mode, or why there is none.
     """
     model = program.model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "which distributes the model; trace its .module, and wrap it again after the growth"
+    if any(node.op == "call_module" and node.target == "" for node in program.graph.nodes):
+        return "of a single layer; put it into an nn.Sequential"
     if "forward" in vars(model):
         return "which was put on the object and cannot be replaced"
     hooked = [name for name, m in model.named_modules() if name and not is_leaf(m) and any(vars(m)[h] for h in _HOOKS)]

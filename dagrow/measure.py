@@ -47,6 +47,9 @@ def measure(
     with undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
         sums = _Sums(pairs, folds, dtype)
         objective.model.train(objective.mode == "train")
+        if watch.wishes:  # gradients reach activations behind weights that are frozen, too
+            for parameter in objective.model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
             loss = objective.value(batch, preview)
             captures = watch.harvest(loss, -objective.scale(n) * n)

@@ -8,7 +8,7 @@ New parameters of new layers are optimized along with one that was there: they j
 the growth is undone.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -92,7 +92,7 @@ FACTORED = {"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
 
 _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
-_beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak reference to the one it is optimized with, or None
+_beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak references to those it may be optimized with, or None
 _hooked: list[Any] = []
 
 
@@ -119,9 +119,9 @@ def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
         _log[tensor].add(_Stage(torch.Size(before), tensor.shape, tuple(landings), True))
 
 
-def log_added(parameter: Tensor, beside: Tensor) -> None:
-    """Notes that a parameter is new, and which one it is optimized with."""
-    _beside[parameter] = ref(beside)
+def log_added(parameter: Tensor, beside: Iterable[Tensor]) -> None:
+    """Notes that a parameter is new, and which ones it may be optimized with, the first that an optimizer has."""
+    _beside[parameter] = [ref(one) for one in beside]
     _watch_steps()
 
 
@@ -132,19 +132,32 @@ def log_removed(parameter: Tensor) -> None:
 
 def regroup(optimizer: Optimizer) -> None:
     """New parameters join the group of those that they are optimized with; those that were taken out leave."""
-    if not _beside or isinstance(optimizer, torch.optim.LBFGS):
+    if not _beside:
         return
-    mine = {id(p) for p in _parameters(optimizer)}
-    for parameter, reference in list(_beside.items()):
-        beside = None if reference is None else reference()
-        for group in optimizer.param_groups:
-            if beside is None and id(parameter) in mine:
-                group["params"][:] = [p for p in group["params"] if p is not parameter]
-                optimizer.state.pop(parameter, None)
-            elif beside is not None and id(parameter) not in mine and any(p is beside for p in group["params"]):
-                group["params"].append(parameter)
-                mine.add(id(parameter))
+    mine = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter, references in list(_beside.items()):
+        if references is None:
+            _leave(optimizer, parameter)
+        elif id(parameter) not in mine and _takes(optimizer, parameter):
+            near = [mine[id(one)] for reference in references if (one := reference()) is not None and id(one) in mine]
+            if near:
+                near[0]["params"].append(parameter)
                 optimizer.state.update(_first_state(optimizer, parameter))
+
+
+def _leave(optimizer: Optimizer, parameter: Tensor) -> None:
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            group["params"][:] = [p for p in group["params"] if p is not parameter]
+            optimizer.state.pop(parameter, None)
+
+
+def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer works with parameters of this shape, that it did not have from the start."""
+    matrices = getattr(torch.optim, "Muon", ())
+    return not isinstance(optimizer, torch.optim.LBFGS) and (
+        parameter.ndim == 2 or not isinstance(optimizer, matrices)
+    )  # fmt: skip
 
 
 def _first_state(optimizer: Optimizer, parameter: Tensor) -> dict[Tensor, Any]:
@@ -194,12 +207,14 @@ def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
                 )
 
 
-def refuse_new(optimizer: Optimizer) -> None:
-    """Raises OptimizerError if an optimizer takes no new parameters."""
-    if isinstance(optimizer, torch.optim.LBFGS):
+def refuse_new(optimizer: Optimizer, new: Mapping[str, Tensor]) -> None:
+    """Raises OptimizerError if an optimizer cannot take some of these new parameters."""
+    refused = [name for name, parameter in new.items() if not _takes(optimizer, parameter)]
+    if refused:
         raise OptimizerError(
-            "LBFGS keeps one state for all parameters together, which new ones cannot join. Make a new LBFGS after the "
-            "growth, and leave optimizer= out, or use another optimizer."
+            f"{type(optimizer).__name__} cannot take the new parameters {', '.join(refused)}: it keeps one state for "
+            "all parameters together, or takes matrices only. Leave optimizer= out and give them to another optimizer "
+            "after the growth, or make a new one."
         )
 
 

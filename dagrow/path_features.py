@@ -63,7 +63,7 @@ class MeanRead(Feature):
 class Wish(Goal):
     """The goal of an activation: minus the gradient of each sample's loss at what a layer reads, whoever reads it too.
 
-    Zero where no gradient arrives, as in front of weights that are all frozen.
+    Zero where no gradient arrives, as where forward switches gradients off.
     """
 
     @property

@@ -81,7 +81,13 @@ def load(
 
     def work() -> None:
         for branch in branches:
-            _lay(dag, *branch)
+            try:
+                _lay(dag, *branch)
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+                raise StoreError(
+                    f"the new layers {branch!r} in the file cannot be built ({first_line(error)}): it is damaged. "
+                    "Save it again."
+                ) from error
         _check_axes(dag, widths)
         for name, width in widths.items():
             _widen(dag, name, width)
@@ -121,11 +127,11 @@ def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapp
         return
     nodes = {layer.name: node for node, layer in dag.layers.items()}
     missing = [layer for layer in (reads, writes) if layer and layer not in nodes]
-    if missing or name in dag.model._modules or dag.unwritable:
+    if missing or hasattr(dag.model, name) or dag.unwritable:
         why = f"it has no layer {missing[0]}" if missing else f"it has one {dag.unwritable}"
         raise StoreError(
             f"the model does not take the new layers {name} in the file: "
-            + (f"it has another {name}" if name in dag.model._modules else why)
+            + (f"it has another {name}" if hasattr(dag.model, name) else why)
             + ". Build the model as it was built before it was grown and saved."
         )
     reader, writer = dag.edge(reads), dag.edge(writes or reads)

@@ -129,7 +129,7 @@ class Saved:
                 with torch.no_grad():
                     parameter.copy_(tensors.get(name, parameter))
                 self.added.append(parameter)
-                log_added(parameter, tensor_at(self.model, branch.beside))
+                log_added(parameter, [tensor_at(self.model, branch.beside), *self.model.parameters()])
 
 
 def _resize(tensor: Tensor, value: Tensor) -> None:
@@ -235,8 +235,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     undo = Undo(dag, change, optimizer, kind)
     if optimizer is not None:
         refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
-        if change.branches:
-            refuse_new(optimizer)
+        refuse_new(optimizer, change.added)
 
     def write() -> None:
         undo.saved.write(tensors, kind)
@@ -286,7 +285,12 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
 
 
 def _check_copy(change: Change, copy: nn.Module) -> None:
-    for name, landings in change.landings.items():
+    there = [branch.name for branch in change.branches if branch.name in copy._modules]
+    if there:
+        raise GrowthError(f"the copy has {', '.join(there)} already; carry each copy along once after each growth.")
+    moved = {name: slope.shape for name, slope in change.slope.items() if name not in {*change.added, *change.landings}}
+    for name in (*change.landings, *moved, *(branch.beside for branch in change.branches)):
+        landings = change.landings.get(name, ())
         try:
             shape = tensor_at(copy, name).shape
         except AttributeError as error:
@@ -294,7 +298,7 @@ def _check_copy(change: Change, copy: nn.Module) -> None:
                 f"a {type(copy).__name__} without {name} is no copy of the grown model; give copy.deepcopy(model), or "
                 "AveragedModel(model).module, made before the growth."
             ) from error
-        if any(shape[at.dim] != len(at.old) for at in landings):
+        if any(shape[at.dim] != len(at.old) for at in landings) or shape != moved.get(name, shape):
             raise GrowthError(
                 f"{name} of the copy has shape {tuple(shape)}, not that of the model before the growth; carry each "
                 "copy along once after each growth, in order."

@@ -425,7 +425,7 @@ def test_an_optimizer_that_takes_no_new_parameters_refuses(net) -> None:
     model, batches = net
     dag = dagrow.trace(model, batches[0][0][:2])
     growth = dagrow.propose(dag, batches, loss, [AddConnection()])[0]
-    with pytest.raises(OptimizerError, match="LBFGS keeps one state"):
+    with pytest.raises(OptimizerError, match="LBFGS cannot take the new parameters x_to_"):
         growth.apply(0.1, optimizer=torch.optim.LBFGS(model.parameters()))
     assert len(list(model.children())) == 3
 
@@ -457,13 +457,12 @@ class Sides(nn.Module):
 
     def __init__(self, inplace: bool) -> None:
         super().__init__()
-        self.left, self.right, self.join, self.last = (nn.Linear(*size) for size in ((3, 4), (3, 4), (4, 4), (4, 2)))
+        self.left, self.right, self.first, self.second = (nn.Linear(*s) for s in ((3, 4), (3, 4), (4, 2), (4, 2)))
         self.relu = nn.ReLU(inplace)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.relu(self.join(torch.tanh(self.left(x))))
-        b = torch.tanh(self.right(x).flip(0).flip(0))
-        return self.last(a) * self.last(b)
+        a = self.relu(self.first(torch.tanh(self.left(x))))
+        return a * self.second(torch.tanh(self.right(x.index_select(1, torch.tensor([2, 1, 0])))))
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -472,9 +471,143 @@ def test_what_runs_later_can_be_joined_to_what_ran_before(inplace: bool) -> None
     torch.manual_seed(0)
     model = Sides(inplace).double()
     x, y = torch.randn(80, 3, dtype=DOUBLE), torch.randn(80, 2, dtype=DOUBLE)
-    for growth in dagrow.propose(dagrow.trace(model, x[:2]), [(x, y)], loss, [AddLayer(2, nn.Tanh(), folds=1)]):
+    dag = dagrow.trace(model, x[:2])
+    growths = dagrow.propose(dag, [(x, y)], loss, [AddLayer(2, nn.Tanh(), folds=1)])
+    assert ("right -> first" in {growth.where for growth in growths}) is not inplace
+    for growth in growths:
         slope = (growth.loss(1e-6) - growth.loss(-1e-6)) / 2e-6
         assert -slope == pytest.approx(growth.gain, rel=1e-4, abs=1e-9)
+    if not inplace:
+        growth = next(growth for growth in growths if growth.where == "right -> first")
+        predicted = growth.loss(0.3)
+        growth.apply(0.3)
+        assert float(loss(model(x), y)) == pytest.approx(predicted, rel=1e-9)
+
+
+class Trunk(nn.Module):
+    """Frozen or without gradients below, in another precision above."""
+
+    def __init__(self, graded: bool, head: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(3, 4).double(), nn.Linear(4, 4).double(), nn.Linear(4, 2).to(head)
+        self.graded = graded
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.graded and torch.is_grad_enabled()):
+            h = torch.tanh(self.two(torch.tanh(self.one(x))))
+        return self.three(h.to(self.three.weight.dtype)).to(x.dtype)
+
+
+def test_no_path_starts_where_gradients_are_switched_off() -> None:
+    x, y = torch.randn(60, 3, dtype=DOUBLE), torch.randn(60, 2, dtype=DOUBLE)
+    dag = dagrow.trace(Trunk(False), x[:2])
+    assert {link.source.name for link in links(dag, known=True)} <= {dag.edge("three").layer.inputs.name}
+    (growth,) = dagrow.propose(dag, [(x, y)], loss, [AddLayer(2, nn.Tanh(), targets=("three",))])
+    growth.apply(0.1)
+    loss(dag.model(x), y).backward()
+    assert all(parameter.grad is not None for parameter in dag.model.hidden1.parameters())
+
+
+def test_no_path_leads_to_another_precision() -> None:
+    x, y = torch.randn(60, 3, dtype=DOUBLE), torch.randn(60, 2, dtype=DOUBLE)
+    dag = dagrow.trace(Trunk(True, torch.float32), x[:2])
+    assert {link.target.name for link in links(dag)} == {"two"}
+    assert dagrow.propose(dag, [(x, y)], loss, [AddLayer(2, nn.Tanh())])
+
+
+@pytest.mark.parametrize("exact", [1, 100])
+def test_residual_blocks_in_front_of_frozen_layers(exact: int) -> None:
+    """Their goals do not depend on what else is measured."""
+    torch.manual_seed(0)
+    model = Net().double()
+    for parameter in (*model.one.parameters(), *model.two.parameters()):
+        parameter.requires_grad_(False)
+    x, y = torch.randn(60, 5, dtype=DOUBLE), torch.randn(60, 2, dtype=DOUBLE)
+    dag = dagrow.trace(model, x[:2])
+    growths = dagrow.propose(dag, [(x, y)], loss, [AddLayer(2, nn.Tanh(), folds=1, exact=exact)])
+    if exact > 1:
+        assert {"one -> itself", "two -> itself"} <= {growth.where for growth in growths}
+    assert all(growth.gain > 0 for growth in growths)
+    assert not model.one.weight.requires_grad
+
+
+def test_new_parameters_beside_frozen_ones_are_optimized(net) -> None:
+    model, batches = net
+    model.two.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    dag = dagrow.trace(model, batches[0][0][:2])
+    (growth,) = dagrow.propose(dag, batches, loss, [AddConnection(targets=("two",))])
+    growth.apply(0.1, optimizer=optimizer)
+    assert any(p is model.x_to_two.weight for p in optimizer.param_groups[0]["params"])
+
+
+def test_activations_of_one_layer_are_told_apart() -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(torch.tanh(self.second(torch.sin(h)) + self.second(torch.cos(h))))
+
+    class Split(Waves):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(torch.tanh(self.second(torch.sin(h)) + self.third(torch.cos(h))))
+
+    dag = dagrow.trace(Split(), torch.randn(2, 3))
+    places = [link.place for link in links(dag, known=True)]
+    assert len(places) == len(set(places))
+    assert {"first -> last", "first[1] -> last"} < set(places)
+
+
+@pytest.mark.parametrize("make", [lambda net: nn.DataParallel(net), lambda net: net.one])
+def test_models_that_no_path_can_be_added_to(net, make) -> None:
+    model, batches = net
+    dag = dagrow.trace(make(model), batches[0][0][:2])
+    with pytest.raises(GrowthError, match=r"trace its .module|put it into an nn.Sequential"):
+        dagrow.propose(dag, batches, loss, [AddConnection()])
+
+
+def test_only_copies_from_before_the_growth_follow(net) -> None:
+    model, batches = net
+    dag, before = dagrow.trace(model, batches[0][0][:2]), copy.deepcopy(model)
+    receipt = dagrow.propose(dag, batches, loss, [AddConnection()])[0].apply(0.3)
+    receipt.carry(before)
+    for other in (before, model, nn.Sequential(nn.Linear(5, 2)).double()):
+        children = list(other._modules)
+        with pytest.raises(GrowthError, match=r"carry each copy along once|is no copy of the grown model"):
+            receipt.carry(other)
+        assert list(other._modules) == children
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda branch: branch.pop(),
+        lambda branch: branch[3].update({"": {"type": "Nothing"}}),
+        lambda branch: branch[3].update({"": {"type": "Linear", "in_features": 2, "colour": 1}}),
+        lambda branch: branch.__setitem__(3, {}),
+        lambda branch: branch.__setitem__(0, "forward"),
+    ],
+)
+def test_damaged_files(net, tmp_path, damage) -> None:
+    model, batches = net
+    fresh, x = copy.deepcopy(model), batches[0][0]
+    dag = dagrow.trace(model, x[:2])
+    dagrow.propose(dag, batches, loss, [AddConnection()])[0].apply(0.3)
+    dagrow.save(dag, tmp_path / "grown.pt")
+    content = torch.load(tmp_path / "grown.pt", weights_only=True)
+    damage(content["branches"][0])
+    torch.save(content, tmp_path / "grown.pt")
+    with pytest.raises(StoreError):
+        dagrow.load(fresh, tmp_path / "grown.pt", x[:2])
+    assert len(fresh._modules) == 3
 
 
 class Hooked(Net):
@@ -500,6 +633,9 @@ def test_a_forward_that_cannot_be_written_refuses(net) -> None:
         (lambda: AddLayer(0), "k=0"),
         (lambda: AddLayer(2, nn.Linear(2, 2)), "entry from itself alone"),
         (lambda: AddLayer(2, "relu"), "entry from itself alone"),
+        (lambda: AddLayer(2, nn.RReLU()), "draws random numbers"),
+        (lambda: AddLayer(2, nn.Dropout()), "draws random numbers"),
+        (lambda: AddLayer(2, seed=0.5), "seed=0.5"),
     ],
 )
 def test_settings_that_make_no_sense(make, message: str) -> None:

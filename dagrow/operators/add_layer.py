@@ -27,6 +27,7 @@ __all__ = ["AddLayer"]
 
 OFFERED = 64  #: random directions that units are chosen from, at least
 PER_UNIT = 4  #: and for each unit
+_RANDOM = (nn.RReLU, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class AddLayer(Operator):
                 f"AddLayer(activation={sigma!r}): give a module that computes each entry from itself alone and has no "
                 "parameters, such as torch.nn.ReLU() or torch.nn.GELU()."
             )
+        if isinstance(sigma, _RANDOM):
+            raise GrowthError(f"AddLayer(activation={sigma!r}): it draws random numbers; give one that does not.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise GrowthError(f"AddLayer(seed={self.seed!r}): give a whole number from 0 to 2**32.")
         check_names(self, "targets")
         self.check_regularisation(self.ridge)
 

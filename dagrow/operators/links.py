@@ -37,6 +37,7 @@ class Link:
         members: all layers whose outputs are summed there, whose weights can move along; the target is one.
         geometry: how a new convolution slides over the activation; None for a linear layer.
         pooled: whether the activation is an image and the new layer reads its mean over positions.
+        number: of the activation, among several that come from the same layer.
     """
 
     dag: Dag
@@ -48,15 +49,22 @@ class Link:
     members: tuple[Edge, ...]
     geometry: Geometry | None = None
     pooled: bool = False
+    number: int = 0
+
+    @property
+    def start(self) -> str:
+        """The layer that the activation comes from; numbered if several do."""
+        return _origin(self.source, self.dag) + (f"[{self.number}]" if self.number else "")
 
     @property
     def place(self) -> str:
         """Where it leads from and to."""
-        return f"{_origin(self.source, self.dag)} -> {self.target.name}"
+        return f"{self.start} -> {self.target.name}"
 
     def named(self, kind: str | None = None) -> str:
         """A name for the new module: where it leads from and to, or a kind with a number."""
-        plain = kind or "_to_".join(_short(end, self.dag) for end in self.place.split(" -> "))
+        ends = _origin(self.source, self.dag), self.target.name
+        plain = kind or "_to_".join(_short(end, self.dag) for end in ends)
         plain = plain if plain.isidentifier() else f"from_{plain}"
         model, count = self.dag.model, itertools.count(1 if kind else 2)
         names = itertools.chain([] if kind else [plain], (f"{plain}{'' if kind else '_'}{n}" for n in count))
@@ -133,7 +141,7 @@ class Link:
         module = several if len(layers) > 1 else several[0]
         return Branch(
             name, module, self.reading, self.writing, self.source, self.reader.name, self.target.name,
-            self.target.path("weight"),
+            (*self.movable, self.target)[0].path("weight"),
         )  # fmt: skip
 
     def compensate(self, draft: Draft, delta: Tensor) -> None:
@@ -152,7 +160,7 @@ class Loop(Link):
 
     @property
     def place(self) -> str:
-        return f"{_origin(self.source, self.dag)} -> itself"
+        return f"{self.start} -> itself"
 
     @property
     def goal(self) -> Goal:

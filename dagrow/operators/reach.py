@@ -1,19 +1,24 @@
 """Where new paths can be laid: from an activation to a pre-activation that does not lead to it, or to itself."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from torch import fx
+import torch
+from torch import fx, nn
 
-from dagrow.branches import crossed, dependent
+from dagrow.branches import dependent
 from dagrow.dag import Dag, Edge
 from dagrow.errors import GrowthError
 from dagrow.generated import branches_of
 from dagrow.layers.linear import LinearRule
 from dagrow.operators.links import Link, Loop
+from dagrow.ops import MODES, op_name
 from dagrow.patches import Geometry
 
 __all__ = ["links", "loops", "refuse_unwritable"]
+
+_INPLACE = {name for name in dir(operator) if name.startswith("i") and getattr(operator, f"__{name}__", None)}
 
 
 def refuse_unwritable(dag: Dag) -> None:
@@ -35,9 +40,9 @@ def links(dag: Dag, kernel: int = 1, targets: Sequence[str] | None = None, *, kn
 
     Raises GrowthError for a target that no path can lead to.
     """
-    nodes = {layer.name: node for node, layer in dag.layers.items()}
-    edges = [edge for edge in dag.edges if not edge.shared]
+    nodes, edges, order = _nodes(dag), [edge for edge in dag.edges if not edge.shared], _Order(dag)
     new = {branch for branch, *_ in branches_of(dag.model)}
+    readers = [edge for edge in _readers(edges) if order.graded(nodes[edge.name])]
     found: list[Link] = []
     for members in _summed(edges, nodes):
         # the user's own layers come first, then new hidden layers, then new connections
@@ -45,26 +50,76 @@ def links(dag: Dag, kernel: int = 1, targets: Sequence[str] | None = None, *, kn
         writing = nodes[target.name]
         beyond = {writing} | dependent(writing)
         heard = {edge.layer.inputs for edge in members}
-        for reader in _readers(edges):
+        for reader in readers:
             source, reading = reader.layer.inputs, nodes[reader.name]
-            if source in beyond or (source in heard and not known) or _unsafe(dag, reading, writing):
+            if source in beyond or (source in heard and not known) or order.bound(writing, reading):
                 continue
             form = _form(source, reader, target, writing, kernel)
             if form is not None:
                 found.append(Link(dag, reader, source, reading, target, writing, members, *form))
+    found = list(_told_apart(found))
     return found if targets is None else _meant(dag, found, targets)
 
 
-def loops(dag: Dag, kernel: int = 1) -> list[Loop]:
+def loops(dag: Dag, kernel: int = 1) -> list[Link]:
     """Every activation that a residual block can be put on."""
-    edges = [edge for edge in dag.edges if not edge.shared]
-    found: list[Loop] = []
-    for reader in _readers(edges):
+    nodes, order, found = _nodes(dag), _Order(dag), dict[fx.Node, Link]()
+    for reader in _readers([edge for edge in dag.edges if not edge.shared]):
         source = reader.layer.inputs
         form = _form(source, reader, reader, source, kernel)
-        if source.op != "placeholder" and form is not None and not any(source is loop.source for loop in found):
-            found.append(Loop(dag, reader, source, source.next, reader, source, (), *form))
-    return found
+        if source.op != "placeholder" and form is not None and order.graded(nodes[reader.name]):
+            found.setdefault(source, Loop(dag, reader, source, source.next, reader, source, (), *form))
+    return list(_told_apart(found.values()))
+
+
+def _nodes(dag: Dag) -> dict[str, fx.Node]:
+    """The nodes of layers, by their names."""
+    return {layer.name: node for node, layer in dag.layers.items()}
+
+
+def _told_apart(found: Iterable[Link]) -> Iterator[Link]:
+    """Activations that come from the same layer are numbered."""
+    sources: dict[str, list[fx.Node]] = {}
+    for link in found:
+        same = sources.setdefault(link.place, [])
+        same.append(link.source)
+        yield replace(link, number=len(same) - 1)
+
+
+class _Order:
+    """What runs when, and what of it could not run later, or is cut off from gradients."""
+
+    def __init__(self, dag: Dag) -> None:
+        modules = dict(dag.model.named_modules())
+        self.place: dict[fx.Node, int] = {}
+        self.fixed = [0]  #: how many of the first nodes could not run later
+        self.without: set[fx.Node] = set()
+        graded = True
+        for index, node in enumerate(dag.graph.nodes):
+            self.place[node] = index
+            graded = bool(node.args[0]) if node.target is torch._C._set_grad_enabled else graded
+            self.fixed.append(self.fixed[-1] + _is_fixed(node, modules))
+            if not graded:
+                self.without.add(node)
+
+    def bound(self, writing: fx.Node, reading: fx.Node) -> bool:
+        """Whether something between a layer that writes and a later one that reads could not run later."""
+        first, last = self.place[writing], self.place[reading]
+        return last > first and self.fixed[last] > self.fixed[first + 1]
+
+    def graded(self, node: fx.Node) -> bool:
+        """Whether gradients are on where a node runs."""
+        return node not in self.without
+
+
+def _is_fixed(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node works in place, or switches modes."""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target))
+    inside = name.endswith("_") and not name.endswith("__")
+    written = node.op == "call_function" and name in {"setattr", "setitem", *_INPLACE}
+    return inside or written or "out" in node.kwargs or op_name(node) in MODES or bool(node.kwargs.get("inplace"))
 
 
 def _meant(dag: Dag, found: Sequence[Link], targets: Sequence[str]) -> list[Link]:
@@ -110,23 +165,13 @@ def _sum(node: fx.Node) -> fx.Node:
     return node
 
 
-def _unsafe(dag: Dag, reading: fx.Node, writing: fx.Node) -> bool:
-    """Whether what runs between them could not run later: it works in place, or switches modes."""
-    modules = dict(dag.model.named_modules())
-    for node in crossed(writing, reading):
-        name = getattr(node.target, "__name__", str(node.target))
-        inside = node.op == "call_module" and getattr(modules[str(node.target)], "inplace", False)
-        written = node.op != "call_module" and (name.endswith("_") or name.startswith("i") or "set" in name)
-        if inside or written or "autocast" in name:
-            return True
-    return False
-
-
 def _form(
     source: fx.Node, reader: Edge, target: Edge, writing: fx.Node, kernel: int
 ) -> tuple[Geometry | None, bool] | None:
     """How a new layer reads the activation so that it fits the pre-activation; None if it cannot."""
-    read, written = source.meta["val"], writing.meta["val"]
+    read, written, weight = source.meta["val"], writing.meta["val"], target.parameters()["weight"]
+    if not read.dtype == written.dtype == weight.dtype or read.device != written.device:
+        return None
     linear = isinstance(target.rule, LinearRule) and target.rule.channel_dim(written.ndim) == written.ndim - 1
     slid = reader.rule.geometry(reader.module)
     if linear and slid is None:
@@ -139,6 +184,8 @@ def _form(
     over = target.rule.geometry(target.module)
     if over is None or over.space != slid.space or written.ndim != read.ndim:
         return None
+    if all(size == 1 for size in written.shape[2:]) and read.shape[2:].numel() > 1:
+        return None  # one position is a mean, whatever the image's size: no kernel is
     fitted = _fitted(read.shape[2:], written.shape[2:], kernel)
     return None if fitted is None else (fitted, False)
 
