@@ -39,7 +39,7 @@ class Growth:
         where: the axis or edge.
         neurons: new units.
         gain: minus the slope of the loss in gamma at 0, on the measured samples.
-        gain_from: target edge -> its part of the gain.
+        gain_from: target edge (or the activation of a residual block) -> its part of the gain.
         heldout_gain: what a fit on the other folds explains of each fold, mean over folds; None without folds.
         heldout_error: its standard error over folds.
         drop: by how much the bottleneck at the targets falls.

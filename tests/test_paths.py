@@ -654,7 +654,8 @@ def test_targets_that_no_path_can_lead_to(net) -> None:
 
 def test_where_everything_is_joined_nothing_is_proposed() -> None:
     x, y = torch.randn(40, 3), torch.randn(40, 2)
-    assert dagrow.propose(dagrow.trace(nn.Linear(3, 2), x[:2]), [(x, y)], loss, [AddConnection()]) == []
+    dag = dagrow.trace(nn.Sequential(nn.Linear(3, 2)), x[:2])
+    assert dagrow.propose(dag, [(x, y)], loss, [AddConnection()]) == []
 
 
 def test_costs_are_those_of_the_grown_model(net) -> None:

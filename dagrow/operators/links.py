@@ -61,6 +61,11 @@ class Link:
         """Where it leads from and to."""
         return f"{self.start} -> {self.target.name}"
 
+    @property
+    def fed(self) -> str:
+        """What its gain is for."""
+        return self.target.name
+
     def named(self, kind: str | None = None) -> str:
         """A name for the new module: where it leads from and to, or a kind with a number."""
         ends = _origin(self.source, self.dag), self.target.name
@@ -161,6 +166,10 @@ class Loop(Link):
     @property
     def place(self) -> str:
         return f"{self.start} -> itself"
+
+    @property
+    def fed(self) -> str:
+        return self.place
 
     @property
     def goal(self) -> Goal:

@@ -106,7 +106,7 @@ class PathCandidate(Candidate):
             link.compensate(draft, fit.compensation)
         change = draft.change()
         return Growth(
-            self.operator, link.place, self.neurons, fit.gain, {link.target.name: fit.gain},
+            self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain},
             cost_of(link.dag, change), None if held is None else held.gain, None if held is None else held.error,
             fit.drop, significant=real and (held is None or held.significant), invariant=self.invariant,
             notes=(*self.notes, *((fit.note,) if fit.note else ())), change=change, dag=link.dag, objective=objective,
