@@ -1,6 +1,9 @@
 """Coverage of a zoo of public architectures: is each traced, and does every axis that claims to grow grow exactly?
 
-    python tests/benchmarks/coverage.py --zoo FOLDER --out coverage.jsonl --table docs/coverage.md --jobs 2
+    python tests/benchmarks/coverage.py --zoo FOLDER --out tests/benchmarks/coverage.jsonl --table docs/coverage.md
+
+A run goes on where an earlier one stopped: models that are in the results are left out, but for those that failed. To
+measure all anew, give another file.
 
 FOLDER holds ``models.py`` with ``all_specs()``, a list of (suite, name, build, inputs), and ``torchvision_on_cpu.py``.
 Each model runs in a process of its own, with a time limit, in eval mode, on one thread:
@@ -120,8 +123,8 @@ def _shape(dag: Dag) -> dict[str, Any]:
 
 
 def _weighed(coverage: Coverage) -> dict[str, int]:
-    """Why edges are frozen, and how many parameters for it."""
-    return {why: sum(coverage.frozen[edge] for edge in edges) for why, edges in coverage.reasons.items()}
+    """Why edges are frozen, and how many parameters for it: the first reason, which most are frozen for."""
+    return {why: sum(coverage.frozen[edge] for edge in edges) for why, edges in [*coverage.reasons.items()][:1]}
 
 
 def _attends(dag: Dag) -> bool:
@@ -217,7 +220,7 @@ def watched(given: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True, help="folder with models.py")
-    parser.add_argument("--out", type=Path, help="results, one JSON object a line; models that are there are left out")
+    parser.add_argument("--out", type=Path, help="results, one JSON object a line")
     parser.add_argument("--table", type=Path, help="document to write the table into")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each model")
@@ -227,17 +230,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.alone:
         return alone(given.zoo, *given.alone, grown=not given.traced_only)
-    done = {(run["suite"], run["name"]) for run in read(given.out)}
+    done = {(run["suite"], run["name"]) for run in known(given.out) if "error" not in run}
     todo = [(suite, name) for suite, name, *_ in specs(given.zoo)
             if given.only in f"{suite}/{name}" and (suite, name) not in done]  # fmt: skip
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda spec: watched(given, *spec), todo):
             append(given.out, result)
             print(_line(result), flush=True)
-    print("\n".join(summary(read(given.out))))
+    print("\n".join(summary(known(given.out))))
     if given.table:
-        write_block(given.table, Path(__file__).name, document(read(given.out)))
+        write_block(given.table, Path(__file__).name, document(known(given.out)))
     return None
+
+
+def known(path: Path) -> list[dict[str, Any]]:
+    """The results, the last one of each model."""
+    return list({(run["suite"], run["name"]): run for run in read(path)}.values())
 
 
 def _line(run: Mapping[str, Any]) -> str:
