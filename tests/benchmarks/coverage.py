@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, read, source_version, write_block
+from common import append, read, source_version, table, write_block
 from torch import Tensor, nn
 
 import dagrow
