@@ -24,7 +24,7 @@ from dagrow.errors import OptimizerError
 from dagrow.landings import Landing
 
 __all__ = [
-    "carry", "check_optimizer", "log_added", "log_growth", "log_removed", "log_undo", "refuse",
+    "adopt", "carry", "check_optimizer", "log_added", "log_growth", "log_removed", "log_undo", "refuse",
     "refuse_new", "regroup", "settle",
 ]  # fmt: skip
 
@@ -92,7 +92,7 @@ FACTORED = {"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
 
 _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
-_beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak references to those it may be optimized with, or None
+_beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak reference to the one it is optimized with, or None
 _hooked: list[Any] = []
 
 
@@ -119,10 +119,21 @@ def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
         _log[tensor].add(_Stage(torch.Size(before), tensor.shape, tuple(landings), True))
 
 
-def log_added(parameter: Tensor, beside: Iterable[Tensor]) -> None:
-    """Notes that a parameter is new, and which ones it may be optimized with, the first that an optimizer has."""
-    _beside[parameter] = [ref(one) for one in beside]
+def log_added(parameter: Tensor, beside: Tensor) -> None:
+    """Notes that a parameter is new, and which one it is optimized with."""
+    _beside[parameter] = ref(beside)
     _watch_steps()
+
+
+def adopt(optimizer: Optimizer, new: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """New parameters that would be optimized with none of the optimizer's, as beside a frozen layer, join it with the
+    first of the others that it has. No other optimizer takes them then."""
+    mine = {id(p) for p in _parameters(optimizer)}
+    near = next(p for p in others if id(p) in mine)
+    for parameter in new:
+        if id(parameter) not in mine:
+            log_added(parameter, near)
+    regroup(optimizer)
 
 
 def log_removed(parameter: Tensor) -> None:
@@ -135,14 +146,12 @@ def regroup(optimizer: Optimizer) -> None:
     if not _beside:
         return
     mine = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter, references in list(_beside.items()):
-        if references is None:
+    for parameter, beside in list(_beside.items()):
+        if beside is None:
             _leave(optimizer, parameter)
-        elif id(parameter) not in mine and _takes(optimizer, parameter):
-            near = [mine[id(one)] for reference in references if (one := reference()) is not None and id(one) in mine]
-            if near:
-                near[0]["params"].append(parameter)
-                optimizer.state.update(_first_state(optimizer, parameter))
+        elif id(parameter) not in mine and id(beside()) in mine and _takes(optimizer, parameter):
+            mine[id(beside())]["params"].append(parameter)
+            optimizer.state.update(_first_state(optimizer, parameter))
 
 
 def _leave(optimizer: Optimizer, parameter: Tensor) -> None:

@@ -18,6 +18,7 @@ from dagrow.dag import Dag
 from dagrow.draft import Change, pad
 from dagrow.errors import GrowthError
 from dagrow.optimizers import (
+    adopt,
     carry,
     log_added,
     log_growth,
@@ -129,7 +130,7 @@ class Saved:
                 with torch.no_grad():
                     parameter.copy_(tensors.get(name, parameter))
                 self.added.append(parameter)
-                log_added(parameter, [tensor_at(self.model, branch.beside), *self.model.parameters()])
+                log_added(parameter, tensor_at(self.model, branch.beside))
 
 
 def _resize(tensor: Tensor, value: Tensor) -> None:
@@ -241,6 +242,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
         undo.saved.write(tensors, kind)
         if optimizer is not None:
             carry(optimizer)
+            adopt(optimizer, undo.saved.added, dag.model.parameters())
         dag.retrace()
         dag.applied.append(undo)
 

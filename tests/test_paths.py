@@ -541,6 +541,21 @@ def test_new_parameters_beside_frozen_ones_are_optimized(net) -> None:
     assert any(p is model.x_to_two.weight for p in optimizer.param_groups[0]["params"])
 
 
+@pytest.mark.parametrize("handed", [True, False])
+def test_of_two_optimizers_one_takes_new_parameters(net, handed: bool) -> None:
+    model, batches = net
+    head = torch.optim.SGD(model.three.parameters(), lr=0.1)
+    trunk = torch.optim.SGD([*model.one.parameters(), *model.two.parameters()], lr=0.1)
+    dag = dagrow.trace(model, batches[0][0][:2])
+    growths = dagrow.propose(dag, batches, loss, [AddConnection(targets=("three",))])
+    growths[0].apply(0.1, optimizer=trunk if handed else None)
+    loss(model(batches[0][0]), batches[0][1]).backward()
+    for optimizer in (trunk, head):
+        optimizer.step()
+    counts = [len(optimizer.param_groups[0]["params"]) for optimizer in (trunk, head)]
+    assert counts == ([5, 2] if handed else [4, 3])
+
+
 def test_activations_of_one_layer_are_told_apart() -> None:
     class Waves(nn.Module):
         def __init__(self) -> None:

@@ -59,7 +59,6 @@ class PathCandidate(Candidate):
     kind: str | None = None
     ridges: tuple[float, ...] = (0.0,)
     invariant: bool = True
-    notes: tuple[str, ...] = ()
 
     @property
     def block(self) -> Block:
@@ -109,7 +108,7 @@ class PathCandidate(Candidate):
             self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain},
             cost_of(link.dag, change), None if held is None else held.gain, None if held is None else held.error,
             fit.drop, significant=real and (held is None or held.significant), invariant=self.invariant,
-            notes=(*self.notes, *((fit.note,) if fit.note else ())), change=change, dag=link.dag, objective=objective,
+            notes=(fit.note,) if fit.note else (), change=change, dag=link.dag, objective=objective,
         )  # fmt: skip
 
 
