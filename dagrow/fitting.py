@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dagrow.budget import Budget
 from dagrow.dag import Dag
@@ -24,9 +25,9 @@ __all__ = ["fit"]
 def fit(
     dag: Dag, batches: Iterable[Any], loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),),
     budget: Budget = Budget(), schedule: Schedule = EveryEpochs(), *, epochs: int, optimizer: Optimizer,
-    validation: Iterable[Any] | None = None, measured: Iterable[Any] | None = None, policy: Policy = ByGain(),
-    stop: Sequence[StopRule] = (NothingToAdd(),), per_step: Budget = Budget(), step: Step | None = None,
-    mode: str = "eval",
+    scheduler: LRScheduler | None = None, validation: Iterable[Any] | None = None,
+    measured: Iterable[Any] | None = None, policy: Policy = ByGain(), stop: Sequence[StopRule] = (NothingToAdd(),),
+    per_step: Budget = Budget(), step: Step | None = None, mode: str = "eval",
 ) -> History:  # fmt: skip
     """Trains a model for some epochs, and grows it after each in which its schedule says so.
 
@@ -39,6 +40,7 @@ def fit(
         batches: to train on, any re-iterable of ``(inputs, target)``.
         epochs: of training, numbered from 0.
         optimizer: of the model's parameters; its state grows along.
+        scheduler: of the optimizer's learning rates; it takes a step after each epoch.
         validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
         measured: batches that growing looks at; by default those to train on.
 
@@ -52,6 +54,7 @@ def fit(
         raise GrowthError(f"fit(epochs={epochs!r}): give a positive whole number.")
     if optimizer is None:
         raise OptimizerError("fit(optimizer=None): give the torch.optim.Optimizer that trains the model.")
+    _check_scheduler(scheduler, optimizer)
     grower = Grower(
         dag, loss, operators, budget, schedule, policy=policy, stop=stop, per_step=per_step, optimizer=optimizer,
         step=step, mode=mode,
@@ -65,11 +68,28 @@ def fit(
             for epoch in range(epochs):
                 train_loss = _epoch(objective, optimizer)
                 grower.step(epoch, batches if measured is None else measured, validation, train_loss=train_loss)
+                _anneal(scheduler, grower.history)
                 progress.update(task, advance=1, description=_line(grower.history))
     finally:
         for module in dag.model.modules():
             module.training = modes.get(module, modes[dag.model])
     return grower.history
+
+
+def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise OptimizerError(
+            f"fit(scheduler={scheduler!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+        )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+
+
+def _anneal(scheduler: LRScheduler | None, history: History) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(history[-1].loss)
+    elif scheduler is not None:
+        scheduler.step()
 
 
 def _epoch(objective: Objective, optimizer: Optimizer) -> float:

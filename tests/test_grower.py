@@ -339,6 +339,18 @@ def test_fit_measures_what_it_is_told_to() -> None:
     assert history[0].grown[0].loss_before == pytest.approx(expected, rel=1e-9)
 
 
+def test_learning_rates_follow_a_schedule_while_it_grows() -> None:
+    dag = traced()
+    optimizer = torch.optim.Adam(dag.model.parameters(), lr=1e-2)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    history = dagrow.fit(dag, BATCHES, mse, TWO, epochs=3, optimizer=optimizer, scheduler=cosine)
+    assert history.growths()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-2 * (2 - 2**0.5) / 4])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
+    dagrow.fit(dag, BATCHES, mse, TWO, schedule=Never(), epochs=2, optimizer=optimizer, scheduler=plateau)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (2 - 2**0.5) / 4)
+
+
 def test_a_loader_that_shuffles_gives_every_epoch_another_order() -> None:
     data, seen = torch.utils.data.TensorDataset(X, Y), []
     loader = torch.utils.data.DataLoader(data, 50, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -382,6 +394,10 @@ def test_refusals() -> None:
         dagrow.fit(dag, BATCHES, mse, epochs=0, optimizer=optimizer)
     with pytest.raises(OptimizerError, match="optimizer"):
         dagrow.fit(dag, BATCHES, mse, epochs=1, optimizer=None)  # type: ignore[arg-type]
+    other = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
+    for scheduler in (1, torch.optim.lr_scheduler.StepLR(other, 1)):
+        with pytest.raises(OptimizerError, match="scheduler"):
+            dagrow.fit(dag, BATCHES, mse, epochs=1, optimizer=optimizer, scheduler=scheduler)  # type: ignore[arg-type]
     with pytest.raises(dagrow.BatchError):
         dagrow.fit(dag, iter(BATCHES), mse, epochs=1, optimizer=optimizer)
     with pytest.raises(dagrow.BatchError):
