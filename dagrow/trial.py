@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
     """
     with undisturbed(dag.model):
         trial = _Trial(dag, inputs, tolerance)
-        wrong = trial.of([(dag.axis(axis), dag.widening(dag.axis(axis), k))])
+        wrong, _ = trial.of([(dag.axis(axis), dag.widening(dag.axis(axis), k))])
         return wrong or trial.left()
 
 
 def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 1e-10) -> dict[str, str | None]:
     """:func:`try_axis` for every axis that says it can grow. Axes that share no layer's side are grown at once, as many
-    as memory allows, and one by one only if something is wrong."""
+    as memory allows; if something is wrong with some of them, these again in halves, down to single ones."""
     found: dict[str, str | None] = {}
     growing: list[Grown] = []
     for axis in dag.axes:
@@ -58,10 +59,20 @@ def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 
     with undisturbed(dag.model):
         trial = _Trial(dag, inputs, tolerance)
         for group in _portions(disjoint(growing, lambda pair: pair[1])):
-            wrong = trial.of(group)
-            found |= {pair[0].name: trial.of([pair]) if wrong and len(group) > 1 else wrong for pair in group}
+            found |= _apart(trial, group)
         left = trial.left()
     return {axis: wrong or left for axis, wrong in found.items()}
+
+
+def _apart(trial: "_Trial", group: Sequence[Grown]) -> dict[str, str | None]:
+    """What is wrong with each axis of a group."""
+    wrong, culprits = trial.of(group)
+    found = {axis.name: None for axis, _ in group} | {axis.name: wrong for axis, _ in culprits}
+    middle = (len(culprits) + 1) // 2
+    for part in (culprits[:middle], culprits[middle:]):
+        if part and len(group) > 1:
+            found |= _apart(trial, part)
+    return found
 
 
 def _portions(groups: Sequence[Sequence[Grown]]) -> Iterator[Sequence[Grown]]:
@@ -118,40 +129,45 @@ class _Trial:
             now = [_outputs(self.dag.model, given) for given in self.inputs]
         return None if all(_close(a, b, 0.0) for a, b in zip(now, self.before, strict=True)) else _UNDONE
 
-    def of(self, axes: Sequence[Grown]) -> str | None:
-        """What is wrong with axes that are grown at once, or None."""
-        wrong = None
+    def of(self, axes: Sequence[Grown]) -> tuple[str | None, Sequence[Grown]]:
+        """What is wrong with axes that are grown at once, or None, and with which of them it may be."""
+        dead = axes
         for sign in (1, -1):  # units behind a rectifier may be dead for one of them
             try:
-                change = _random(self.dag, axes, sign)
-                wrong = self._with(axes, change, self._strict)
+                change = _random(self.dag, dead, sign)
+                wrong, left = self._with(dead, change, self._strict)
                 if wrong == _CHANGED and self._tolerance > self._strict:
-                    wrong = self._with(axes, change, self._tolerance)
+                    wrong, left = self._with(dead, change, self._tolerance)
             except Exception as error:  # the user's forward may raise anything
-                return f"the grown model fails: {first_line(error)}"
-            if wrong != _DEAD:
-                return wrong
-        return wrong
+                return f"the grown model fails: {first_line(error)}", dead
+            if wrong:
+                return wrong, dead
+            dead = left
+            if not dead:
+                return None, ()
+        return _DEAD, dead
 
-    def _with(self, axes: Sequence[Grown], change: Change, tolerance: float) -> str | None:
-        model, alive = self.dag.model, False
+    def _with(self, axes: Sequence[Grown], change: Change, tolerance: float) -> tuple[str | None, Sequence[Grown]]:
+        """What is wrong, and the axes whose new entries no gradient reaches."""
+        model, dead = self.dag.model, axes
         state = {name: tensor.detach().clone() for name, tensor in _touched(model, change).items()}
         with grown(self.dag, change, 0.0):
             for given, expected in zip(self.inputs, self.before, strict=True):
-                with torch.set_grad_enabled(not alive):
+                with torch.set_grad_enabled(bool(dead)):
                     found = _outputs(model, given)
                 if not _close(found, expected, tolerance):
-                    return _CHANGED
-                alive = alive or _reached(model, axes, change, found)
+                    return _CHANGED, axes
+                dead = _unreached(model, dead, change, found) if dead else ()
         if not all(torch.equal(tensor, state[name]) for name, tensor in _touched(model, change).items()):
-            return _UNDONE
-        return None if alive else _DEAD
+            return _UNDONE, axes
+        return None, dead
 
 
 def _random(dag: Dag, axes: Sequence[Grown], sign: int) -> Change:
-    """New units on each axis, with random fan-in as large as that of the old ones."""
-    draft, generator = Draft(dag, axes), torch.Generator().manual_seed(0)
+    """New units on each axis, with random fan-in as large as that of the old ones, whatever else is grown."""
+    draft = Draft(dag, axes)
     for axis, widening in axes:
+        generator = torch.Generator().manual_seed(crc32(axis.name.encode()))
         for edge in axis.producers:
             landing = widening.rows[edge.name]
             columns = edge.rule.widths(edge.module)[0] * edge.rule.taps(edge.module) + edge.bias
@@ -191,11 +207,13 @@ def _scale(outputs: Tensor) -> float:
     return max(1.0, float(finite.max())) if finite.numel() else 1.0
 
 
-def _reached(model: nn.Module, axes: Sequence[Grown], change: Change, outputs: Sequence[Tensor]) -> bool:
-    """Whether the gradient of a random combination of the outputs reaches new entries of every axis."""
+def _unreached(
+    model: nn.Module, axes: Sequence[Grown], change: Change, outputs: Sequence[Tensor]
+) -> Sequence[Grown]:  # fmt: skip
+    """Axes of which the gradient of a random combination of the outputs does not reach any new entries."""
     generator, floating = torch.Generator().manual_seed(1), [o for o in outputs if o.is_floating_point()]
     if not floating:
-        return True
+        return ()
     total = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum()
         for o in floating
@@ -206,7 +224,7 @@ def _reached(model: nn.Module, axes: Sequence[Grown], change: Change, outputs: S
         (name, at.dim) for name, gradient in zip(tensors, gradients, strict=True) if gradient is not None
         for at in change.landings[name] if bool(gradient.index_select(at.dim, at.new.flatten()).any())
     }  # fmt: skip
-    return all(alive & set(_sides(axis)) for axis, _ in axes)
+    return [(axis, widening) for axis, widening in axes if not alive & set(_sides(axis))]
 
 
 def _sides(axis: Axis) -> Iterator[tuple[str, int | None]]:
