@@ -62,7 +62,7 @@ def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, Any]:
         "dag": (str(dag), str(dag.graph), [repr(layer) for layer in (*dag.edges, *dag.axes)], len(dag.applied)),
         "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), torch.is_grad_enabled()),
         "optimizer": None if optimizer is None else {
-            (i, j): {key: _value(v) for key, v in optimizer.state[p].items()}
+            (i, j): (id(p), {key: _value(v) for key, v in optimizer.state.get(p, {}).items()})
             for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])
         },
     }  # fmt: skip
