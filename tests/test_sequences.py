@@ -7,7 +7,7 @@ import copy
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -257,11 +257,11 @@ class Sequences(RuleBasedStateMachine):
             close(self.case.outputs(self.model, mode), expected[mode], f"{what} in {mode} mode", atol=atol)
 
     @contextlib.contextmanager
-    def _refused(self) -> Any:
-        """What is refused has a reason that fits, and leaves all as it was."""
+    def _refused(self) -> Iterator[dict[str, Any]]:
+        """What is refused has a reason that fits, and leaves all as it was, which is given."""
         before, refused = self._seen(), None
         try:
-            yield
+            yield before
         except DagrowError as error:
             refused = str(error)
         if refused is not None:
@@ -298,8 +298,8 @@ class Sequences(RuleBasedStateMachine):
                 close(self.case.outputs(self.model, mode), entry.outputs[mode], f"outputs in {mode} mode", atol=0)
 
     def _proposed(self, operator: Operator) -> list[Growth]:
-        found, before = list[Growth](), self._seen()
-        with self._refused():
+        found = list[Growth]()
+        with self._refused() as before:
             found = self.case.propose(operator, self.dag)
         same(before, self._seen(), f"proposals of {operator!r}")
         return found
