@@ -332,11 +332,25 @@ class Sequences(RuleBasedStateMachine):
         added = {name for part in receipt.parts for name in part.growth.change.added}
         assert set(self.model.state_dict()) >= set(halfway.state_dict())
         assert added == {n for n, _ in self.model.named_parameters()} - {n for n, _ in halfway.named_parameters()}
+        if handed and self.optimizer is not None:
+            self._state_has_followed(entry)
         if not handed:
             self.behind = True
             for part in receipt.parts:
                 self.outside |= self._left_outside(part.growth)
         return entry
+
+    def _state_has_followed(self, entry: Applied) -> None:
+        """The optimizer's state is where it was before the growth, and zero where parameters are new."""
+        held = dict(entry.before["optimizer"].values())
+        for name, p in self.model.named_parameters():
+            new = entry.receipt.parameters.get(name, {})
+            for key, old in held.get(id(p), {}).items():
+                kept = now = self.optimizer.state[p][key]
+                for dim, positions in new.items() if now.ndim else ():
+                    kept = kept.index_select(dim, torch.tensor(sorted({*range(now.shape[dim])} - {*positions})))
+                assert torch.equal(kept, old), f"{key} of {name}"
+                assert now.count_nonzero() == old.count_nonzero(), f"{key} of {name}"
 
     def _left_outside(self, growth: Growth) -> set[str]:
         """New parameters beside one that no optimizer has: nobody passed one that would take them."""
