@@ -43,8 +43,16 @@ def close(actual: Tensor | float, expected: Tensor | float, what: str, *, rtol: 
 
 
 def derivative(function: Callable[[float], float]) -> float:
-    """f'(0) by central differences, at the two neighbouring steps out of six that agree best."""
-    found = [(function(h) - function(-h)) / (2 * h) for h in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)]
+    """f'(0) by central differences, at the two neighbouring steps out of six that agree best.
+
+    Steps are smaller where f is so steep that it would change by more than its own size.
+    """
+
+    def difference(h: float) -> float:
+        return (function(h) - function(-h)) / (2 * h)
+
+    steep = max(1.0, abs(difference(1e-9)) / (abs(function(0.0)) or 1.0))
+    found = [difference(h / steep) for h in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)]
     best = min(range(len(found) - 1), key=lambda i: abs(found[i] - found[i + 1]))
     return found[best + 1]
 
@@ -62,7 +70,7 @@ def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, Any]:
         "dag": (str(dag), str(dag.graph), [repr(layer) for layer in (*dag.edges, *dag.axes)], len(dag.applied)),
         "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), torch.is_grad_enabled()),
         "optimizer": None if optimizer is None else {
-            (i, j): {key: _value(v) for key, v in optimizer.state[p].items()}
+            (i, j): (id(p), {key: _value(v) for key, v in optimizer.state.get(p, {}).items()})
             for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])
         },
     }  # fmt: skip

@@ -177,6 +177,8 @@ class Receipt:
     def undo(self) -> None:
         """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
 
+        Also after training: what the growth wrote is then as it was before the growth, all else stays as it is now.
+
         Raises:
             GrowthError: later growths are still in place, or it was undone already.
         """

@@ -150,7 +150,8 @@ def regroup(optimizer: Optimizer) -> None:
         if beside is None:
             _leave(optimizer, parameter)
         elif id(parameter) not in mine and id(beside()) in mine and _takes(optimizer, parameter):
-            mine[id(beside())]["params"].append(parameter)
+            mine[id(parameter)] = mine[id(beside())]  # those that were added to it join, too
+            mine[id(parameter)]["params"].append(parameter)
             optimizer.state.update(_first_state(optimizer, parameter))
 
 

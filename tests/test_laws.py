@@ -1,6 +1,7 @@
 """Every law over the zoo: drawn models times drawn operators, then fixed awkward models, then wrong operators."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoPro
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, MoveWeights, testing
+from dagrow.comparing import derivative
 from dagrow.operators import Candidate, Operator
 from dagrow.operators.base import Stage as Previewed
 from dagrow.testing import Case, check_operator
@@ -142,6 +144,12 @@ def test_an_operator_that_promises_too_much_is_found_out() -> None:
     check_operator(Wrong(factor=1.0), laws=[testing.preservation])
     with pytest.raises(AssertionError, match="slope of Wrong"):
         check_operator(Wrong())
+
+
+@pytest.mark.parametrize("steepness", [1e-3, 1.0, 1e6, 1e12])
+def test_slopes_are_measured_where_the_loss_is_steep(steepness: float) -> None:
+    found = derivative(lambda gamma: 2 + math.sin(1 + steepness * gamma))
+    assert found == pytest.approx(steepness * math.cos(1.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(("make", "reason"), [(Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x))

@@ -421,6 +421,16 @@ def test_new_parameters_are_optimized(net, kind, handed: bool) -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
 
 
+def test_new_parameters_beside_new_ones_join_at_the_same_step(net) -> None:
+    model, batches = net
+    optimizer, dag = torch.optim.SGD(model.parameters(), lr=0.1), dagrow.trace(model, batches[0][0][:2])
+    for target in ("three", "hidden1.fan_in"):
+        dagrow.propose(dag, batches, loss, [AddLayer(2, nn.Tanh(), targets=(target,))])[0].apply(0.1)
+    loss(model(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
 def test_an_optimizer_that_takes_no_new_parameters_refuses(net) -> None:
     model, batches = net
     dag = dagrow.trace(model, batches[0][0][:2])
