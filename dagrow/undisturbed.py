@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = ["AsFound", "undisturbed"]
 
 FAKE = torch._C._TorchDispatchModeKey.FAKE
-_PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, collections.deque))
+_USUAL = frozenset((*_PLAIN, *_CONTAINERS, tuple))  #: what most attributes of modules are
 
 
 @contextlib.contextmanager
@@ -54,9 +55,8 @@ class AsFound:
             _collect(vars(module), containers, found)
         self.contents = [(container, container.copy()) for container in containers.values()]
         self.tensors = [_Saved.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()]
-        own = [
-            value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Generator)
-        ]
+        kinds = (value for module in model.modules() for value in vars(module).values() if type(value) not in _USUAL)
+        own = [value for value in kinds if isinstance(value, torch.Generator)]
         self.generators = [*_random_state(), *((generator.set_state, generator.get_state()) for generator in own)]
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
@@ -93,9 +93,10 @@ class AsFound:
 
 
 def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found[id(value)] = value
-    elif type(value) in _CONTAINERS and id(value) not in containers:
+    if type(value) not in _CONTAINERS:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+    elif id(value) not in containers:
         containers[id(value)] = value
         for child in list(value.values() if isinstance(value, dict) else value):
             if type(child) not in _PLAIN:
