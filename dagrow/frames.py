@@ -20,6 +20,7 @@ _OURS = (
     "dagrow.symbolic",
     "dagrow.trace",
     "dagrow.trees",
+    "dagrow.undisturbed",
     "dagrow.verification",
 )
 
