@@ -55,6 +55,7 @@ def group(found: Labelling, only: Tensor | None = None) -> list[Layout]:
         (kind, key, position[found.classes.roots(labels)])
         for kind in ("rows", "columns", "entries") for key, labels in getattr(found, kind).items()
     ]  # fmt: skip
+    tables = [(kind, key, table) for kind, key, table in tables if (table.numpy() != NEUTRAL).any()]
     axis = _alike(tables, found.classes.numbers(roots))
     unit = torch.cat([torch.arange(count) for count in torch.bincount(axis).tolist()])
     unit = torch.empty_like(unit).scatter_(0, torch.argsort(axis, stable=True), unit)
