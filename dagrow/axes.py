@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,20 +55,23 @@ def group(found: Labelling, only: Tensor | None = None) -> list[Layout]:
         (kind, key, position[found.classes.roots(labels)])
         for kind in ("rows", "columns", "entries") for key, labels in getattr(found, kind).items()
     ]  # fmt: skip
+    tables = [(kind, key, table) for kind, key, table in tables if (table.numpy() != NEUTRAL).any()]
     axis = _alike(tables, found.classes.numbers(roots))
     unit = torch.cat([torch.arange(count) for count in torch.bincount(axis).tolist()])
     unit = torch.empty_like(unit).scatter_(0, torch.argsort(axis, stable=True), unit)
     places: list[dict[str, dict[Any, Tensor]]] = [
         {"rows": {}, "columns": {}, "entries": {}} for _ in range(int(axis.max()) + 1)
     ]
+    widths, units = torch.bincount(axis).tolist(), unit.numpy()
     for kind, key, table in tables:
-        for number, where in _parts(table, axis):
+        for number, where in _parts(table.numpy(), axis.numpy()):
             if kind == "entries":
-                places[number][kind][key] = torch.where(where, unit[table], NEUTRAL)
+                found_there = np.where(where, units[table.numpy()], NEUTRAL)
             else:
-                entries = torch.nonzero(where).flatten()
-                entries = entries[torch.argsort(unit[table[entries]], stable=True)]
-                places[number][kind][key] = entries.view(int((axis == number).sum()), -1)
+                entries = np.flatnonzero(where)
+                order = np.argsort(units[table.numpy()[entries]], kind="stable")
+                found_there = entries[order].reshape(widths[number], -1)
+            places[number][kind][key] = torch.from_numpy(found_there)
     layouts = [_layout(found, roots[axis == number], where) for number, where in enumerate(places)]
     return sorted(layouts, key=lambda layout: int(layout.labels[0]))
 
@@ -85,10 +89,11 @@ def _alike(tables: list[tuple[str, Any, Tensor]], start: Tensor) -> Tensor:
     return torch.unique(sums[:-1], return_inverse=True)[1]
 
 
-def _parts(table: Tensor, axis: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _parts(table: np.ndarray, axis: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The axes that occur in a table, and where."""
-    held = torch.where(table == NEUTRAL, NEUTRAL, axis[table])
-    for number in torch.unique(held).tolist():
+    held = np.where(table == NEUTRAL, NEUTRAL, axis[table])
+    alike = held.size and (held == held.flat[0]).all()  # most tables are of one axis
+    for number in [int(held.flat[0])] if alike else np.unique(held).tolist():
         if number != NEUTRAL:
             yield number, held == number
 

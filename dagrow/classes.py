@@ -1,5 +1,9 @@
-"""Labels of channels, and which of them are one: union-find in tensors."""
+"""Labels of channels, and which of them are one: union-find over whole tensors at a time.
 
+Tensors of labels are small and there are many of them, so that numpy's arrays, which share their memory, serve here.
+"""
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,12 +13,18 @@ NEUTRAL = -1  #: the label of entries that belong to no channel: masks, scalars,
 
 
 class Classes:
-    """Union-find over labels, for whole tensors at a time. A frozen class keeps the first cause of its freezing."""
+    """Union-find over labels, for whole tensors at a time. A frozen class keeps the first cause of its freezing.
+
+    Attributes:
+        unions: how often classes became one.
+        changed: labels smaller than this are still the smallest of their classes if they were so.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._roots = torch.full((64,), NEUTRAL)  #: label -> the smallest of its class; NEUTRAL beyond the last label
-        self._causes = torch.zeros(64, dtype=torch.int32)  #: root -> its cause, by number
+        self.count, self.unions, self.changed = 0, 0, 2**62
+        #: label -> a smaller one of its class, or itself if it is the smallest; NEUTRAL beyond the last label
+        self._parents = np.full(64, NEUTRAL)
+        self._causes = np.zeros(64, dtype=np.int32)  #: the smallest of a class -> its cause, by number
         self._texts = [""]
 
     def __len__(self) -> int:
@@ -23,66 +33,76 @@ class Classes:
     def fresh(self, count: int) -> Tensor:
         """New labels, each a class of its own."""
         start, self.count = self.count, self.count + count
-        if self.count >= len(self._roots):  # the last entry stays NEUTRAL's
-            more = max(len(self._roots), self.count)
-            self._roots = torch.cat([self._roots, torch.full((more,), NEUTRAL)])
-            self._causes = torch.cat([self._causes, torch.zeros(more, dtype=torch.int32)])
-        labels = torch.arange(start, self.count)
-        self._roots[start : self.count] = labels
-        return labels
+        if self.count >= len(self._parents):  # the last entry stays NEUTRAL's
+            more = max(len(self._parents), self.count)
+            self._parents = np.concatenate([self._parents, np.full(more, NEUTRAL)])
+            self._causes = np.concatenate([self._causes, np.zeros(more, dtype=np.int32)])
+        labels = np.arange(start, self.count)
+        self._parents[start : self.count] = labels
+        return torch.from_numpy(labels)
 
     def copy(self) -> "Classes":
+        """A twin, in which nothing has changed yet."""
         twin = Classes()
         twin.count, twin._texts = self.count, list(self._texts)
-        twin._roots, twin._causes = self._roots.clone(), self._causes.clone()
+        twin._parents, twin._causes = self._parents.copy(), self._causes.copy()
         return twin
 
     def roots(self, labels: Tensor) -> Tensor:
-        """The labels' representatives, entry by entry."""
-        return self._roots[labels]
+        """The labels' representatives, the smallest of their classes, entry by entry."""
+        return torch.from_numpy(self._roots(labels.numpy()))
+
+    def _roots(self, labels: np.ndarray) -> np.ndarray:
+        found, further = labels, self._parents[labels]
+        while (found != further).any():
+            found, further = further, self._parents[further]
+        return np.asarray(further)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Makes labels that meet entry by entry, after broadcasting, one class. NEUTRAL meets nobody."""
-        a, b = self._roots[a], self._roots[b]
-        meet = a != b
-        if not bool(meet.any()):
+        left, right = self._roots(a.numpy()), self._roots(b.numpy())
+        meet = left != right
+        if not meet.any():
             return
-        pairs = torch.stack([torch.broadcast_to(side, meet.shape)[meet] for side in (a, b)])
-        pairs = pairs[:, (pairs != NEUTRAL).all(0)]
-        if not pairs.shape[1]:
+        meet &= (left != NEUTRAL) & (right != NEUTRAL)
+        left, right = (np.broadcast_to(side, meet.shape)[meet] for side in (left, right))
+        if not len(left):
             return
-        met = torch.nonzero(self.chosen(pairs)).flatten()  # few of all labels
-        moved = torch.arange(len(self._roots))
-        moved[met] = torch.arange(len(met))
-        root = self._united(moved[pairs], len(met))
-        moved[met] = met[root]
-        moved[-1] = NEUTRAL
-        self._roots = moved[self._roots]
+        first = min(left.min(), right.min())
+        held = np.zeros(max(left.max(), right.max()) + 1 - first, dtype=bool)
+        held[left - first] = held[right - first] = True
+        met = np.flatnonzero(held)
+        place = np.empty(len(held), dtype=np.int64)
+        place[met] = np.arange(len(met))
+        root = self._united(place[left - first], place[right - first], len(met))
+        met += first
+        self._parents[met] = met[root]
+        self.unions += 1
+        self.changed = min(self.changed, int(met[root != np.arange(len(met))][0]))
         self._carry_causes(met, met[root])
 
     @staticmethod
-    def _united(pairs: Tensor, count: int) -> Tensor:
+    def _united(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
         """The smallest of its class for each of a few numbers, some of which are paired."""
-        root = torch.arange(count)
-        a, b = pairs
-        while bool((a != b).any()):
-            root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-            while not torch.equal(found := root[root], root):
+        root = np.arange(count)
+        while (a != b).any():
+            np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+            while ((found := root[root]) != root).any():
                 root = found
             a, b = root[a], root[b]
         return root
 
-    def _carry_causes(self, met: Tensor, roots: Tensor) -> None:
+    def _carry_causes(self, met: np.ndarray, roots: np.ndarray) -> None:
         """Causes sit at roots: one without a cause gets the first of those that it was united with."""
         gone = (self._causes[met] > 0) & (self._causes[roots] == 0)
-        if bool(gone.any()):
-            first = torch.full_like(self._causes, len(self._texts))
-            first.scatter_reduce_(0, roots[gone], self._causes[met[gone]], "amin")
-            self._causes = torch.where(first < len(self._texts), first, self._causes)
+        if gone.any():
+            heirs = np.unique(roots[gone])
+            self._causes[heirs] = len(self._texts)
+            np.minimum.at(self._causes, roots[gone], self._causes[met[gone]])
 
     def freeze(self, labels: Tensor, cause: str) -> None:
         """Gives the labels' classes a cause, unless they have one."""
-        roots = self._roots[narrow(labels).flatten()]
+        roots = self._roots(narrow(labels).numpy()).ravel()
         roots = roots[(roots != NEUTRAL) & (self._causes[roots] == 0)]
         if len(roots):
             self._causes[roots] = len(self._texts)
@@ -90,21 +110,23 @@ class Classes:
 
     def chosen(self, labels: Tensor) -> Tensor:
         """A table of which labels are among these; the last entry is NEUTRAL's."""
-        table = torch.zeros(len(self._roots), dtype=torch.bool)
+        table = torch.zeros(len(self._parents), dtype=torch.bool)
         table[labels] = True
         return table
 
     def numbers(self, roots: Tensor) -> Tensor:
         """The causes of classes, by number; 0 for none."""
-        return self._causes[roots].long()
+        return torch.from_numpy(np.asarray(self._causes[roots.numpy()])).long()
 
     def cause(self, label: int) -> str | None:
         """Why the label's class is frozen, or None."""
-        return self._texts[int(self._causes[self._roots[label]])] or None
+        root = int(self._roots(np.asarray(label)))
+        return self._texts[int(self._causes[root])] or None
 
 
 def narrow(tensor: Tensor) -> Tensor:
     """The tensor with every repeated (stride 0) dimension cut to one entry."""
-    if not tensor.numel() or 0 not in tensor.stride():
+    strides = tensor.stride()
+    if 0 not in strides or not tensor.numel():
         return tensor
-    return tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())]
+    return tensor.as_strided([size if step else 1 for size, step in zip(tensor.shape, strides, strict=True)], strides)

@@ -164,8 +164,9 @@ class Dag:
             program = symbolic(self.model, self._named)
         else:
             program = record(self.model, given, verified=verified, closed=self._named)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for node in program.graph.nodes:
-            module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+            module = node.meta["module"] = modules[str(node.target)] if node.op == "call_module" else None
             node.meta["kind"] = next((rule.kind for rule in self._operations if rule.covers(node, module)), None)
         return program
 

@@ -1,9 +1,8 @@
 """Where in the user's code something happens, for messages."""
 
-import itertools
+import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
 from traceback import walk_stack, walk_tb
 from types import FrameType
 
@@ -21,21 +20,30 @@ _OURS = (
     "dagrow.symbolic",
     "dagrow.trace",
     "dagrow.trees",
+    "dagrow.undisturbed",
     "dagrow.verification",
 )
 
 
 def source(error: BaseException | None = None) -> str:
     """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
-    frames = walk_tb(error.__traceback__) if error else _inside(walk_stack(sys._getframe(1)))
-    users = ((frame, line) for frame, line in frames if not _is_ours(frame.f_globals.get("__name__", "")))
-    found = list(users)[-1:] if error else list(itertools.islice(users, 1))
-    return f"{os.path.basename(found[0][0].f_code.co_filename)}:{found[0][1]}" if found else "unknown line"
+    if error is None:
+        return _running(sys._getframe(1))
+    users = [at for at in walk_tb(error.__traceback__) if not _is_ours(at[0].f_globals.get("__name__", ""))]
+    return _shown(*users[-1]) if users else "unknown line"
 
 
-def _inside(stack: Iterable[tuple[FrameType, int]]) -> Iterator[tuple[FrameType, int]]:
-    """The frames of the model's forward, without those of who asked for it."""
-    return itertools.takewhile(lambda at: at[0].f_globals.get("__name__", "") != "dagrow.dag", stack)
+def _running(frame: FrameType | None) -> str:
+    """The line that runs in the model's forward, without the frames of who asked for it."""
+    while frame is not None and (name := frame.f_globals.get("__name__", "")) != "dagrow.dag":
+        if not _is_ours(name):
+            return _shown(frame, frame.f_lineno)
+        frame = frame.f_back
+    return "unknown line"
+
+
+def _shown(frame: FrameType, line: int) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line}"
 
 
 def user_names() -> tuple[str, ...]:
@@ -45,6 +53,7 @@ def user_names() -> tuple[str, ...]:
     return next(names, ())
 
 
+@functools.cache
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("torch", "functools", "contextlib") or module in _OURS
 

@@ -51,6 +51,7 @@ class Labelling:
         entries: rider -> labels of its entries.
         shared: edge -> why its weights do not act once on each sample.
         aside: labels that were broadcast over channels of others, and so met none of them.
+        riders: the layers among those, by their names.
         joined: node -> the dimension along which channels stay apart; those along all others are one.
         channels: smaller labels are channels of layers.
         named: parameters and buffers of the model.
@@ -63,6 +64,7 @@ class Labelling:
     entries: dict[Rider, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     aside: list[Tensor] = field(default_factory=list)
+    riders: dict[str, Rider] = field(default_factory=dict)
     joined: Mapping[fx.Node, int] = field(default_factory=dict)
     channels: int = 0
     named: frozenset[str] = frozenset()
@@ -93,7 +95,9 @@ class ChannelRunner(Runner):
         return value
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        shape = tensors[0].shape
+        if any(t.shape != shape for t in tensors):
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         merged, *others = [self._meeting(t, tensors, shape) for t in tensors]
         for other in others:
             self.classes.unite(narrow(merged), narrow(other))
@@ -102,6 +106,8 @@ class ChannelRunner(Runner):
 
     def _meeting(self, tensor: Tensor, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
         """The operand, or NEUTRAL if its entries would meet many channels of another, so that they are of none."""
+        if tensor.shape == shape:
+            return tensor
         missing = len(shape) - tensor.ndim
         stretched = [d for d, size in enumerate(shape) if size > 1 and (d < missing or tensor.shape[d - missing] == 1)]
         for other in tensors if stretched else ():
@@ -200,11 +206,14 @@ class ChannelRunner(Runner):
         if len(labels) % read:
             return self.unknown(node, inputs, f"{len(labels)} channels do not fall into the groups of {name}")
         groups = labels.view(-1, read)
-        self.classes.unite(groups[:, :1], groups)
+        if read > 1:
+            self.classes.unite(groups[:, :1], groups)
         if (read, written) != (1, 1):
             labels = groups.amax(1, keepdim=True).expand(-1, written).reshape(-1)
-        paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
-        rider = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
+        if name not in self.found.riders:
+            paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
+            self.found.riders[name] = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
+        rider = self.found.riders[name]
         if rider in self.found.entries:
             self.found.shared[name] = f"{name} is called more than once"
             self.merge([self.found.entries[rider], labels])
@@ -227,6 +236,8 @@ class ChannelRunner(Runner):
         entries = narrow(inputs.movedim(dim, 0)).flatten(1)
         if len(entries) == 1:
             entries = entries.expand(inputs.shape[dim], -1)
+        elif entries.shape[1] == 1:
+            return entries[:, 0]
         found = entries.amax(1)
         self.classes.unite(found[:, None], entries)
         return found

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,20 +34,22 @@ class Landing:
 
 def insert(units: Tensor, width: int, k: int, dim: int, name: str) -> Landing:
     """Puts k new units behind each block of old ones, where a block is 0..U-1, each repeated ``inner`` times."""
-    positions = torch.nonzero(units != NEUTRAL).flatten()
-    sequence = units[positions]
-    inner = int((sequence == sequence[0]).int().cumprod(0).sum())
+    places = units.numpy()
+    positions = np.flatnonzero(places != NEUTRAL)
+    sequence = places[positions]
+    others = np.flatnonzero(sequence != sequence[0])
+    inner = int(others[0]) if len(others) else len(sequence)
     block = width * inner
     outer = len(sequence) // block
-    pattern = torch.arange(width).repeat_interleave(inner).repeat(outer)
-    if not torch.equal(sequence, pattern):
+    if not np.array_equal(sequence, np.tile(np.repeat(np.arange(width), inner), outer)):
         raise MisfitError(f"the channels of the axis lie in {name} in an order that is not a repeated block")
     ends = positions[block - 1 :: block]  # behind these, k * inner new entries
-    position = torch.arange(len(units))
-    old = position + (position[:, None] > ends).sum(1) * k * inner
+    position = np.arange(len(places))
+    old = position + np.searchsorted(ends, position) * (k * inner)
     starts = old[ends] + 1
-    new = starts[:, None, None] + torch.arange(k * inner).view(1, k, inner)
-    return Landing(dim, len(units) + outer * k * inner, old, new.permute(1, 0, 2).reshape(k, outer * inner))
+    new = starts[:, None, None] + np.arange(k * inner).reshape(1, k, inner)
+    new = new.transpose(1, 0, 2).reshape(k, outer * inner)
+    return Landing(dim, len(places) + outer * k * inner, torch.from_numpy(old), torch.from_numpy(new))
 
 
 def insert_along(units: Tensor, width: int, k: int, name: str) -> Landing:

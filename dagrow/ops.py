@@ -1,6 +1,7 @@
 """What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
 
 from collections.abc import Callable, Mapping, Set
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,11 +158,15 @@ def reduced_dims(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def op_name(node: fx.Node) -> str | None:
     """The operation's plain name: ``add`` for ``torch.add``, ``Tensor.add_``, ``operator.iadd`` and ``+``."""
-    target = node.target
-    if node.op == "call_function" and not _is_torch(target):
-        return None
-    if target is getattr and len(node.args) > 1:
+    if node.target is getattr and len(node.args) > 1:
         return str(node.args[1])
+    return _plain_name(node.op, node.target)
+
+
+@lru_cache(maxsize=2048)
+def _plain_name(op: str, target: Any) -> str | None:
+    if op == "call_function" and not _is_torch(target):
+        return None
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name == "__get__":  # a property of tensors, such as Tensor.shape
         name = getattr(getattr(target, "__self__", None), "__name__", "")

@@ -105,7 +105,8 @@ class Executor(fx.Interpreter):
         return self._constants[target] if target in self._constants else attrgetter(target)(self.module)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.module.get_submodule(target)(*args, **kwargs)
+        module = self.submodules.get(target)  # which lacks second names
+        return (self.module.get_submodule(target) if module is None else module)(*args, **kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch._C._set_grad_enabled:

@@ -6,6 +6,7 @@ integers that remember their node (`LiveInt`), so the graph holds for other batc
 it was recorded with.
 """
 
+import contextlib
 import inspect
 import itertools
 import operator
@@ -51,6 +52,8 @@ _READS = {
 }  # fmt: skip
 _SIZES = {"shape", "size", "numel", "nelement", "stride"}
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
+#: hooks run under the mode; of what is read of plain tensors there, it need not be told
+_UNSEEN = torch._C.DisableTorchFunction
 VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -183,14 +186,16 @@ class Recorder(TorchFunctionMode):
     def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside += 1
         if self._inside == 1:
-            self._pending = self._lower((args, kwargs)), _versions((args, kwargs))
+            with _UNSEEN():
+                self._pending = self._lower((args, kwargs)), _versions((args, kwargs))
 
     def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         try:
             if self._inside != 1 or result is None:
                 return None
             lowered, before = self._pending
-            return self._adopt(self._emit("call_module", path, *lowered), result, before)
+            with _UNSEEN() if type(result) is Tensor else contextlib.nullcontext():
+                return self._adopt(self._emit("call_module", path, *lowered), result, before)
         finally:
             self._inside -= 1
 

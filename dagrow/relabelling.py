@@ -11,6 +11,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -44,7 +45,9 @@ class GrowthRunner(ChannelRunner):
     ) -> None:
         before = layout.found
         classes = before.classes.copy()
-        found = Labelling(classes, joined=before.joined, channels=before.channels, named=before.named)
+        found = Labelling(
+            classes, riders=before.riders, joined=before.joined, channels=before.channels, named=before.named
+        )
         super().__init__(program.model, layers, found)
         self.program, self.restated = program, restated
         self.before, self.layout, self.k, self.first = before, layout, k, len(classes)
@@ -57,6 +60,7 @@ class GrowthRunner(ChannelRunner):
         self.written: dict[str, Tensor] = {}  #: producer -> labels of new rows ``[k, slots]``
         self.sums: list[tuple[fx.Node, Tensor, Tensor]] = []  #: fresh labels that both sides of a sum hold
         self.reached: list[fx.Node] = []
+        self.checked: dict[fx.Node, int] = {}  #: reached nodes, and how many unions there had been when they were
         self.reading: dict[str, int] = collections.Counter()  #: layer -> how many of its calls were reached
         found.rows.update(before.rows)
         for edge, rows in layout.rows.items():
@@ -124,11 +128,25 @@ class GrowthRunner(ChannelRunner):
         self._check_numbers(node)
         if self._unchanged(value, before):
             return False
+        if not self._passed_on(node, value, before):
+            self.values[node] = value
+            self._check_reached(node)
         self.values[node] = value
-        self._check_reached(node)
+        self.checked[node] = self.classes.unions
         return True
 
+    def _passed_on(self, node: fx.Node, value: Any, before: Any) -> bool:
+        """Whether a node gives out the very tensor of labels that it got, now and before, and that was checked as the
+        classes are now."""
+        return isinstance(value, Tensor) and any(
+            self.checked.get(source) == self.classes.unions
+            and value is self.values[source] and before is self.before.values[source]
+            for source in node.all_input_nodes
+        )  # fmt: skip
+
     def _unchanged(self, value: Any, before: Any) -> bool:
+        if value is before:
+            return True
         if not (isinstance(value, Tensor) and isinstance(before, Tensor)):
             return not tensors_in((value, before)) and bool(value == before)
         return value.shape == before.shape and torch.equal(
@@ -144,13 +162,13 @@ class GrowthRunner(ChannelRunner):
             return
         if [s == 0 for s in value.stride()] == [s == 0 for s in before.stride()]:
             value, before = narrow(value), narrow(before)
-        roots = self.classes.roots(value).flatten()
-        if not torch.equal(roots[roots < self.first], self.classes.roots(before).flatten()):
+        roots = self.classes.roots(value).numpy().ravel()
+        if not np.array_equal(roots[roots < self.first], self.classes.roots(before).numpy().ravel()):
             raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before{_at(node)}")
 
     def _check_numbers(self, node: fx.Node) -> None:
         """No number that follows the width is rounded, no tensor is computed with one, and none is given out."""
-        name, used = ops.op_name(node), list(arguments_of((node.args, dict(node.kwargs))))
+        name = ops.op_name(node)
         if node.target is operator.floordiv and any(
             self._rounds(node, values) for values in (self.values, self.before.values)
         ):
@@ -158,6 +176,7 @@ class GrowthRunner(ChannelRunner):
         makes = isinstance(node.meta.get("val"), Tensor) and name not in _SHAPING and node not in self.layers
         if not makes and node.op != "output":
             return
+        used = list(arguments_of((node.args, dict(node.kwargs))))
         if name in _FILLING:
             used = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
         followed = [n for n in used if isinstance(n, fx.Node) and isinstance(self.values[n], (int, float))]
@@ -206,11 +225,13 @@ class GrowthRunner(ChannelRunner):
         if not fixed or (inputs.shape != before and layer.name not in self.layout.columns):
             raise MisfitError(f"new channels would land beside the features that {layer.name} reads")
         self.reading[layer.name] += 1
-        return super().edge(node, layer, inputs)
+        value, rows = super().edge(node, layer, inputs), self.found.rows.get(layer.name)
+        return self.before.values[node] if rows is self.before.rows.get(layer.name) is not None else value
 
     def rider(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
-        dim, known = layer.rule.channel_dim(inputs.ndim), {rider.name for rider in self.layout.entries}
-        if inputs.shape[dim] != layer.inputs.meta["val"].shape[dim] and layer.name not in known:
+        dim = layer.rule.channel_dim(inputs.ndim)
+        grown = inputs.shape[dim] != layer.inputs.meta["val"].shape[dim]
+        if grown and all(rider.name != layer.name for rider in self.layout.entries):
             raise MisfitError(f"new channels would land beside the features that {layer.name} reads")
         return super().rider(node, layer, inputs)
 
@@ -233,7 +254,8 @@ class GrowthRunner(ChannelRunner):
 
     def _unit(self, labels: Tensor) -> Tensor:
         roots = self.classes.roots(labels)
-        return torch.where(roots >= self.first, self.units[(roots - self.first).clamp_min(0)], NEUTRAL)
+        found = self.units.numpy()[np.maximum(roots.numpy() - self.first, 0)]
+        return torch.from_numpy(np.asarray(np.where(roots.numpy() >= self.first, found, NEUTRAL)))
 
     def zeros(self) -> dict[str, Tensor]:
         """Producer -> which slots of a new unit must start at zero, if any."""
@@ -265,7 +287,7 @@ class GrowthRunner(ChannelRunner):
         if node in self.layers:
             return True
         if node.op == "call_module":
-            module = self.model.get_submodule(str(node.target))
+            module = node.meta["module"]
             return ops.is_move_module(module) or ops.keeps_zero(module)
         name = ops.op_name(node)
         if name in {"add", "sub", "subtract"}:  # of two that are zero at the same places
@@ -289,7 +311,7 @@ class GrowthRunner(ChannelRunner):
         except (RuntimeError, IndexError):
             if not known:
                 raise
-        module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = node.meta["module"]
         if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes[0] is not None:
             sizes = unflattened(module.dim, module.unflattened_size, node, shapes[0])
             self.attributes[str(node.target)] = {"unflattened_size": sizes}
@@ -349,18 +371,18 @@ class GrowthRunner(ChannelRunner):
 
     def check(self) -> None:
         """The safety net."""
-        old, fresh = torch.arange(self.first), torch.arange(self.first, len(self.classes))
+        fresh = torch.arange(self.first, len(self.classes))
         roots = self.classes.roots(fresh)
         frozen = roots[self.classes.numbers(roots) > 0]
         if len(frozen):
             raise MisfitError(str(self.classes.cause(int(frozen[0]))))
         units = self._unit(fresh)
         meets = bool((roots < self.first).any()) or not torch.equal(units, self.units)
-        if meets or not torch.equal(self.classes.roots(old), self.before.classes.roots(old)):
+        if meets or self.classes.changed < self.first:  # old channels would be united
             raise MisfitError("new channels would meet channels that they must stay apart from")
         missed = [edge for edge in self.layout.columns if edge not in self.found.columns]
         missed += [r.name for r in self.layout.entries if r not in self.found.entries]
-        calls = collections.Counter(layer.name for layer in self.layers.values())
+        calls = collections.Counter(layer.name for layer in self.layers.values() if layer.name in self.layout.columns)
         missed += [edge for edge in self.layout.columns if self.reading[edge] not in (0, calls[edge])]
         if missed:
             raise MisfitError(f"new channels do not arrive at {', '.join(missed)}")
@@ -368,14 +390,15 @@ class GrowthRunner(ChannelRunner):
             raise MisfitError("no layer reads it")
 
     def landed(self, name: str, grown: Tensor, old: Tensor, dim: int) -> Landing:
-        roots, units = self.classes.roots(grown), self._unit(grown)
-        new = [torch.nonzero(units == unit).flatten().tolist() for unit in range(self.k)]
-        kept = torch.nonzero(roots < self.first).flatten()
-        if not torch.equal(roots[kept], self.classes.roots(old)):
+        roots = self.classes.roots(grown).numpy()
+        kept, fresh = np.flatnonzero(roots < self.first), np.flatnonzero(roots >= self.first)
+        units = self.units.numpy()[roots[fresh] - self.first]
+        new = [fresh[units == unit].tolist() for unit in range(self.k)]
+        if not np.array_equal(roots[kept], self.classes.roots(old).numpy()):
             raise MisfitError(f"the channels that {name} reads would change their order")
         if len(set(map(len, new))) != 1 or not new[0]:
             raise MisfitError(f"new channels do not arrive at {name} as the old ones do")
-        return Landing(dim, len(grown), kept, torch.tensor(new))
+        return Landing(dim, len(grown), torch.from_numpy(kept), torch.tensor(new))
 
 
 def _at(node: fx.Node) -> str:

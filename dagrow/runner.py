@@ -24,7 +24,10 @@ FAILURES = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 
 
 class Runner(ABC):
-    """Executes nodes on integer tensors; what integers mean and how they meet is up to the subclass."""
+    """Executes nodes on integer tensors; what integers mean and how they meet is up to the subclass.
+
+    Nodes have ``meta["module"]``, the module that they call or None, and ``meta["kind"]``, what a user's rule says.
+    """
 
     def __init__(self, model: nn.Module, layers: Mapping[fx.Node, Placed]) -> None:
         self.model, self.layers = model, layers
@@ -105,7 +108,7 @@ class Runner(ABC):
         return fx.map_arg((node.args, node.kwargs), lambda n: values[n])
 
     def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        module = self.model.get_submodule(str(node.target))
+        module = node.meta["module"]
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             if ops.is_pointwise_module(module):
                 return args[0]
@@ -205,7 +208,7 @@ class Runner(ABC):
         if name in ("roll", "flip") and not kwargs and _repeated(args[0], args[-1]):
             return args[0]
         if node.op == "call_module":
-            return self.model.get_submodule(str(node.target))(args[0].contiguous())
+            return node.meta["module"](args[0].contiguous())
         return ops.executor(node)(*args, **kwargs)
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:

@@ -75,6 +75,8 @@ def stated(model: nn.Module) -> Iterator[Uses]:
     counted = {kind: _counted(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
+            if type(value) not in (int, list, tuple):
+                continue
             noted = _noted(value, path, name, uses)
             if noted is not None:
                 if name in counted[type(module)]:

@@ -35,12 +35,16 @@ def record(
     refuse_lazy(model)
     found, real = AsFound(model, weights=True), hold_values(model, given)
     held = {id(saved.tensor) for saved in found.tensors}
-    with found.kept():
-        program = _recorded(model, *given, real, closed, held)
-    if program.obstacle and real:  # many a forward does without values where there are none
-        with found.kept(), contextlib.suppress(TraceError), _quietly():
-            program = _recorded(model, *given, False, closed, held)
-    return verify(program, example_inputs, found) if verified else program
+
+    def written() -> Program:
+        with found.kept():
+            program = _recorded(model, *given, real, closed, held)
+        if program.obstacle and real:  # many a forward does without values where there are none
+            with found.kept(), contextlib.suppress(TraceError), _quietly():
+                program = _recorded(model, *given, False, closed, held)
+        return verify(program, example_inputs, found) if verified else program
+
+    return found.trusted(written)
 
 
 def _recorded(

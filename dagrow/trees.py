@@ -9,8 +9,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.node import map_aggregate
+from torch.nn import Parameter
 
 __all__ = ["is_plain", "leaves", "mapped", "opened", "tensors"]
+
+_LEAVES = frozenset((Tensor, Parameter, bool, int, float, str))  #: which most are
 
 
 def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
@@ -18,6 +21,8 @@ def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any
 
     Containers are what pytree knows, and dataclasses that it does not know (rebuilt as shallow copies).
     """
+    if type(value) in _LEAVES:
+        return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
         pairs = [(pytree.GetAttrKey(name), getattr(value, name)) for name in names]

@@ -6,7 +6,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["AsFound", "undisturbed"]
 
+T = TypeVar("T")
+
 FAKE = torch._C._TorchDispatchModeKey.FAKE
-_PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (dict, collections.OrderedDict, list, set, collections.deque)
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, collections.deque))
+_USUAL = frozenset((*_PLAIN, *_CONTAINERS, tuple))  #: what most attributes of modules are
 
 
 @contextlib.contextmanager
@@ -48,18 +51,51 @@ class AsFound:
 
     def __init__(self, model: nn.Module, *, weights: bool = False) -> None:
         self.model, self.kind = model, type(model)
+        self.trusting = False
         containers: dict[int, Any] = {}
         found: dict[int, Tensor] = {}
-        for module in list(model.modules()):
+        modules = list(model.modules())
+        for module in modules:
             _collect(vars(module), containers, found)
         self.contents = [(container, container.copy()) for container in containers.values()]
         self.tensors = [_Saved.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()]
-        own = [
-            value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Generator)
-        ]
+        kinds = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
+        own = [value for value in kinds if isinstance(value, torch.Generator)]
         self.generators = [*_random_state(), *((generator.set_state, generator.get_state()) for generator in own)]
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
+
+    def trusted(self, function: Callable[[], T]) -> T:
+        """What a function gives that comes back here more than once.
+
+        Values are compared once, at its end: before that, a parameter counts as unwritten while its version does. If
+        one was written past its version, as through ``.data``, the function runs once more, all values compared."""
+        self.trusting = True
+        try:
+            with self._unnoticed() as unnoticed:
+                found = function()
+        except Exception:
+            if not unnoticed:
+                raise
+        finally:
+            self.trusting = False
+        return function() if unnoticed else found
+
+    @contextlib.contextmanager
+    def _unnoticed(self) -> Iterator[list[Tensor]]:
+        """Tells at the end what was written past its version, and puts it back."""
+        found: list[Tensor] = []
+        try:
+            yield found
+        finally:
+            self.trusting = False
+            try:
+                found += [saved.tensor for saved in self.tensors if saved.unwritten and saved.changed]
+            except BaseException:  # an interrupt
+                self.restore()
+                raise
+            if found:
+                self.restore()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -87,15 +123,16 @@ class AsFound:
             if container or content:
                 _refill(container, content)
         for saved in self.tensors:
-            saved.restore()
+            saved.restore(self.trusting)
         for setter, state in self.generators:
             setter(state)
 
 
 def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found[id(value)] = value
-    elif type(value) in _CONTAINERS and id(value) not in containers:
+    if type(value) not in _CONTAINERS:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+    elif id(value) not in containers:
         containers[id(value)] = value
         for child in list(value.values() if isinstance(value, dict) else value):
             if type(child) not in _PLAIN:
@@ -121,22 +158,33 @@ class _Saved:
     values: Tensor | None
     requires_grad: bool
     grad: Tensor | None
+    version: int | None  #: of a parameter
 
     @staticmethod
     def of(tensor: Tensor, copied: bool) -> "_Saved":
         solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
         values = tensor.detach().clone() if copied and solid else None
-        return _Saved(
-            tensor, tensor.detach(), solid, values, tensor.requires_grad, tensor.grad if tensor.is_leaf else None
-        )
+        grad = tensor.grad if tensor.is_leaf else None
+        version = tensor._version if isinstance(tensor, nn.Parameter) and not tensor.is_inference() else None
+        return _Saved(tensor, tensor.detach(), solid, values, tensor.requires_grad, grad, version)
 
-    def restore(self) -> None:
+    @property
+    def unwritten(self) -> bool:
+        """Whether a parameter has the version that it had."""
+        return self.version is not None and self.tensor._version == self.version
+
+    @property
+    def changed(self) -> bool:
+        """Whether its values, copied before, are others now."""
+        return self.values is not None and not torch.equal(self.tensor, self.values)
+
+    def restore(self, trusting: bool = False) -> None:
         """Writes back only what has changed: a write would break the backward of a loss still alive."""
         tensor = self.tensor
         if self.solid:
             if tensor.data_ptr() != self.data.data_ptr() or tensor.shape != self.data.shape:
                 tensor.data = self.data
-            if self.values is not None and not torch.equal(tensor, self.values):
+            if self.values is not None and not (trusting and self.unwritten) and self.changed:
                 with torch.no_grad():
                     tensor.copy_(self.values)
         if not tensor.is_leaf:

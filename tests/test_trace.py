@@ -21,7 +21,7 @@ from dagrow.errors import TraceError
 from dagrow.program import Program, bind
 from dagrow.symbolic import symbolic
 from dagrow.trace import record
-from dagrow.undisturbed import undisturbed
+from dagrow.undisturbed import AsFound, undisturbed
 from dagrow.verification import verify
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
@@ -407,6 +407,22 @@ def messy(self, x):
     if self.fails:
         raise ValueError("no")
     return self.bn(self.a(x)) * self.weight.sum() + torch.rand(1)
+
+
+def test_a_weight_that_is_written_past_its_version_is_noticed():
+    model, seen = nn.Linear(2, 2), []
+    found, before = AsFound(model, weights=True), model.weight.detach().clone()
+
+    def work() -> int:
+        with found.kept():
+            model.weight.data.mul_(2)
+        seen.append(model.weight.detach().clone())
+        return len(seen)
+
+    assert found.trusted(work) == 2
+    assert torch.equal(seen[0], 2 * before)
+    assert torch.equal(seen[1], before)
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("fails", [False, True])
