@@ -3,7 +3,7 @@
     python tests/benchmarks/coverage.py --zoo FOLDER --out tests/benchmarks/coverage.jsonl --table docs/coverage.md
 
 A run goes on where an earlier one stopped: models that are in the results are left out, but for those that failed. To
-measure all anew, give another file.
+measure all anew, give another file; ``--traced-only`` traces, times and compares all anew, and keeps what was grown.
 
 FOLDER holds ``models.py`` with ``all_specs()``, a list of (suite, name, build, inputs), and ``torchvision_on_cpu.py``.
 Each model runs in a process of its own, with a time limit, in eval mode, on one thread:
@@ -225,13 +225,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each model")
     parser.add_argument("--only", default="", help="models whose suite/name contains this text")
-    parser.add_argument("--traced-only", action="store_true", help="trace and compare, but grow nothing")
+    parser.add_argument("--traced-only", action="store_true", help="trace, time and compare, but grow nothing")
+    parser.add_argument("--every", type=int, default=1, help="only one model in so many")
     parser.add_argument("--alone", nargs=2, metavar=("SUITE", "NAME"), help="one model, in this process")
     given = parser.parse_args()
     if given.alone:
         return alone(given.zoo, *given.alone, grown=not given.traced_only)
-    done = {(run["suite"], run["name"]) for run in known(given.out) if "error" not in run}
-    todo = [(suite, name) for suite, name, *_ in specs(given.zoo)
+    done = {(run["suite"], run["name"]) for run in known(given.out) if "error" not in run and not given.traced_only}
+    todo = [(suite, name) for suite, name, *_ in specs(given.zoo)[:: given.every]
             if given.only in f"{suite}/{name}" and (suite, name) not in done]  # fmt: skip
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda spec: watched(given, *spec), todo):
@@ -244,8 +245,14 @@ def main() -> None:
 
 
 def known(path: Path) -> list[dict[str, Any]]:
-    """The results, the last one of each model."""
-    return list({(run["suite"], run["name"]): run for run in read(path)}.values())
+    """The results, of each model what was found last."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in read(path):
+        before = found.get((run["suite"], run["name"]), {})
+        versions = {*before.get("versions", ()), run["version"]} if "tried" not in run else {run["version"]}
+        before.pop("error", None)
+        found[run["suite"], run["name"]] = {**before, **run, "versions": versions}
+    return list(found.values())
 
 
 def _line(run: Mapping[str, Any]) -> str:
@@ -311,7 +318,7 @@ def document(runs: Sequence[Mapping[str, Any]]) -> str:
             run.get("error") or "; ".join(f"{axis}: {why}" for axis, why in run.get("failed", {}).items()) or _why(run),
         ] for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
     ]  # fmt: skip
-    versions = ", ".join(sorted({run["version"] for run in runs}))
+    versions = ", ".join(sorted({version for run in runs for version in run["versions"]}))
     items = "\n".join(f"- {line}" for line in summary(runs))
     return f"{items}\n\n{table(head, rows)}\n\nSources of the package: {versions}."
 
