@@ -18,6 +18,7 @@ from dagrow.landings import Landing
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
 from dagrow.scores import LEVEL, Verdict, upper_tail
+from dagrow.solve import Block
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
@@ -57,6 +58,7 @@ class Growth:
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
             is drawn at random.
         notes: fallbacks that the solution needed.
+        regressions: what is regressed on what at each target, features that do not depend on the goals.
     """
 
     operator: Any
@@ -76,6 +78,7 @@ class Growth:
     preserving: bool = False
     invariant: bool = True
     notes: tuple[str, ...] = ()
+    regressions: tuple[Block, ...] = field(default=(), repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)
@@ -118,6 +121,10 @@ class Growth:
     def _check(self, gamma: object) -> None:
         if not isinstance(gamma, (int, float)) or not isfinite(gamma):
             raise GrowthError(f"gamma={gamma!r}: give a finite number; 1.0 is the amplitude that was fitted.")
+        self.check_fresh()
+
+    def check_fresh(self) -> None:
+        """Raises GrowthError if the model is no longer the one that was measured."""
         if self.change.program is not self.dag.program:
             raise GrowthError(
                 f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "

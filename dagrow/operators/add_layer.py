@@ -112,7 +112,7 @@ class LayerCandidate(Candidate):
         layered = _Layered(alpha, hidden.activation)
         return PathCandidate(
             self.operator, self.link, hidden, partial(self._chosen, owners), layered, self.operator.k, "hidden", ridges,
-            invariant=False,
+            invariant=False, drawn=Hidden(self.block.features, alpha[:, owners == DRAWN], hidden.activation),
         )  # fmt: skip
 
     def _chosen(self, owners: Tensor, m: Means, block: Block, ridge: float) -> Tensor:

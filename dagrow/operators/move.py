@@ -12,7 +12,7 @@ from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Judged, Operator, check_names
 from dagrow.scores import Scores
-from dagrow.solve import Move, best_move
+from dagrow.solve import Block, Move, best_move
 from dagrow.validate import RIDGES, move_agreement, validate_move
 
 __all__ = ["MoveWeights"]
@@ -81,6 +81,7 @@ class MoveCandidate(Candidate):
         draft.move(self.edge, move.weights)
         return Growth(
             self.operator, self.edge.name, 0, move.gain, {self.edge.name: move.gain}, Cost(),
-            drop=move.goal - move.bottleneck, notes=(move.note,) if move.note else (), change=draft.change(),
-            dag=self.dag, objective=objective,
+            drop=move.goal - move.bottleneck, notes=(move.note,) if move.note else (),
+            regressions=(Block(self._features[0], None, self._features[1]),), change=draft.change(), dag=self.dag,
+            objective=objective,
         )  # fmt: skip

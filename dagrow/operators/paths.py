@@ -48,6 +48,7 @@ class PathCandidate(Candidate):
         neurons: new hidden units.
         kind: what the new module is called, with a number; by where it leads if None.
         ridges: to choose from.
+        drawn: those of the features that do not depend on the goals, unless all are such.
     """
 
     operator: Any
@@ -59,6 +60,7 @@ class PathCandidate(Candidate):
     kind: str | None = None
     ridges: tuple[float, ...] = (0.0,)
     invariant: bool = True
+    drawn: Feature | None = None
 
     @property
     def block(self) -> Block:
@@ -91,6 +93,6 @@ class PathCandidate(Candidate):
         change = draft.change()
         return Growth(
             self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain}, cost_of(link.dag, change),
-            drop=fit.drop, invariant=self.invariant, notes=(fit.note,) if fit.note else (), change=change,
-            dag=link.dag, objective=objective,
+            drop=fit.drop, invariant=self.invariant, notes=(fit.note,) if fit.note else (),
+            regressions=(link.block(self.drawn or self.features),), change=change, dag=link.dag, objective=objective,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.dag import Axis, Dag, Edge
-from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Stacked
+from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Sliding, Stacked
 from dagrow.moments import Moments
 from dagrow.positions import Arrival, arrival, single
 from dagrow.solve import Block, Compensation
@@ -76,6 +76,17 @@ class Place:
         if isinstance(arriving, Arriving):
             return Block(arriving, None, Pulled(goal, arriving.arrival))
         return Block(arriving, self.reads(consumer), goal, compensation, project)
+
+    def regressions(self) -> tuple[Block, ...]:
+        """What the producers read, in the slots in which each consumer that linear theory reaches reads it."""
+        found = []
+        for consumer in self.linear():
+            arrival = self.arrivals[consumer.name]
+            assert arrival is not None
+            every = torch.eye(self.width * arrival.channels, dtype=torch.float64)
+            read = Sliding(self.features, arrival, every, consumer.name)
+            found.append(Block(read, self.reads(consumer), Goal(consumer.name)))
+        return tuple(found)
 
     @property
     def width(self) -> int:
