@@ -18,7 +18,7 @@ import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, GrowthError, MoveWeights
 from dagrow.moments import Moments
 from dagrow.operators import Place, Proposal, Widen
-from dagrow.scores import Verdict, upper_tail
+from dagrow.scores import Agreement, Explained, Scores, Verdict, upper_tail
 from dagrow.significance import corrected
 
 DOUBLE, RIDGE, FOLDS, N = torch.float64, 0.1, 4, 90
@@ -130,6 +130,39 @@ def test_scores_of_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
 
     c = truth.scores(p, v, FOLDS, directions)[:, 1]
     agrees(growth, truth.scores(h, v, FOLDS, fit), c.sum() / np.sqrt(2 * (c**2).sum()))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [MoveWeights(ridge=RIDGE), AddNeurons(k=1, ridge=RIDGE), AddConnection(ridge=RIDGE), AddConnection(1, ridge=RIDGE),
+     AddLayer(2, nn.Tanh(), ridge=RIDGE)],
+    ids=str,
+)  # fmt: skip
+def test_what_judges_a_sample_has_not_seen_its_goals(
+    operator: dagrow.Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other targets for a fold: what fits explain there, ``|X p|^2 = 2 c - d``, stays, and changes everywhere else."""
+    monkeypatch.setattr("dagrow.validate.RIDGES", (1e-3,))
+    honest = Explained if isinstance(operator, AddNeurons) else Agreement
+    seen: list[Tensor] = []
+    rows = Scores.rows
+
+    def kept(self: Scores, batch: Any) -> Tensor:
+        found = rows(self, batch)
+        if isinstance(self.parts[0], honest):
+            seen.append(2 * found[:, 1] - found[:, 0])
+        return found
+
+    monkeypatch.setattr(Scores, "rows", kept)
+    x, y = data()
+    other = y.clone()
+    other[::FOLDS] = torch.randn(y[::FOLDS].shape, dtype=DOUBLE)
+    for target in (y, other):
+        dagrow.propose(dagrow.trace(Tokens(), x[:2]), [(x, target)], loss, [operator])
+    before, after = torch.stack(seen).chunk(2)
+    assert len(before)
+    torch.testing.assert_close(after[:, ::FOLDS], before[:, ::FOLDS], rtol=1e-7, atol=1e-12)
+    assert all((after[:, f::FOLDS] - before[:, f::FOLDS]).abs().max() > 1e-6 for f in range(1, FOLDS))
 
 
 def test_several_consumers_are_scored_sample_by_sample() -> None:

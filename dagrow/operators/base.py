@@ -21,14 +21,13 @@ __all__ = ["Candidate", "Judged", "Operator", "Stage"]
 
 
 class Candidate(ABC):
-    """One place where an operator could grow.
+    """One place where an operator could grow."""
 
-    Attributes:
-        tests: how often it looks for something that may be chance, for the correction of p-values: once, many times
-            if it stands for many places, or not at all.
-    """
-
-    tests: int = 1
+    @property
+    def tests(self) -> int:
+        """How often it looks for something that may be chance, for the correction of p-values: once; many times if it
+        stands for many places; not at all if it does not ask."""
+        return 1
 
     @abstractmethod
     def pairs(self) -> Iterable[Pair]:

@@ -48,7 +48,7 @@ class OptimalCandidate(Candidate):
     alternating: bool = False
 
     @property
-    def tests(self) -> int:  # type: ignore[override]
+    def tests(self) -> int:
         return self.widen.tests
 
     @property

@@ -78,7 +78,7 @@ class WidenCandidate(Candidate):
     seed: int = 0
 
     @property
-    def tests(self) -> int:  # type: ignore[override]
+    def tests(self) -> int:
         """Chance is asked about only if the number of neurons is open."""
         return 0 if self.exact else 1
 
@@ -150,7 +150,8 @@ class FanOutStage(Stage):
         growth = self._growth(moments, objective, units, fits)
         if moments.folds == 1:
             return growth
-        return JudgedNeurons(self, Judged(growth, Scores(scores), z, not self.origin.exact))
+        judged = Judged(growth, Scores(scores), z, not self.origin.exact)
+        return JudgedNeurons(self, judged, self.axis, self.widening)
 
     def _fitted(
         self, m: Moments, split: Split, blocks: Sequence[Block], units: Tensor
@@ -262,14 +263,8 @@ class JudgedNeurons(Stage):
 
     origin: FanOutStage
     judged: Judged
-
-    @property
-    def axis(self) -> Axis:  # type: ignore[override]
-        return self.origin.axis
-
-    @property
-    def widening(self) -> Widening:  # type: ignore[override]
-        return self.origin.widening
+    axis: Axis
+    widening: Widening
 
     def fill(self, draft: Draft) -> None:
         self.origin.fill(draft)

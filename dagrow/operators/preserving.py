@@ -33,7 +33,10 @@ class PreservingCandidate(Candidate):
     axis: Axis
     k: int
     seed: int
-    tests = 0
+
+    @property
+    def tests(self) -> int:
+        return 0
 
     def pairs(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""

@@ -51,7 +51,7 @@ class Screening(Candidate):
     exact: int
 
     @property
-    def tests(self) -> int:  # type: ignore[override]
+    def tests(self) -> int:
         """All places are looked at, and the best are chosen."""
         return len(self.links)
 
