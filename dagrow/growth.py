@@ -1,6 +1,6 @@
 """A growth is a proposed change, printable before it happens; a receipt is what it became."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, inf, isfinite, prod
@@ -58,7 +58,7 @@ class Growth:
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
             is drawn at random.
         notes: fallbacks that the solution needed.
-        regressions: what is regressed on what at each target, features that do not depend on the goals.
+        regressions: tells what is regressed on what at each target, on features that do not depend on the goals.
     """
 
     operator: Any
@@ -78,7 +78,7 @@ class Growth:
     preserving: bool = False
     invariant: bool = True
     notes: tuple[str, ...] = ()
-    regressions: tuple[Block, ...] = field(default=(), repr=False)
+    regressions: Callable[[], Sequence[Block]] = field(default=tuple, repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)

@@ -82,12 +82,12 @@ def permutation_test(growth: Growth, permutations: int = 99, *, seed: int = 0) -
     if not isinstance(growth, Growth):
         raise GrowthError(f"permutation_test: a {type(growth).__name__} was given; give a growth of dagrow.propose.")
     growth.check_fresh()
-    if not growth.regressions:
+    blocks, generator = growth.regressions(), torch.Generator().manual_seed(seed)
+    if not blocks:
         raise GrowthError(
             f"permutation_test: the growth at {growth.where} does not say what features it regresses on what goals, or "
             "linear theory does not reach the consumers. Its p_value, if it has one, still holds."
         )
-    blocks, generator = growth.regressions, torch.Generator().manual_seed(seed)
     features = {f for block in blocks for f in (block.features, block.goal, block.reads) if f is not None}
     rows = collect(growth.dag, growth.objective, features)
     targets = [_Target.of(block, rows) for block in blocks]

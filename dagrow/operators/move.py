@@ -82,6 +82,6 @@ class MoveCandidate(Candidate):
         return Growth(
             self.operator, self.edge.name, 0, move.gain, {self.edge.name: move.gain}, Cost(),
             drop=move.goal - move.bottleneck, notes=(move.note,) if move.note else (),
-            regressions=(Block(self._features[0], None, self._features[1]),), change=draft.change(), dag=self.dag,
-            objective=objective,
+            regressions=lambda: [Block(self._features[0], None, self._features[1])],
+            change=draft.change(), dag=self.dag, objective=objective,
         )  # fmt: skip

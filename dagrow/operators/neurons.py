@@ -233,7 +233,7 @@ class FanOutStage(Stage):
             self.origin.operator, self.axis.name, len(kept), sum(gains.values()), gains,
             cost_of(self.place.dag, change), drop=drop, singular_values=proposal.values,
             invariant=proposal.invariant and self.origin.fan == "fitted", notes=tuple(dict.fromkeys(notes)),
-            regressions=self.place.regressions(), change=change, dag=self.place.dag, objective=objective,
+            regressions=self.place.regressions, change=change, dag=self.place.dag, objective=objective,
         )  # fmt: skip
 
     @staticmethod

@@ -94,5 +94,6 @@ class PathCandidate(Candidate):
         return Growth(
             self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain}, cost_of(link.dag, change),
             drop=fit.drop, invariant=self.invariant, notes=(fit.note,) if fit.note else (),
-            regressions=(link.block(self.drawn or self.features),), change=change, dag=link.dag, objective=objective,
+            regressions=lambda: [link.block(self.drawn or self.features)],
+            change=change, dag=link.dag, objective=objective,
         )  # fmt: skip

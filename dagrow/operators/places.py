@@ -77,16 +77,17 @@ class Place:
             return Block(arriving, None, Pulled(goal, arriving.arrival))
         return Block(arriving, self.reads(consumer), goal, compensation, project)
 
-    def regressions(self) -> tuple[Block, ...]:
+    def regressions(self) -> list[Block]:
         """What the producers read, in the slots in which each consumer that linear theory reaches reads it."""
-        found = []
-        for consumer in self.linear():
-            arrival = self.arrivals[consumer.name]
-            assert arrival is not None
-            every = torch.eye(self.width * arrival.channels, dtype=torch.float64)
-            read = Sliding(self.features, arrival, every, consumer.name)
-            found.append(Block(read, self.reads(consumer), Goal(consumer.name)))
-        return tuple(found)
+        return [Block(self._in_slots(c), self.reads(c), Goal(c.name)) for c in self.linear()]
+
+    def _in_slots(self, consumer: Edge) -> Feature:
+        arrival, arriving = self.arrivals[consumer.name], self.arriving[consumer.name]
+        if not isinstance(arriving, Arriving):
+            return arriving
+        assert arrival is not None
+        every = torch.eye(self.width * arrival.channels, dtype=torch.float64)
+        return Sliding(self.features, arrival, every, consumer.name)
 
     @property
     def width(self) -> int:
