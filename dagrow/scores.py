@@ -84,7 +84,7 @@ class FoldFit:
 
     Attributes:
         weights: ``X [o, p]``.
-        taken: ``D [o, i]``, or None where nothing is taken out of the features.
+        taken: ``D [o, i]``, or ``[o]`` where only the constant is taken out of the features, or None for nothing.
         move: ``dW [o, i]``, or None where nothing is taken out of the goals.
     """
 
@@ -116,12 +116,13 @@ class Agreement(Score):
     def sums(self, batch: Batch, fold: int) -> Tensor:
         fit = self.fits[fold]
         explained, goals = self.source.projected(batch, fit.weights.T), self.goal.rows(batch)
-        used = [part for part in (fit.taken, fit.move) if part is not None]
+        if fit.taken is not None and fit.taken.ndim == 1:
+            explained = explained - fit.taken.to(explained)
+        used = [part for part in (fit.taken, fit.move) if part is not None and part.ndim == 2]
         if self.reads is not None and used:
-            outputs = len(fit.weights)
-            out = self.reads.projected(batch, torch.cat(used).T)
-            explained = explained if fit.taken is None else explained - out[:, :outputs]
-            goals = goals if fit.move is None else goals - out[:, -outputs:]
+            out = self.reads.projected(batch, torch.cat(used).T).split(len(fit.weights), 1)
+            explained = explained - out[0] if used[0] is fit.taken else explained
+            goals = goals if fit.move is None else goals - out[-1]
         return _scores(explained, goals, batch.samples)
 
 

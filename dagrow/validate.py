@@ -183,7 +183,9 @@ def agreement(split: Split, block: Block, basis: Callable[[Means], Tensor], ridg
         some, left = basis(train), Remainder(train, block)
         x, taken = fan_out(train, block, some, ridge).weights, left.taken(some)
         move = left.moved(torch.eye(len(x)).to(x))
-        fits.append(FoldFit(x @ some.T, None if taken is None else x @ taken.T, None if move is None else move.T))
+        if taken is not None:  # of the constant its last row is all there is
+            taken = x @ (taken[-1] if block.compensation == "constant" else taken.T)
+        fits.append(FoldFit(x @ some.T, taken, None if move is None else move.T))
     return Agreement(block.features, block.reads, block.goal, fits)
 
 
