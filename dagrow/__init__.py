@@ -10,6 +10,7 @@ from dagrow.grower import Grower
 from dagrow.growth import Growth, Receipt
 from dagrow.history import History, HistoryError
 from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
+from dagrow.permutation import PermutationTest, permutation_test
 from dagrow.planning import plan
 from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, Policy, RoundRobin
 from dagrow.records import Grown, Record
@@ -34,6 +35,7 @@ __all__ = [
     "Budget", "ByGain", "ByGainPerFlop", "ByGainPerParameter", "Dag", "DagrowError", "Edge", "EveryEpochs",
     "FigureError", "Grower", "Grown", "Growth", "GrowthError", "History", "HistoryError", "LossError", "LossReached",
     "MoveWeights", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau", "Operator", "OptimizerError",
-    "Policy", "Receipt", "Record", "RoundRobin", "Schedule", "ShortTraining", "Situation", "StopRule", "StoreError",
-    "Tangent", "TraceError", "bottlenecks", "fit", "grow", "load", "plan", "propose", "save", "tangent", "trace",
+    "PermutationTest", "Policy", "Receipt", "Record", "RoundRobin", "Schedule", "ShortTraining", "Situation",
+    "StopRule", "StoreError", "Tangent", "TraceError", "bottlenecks", "fit", "grow", "load", "permutation_test",
+    "plan", "propose", "save", "tangent", "trace",
 ]  # fmt: skip

@@ -116,6 +116,7 @@ class Batch:
     samples: int
     seen: int = 0  #: samples before this batch
     folds: int = 1
+    only: int | None = None  #: the fold that all samples are of, if they are those of one fold
 
     def __getitem__(self, edge: str) -> Capture:
         return self.captures[edge]
@@ -123,6 +124,8 @@ class Batch:
     @property
     def groups(self) -> list[int]:
         """The folds that there are; with G of them, sample i belongs to ``groups[i % G]``."""
+        if self.only is not None:
+            return [self.only]
         return [(self.seen + i) % self.folds for i in range(min(self.folds, self.samples))]
 
     def part(self, samples: slice) -> "Batch":
@@ -136,7 +139,8 @@ class Batch:
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
         """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""
         groups = self.groups
-        found = [rows(self._of(slice(i, None, len(groups))), fold) for i, fold in enumerate(groups)]
+        parts = [replace(self._of(slice(i, None, len(groups))), only=fold) for i, fold in enumerate(groups)]
+        found = [rows(part, fold) for part, fold in zip(parts, groups, strict=True)]
         total = found[0].new_empty(self.samples, sum(map(len, found)) // self.samples, found[0].shape[1])
         for i, part in enumerate(found):
             total[i :: len(groups)] = part.view(-1, *total.shape[1:])

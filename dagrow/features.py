@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dagrow.captures import Batch
@@ -15,7 +14,7 @@ from dagrow.patches import Geometry
 from dagrow.positions import Arrival
 
 __all__ = [
-    "Arriving", "Carried", "Explained", "Feature", "Goal", "New", "Pulled", "Reads", "Remaining", "Sliding", "Stacked",
+    "Arriving", "Carried", "Feature", "Goal", "New", "Pulled", "Reads", "Remaining", "Sliding", "Stacked",
 ]  # fmt: skip
 
 
@@ -332,43 +331,3 @@ class Sliding(Feature):
         """The image that the consumer slides over, if it does."""
         sizes = self.arrival.image
         return None if sizes is None else self.cells(batch).transpose(1, 2).unflatten(2, sizes)
-
-
-@dataclass(frozen=True, eq=False)
-class Explained(Feature):
-    """What a fit on the other folds explains of each sample: ``c = sum over positions of <v_perp, X p>``, with the
-    constant 1. One row per sample, whatever its positions, as they are no independent ones.
-
-    Attributes:
-        targets: for each consumer what the producers read, how it arrives there, and the goal.
-        fits: for each fold ``alpha [p, k]`` and for each consumer ``omega [slots o, k]``.
-    """
-
-    targets: Sequence[tuple[Feature, Arrival, Goal | Remaining]]
-    fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = field(repr=False)
-
-    @property
-    def arrivals(self) -> Sequence[Arrival]:
-        return [arrival for _, arrival, _ in self.targets]
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return tuple(edge for source, _, goal in self.targets for edge in (*source.edges, *goal.edges))
-
-    @property
-    def goals(self) -> tuple[str, ...]:
-        return tuple(edge for _, _, goal in self.targets for edge in goal.edges)
-
-    def count(self, batch: Batch) -> int:
-        return batch.samples
-
-    def rows(self, batch: Batch) -> Tensor:
-        return with_constant(batch.by_fold(lambda part, fold: self._sums(part, *self.fits[fold])[:, None]), True)
-
-    def _sums(self, batch: Batch, alpha: Tensor, omegas: Sequence[Tensor]) -> Tensor:
-        total = batch[self.edges[0]].inputs.new_zeros(batch.samples, dtype=torch.float64)
-        for (source, arrival, goal), omega in zip(self.targets, omegas, strict=True):
-            read, goals = Sliding(source, arrival, alpha, goal.edges[0]).rows(batch), goal.rows(batch)
-            out = rearrange(omega, "(e o) k -> (k e) o", e=arrival.index.shape[1]).to(read)
-            total += (read @ out * goals).view(batch.samples, -1).sum(1)
-        return total

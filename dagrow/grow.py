@@ -22,6 +22,7 @@ from dagrow.optimizers import check_optimizer
 from dagrow.planning import worthy
 from dagrow.policies import worth
 from dagrow.search import applied, summed
+from dagrow.significance import corrected
 from dagrow.solve import best_move
 from dagrow.surgery import preview, transaction
 from dagrow.tables import render
@@ -141,7 +142,8 @@ def propose(
         operators: ways to grow.
 
     Returns:
-        Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples.
+        Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples. Their
+        p-values are those of all operators and places together, see :func:`dagrow.significance.corrected`.
 
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
@@ -149,7 +151,8 @@ def propose(
     """
     objective = _objective(dag, batches, loss, step, mode)
     chosen = _checked(operators)
-    growths = transaction(dag, lambda: [g for operator in chosen for g in _growths(dag, objective, operator)])
+    found = transaction(dag, lambda: [_growths(dag, objective, operator) for operator in chosen])
+    growths = corrected([growth for growths, _ in found for growth in growths], sum(tests for _, tests in found))
     return sorted(growths, key=worth, reverse=True)
 
 
@@ -161,10 +164,13 @@ def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
     return given
 
 
-def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]:
-    """One pass for all candidates, more for those that ask for them, then as few as possible for previews."""
+def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
+    """What an operator could add, and how many places it looked at.
+
+    One pass for all candidates, more for those that ask for them, then as few as possible for previews.
+    """
     waiting: Sequence[Candidate] = operator.candidates(dag)
-    growths, stages, folds = [], [], operator.folds
+    growths, stages, folds, tests = list[Growth](), list[Stage](), operator.folds, sum(c.tests for c in waiting)
     while waiting:
         m = measure(dag, objective, [pair for c in waiting for pair in c.pairs()], folds=folds)
         solved = [found for c in waiting for found in _listed(c.solve(m, objective))]
@@ -175,12 +181,18 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> list[Growth]
     for growth in growths:
         if growth.preserving:
             _check_unchanged(growth)
-    for group in disjoint(stages, lambda stage: stage.widening):
-        m = _previewed(dag, objective, group, folds)
-        further = [found for stage in group for found in _listed(stage.solve(m, objective))]
-        _check_solved(further, operator, Growth)
-        growths += [growth for growth in further if isinstance(growth, Growth)]
-    return growths
+    while stages:
+        solved = [found for group in disjoint(stages, lambda s: s.widening)
+                  for found in _solved(dag, objective, group, folds)]  # fmt: skip
+        _check_solved(solved, operator, Growth, Stage)
+        growths += [growth for growth in solved if isinstance(growth, Growth)]
+        stages = [stage for stage in solved if isinstance(stage, Stage)]
+    return growths, tests
+
+
+def _solved(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: int) -> list[Any]:
+    m = _previewed(dag, objective, stages, folds)
+    return [found for stage in stages for found in _listed(stage.solve(m, objective))]
 
 
 def _listed(found: Any) -> Sequence[Any]:
@@ -251,7 +263,8 @@ def grow(
 ) -> Receipt:  # fmt: skip
     """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
 
-    A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added.
+    A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added. Where
+    nothing is to be gained, at most 5 % of calls apply anything, over all operators and places.
 
     Args:
         dag: what :func:`dagrow.trace` returned; its model grows in place.
@@ -271,17 +284,22 @@ def grow(
     check_optimizer(optimizer, dag.model)
 
     def work() -> Receipt:
-        parts = [p for operator in chosen if (p := _grown(dag, objective, judge, operator, optimizer)) is not None]
+        grown = [_grown(dag, objective, judge, operator, optimizer, len(chosen)) for operator in chosen]
+        parts = [part for part in grown if part is not None]
         return summed(parts, parts[0].loss_before if parts else judge.mean())
 
     return transaction(dag, work)
 
 
 def _grown(
-    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None
+    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None, operators: int
 ) -> Receipt | None:
-    """The operator's best growth that lowers the loss, applied; None if there is none."""
-    growths = worthy(_growths(dag, objective, operator))
+    """The operator's best growth that lowers the loss, applied; None if there is none.
+
+    Args:
+        operators: how many operators are asked, which share the 5 % of growths that may be chance.
+    """
+    growths = worthy(corrected(*_growths(dag, objective, operator), operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=worth, reverse=True):
         receipt = applied(growth, judge, before, optimizer)

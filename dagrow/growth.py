@@ -1,9 +1,9 @@
 """A growth is a proposed change, printable before it happens; a receipt is what it became."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite, prod
+from math import ceil, inf, isfinite, prod
 from typing import Any
 from weakref import ref
 
@@ -17,6 +17,8 @@ from dagrow.flops import weight_uses
 from dagrow.landings import Landing
 from dagrow.objective import Objective
 from dagrow.optimizers import check_optimizer
+from dagrow.scores import LEVEL, Verdict, upper_tail
+from dagrow.solve import Block
 from dagrow.surgery import Saved, Undo, apply, preview, transaction, whole, widen_copy
 
 __all__ = ["Cost", "Growth", "Receipt", "cost_of", "where_new"]
@@ -40,16 +42,23 @@ class Growth:
         neurons: new units.
         gain: minus the slope of the loss in gamma at 0, on the measured samples.
         gain_from: target edge (or the activation of a residual block) -> its part of the gain.
-        heldout_gain: what a fit on the other folds explains of each fold, mean over folds; None without folds.
-        heldout_error: its standard error over folds.
+        heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
+            folds.
+        heldout_error: its standard error over samples.
+        samples: how many were measured.
+        z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
+        p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
+            large a z; None where nobody asked: without folds, where the number of neurons was given, and where nothing
+            is to be gained.
         drop: by how much the bottleneck at the targets falls.
         cost: parameters and FLOPs added.
         singular_values: of the whitened goal, one per direction that was considered.
-        significant: whether the held-out gain is more than chance; not asked where the number of neurons was given.
+        significant: whether the held-out gain is more than chance: its p-value is at most 5 %. True where nobody asked.
         preserving: whether the function stays the same at every amplitude, so that there is nothing to search.
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
             is drawn at random.
         notes: fallbacks that the solution needed.
+        regressions: tells what is regressed on what at each target, on features that do not depend on the goals.
     """
 
     operator: Any
@@ -60,15 +69,48 @@ class Growth:
     cost: Cost
     heldout_gain: float | None = None
     heldout_error: float | None = None
+    samples: int = 0
+    z: float | None = None
+    p_value: float | None = None
     drop: float = 0.0
     singular_values: Tensor | None = None
     significant: bool = True
     preserving: bool = False
     invariant: bool = True
     notes: tuple[str, ...] = ()
+    regressions: Callable[[], Sequence[Block]] = field(default=tuple, repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)
+
+    def judged(self, verdict: Verdict, z: float, tested: bool) -> "Growth":
+        """With held-out gain, error and z from scores; its p-value as if it were the only place that was looked at."""
+        p_value = upper_tail(z) if tested else None
+        return replace(
+            self, heldout_gain=verdict.gain, heldout_error=verdict.error, samples=verdict.samples, z=z, p_value=p_value,
+            significant=not tested or (verdict.gain > 0 and upper_tail(z) <= LEVEL),
+        )  # fmt: skip
+
+    def samples_for(self, relative_error: float) -> int:
+        """How many samples to measure for a held-out gain with a given standard error, relative to the gain.
+
+        The error falls with the root of the number of samples: ``n (error / gain / wanted)^2``, at least 1.
+
+        Raises:
+            GrowthError: the error that is wanted is not a positive number, or the gain is not known to be one: it was
+                measured without folds, or is not above zero.
+        """
+        if isinstance(relative_error, bool) or not isinstance(relative_error, (int, float)) or not (
+            0 < relative_error < inf
+        ):  # fmt: skip
+            raise GrowthError(f"samples_for({relative_error!r}): give a positive number, 0.1 for ten percent.")
+        if self.heldout_gain is None or self.heldout_error is None or not self.heldout_gain > 0:
+            found = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
+            raise GrowthError(
+                f"samples_for: the gain at {self.where} was measured {found}, so there is no error relative to it. "
+                "Measure it with folds of at least 2, on more samples."
+            )
+        return max(1, ceil(self.samples * (self.heldout_error / self.heldout_gain / relative_error) ** 2))
 
     def loss(self, gamma: float, objective: Objective | None = None) -> float:
         """The loss of the grown network at an amplitude, without growing it."""
@@ -79,6 +121,10 @@ class Growth:
     def _check(self, gamma: object) -> None:
         if not isinstance(gamma, (int, float)) or not isfinite(gamma):
             raise GrowthError(f"gamma={gamma!r}: give a finite number; 1.0 is the amplitude that was fitted.")
+        self.check_fresh()
+
+    def check_fresh(self) -> None:
+        """Raises GrowthError if the model is no longer the one that was measured."""
         if self.change.program is not self.dag.program:
             raise GrowthError(
                 f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "
@@ -112,6 +158,7 @@ class Growth:
 
     def __str__(self) -> str:
         held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
+        held += "" if self.p_value is None else f", p {self.p_value:.2g}"
         doubt = "" if self.significant else " (not more than chance)"
         doubt += " (raises the loss)" if self.gain < 0 else ""
         return (

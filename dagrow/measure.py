@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from dagrow.products import product
 from dagrow.undisturbed import undisturbed
 from dagrow.watch import Watch
 
-__all__ = ["measure"]
+__all__ = ["collect", "measure"]
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
 ALIGNED = 16  #: rows start at multiples of so many entries, which makes products faster
@@ -41,11 +41,44 @@ def measure(
         preview: parameters and buffers to replace, for a look at a grown network.
         read, written: layer -> which of its input and output channels are new in the preview.
     """
-    pairs = distinct(pairs)
+    sums = _Sums(distinct(pairs), folds, dtype)
+    features = {f for pair in sums.pairs for f in pair}
+    _pass(dag, objective, features, folds, sums.add, preview, read or {}, written or {})
+    return sums.moments()
+
+
+def collect(dag: Dag, objective: Objective, features: Iterable[Feature]) -> dict[Feature, Tensor]:
+    """The rows of features by sample ``[n, s, d]`` in float64, kept whole, from one pass over the batches.
+
+    Raises:
+        BatchError: samples of different batches have different numbers of positions.
+    """
+    parts: dict[Feature, list[Tensor]] = {feature: [] for feature in features}
+
+    def keep(batch: Batch, loss: float) -> None:
+        for feature, found in parts.items():
+            rows = feature.rows(batch).double()
+            found.append(rows.view(batch.samples, -1, rows.shape[1]))
+
+    _pass(dag, objective, parts, 1, keep, None, {}, {})
+    for feature, found in parts.items():
+        sizes = sorted({part.shape[1] for part in found})
+        if len(sizes) > 1:
+            raise BatchError(
+                f"layer {', '.join(feature.edges)} has {' or '.join(map(str, sizes))} positions in a sample, from "
+                "batch to batch; give batches of samples of one size."
+            )
+    return {feature: torch.cat(found) for feature, found in parts.items()}
+
+
+def _pass(
+    dag: Dag, objective: Objective, features: Iterable[Feature], folds: int, take: Callable[[Batch, float], None],
+    preview: Mapping[str, Tensor] | None, read: Mapping[str, Landing], written: Mapping[str, Landing],
+) -> None:  # fmt: skip
+    """Runs the model on every batch, forward and back to pre-activations, and hands over what it leaves at layers."""
     objective.probe()
-    watch = _Watch(dag, {f for pair in pairs for f in pair}, read or {}, written or {})
+    watch, seen = _Watch(dag, features, read, written), 0
     with undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
-        sums = _Sums(pairs, folds, dtype)
         objective.model.train(objective.mode == "train")
         if watch.wishes:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
@@ -55,9 +88,9 @@ def measure(
             captures = watch.harvest(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            sums.add(Batch(captures, n, sums.seen, folds), value)
+            take(Batch(captures, n, seen, folds), value)
             del captures
-        return sums.moments()
+            seen += n
 
 
 class _Watch(Watch):

@@ -1,6 +1,5 @@
 """Features of new paths: what new layers would read and compute, and what activations want."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.captures import Batch
-from dagrow.features import Feature, Goal, Reads, Remaining
+from dagrow.features import Feature, Goal, Reads
 from dagrow.layers import with_constant
 from dagrow.patches import Geometry
 
-__all__ = ["Agreement", "Hidden", "MeanRead", "Ones", "Slid", "Squares", "Wish"]
+__all__ = ["Hidden", "MeanRead", "Ones", "Slid", "Squares", "Wish"]
 
 
 @dataclass(frozen=True)
@@ -111,46 +110,6 @@ class Hidden(Feature):
 
     def rows(self, batch: Batch) -> Tensor:
         return self.activation(self.source.projected(batch, self.alpha))
-
-
-@dataclass(frozen=True, eq=False)
-class Agreement(Feature):
-    """What a fit on the other folds explains of each sample: ``c = sum over positions of <v_perp, X p - D b>``, with
-    the constant 1. One row per sample, whatever its positions, as they are no independent ones.
-
-    Attributes:
-        source: ``p``.
-        goal: ``v_perp``, out of fold.
-        fits: for each fold ``X [o, p]`` and ``D [o, i]``, or None where nothing is taken out of the features.
-    """
-
-    source: Feature
-    goal: Goal | Remaining
-    fits: Sequence[tuple[Tensor, Tensor | None]] = field(repr=False)
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return (*self.goal.edges, *self.source.edges)
-
-    @property
-    def goals(self) -> tuple[str, ...]:
-        return self.goal.goals
-
-    @property
-    def wishes(self) -> tuple[str, ...]:
-        return self.goal.wishes
-
-    def count(self, batch: Batch) -> int:
-        return batch.samples
-
-    def rows(self, batch: Batch) -> Tensor:
-        return with_constant(batch.by_fold(lambda part, fold: self._sums(part, *self.fits[fold])[:, None]), True)
-
-    def _sums(self, batch: Batch, x: Tensor, taken: Tensor | None) -> Tensor:
-        explained = self.source.projected(batch, x.T)
-        if taken is not None and isinstance(self.goal, Remaining):
-            explained = explained - self.goal.reads.projected(batch, taken.T)
-        return (explained * self.goal.rows(batch)).reshape(batch.samples, -1).sum(1).double()
 
 
 @dataclass(frozen=True)

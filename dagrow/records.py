@@ -27,6 +27,8 @@ class Grown:
     loss_after: float
     parameters: int
     flops: int
+    heldout_error: float | None = None
+    p_value: float | None = None
 
     @staticmethod
     def of(receipt: Receipt) -> "Grown":
@@ -35,6 +37,7 @@ class Grown:
         return Grown(
             receipt.where, repr(growth.operator), receipt.neurons, receipt.gain, growth.heldout_gain, receipt.gamma,
             receipt.loss_before, receipt.loss_after, growth.cost.parameters, growth.cost.flops,
+            growth.heldout_error, growth.p_value,
         )  # fmt: skip
 
 

@@ -313,18 +313,24 @@ def explained_alone(m: Means, block: Block, slots: int, ridge: float = 0.0) -> T
     return torch.einsum("uso, ust, uto -> u", n, inverse, n)
 
 
-def selected(m: Means, block: Block, k: int, ridge: float = 0.0) -> Tensor:
+def selected(m: Means, block: Block, k: int, ridge: float = 0.0, offered: Tensor | None = None) -> Tensor:
     """Forward selection: the feature that explains most beside those taken before, k times; as columns ``[p, k]``.
 
     Each step takes the feature out of all others: ``P' <- P' - P'_j P'_j^T / P'_jj``, ``N <- N - P'_j N_j / P'_jj``.
+
+    Args:
+        offered: indices of the features that may be taken; all by default.
     """
     remainder = Remainder(m, block)
     p, n = remainder.gram(), remainder.rows(torch.eye(len(remainder.unit)).to(remainder.unit))
     damping = (ridge + len(p) * remainder.resolution()) * remainder.unit
+    every = torch.arange(len(p))
+    allowed = torch.isin(every, every if offered is None else offered).to(p.device)
     chosen: list[int] = []
     for _ in range(min(k, len(p))):
         free = p.diagonal() > damping * 1e-3
         free[chosen] = False
+        free &= allowed
         worth = torch.where(free, n.square().sum(1) / (p.diagonal() + damping).clamp_min(1e-300), -1)
         j = int(worth.argmax())
         if worth[j] <= 0:

@@ -14,19 +14,18 @@ from torch import Tensor
 from dagrow.features import Goal, Reads
 from dagrow.linalg import Whitening, leading_svd
 from dagrow.moments import Fold, Means, Split
+from dagrow.scores import Agreement, FoldFit
 from dagrow.solve import OVERSAMPLED, Block, Remainder, Stack, best_move, fan_out
 
 __all__ = [
-    "NEURON_RIDGES", "RIDGES", "Directed", "HeldOut", "neuron_ridges", "settled", "significant",
-    "validate_directions", "validate_fan_out",
-    "validate_move",
+    "NEURON_RIDGES", "RIDGES", "Directed", "HeldOut", "agreement", "move_agreement", "neuron_ridges", "settled",
+    "validate_directions", "validate_fan_out", "validate_move",
 ]  # fmt: skip
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
 RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 #: ridges that are tried for new neurons: smaller ones explain more at first order and train worse (docs/mnist.md)
 NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-SIGNIFICANT = 3.0  #: standard deviations of the null by which a held-out gain must exceed zero
 FEW = 32  #: combinations of goals by which a layer's own ridge is chosen
 MOST = 64  #: neurons considered at once when their number is open
 
@@ -40,7 +39,8 @@ def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a fit on the other folds explains of each fold: mean over folds, standard error, and whether it is real."""
+    """What a fit on the other folds explains of each fold: mean over folds, its standard error over folds, and whether
+    it is more than nothing."""
 
     ridge: float
     k: int
@@ -92,7 +92,7 @@ def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ri
     """Chooses ridge and rank by what directions from the other folds explain of each fold.
 
     The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Whether it is more
-    than chance is not seen from moments: see :func:`significant`.
+    than chance is not seen from moments: see :class:`dagrow.scores.Verdict`.
     """
     most = MOST if k is None else k
     trials = [_Trial.of(train, test, blocks, most, ridges[len(ridges) // 2]) for train, test in split]
@@ -111,18 +111,6 @@ def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ri
     drop = drops(ridge)[:, rank]
     fits = [trial.fit(rank + 1, ridge) for trial in trials]
     return Directed(ridge, rank + 1, float(drop.mean()), _standard_error(drop), bool(drop.mean() > 0), fits)
-
-
-def significant(scores: Tensor) -> bool:
-    """Whether what fits explain of samples that they have not seen is more than chance.
-
-    Were the goals independent of the new features, each sample's ``c = sum over positions of <v_perp, X p>`` would have
-    mean 0. Folds share what they are fitted on, which at most doubles the variance of the sum.
-
-    Args:
-        scores: sums over samples of products of ``(c, 1)`` ``[2, 2]``.
-    """
-    return bool(scores[0, 1] > SIGNIFICANT * (2 * scores[0, 0]).clamp_min(1e-300).sqrt())
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +170,28 @@ def validate_move(split: Split, reads: Reads, goal: Goal, ridges: Sequence[float
         return _drop(best_move(train, reads, goal, ridge).weights.T, test[reads, goal], test[reads, reads])
 
     return _validated(split, ridges, drop, 0)
+
+
+def agreement(split: Split, block: Block, basis: Callable[[Means], Tensor], ridge: float) -> Agreement:
+    """What :func:`dagrow.solve.fan_out`, fitted on the other folds, explains of each sample.
+
+    Args:
+        basis: from moments of the other folds the combinations ``[p, k]`` that are fitted.
+    """
+    fits = []
+    for train, _ in split:
+        some, left = basis(train), Remainder(train, block)
+        x, taken = fan_out(train, block, some, ridge).weights, left.taken(some)
+        move = left.moved(torch.eye(len(x)).to(x))
+        if taken is not None:  # of the constant its last row is all there is
+            taken = x @ (taken[-1] if block.compensation == "constant" else taken.T)
+        fits.append(FoldFit(x @ some.T, taken, None if move is None else move.T))
+    return Agreement(block.features, block.reads, block.goal, fits)
+
+
+def move_agreement(split: Split, reads: Reads, goal: Goal, ridge: float) -> Agreement:
+    """What :func:`dagrow.solve.best_move`, fitted on the other folds, explains of each sample."""
+    return Agreement(reads, None, goal, [FoldFit(best_move(train, reads, goal, ridge).weights) for train, _ in split])
 
 
 def _validated(split: Split, ridges: Sequence[float], drop: Callable[[Means, Means, float], float], k: int) -> HeldOut:

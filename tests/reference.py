@@ -7,8 +7,9 @@ Means are over samples, sums over positions: E f = 1/n sum_n sum_s f. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -401,6 +402,33 @@ def held_out(P: Array, V: Array, folds: int, ridge: float, k: int) -> Array:
         X = ridge_rank(P[fold != f], V[fold != f], ridge, k)
         drops.append(energy(V[fold == f]) - energy(V[fold == f] - P[fold == f] @ X.T))
     return np.array(drops)
+
+
+def scores(P: Array, V: Array, folds: int, fit: Callable[[Array], tuple[Array, Array]]) -> Array:
+    """(d, c) [n,2] of each sample, by how much what others are fitted on explains of it.
+
+    `fit(others)` gives X [o,p] and what is left of the features and the goals of all samples, stacked [n,s,p+o], from
+    the samples in `others` alone: c_n = sum_s <v_n, X p_n>, d_n = |v_n|^2 - |v_n - X p_n|^2.
+    """
+    found = np.zeros((len(P), 2))
+    for f in range(folds):
+        X, left = fit(np.flatnonzero(np.arange(len(P)) % folds != f))
+        for n in range(f, len(P), folds):
+            p, v = left[n][:, : P.shape[-1]], left[n][:, P.shape[-1] :]
+            found[n, 0] = np.sum(v**2) - np.sum((v - p @ X.T) ** 2)
+            found[n, 1] = sum(float(v[t] @ X @ p[t]) for t in range(len(v)))
+    return found
+
+
+def closed_testing(p_values: Iterable[float], tests: int) -> list[float]:
+    """Adjusted p-values: the largest min(1, |S| min of S) over all sets S of tests that a test belongs to.
+
+    `tests` are made, of which those that are not listed have a p-value of 1.
+    """
+    known = [*p_values]
+    everything = known + [1.0] * (tests - len(known))
+    sets = [s for size in range(1, len(everything) + 1) for s in combinations(range(len(everything)), size)]
+    return [max(min(1.0, len(s) * min(everything[j] for j in s)) for s in sets if i in s) for i in range(len(known))]
 
 
 # ---------------------------------------------------------------- the whole network

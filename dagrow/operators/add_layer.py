@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dagrow.dag import Dag
 from dagrow.errors import GrowthError
-from dagrow.moments import Means, Moments, Pair
+from dagrow.moments import Fold, Means, Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.links import Link, filled
@@ -27,6 +27,7 @@ __all__ = ["AddLayer"]
 
 OFFERED = 64  #: random directions that units are chosen from, at least
 PER_UNIT = 4  #: and for each unit
+ALL, DRAWN = -1, -2  #: whose directions are: found on all samples, or drawn at random; otherwise found without a fold
 _RANDOM = (nn.RReLU, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -103,31 +104,43 @@ class LayerCandidate(Candidate):
         return self.block.pairs()
 
     def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
-        alpha = self._offered(moments)
+        alpha, owners = self._offered(moments)
         if not alpha.shape[1]:
             return None
         hidden = Hidden(self.block.features, alpha, deepcopy(self.operator.activation))
         ridges = neuron_ridges(self.operator.ridge, self.operator.folds)
         layered = _Layered(alpha, hidden.activation)
         return PathCandidate(
-            self.operator, self.link, hidden, self._chosen, layered, self.operator.k, "hidden", ridges, invariant=False
-        )
+            self.operator, self.link, hidden, partial(self._chosen, owners), layered, self.operator.k, "hidden", ridges,
+            invariant=False, drawn=Hidden(self.block.features, alpha[:, owners == DRAWN], hidden.activation),
+        )  # fmt: skip
 
-    def _chosen(self, m: Means, block: Block, ridge: float) -> Tensor:
-        return selected(m, block, self.operator.k, ridge)
+    def _chosen(self, owners: Tensor, m: Means, block: Block, ridge: float) -> Tensor:
+        """Of directions that were found with the moments at hand, or drawn without any."""
+        own = m.fold if isinstance(m, Fold) else ALL
+        offered = torch.nonzero((owners == own) | (owners == DRAWN)).flatten()
+        return selected(m, block, self.operator.k, ridge, offered)
 
-    def _offered(self, m: Moments) -> Tensor:
-        """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random."""
+    def _offered(self, m: Moments) -> tuple[Tensor, Tensor]:
+        """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random.
+
+        Also whose they are ``[q]``: found on all samples, on all but a fold, or drawn. What is fitted on the other
+        folds must not choose directions that the fold itself helped to find, or it would explain noise.
+        """
         p = m[self.block.features, self.block.features]
         count = max(OFFERED, PER_UNIT * self.operator.k)
         generator = torch.Generator().manual_seed(self.operator.seed + 7919 * len(self.link.dag.edges))
         random = torch.randn(len(p), count, generator=generator, dtype=torch.float64).to(p)
         alive = p.diagonal() > 0
         random = random * torch.where(alive, p.diagonal(), 1).rsqrt()[:, None] * alive[:, None]
-        leading = directions(m, [self.block], self.operator.k, 0.1).alpha
-        alpha = torch.cat([leading, -leading, random], 1)
+        parts, owners = [random], [DRAWN] * count
+        for own, means in [(ALL, m), *((f, train) for f, (train, _) in enumerate(m.split()) if m.folds > 1)]:
+            leading = directions(means, [self.block], self.operator.k, 0.1).alpha.to(p)
+            parts += [leading, -leading]
+            owners += [own] * 2 * leading.shape[1]
+        alpha = torch.cat(parts, 1)
         square = (alpha * (p @ alpha)).sum(0) / m.positions[self.block.features]
-        return (alpha * square.clamp_min(1e-300).rsqrt())[:, square > 0]
+        return (alpha * square.clamp_min(1e-300).rsqrt())[:, square > 0], torch.tensor(owners)[(square > 0).cpu()]
 
 
 @dataclass(frozen=True, eq=False)

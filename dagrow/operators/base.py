@@ -6,6 +6,7 @@ gets them measured, and returns what is to be inserted.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Draft
@@ -13,13 +14,20 @@ from dagrow.errors import GrowthError
 from dagrow.growth import Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
+from dagrow.scores import Scores, Verdict
 from dagrow.widening import Widening
 
-__all__ = ["Candidate", "Operator", "Stage"]
+__all__ = ["Candidate", "Judged", "Operator", "Stage"]
 
 
 class Candidate(ABC):
     """One place where an operator could grow."""
+
+    @property
+    def tests(self) -> int:
+        """How often it looks for something that may be chance, for the correction of p-values: once; many times if it
+        stands for many places; not at all if it does not ask."""
+        return 1
 
     @abstractmethod
     def pairs(self) -> Iterable[Pair]:
@@ -28,6 +36,30 @@ class Candidate(ABC):
     @abstractmethod
     def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | Sequence[Candidate] | None":
         """A growth, further candidates or stages that need moments of their own, or None if there is nothing to add."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judged(Candidate):
+    """A fitted growth, of which one more pass tells what fits on the other folds explain of each sample.
+
+    Attributes:
+        growth: but for its held-out gain.
+        scores: those of all that is fitted.
+        z: as it was found before, where the fits that are scored depend on all samples.
+        tested: whether chance is asked about.
+    """
+
+    growth: Growth
+    scores: Scores
+    z: float | None = None
+    tested: bool = True
+
+    def pairs(self) -> list[Pair]:
+        return [(self.scores, self.scores)]
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth:
+        verdict = Verdict.of(moments.sums[self.scores, self.scores].sum(0))
+        return self.growth.judged(verdict, verdict.z if self.z is None else self.z, self.tested)
 
 
 class Stage(Candidate):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dagrow.alternate import Slotted, alternated
 from dagrow.dag import Edge
-from dagrow.features import Explained, Goal, Remaining, Sliding
+from dagrow.features import Goal, Remaining, Sliding
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate
 from dagrow.operators.neurons import Proposal, WidenCandidate
 from dagrow.operators.places import Place
+from dagrow.scores import Explained, Scores
 from dagrow.solve import Block, Compensation, directions
 from dagrow.validate import Directed, settled, validate_directions
 
@@ -45,6 +46,10 @@ class OptimalCandidate(Candidate):
     compensation: Compensation
     project: bool
     alternating: bool = False
+
+    @property
+    def tests(self) -> int:
+        return self.widen.tests
 
     @property
     def place(self) -> Place:
@@ -113,8 +118,8 @@ class OptimalCandidate(Candidate):
         assert k is not None
         found = directions(m, chosen, max(k, self.rank), ridge)
         notes = (found.note,) if found.note else ()
-        explained = self._explained(m, held, left) if held is not None and self.k is None else None
-        proposal = Proposal(found.alpha[:, :k], found.values[:k], held, notes, explained=explained)
+        explained = None if held is None else self._explained(m, held, left)
+        proposal = Proposal(found.alpha[:, :k], found.values[:k], notes, explained=explained)
         if self.rank and proposal.alpha.shape[1]:
             return Alternating(self, m, proposal, found.alpha, left, ridge)
         return self.completed(proposal, m)
@@ -135,7 +140,7 @@ class OptimalCandidate(Candidate):
             extra = _random(self.place, len(proposal.alpha), missing, self.widen.seed).to(proposal.alpha)
             notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")
             alpha = torch.cat([proposal.alpha, extra], 1)
-            proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False, explained=None)
+            proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False)
         alpha, other = self._packed(proposal.alpha, m), proposal.other
         return self.widen.stage(
             replace(proposal, alpha=alpha, other=None if other is None else self._packed(other, m)), m
@@ -145,7 +150,7 @@ class OptimalCandidate(Candidate):
         """Directions of one size as fan-in of units."""
         return self.place.packed(self.place.scaled(alpha, m)) if self.place.alike else alpha
 
-    def _explained(self, m: Moments, held: Directed, left: Mapping[str, Remaining]) -> Explained:
+    def _explained(self, m: Moments, held: Directed, left: Mapping[str, Remaining]) -> Scores:
         """What directions from the other folds explain of each sample: whether that is more than chance."""
         targets = []
         for consumer in self.place.linear():
@@ -153,7 +158,7 @@ class OptimalCandidate(Candidate):
             arrival = self.place.arrivals[consumer.name]
             assert arrival is not None
             targets.append((self.place.features, arrival, goal))
-        return Explained(targets, held.fits)
+        return Scores([Explained(targets, held.fits)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,10 @@ from dagrow.features import Goal, Reads
 from dagrow.growth import Cost, Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
-from dagrow.operators.base import Candidate, Operator, check_names
-from dagrow.solve import best_move
-from dagrow.validate import RIDGES, validate_move
+from dagrow.operators.base import Candidate, Judged, Operator, check_names
+from dagrow.scores import Scores
+from dagrow.solve import Block, Move, best_move
+from dagrow.validate import RIDGES, move_agreement, validate_move
 
 __all__ = ["MoveWeights"]
 
@@ -66,18 +67,21 @@ class MoveCandidate(Candidate):
         reads, goal = self._features
         return [(reads, reads), (reads, goal), (goal, goal)]
 
-    def solve(self, moments: Moments, objective: Objective) -> Growth | None:
+    def solve(self, moments: Moments, objective: Objective) -> Growth | Candidate | None:
         reads, goal = self._features
-        held, ridge = None, self.operator.ridge or 0.0
-        if moments.folds > 1:
-            held = validate_move(moments.split(), reads, goal, RIDGES if self.operator.ridge is None else (ridge,))
-            ridge = held.ridge
-        move = best_move(moments, reads, goal, ridge)
+        if moments.folds == 1:
+            return self._growth(best_move(moments, reads, goal, self.operator.ridge or 0.0), objective)
+        split, ridge = moments.split(), self.operator.ridge
+        held = validate_move(split, reads, goal, RIDGES if ridge is None else (ridge,))
+        growth = self._growth(best_move(moments, reads, goal, held.ridge), objective)
+        return Judged(growth, Scores([move_agreement(split, reads, goal, held.ridge)]))
+
+    def _growth(self, move: Move, objective: Objective) -> Growth:
         draft = Draft(self.dag)
         draft.move(self.edge, move.weights)
         return Growth(
             self.operator, self.edge.name, 0, move.gain, {self.edge.name: move.gain}, Cost(),
-            None if held is None else held.gain, None if held is None else held.error, move.goal - move.bottleneck,
-            significant=held is None or held.significant, notes=(move.note,) if move.note else (),
+            drop=move.goal - move.bottleneck, notes=(move.note,) if move.note else (),
+            regressions=lambda: [Block(self._features[0], None, self._features[1])],
             change=draft.change(), dag=self.dag, objective=objective,
         )  # fmt: skip

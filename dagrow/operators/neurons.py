@@ -8,6 +8,7 @@ regression of ``v_perp`` on ``h`` is exact for any activation, norm layer or gat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor
 
 from dagrow.dag import Axis, Edge
 from dagrow.draft import Draft
-from dagrow.features import Carried, Explained, Goal, New
+from dagrow.features import Carried, Goal, New
 from dagrow.growth import Growth, cost_of
 from dagrow.labels import Rider
 from dagrow.layers import RiderRule
-from dagrow.moments import Moments, Pair, Split
+from dagrow.moments import Means, Moments, Pair, Split
 from dagrow.objective import Objective
-from dagrow.operators.base import Candidate, Stage
+from dagrow.operators.base import Candidate, Judged, Stage
 from dagrow.operators.places import Place
+from dagrow.scores import LEVEL, Agreement, Scores, Verdict, upper_tail
 from dagrow.solve import Block, Compensation, Fit, explained_alone, fan_out
-from dagrow.validate import HeldOut, settled, significant, validate_fan_out
+from dagrow.validate import agreement, settled, validate_fan_out
 from dagrow.widening import Widening
 
 __all__ = ["Proposal", "WidenCandidate"]
@@ -37,19 +39,18 @@ class Proposal:
     Attributes:
         alpha: ``[p, k]``.
         values: singular values, if linear theory chose the directions.
-        held: the cross-validation that chose ridge and rank.
         invariant: whether permuted units or other units of measurement lead to the same directions.
         other: as many directions, that are taken where they explain more ``[p, k]``.
-        explained: what such directions explain of samples that they were not fitted on, if chance is to be asked about.
+        explained: what directions that were fitted on the other folds explain of each sample; without it, directions
+            count as independent of the goals.
     """
 
     alpha: Tensor
     values: Tensor | None = None
-    held: HeldOut | None = None
     notes: tuple[str, ...] = ()
     invariant: bool = True
     other: Tensor | None = None
-    explained: Explained | None = None
+    explained: Scores | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,11 @@ class WidenCandidate(Candidate):
     paired: bool = False
     exact: bool = False
     seed: int = 0
+
+    @property
+    def tests(self) -> int:
+        """Chance is asked about only if the number of neurons is open."""
+        return 0 if self.exact else 1
 
     def pairs(self) -> list[Pair]:
         return [(self.place.measured, self.place.measured), *self.needs]
@@ -130,29 +136,35 @@ class FanOutStage(Stage):
         found = [pair for block in self.blocks() for pair in block.pairs()] + [(norm, norm) for norm in self._norms()]
         return found if explained is None else [*found, (explained, explained)]
 
-    def solve(self, moments: Moments, objective: Objective) -> Growth | None:
-        explained = self.proposal.explained
-        if explained is not None and not significant(moments.sums[explained, explained].sum(0)):
-            return None
+    def solve(self, moments: Moments, objective: Objective) -> "Growth | JudgedNeurons | None":
+        explained, z = self.proposal.explained, None
+        if explained is not None:
+            z = Verdict.of(moments.sums[explained, explained].sum(0)).z
+            if not self.origin.exact and upper_tail(z) > LEVEL:
+                return None
         units, split = self._units(moments), moments.split()
         blocks = [settled(split, block) for block in self.blocks()]
         offered = [units] if self.proposal.other is None else units.chunk(2, 1)
         fitted = [(some, *self._fitted(moments, split, blocks, some)) for some in offered]
-        best = max(fitted, key=lambda found: sum(fit.drop for fit in found[1].values()))
-        return self._growth(moments, objective, *best)
+        units, fits, scores = max(fitted, key=lambda found: sum(fit.drop for fit in found[1].values()))
+        growth = self._growth(moments, objective, units, fits)
+        if moments.folds == 1:
+            return growth
+        judged = Judged(growth, Scores(scores), z, not self.origin.exact)
+        return JudgedNeurons(self, judged, self.axis, self.widening)
 
     def _fitted(
         self, m: Moments, split: Split, blocks: Sequence[Block], units: Tensor
-    ) -> tuple[dict[str, Fit], list[HeldOut]]:
-        """Each consumer's fan-out for some units, and its cross-validation if there are folds."""
-        fits, held = {}, []
+    ) -> tuple[dict[str, Fit], list[Agreement]]:
+        """Each consumer's fan-out for some units, and its scores if there are folds."""
+        fits, scores = {}, []
         for consumer, block in zip(self.axis.consumers, blocks, strict=True):
             choice, ridge = _per_slot(units, self.slots(consumer)), self.origin.ridges[0]
             if m.folds > 1:
-                held.append(validate_fan_out(split, block, choice, self.origin.ridges))
-                ridge = held[-1].ridge
+                ridge = validate_fan_out(split, block, choice, self.origin.ridges).ridge
+                scores.append(agreement(split, block, partial(_as_measured, choice, block), ridge))
             fits[consumer.name] = fan_out(m, block, choice, ridge)
-        return fits, held
+        return fits, scores
 
     def _units(self, m: Moments) -> Tensor:
         """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
@@ -165,9 +177,7 @@ class FanOutStage(Stage):
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
-    def _growth(
-        self, m: Moments, objective: Objective, units: Tensor, fits: Mapping[str, Any], held: Sequence[HeldOut]
-    ) -> Growth:
+    def _growth(self, m: Moments, objective: Objective, units: Tensor, fits: Mapping[str, Fit]) -> Growth:
         kept, dag = _kept(units), self.place.dag
         generator = torch.Generator().manual_seed(self.origin.seed + self.axis.width)
         widening = dag.widening(self.axis, len(kept))
@@ -183,7 +193,7 @@ class FanOutStage(Stage):
             if fit.compensation is not None and self.origin.fan == "fitted":
                 draft.move(consumer, fit.compensation)
         self._calibrate(draft, m, widening, kept, objective.mode)
-        return self._described(draft, m, objective, kept, fits, held)
+        return self._described(draft, m, objective, kept, fits)
 
     def _fan(self, omega: Tensor, generator: torch.Generator) -> Tensor:
         if self.origin.fan == "fitted":
@@ -211,29 +221,19 @@ class FanOutStage(Stage):
             draft.rider(rider, landing, entries)
 
     def _described(
-        self,
-        draft: Draft,
-        m: Moments,
-        objective: Objective,
-        kept: Tensor,
-        fits: Mapping[str, Any],
-        held: Sequence[HeldOut],
+        self, draft: Draft, m: Moments, objective: Objective, kept: Tensor, fits: Mapping[str, Fit]
     ) -> Growth:
         change, proposal = draft.change(), self.proposal
-        first = proposal.held
         gains = {name: fit.gain for name, fit in fits.items()}
         drop = sum(fit.drop for fit in fits.values())
         if self.origin.fan == "random":
             gains, drop = self._uphill_turned(draft, self._measured_slopes(draft, m, kept)), 0.0
-        gain = sum(h.gain for h in held)
         notes = (*proposal.notes, *(fit.note for fit in fits.values() if fit.note))
         return Growth(
             self.origin.operator, self.axis.name, len(kept), sum(gains.values()), gains,
-            cost_of(self.place.dag, change),
-            gain if held else None, sum(h.error**2 for h in held) ** 0.5 if held else None, drop, proposal.values,
-            significant=self.origin.exact or ((first is None or first.significant) and gain > 0),
+            cost_of(self.place.dag, change), drop=drop, singular_values=proposal.values,
             invariant=proposal.invariant and self.origin.fan == "fitted", notes=tuple(dict.fromkeys(notes)),
-            change=change, dag=self.place.dag, objective=objective,
+            regressions=self.place.regressions, change=change, dag=self.place.dag, objective=objective,
         )  # fmt: skip
 
     @staticmethod
@@ -255,6 +255,30 @@ class FanOutStage(Stage):
             columns = _columns(kept, self.slots(consumer))
             gains[consumer.name] = float((omega.T * m[New(consumer.name), Goal(consumer.name)][columns]).sum())
         return gains
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedNeurons(Stage):
+    """Fitted neurons in the same preview again, to see what fan-outs from the other folds explain of each sample."""
+
+    origin: FanOutStage
+    judged: Judged
+    axis: Axis
+    widening: Widening
+
+    def fill(self, draft: Draft) -> None:
+        self.origin.fill(draft)
+
+    def pairs(self) -> list[Pair]:
+        return self.judged.pairs()
+
+    def solve(self, moments: Moments, objective: Objective) -> Growth:
+        return self.judged.solve(moments, objective)
+
+
+def _as_measured(choice: Tensor, block: Block, m: Means) -> Tensor:
+    """Choices of features in the precision of some moments."""
+    return choice.to(m[block.features, block.goal])
 
 
 def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:

@@ -6,22 +6,22 @@ path of rank K has the leading K singular directions of ``P'^-1/2 N``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dagrow.draft import Draft
-from dagrow.features import Feature, Remaining
+from dagrow.features import Feature
 from dagrow.growth import Growth, cost_of
-from dagrow.moments import Means, Moments, Pair, Split
+from dagrow.moments import Means, Moments, Pair
 from dagrow.objective import Objective
-from dagrow.operators.base import Candidate
+from dagrow.operators.base import Candidate, Judged
 from dagrow.operators.links import Link
-from dagrow.path_features import Agreement
-from dagrow.solve import Block, Fit, Remainder, fan_out
-from dagrow.validate import HeldOut, settled, significant, validate_fan_out
+from dagrow.scores import Scores
+from dagrow.solve import Block, Fit, fan_out
+from dagrow.validate import agreement, settled, validate_fan_out
 
 __all__ = ["Basis", "Layout", "PathCandidate", "everything"]
 
@@ -48,6 +48,7 @@ class PathCandidate(Candidate):
         neurons: new hidden units.
         kind: what the new module is called, with a number; by where it leads if None.
         ridges: to choose from.
+        drawn: those of the features that do not depend on the goals, unless all are such.
     """
 
     operator: Any
@@ -59,6 +60,7 @@ class PathCandidate(Candidate):
     kind: str | None = None
     ridges: tuple[float, ...] = (0.0,)
     invariant: bool = True
+    drawn: Feature | None = None
 
     @property
     def block(self) -> Block:
@@ -76,28 +78,13 @@ class PathCandidate(Candidate):
         if not basis.shape[1]:
             return None
         if moments.folds == 1:
-            fit = fan_out(moments, block, basis, self.ridges[0])
-            return self._growth(basis, fit, None, True, objective)
+            return self._growth(basis, fan_out(moments, block, basis, self.ridges[0]), objective)
         held = validate_fan_out(split, block, basis, self.ridges)
-        fit = fan_out(moments, block, basis, held.ridge)
-        return Judged(self, basis, fit, held, self._agreement(split, block, held.ridge))
+        growth = self._growth(basis, fan_out(moments, block, basis, held.ridge), objective)
+        scores = agreement(split, block, lambda train: self.basis(train, block, self.ridges[0]), held.ridge)
+        return Judged(growth, Scores([scores]))
 
-    def _agreement(self, split: Split, block: Block, ridge: float) -> Agreement:
-        """What is fitted on the other folds, to be compared with each fold's goals."""
-        fits, moves = [], []
-        for train, _ in split:
-            basis = self.basis(train, block, self.ridges[0])
-            fit = fan_out(train, block, basis, ridge)
-            taken = Remainder(train, block).taken(basis)
-            fits.append((fit.weights @ basis.T, None if taken is None else fit.weights @ taken.T))
-            if block.reads is not None:
-                moves.append(train.whitening(block.reads, block.ridge).solve(train[block.reads, block.goal]).T)
-        goal = self.link.goal if block.reads is None else Remaining(self.link.goal, block.reads, moves)
-        return Agreement(self.features, goal, fits)
-
-    def _growth(
-        self, basis: Tensor, fit: Fit, held: HeldOut | None, real: bool, objective: Objective
-    ) -> Growth:  # fmt: skip
+    def _growth(self, basis: Tensor, fit: Fit, objective: Objective) -> Growth:
         link, draft = self.link, Draft(self.link.dag)
         layers = self.layout(link, basis, fit.weights)
         draft.branch(link.branch(link.named(self.kind), layers), [*layers.values()][-1])
@@ -105,26 +92,8 @@ class PathCandidate(Candidate):
             link.compensate(draft, fit.compensation)
         change = draft.change()
         return Growth(
-            self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain},
-            cost_of(link.dag, change), None if held is None else held.gain, None if held is None else held.error,
-            fit.drop, significant=real and (held is None or held.significant), invariant=self.invariant,
-            notes=(fit.note,) if fit.note else (), change=change, dag=link.dag, objective=objective,
+            self.operator, link.place, self.neurons, fit.gain, {link.fed: fit.gain}, cost_of(link.dag, change),
+            drop=fit.drop, invariant=self.invariant, notes=(fit.note,) if fit.note else (),
+            regressions=lambda: [link.block(self.drawn or self.features)],
+            change=change, dag=link.dag, objective=objective,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Judged(Candidate):
-    """A fitted path, of which one more pass tells whether it explains more than chance."""
-
-    origin: PathCandidate
-    basis: Tensor = field(repr=False)
-    fit: Fit = field(repr=False)
-    held: HeldOut
-    agreement: Agreement = field(repr=False)
-
-    def pairs(self) -> list[Pair]:
-        return [(self.agreement, self.agreement)]
-
-    def solve(self, moments: Moments, objective: Objective) -> Growth:
-        real = significant(moments.sums[self.agreement, self.agreement].sum(0))
-        return self.origin._growth(self.basis, self.fit, self.held, real, objective)

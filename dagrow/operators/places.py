@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.dag import Axis, Dag, Edge
-from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Stacked
+from dagrow.features import Arriving, Feature, Goal, Pulled, Reads, Remaining, Sliding, Stacked
 from dagrow.moments import Moments
 from dagrow.positions import Arrival, arrival, single
 from dagrow.solve import Block, Compensation
@@ -76,6 +76,18 @@ class Place:
         if isinstance(arriving, Arriving):
             return Block(arriving, None, Pulled(goal, arriving.arrival))
         return Block(arriving, self.reads(consumer), goal, compensation, project)
+
+    def regressions(self) -> list[Block]:
+        """What the producers read, in the slots in which each consumer that linear theory reaches reads it."""
+        return [Block(self._in_slots(c), self.reads(c), Goal(c.name)) for c in self.linear()]
+
+    def _in_slots(self, consumer: Edge) -> Feature:
+        arrival, arriving = self.arrivals[consumer.name], self.arriving[consumer.name]
+        if not isinstance(arriving, Arriving):
+            return arriving
+        assert arrival is not None
+        every = torch.eye(self.width * arrival.channels, dtype=torch.float64)
+        return Sliding(self.features, arrival, every, consumer.name)
 
     @property
     def width(self) -> int:

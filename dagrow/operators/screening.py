@@ -50,6 +50,11 @@ class Screening(Candidate):
     activation: nn.Module | None
     exact: int
 
+    @property
+    def tests(self) -> int:
+        """All places are looked at, and the best are chosen."""
+        return len(self.links)
+
     def features(self, link: Link) -> Feature:
         return link.features(link.bias if self.activation is None else True)
 
