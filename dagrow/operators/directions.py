@@ -118,7 +118,7 @@ class OptimalCandidate(Candidate):
         assert k is not None
         found = directions(m, chosen, max(k, self.rank), ridge)
         notes = (found.note,) if found.note else ()
-        explained = None if held is None else self._explained(m, held, left)
+        explained = None if held is None else self._explained(m, held, blocks, left)
         proposal = Proposal(found.alpha[:, :k], found.values[:k], notes, explained=explained)
         if self.rank and proposal.alpha.shape[1]:
             return Alternating(self, m, proposal, found.alpha, left, ridge)
@@ -150,12 +150,14 @@ class OptimalCandidate(Candidate):
         """Directions of one size as fan-in of units."""
         return self.place.packed(self.place.scaled(alpha, m)) if self.place.alike else alpha
 
-    def _explained(self, m: Moments, held: Directed, left: Mapping[str, Remaining]) -> Scores:
+    def _explained(
+        self, m: Moments, held: Directed, blocks: Mapping[str, Block], left: Mapping[str, Remaining]
+    ) -> Scores:  # fmt: skip
         """What directions from the other folds explain of each sample: whether that is more than chance."""
-        targets = []
-        for consumer in self.place.linear():
-            goal = left.get(consumer.name) or self.remaining_goal(m, consumer)
-            arrival = self.place.arrivals[consumer.name]
+        targets, consumers = [], {consumer.name: consumer for consumer in self.place.linear()}
+        for name in blocks:  # in the order of the fits
+            goal = left.get(name) or self.remaining_goal(m, consumers[name])
+            arrival = self.place.arrivals[name]
             assert arrival is not None
             targets.append((self.place.features, arrival, goal))
         return Scores([Explained(targets, held.fits)])

@@ -8,7 +8,6 @@ regression of ``v_perp`` on ``h`` is exact for any activation, norm layer or gat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -162,11 +161,23 @@ class FanOutStage(Stage):
             choice, ridge = _per_slot(units, self.slots(consumer)), self.origin.ridges[0]
             if m.folds > 1:
                 ridge = validate_fan_out(split, block, choice, self.origin.ridges).ridge
-                scores.append(agreement(split, block, partial(_as_measured, choice, block), ridge))
+                scores.append(agreement(split, block, self._basis(consumer, block, choice), ridge))
             fits[consumer.name] = fan_out(m, block, choice, ridge)
         return fits, scores
 
-    def _units(self, m: Moments) -> Tensor:
+    def _basis(self, consumer: Edge, block: Block, choice: Tensor) -> Callable[[Means], Tensor]:
+        """From moments of the other folds the units that they would have kept.
+
+        Where directions are scored by themselves, those that are kept are scored only by what they are fitted to.
+        """
+
+        def kept(train: Means) -> Tensor:
+            units = choice if self.proposal.explained else _per_slot(self._units(train), self.slots(consumer))
+            return units.to(train[block.features, block.goal])
+
+        return kept
+
+    def _units(self, m: Means) -> Tensor:
         """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
         k = self.proposal.alpha.shape[1]
         if self.origin.paired:
@@ -274,11 +285,6 @@ class JudgedNeurons(Stage):
 
     def solve(self, moments: Moments, objective: Objective) -> Growth:
         return self.judged.solve(moments, objective)
-
-
-def _as_measured(choice: Tensor, block: Block, m: Means) -> Tensor:
-    """Choices of features in the precision of some moments."""
-    return choice.to(m[block.features, block.goal])
 
 
 def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:
