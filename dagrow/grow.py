@@ -206,8 +206,8 @@ def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> 
     wrong = [type(item).__name__ for item in found if not isinstance(item, kinds)]
     if wrong:
         raise GrowthError(
-            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, None, or, before a preview, a "
-            "Stage or another Candidate."
+            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, a Stage, None, or, before a "
+            "preview, another Candidate."
         )
 
 
@@ -264,7 +264,8 @@ def grow(
     """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
 
     A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added. Where
-    nothing is to be gained, at most 5 % of calls apply anything, over all operators and places.
+    nothing is to be gained, at most 5 % of calls apply anything, over all operators and places. (Nobody asks about
+    chance without folds, where ``AddNeurons`` is given k, and of growths that leave the function as it is.)
 
     Args:
         dag: what :func:`dagrow.trace` returned; its model grows in place.

@@ -45,11 +45,11 @@ class Growth:
         heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
             folds.
         heldout_error: its standard error over samples.
-        samples: how many were measured.
+        samples: how many the held-out gain was measured on; 0 without folds.
         z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
         p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
-            large a z; None where nobody asked: without folds, where the number of neurons was given, and where nothing
-            is to be gained.
+            large a z; None where nobody asked: without folds, where ``AddNeurons`` was given k, and where nothing is
+            to be gained.
         drop: by how much the bottleneck at the targets falls.
         cost: parameters and FLOPs added.
         singular_values: of the whitened goal, one per direction that was considered.
@@ -69,15 +69,15 @@ class Growth:
     cost: Cost
     heldout_gain: float | None = None
     heldout_error: float | None = None
-    samples: int = 0
-    z: float | None = None
-    p_value: float | None = None
     drop: float = 0.0
     singular_values: Tensor | None = None
     significant: bool = True
     preserving: bool = False
     invariant: bool = True
     notes: tuple[str, ...] = ()
+    samples: int = 0
+    z: float | None = None
+    p_value: float | None = None
     regressions: Callable[[], Sequence[Block]] = field(default=tuple, repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)

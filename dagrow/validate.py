@@ -39,13 +39,11 @@ def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a fit on the other folds explains of each fold: mean over folds, its standard error over folds, and whether
-    it is more than nothing."""
+    """What a fit on the other folds explains of each fold, mean over folds, and whether it is more than nothing."""
 
     ridge: float
     k: int
     gain: float
-    error: float
     significant: bool
 
 
@@ -110,7 +108,7 @@ def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ri
     rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
     drop = drops(ridge)[:, rank]
     fits = [trial.fit(rank + 1, ridge) for trial in trials]
-    return Directed(ridge, rank + 1, float(drop.mean()), _standard_error(drop), bool(drop.mean() > 0), fits)
+    return Directed(ridge, rank + 1, float(drop.mean()), bool(drop.mean() > 0), fits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +195,8 @@ def move_agreement(split: Split, reads: Reads, goal: Goal, ridge: float) -> Agre
 def _validated(split: Split, ridges: Sequence[float], drop: Callable[[Means, Means, float], float], k: int) -> HeldOut:
     drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in split], dtype=torch.float64))
     ridge = _climbed(ridges, lambda ridge: float(drops(ridge).mean()))
-    gain, error = float(drops(ridge).mean()), _standard_error(drops(ridge))
-    return HeldOut(ridge, k, gain, error, gain > 0)
+    gain = float(drops(ridge).mean())
+    return HeldOut(ridge, k, gain, gain > 0)
 
 
 def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
@@ -210,10 +208,6 @@ def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:
         if at != start:
             break
     return ridges[at]
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

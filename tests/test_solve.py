@@ -229,7 +229,6 @@ def test_held_out_directions(k: int, ridge: float) -> None:
         drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
     found = validate_directions(of(d, 4).split(), [Block(P, B, V)], k, (ridge,))
     near(found.gain, np.mean(drops))
-    near(found.error, np.std(drops, ddof=1) / 2)
     assert found.k == k
     for (train, _), (alpha, (omega,)) in zip(folds_of(d, 4), found.fits, strict=True):
         size = np.sqrt((truth.flat(train.p) ** 2).mean(0))

@@ -127,9 +127,9 @@ def tasks(cases: Sequence[str], seeds: range) -> Iterator[tuple[str, int, int, f
         for n in SIZES:
             if "noise" in cases:
                 yield "noise", seed, n, 0.0
-            if "planted" in cases and n < 1000 and seed < 25:
+            if "planted" in cases and n < 1000 and seed < 20:
                 yield from (("planted", seed, n, level) for level in LEVELS)
-            if "independent" in cases and n < 1000:
+            if "independent" in cases and n < 1000 and seed < 40:
                 yield from (("independent", seed, n, level) for level in (0.0, *LEVELS))
 
 

@@ -251,8 +251,10 @@ def ceiling(growths: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def regret(score: Sequence[float], falls: Sequence[float]) -> float:
-    """0 for the best growth, 1 for one at random, on average."""
+    """0 for the best growth, 1 for one at random, on average; 0 where all bring the same."""
     best, middle = max(falls), mean(falls)
+    if best == middle:
+        return 0.0
     return (best - falls[max(range(len(score)), key=score.__getitem__)]) / (best - middle)
 
 
