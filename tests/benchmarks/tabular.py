@@ -9,8 +9,8 @@ is set aside, for amplitudes and for the weights that are kept: those of the low
 All networks get the FLOPs that 3,000 steps of the largest MLP take, with Adam, batches of 64 and a cosine over what
 they have used up, but no more than 60,000 steps, after which the smallest have long converged. FLOPs of training are
 those of matrix products (three times the forward pass, as counted from the graph); of growth all that its passes and
-factorisations take, counted as they run. Growing looks for places every 300 steps, in the first half of its FLOPs or steps.
-Runs that are in the results file already are skipped.
+factorisations take, counted as they run. Growing looks for places every 300 steps, in the first half of its FLOPs or
+steps. Runs that are in the results file already are skipped.
 """
 
 import copy
