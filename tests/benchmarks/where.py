@@ -212,9 +212,9 @@ def scores(
 
 
 def readers(growth: Growth) -> list[str]:
-    """The layers that read the activation of a residual block: those that read what the first of its readers reads."""
-    edge = next(edge for edge in growth.dag.edges if edge.name in growth.where or edge.name in growth.gain_from)
-    return [other.name for other in growth.dag.edges if other.layer.inputs is edge.layer.inputs and not other.shared]
+    """The layers that read the activation of a residual block."""
+    (branch,) = growth.change.branches
+    return [edge.name for edge in growth.dag.edges if edge.layer.inputs is branch.source and not edge.shared]
 
 
 def oracle(growth: Growth, judge: Objective, split: Split, seed: int) -> dict[str, Any]:
