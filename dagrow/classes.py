@@ -61,6 +61,13 @@ class Classes:
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Makes labels that meet entry by entry, after broadcasting, one class. NEUTRAL meets nobody."""
         left, right = self._roots(a.numpy()), self._roots(b.numpy())
+        if _crossed(left, right) and NEUTRAL not in left and NEUTRAL not in right:
+            self._unite(left, _first(right, left))  # all on the left and the first on the right,
+            left = _first(left, right)  # and all on the right and the first on the left
+            left, right = self._roots(left), self._roots(right)
+        self._unite(left, right)
+
+    def _unite(self, left: np.ndarray, right: np.ndarray) -> None:
         meet = left != right
         if not meet.any():
             return
@@ -122,6 +129,18 @@ class Classes:
         """Why the label's class is frozen, or None."""
         root = int(self._roots(np.asarray(label)))
         return self._texts[int(self._causes[root])] or None
+
+
+def _crossed(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether each is repeated along a dimension of the other, so that all of one meet all of the other there."""
+    sides = [(x, y) for x, y in zip(a.shape[::-1], b.shape[::-1], strict=False) if x != y]
+    return any(x == 1 for x, _ in sides) and any(y == 1 for _, y in sides)
+
+
+def _first(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The first entries along the dimensions in which b is repeated."""
+    padded = (1,) * (a.ndim - b.ndim) + b.shape[max(0, b.ndim - a.ndim) :]
+    return a[tuple(slice(0, 1) if size == 1 else slice(None) for size in padded)]
 
 
 def narrow(tensor: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
 _beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak reference to the one it is optimized with, or None
 _hooked: list[Any] = []
+_changes = [0]  #: how often a tensor has changed its shape, come or gone
+_followed: Any = WeakKeyDictionary()  #: optimizer -> the changes up to its last step, and how many parameters it had
 
 
 def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
@@ -106,8 +108,18 @@ def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
 
 
 def _watch_steps() -> None:
+    """After a change optimizers are brought along before their next step."""
+    _changes[0] += 1
     if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: carry(optimizer)))
+        _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: _follow(optimizer)))
+
+
+def _follow(optimizer: Optimizer) -> None:
+    """Carries an optimizer if anything has changed since its last step."""
+    now = _changes[0], sum(len(group["params"]) for group in optimizer.param_groups)
+    if _followed.get(optimizer) != now:
+        carry(optimizer)
+        _followed[optimizer] = now
 
 
 def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
@@ -117,6 +129,7 @@ def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:
         before[landing.dim] = landing.size
     if tensor in _log:
         _log[tensor].add(_Stage(torch.Size(before), tensor.shape, tuple(landings), True))
+    _watch_steps()
 
 
 def log_added(parameter: Tensor, beside: Tensor) -> None:
@@ -139,6 +152,7 @@ def adopt(optimizer: Optimizer, new: Iterable[Tensor], others: Iterable[Tensor])
 def log_removed(parameter: Tensor) -> None:
     """Notes that a new parameter has just been taken out again. May run twice."""
     _beside[parameter] = None
+    _watch_steps()
 
 
 def regroup(optimizer: Optimizer) -> None:
@@ -187,7 +201,7 @@ def carry(optimizer: Optimizer) -> None:
     if not grown:
         return
     refuse(optimizer, grown)
-    states = {p: _followed(p, optimizer.state[p], seen.get(p)) for p in grown if p in optimizer.state}
+    states = {p: _brought(p, optimizer.state[p], seen.get(p)) for p in grown if p in optimizer.state}
     for parameter, state in states.items():
         optimizer.state[parameter] = state
     settle(optimizer, grown)
@@ -258,7 +272,7 @@ def _fits(parameter: Tensor, value: object) -> bool:
     return _log[parameter].start(value.shape, None) is not None
 
 
-def _followed(parameter: Tensor, state: dict[str, Any], seen: int | None) -> dict[str, Any]:
+def _brought(parameter: Tensor, state: dict[str, Any], seen: int | None) -> dict[str, Any]:
     history = _log[parameter]
 
     def follow(value: Any) -> Any:

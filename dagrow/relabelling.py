@@ -257,48 +257,6 @@ class GrowthRunner(ChannelRunner):
         found = self.units.numpy()[np.maximum(roots.numpy() - self.first, 0)]
         return torch.from_numpy(np.asarray(np.where(roots.numpy() >= self.first, found, NEUTRAL)))
 
-    def zeros(self) -> dict[str, Tensor]:
-        """Producer -> which slots of a new unit must start at zero, if any."""
-        zero = torch.empty(0, dtype=torch.long)
-        for node, left, right in self.sums:
-            left, right = self.classes.roots(left), self.classes.roots(right)
-            if not any(len(side) and bool(torch.isin(side, zero).all()) for side in (left, right)):
-                side = right if len(right) else left
-                self._check_zero(node, side)
-                zero = torch.cat([zero, torch.unique(side)])
-        masks = {edge: torch.isin(self.classes.roots(labels), zero)[0] for edge, labels in self.written.items()}
-        if self.sums and all(bool(mask.all()) for mask in masks.values()):
-            raise MisfitError("all that is written there would have to start at zero, so that it could not learn")
-        return {edge: mask for edge, mask in masks.items() if bool(mask.any())}
-
-    def _check_zero(self, sum_: fx.Node, side: Tensor) -> None:
-        """Raises if what is written as zero does not arrive at a sum as zero."""
-        sums, zero = {node for node, _, _ in self.sums}, self.classes.chosen(side)
-        for node in self.reached:
-            value = self.values[node]
-            if node in sums or node.op == "get_attr" or not isinstance(value, Tensor):
-                continue
-            if bool(zero[self.classes.roots(narrow(value))].any()) and not self._keeps_zero(node, zero):
-                raise MisfitError(
-                    f"new channels that start at zero do not stay zero before {ops.op_name(sum_)}{_at(node)}"
-                )
-
-    def _keeps_zero(self, node: fx.Node, zero: Tensor) -> bool:
-        if node in self.layers:
-            return True
-        if node.op == "call_module":
-            module = node.meta["module"]
-            return ops.is_move_module(module) or ops.keeps_zero(module)
-        name = ops.op_name(node)
-        if name in {"add", "sub", "subtract"}:  # of two that are zero at the same places
-            operands = [self.values[s] for s in node.all_input_nodes]
-            held = zero[self.classes.roots(self.values[node])]
-            whole = [zero[self.classes.roots(o)].expand_as(held) for o in operands if isinstance(o, Tensor)]
-            return len(whole) == 2 and all(torch.equal(w, held) for w in whole)
-        if name in {"div", "divide", "truediv"}:
-            return isinstance(node.args[0], fx.Node)
-        return name in ops.MOVES | ops.ZERO_KEEPING
-
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         before = self.before.values[node]
         shapes = [expected(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in _each(before)]

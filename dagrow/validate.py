@@ -39,12 +39,10 @@ def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a fit on the other folds explains of each fold, mean over folds, and whether it is more than nothing."""
+    """What a fit on the other folds explains of each fold, mean over folds, and the ridge for which it is most."""
 
     ridge: float
-    k: int
     gain: float
-    significant: bool
 
 
 def settled(split: Split, block: Block) -> Block:
@@ -81,8 +79,13 @@ def _sketch(side: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Directed(HeldOut):
-    """With the fits on the other folds: for each fold ``alpha [p, k]``, and for each block its ``omega [o, k]``."""
+    """With the rank for which it is most, and the fits on the other folds.
 
+    Attributes:
+        fits: for each fold ``alpha [p, k]``, and for each block its ``omega [o, k]``.
+    """
+
+    k: int
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]]
 
 
@@ -106,9 +109,8 @@ def validate_directions(split: Split, blocks: Sequence[Block], k: int | None, ri
 
     ridge = _climbed(ridges, lambda ridge: float(mean_drop(ridge).max()))
     rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
-    drop = drops(ridge)[:, rank]
     fits = [trial.fit(rank + 1, ridge) for trial in trials]
-    return Directed(ridge, rank + 1, float(drop.mean()), bool(drop.mean() > 0), fits)
+    return Directed(ridge, float(drops(ridge)[:, rank].mean()), rank + 1, fits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,7 @@ def validate_fan_out(split: Split, block: Block, choice: Tensor, ridges: Sequenc
         x, fitted = fan_out(train, block, basis, ridge).weights, Remainder(train, block)
         return float(2 * fitted.times(x, basis, test).trace() - (x @ fitted.gram(basis, test) * x).sum())
 
-    return _validated(split, ridges, drop, choice.shape[1])
+    return _validated(split, ridges, drop)
 
 
 def validate_move(split: Split, reads: Reads, goal: Goal, ridges: Sequence[float]) -> HeldOut:
@@ -167,7 +169,7 @@ def validate_move(split: Split, reads: Reads, goal: Goal, ridges: Sequence[float
     def drop(train: Means, test: Means, ridge: float) -> float:
         return _drop(best_move(train, reads, goal, ridge).weights.T, test[reads, goal], test[reads, reads])
 
-    return _validated(split, ridges, drop, 0)
+    return _validated(split, ridges, drop)
 
 
 def agreement(split: Split, block: Block, basis: Callable[[Means], Tensor], ridge: float) -> Agreement:
@@ -192,11 +194,10 @@ def move_agreement(split: Split, reads: Reads, goal: Goal, ridge: float) -> Agre
     return Agreement(reads, None, goal, [FoldFit(best_move(train, reads, goal, ridge).weights) for train, _ in split])
 
 
-def _validated(split: Split, ridges: Sequence[float], drop: Callable[[Means, Means, float], float], k: int) -> HeldOut:
+def _validated(split: Split, ridges: Sequence[float], drop: Callable[[Means, Means, float], float]) -> HeldOut:
     drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in split], dtype=torch.float64))
     ridge = _climbed(ridges, lambda ridge: float(drops(ridge).mean()))
-    gain = float(drops(ridge).mean())
-    return HeldOut(ridge, k, gain, gain > 0)
+    return HeldOut(ridge, float(drops(ridge).mean()))
 
 
 def _climbed(ridges: Sequence[float], value: Callable[[float], float]) -> float:

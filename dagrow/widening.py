@@ -1,8 +1,7 @@
 """What has to change where when an axis widens: growing is relabelling, see :mod:`dagrow.relabelling`.
 
-Every consumer and rider tells where the new channels landed. Where two operands are multiplied and summed over the axis
-(the width of a head in attention), new channels change nothing if those of one operand are zero: then the rows that
-write them start at zero.
+Every consumer and rider tells where the new channels landed. Where products are summed over the axis (the width of a
+head in attention), some of the new rows start at zero, see :mod:`dagrow.zeroing`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from dagrow.program import Program
 from dagrow.relabelling import GrowthRunner
 from dagrow.settling import Arguments, moved, settled
 from dagrow.stated import Place
+from dagrow.zeroing import zeros
 
 __all__ = ["Widening", "disjoint", "widen"]
 
@@ -84,7 +84,7 @@ def widen(program: Program, layers: Mapping[fx.Node, Placed], layout: Layout, k:
     literals, attributes, written = settled(
         program, runner.literals, runner.attributes, runner.resized(), runner.restated
     )
-    return Widening(runner.landings, columns, entries, literals, attributes, written, runner.zeros())
+    return Widening(runner.landings, columns, entries, literals, attributes, written, zeros(runner))
 
 
 def _settled_run(program: Program, layers: Mapping[fx.Node, Placed], layout: Layout, k: int) -> GrowthRunner:

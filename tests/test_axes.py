@@ -1,8 +1,12 @@
 """Which channels grow together, where new ones land, and how they arrive."""
 
+import math
+
+import networkx as nx
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from test_laws import LAW
 from torch import Tensor, nn
 from zoo import Plan, Split, Stage, Stream, Tied, Twice, TwoProducers, built, plans
@@ -167,6 +171,23 @@ def test_a_frozen_class_keeps_its_first_cause() -> None:
     classes.unite(torch.tensor(0), torch.tensor(1))
     classes.freeze(torch.tensor([0]), "second")
     assert [classes.cause(label) for label in range(4)] == ["first", "first", None, None]
+
+
+@given(data=st.data())
+def test_labels_that_meet_become_one_class_however_they_are_laid_out(data: st.DataObject) -> None:
+    full = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    sides = []
+    for _ in range(2):
+        shape = [data.draw(st.sampled_from((1, size))) for size in full][data.draw(st.integers(0, len(full))) :]
+        entries = data.draw(st.lists(st.integers(-1, 9), min_size=math.prod(shape), max_size=math.prod(shape)))
+        sides.append(torch.tensor(entries).reshape(shape))
+    classes, slow = Classes(), nx.Graph()
+    slow.add_nodes_from(classes.fresh(10).tolist())
+    pairs = zip(*(side.flatten().tolist() for side in torch.broadcast_tensors(*sides)), strict=True)
+    slow.add_edges_from((a, b) for a, b in pairs if NEUTRAL not in (a, b))
+    classes.unite(*sides)
+    expected = {label: min(met) for met in nx.connected_components(slow) for label in met}
+    assert classes.roots(torch.arange(10)).tolist() == [expected[label] for label in range(10)]
 
 
 @given(plan=plans())

@@ -198,8 +198,7 @@ def test_nothing_depends_on_units(factor: float) -> None:
     near(there.values, here.values.numpy() * factor, 1e-7)
     near(fan_out(of(scaled), block, there.alpha).drop, fan_out(of(d), block, here.alpha).drop * factor**2, 1e-7)
     chosen = [validate_directions(of(x, 4).split(), [block], None, (1e-3, 0.1)) for x in (d, scaled)]
-    assert chosen[0].significant
-    assert chosen[1].significant
+    assert min(held.gain for held in chosen) > 0
     assert (chosen[0].k, chosen[0].ridge) == (chosen[1].k, chosen[1].ridge)
     near(chosen[1].gain, chosen[0].gain * factor**2, 1e-6)
 
