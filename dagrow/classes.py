@@ -61,13 +61,8 @@ class Classes:
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Makes labels that meet entry by entry, after broadcasting, one class. NEUTRAL meets nobody."""
         left, right = self._roots(a.numpy()), self._roots(b.numpy())
-        if _crossed(left, right) and NEUTRAL not in left and NEUTRAL not in right:
-            self._unite(left, _first(right, left))  # all on the left and the first on the right,
-            left = _first(left, right)  # and all on the right and the first on the left
-            left, right = self._roots(left), self._roots(right)
-        self._unite(left, right)
-
-    def _unite(self, left: np.ndarray, right: np.ndarray) -> None:
+        if _crossed(left, right) and NEUTRAL not in left and NEUTRAL not in right:  # which would join nobody
+            left, right = _stars(left, right)
         meet = left != right
         if not meet.any():
             return
@@ -135,6 +130,13 @@ def _crossed(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether each is repeated along a dimension of the other, so that all of one meet all of the other there."""
     sides = [(x, y) for x, y in zip(a.shape[::-1], b.shape[::-1], strict=False) if x != y]
     return any(x == 1 for x, _ in sides) and any(y == 1 for _, y in sides)
+
+
+def _stars(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fewer pairs that join the same: all of one side with the first of the other, instead of all with all."""
+    pairs = [np.broadcast_arrays(left, _first(right, left)), np.broadcast_arrays(_first(left, right), right)]
+    one, other = (np.concatenate([side.ravel() for side in sides]) for sides in zip(*pairs, strict=True))
+    return one, other
 
 
 def _first(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -94,8 +94,8 @@ _log: Any = WeakTensorKeyDictionary()  #: tensor -> _History
 _seen: Any = WeakKeyDictionary()  #: optimizer -> tensor -> the version that its state is of
 _beside: Any = WeakTensorKeyDictionary()  #: new parameter -> weak reference to the one it is optimized with, or None
 _hooked: list[Any] = []
-_changes = [0]  #: how often a tensor has changed its shape, come or gone
-_followed: Any = WeakKeyDictionary()  #: optimizer -> the changes up to its last step, and how many parameters it had
+_logged = [0]  #: how often anything was logged here
+_up_to_date: Any = WeakKeyDictionary()  #: optimizer -> what was logged when it was carried, and its parameters' ids
 
 
 def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
@@ -109,17 +109,17 @@ def log_growth(tensor: Tensor, landings: Sequence[Landing]) -> None:
 
 def _watch_steps() -> None:
     """After a change optimizers are brought along before their next step."""
-    _changes[0] += 1
+    _logged[0] += 1
     if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: _follow(optimizer)))
+        _hooked.append(register_optimizer_step_pre_hook(lambda optimizer, _args, _kwargs: _bring_along(optimizer)))
 
 
-def _follow(optimizer: Optimizer) -> None:
-    """Carries an optimizer if anything has changed since its last step."""
-    now = _changes[0], sum(len(group["params"]) for group in optimizer.param_groups)
-    if _followed.get(optimizer) != now:
+def _bring_along(optimizer: Optimizer) -> None:
+    """Carries an optimizer if anything was logged, or its parameters are others, since its last step."""
+    now = _logged[0], [id(parameter) for parameter in _parameters(optimizer)]
+    if _up_to_date.get(optimizer) != now:
         carry(optimizer)
-        _followed[optimizer] = now
+        _up_to_date[optimizer] = now
 
 
 def log_undo(tensor: Tensor, landings: Sequence[Landing]) -> None:

@@ -38,8 +38,8 @@ def _check_arrives(run: GrowthRunner, sum_: fx.Node, side: Tensor) -> None:
         if node in sums or node.op == "get_attr" or not isinstance(value, Tensor):
             continue
         if bool(zero[run.classes.roots(narrow(value))].any()) and not _keeps_zero(run, node, zero):
-            where = f" [{node.meta['source']}]" if node.meta.get("source") else ""
-            raise MisfitError(f"new channels that start at zero do not stay zero before {ops.op_name(sum_)}{where}")
+            text = f"new channels that start at zero do not stay zero before {ops.op_name(sum_)}"
+            raise MisfitError(run.located(node, text))
 
 
 def _keeps_zero(run: GrowthRunner, node: fx.Node, zero: Tensor) -> bool:

@@ -232,6 +232,19 @@ def test_an_optimizer_made_or_loaded_after_growth_steps() -> None:
     step(model, other)
 
 
+def test_parameters_that_change_places_after_a_growth_are_carried_too() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    (group,), (first, last) = optimizer.param_groups, (list(model[i].parameters()) for i in (0, 2))
+    before = states(model, optimizer)
+    grow(dag)
+    group["params"] = last
+    step(model, optimizer)
+    group["params"] = first
+    step(model, optimizer)
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == model[0].weight.shape
+    assert optimizer.state[model[0].weight]["step"] == before["0.weight"]["step"] + 1
+
+
 def test_the_log_does_not_grow_with_growths_that_are_undone() -> None:
     model, _, dag = trained(OPTIMIZERS["sgd"])
     for k in (1, 2, 1, 2, 1, 2):

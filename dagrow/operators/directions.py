@@ -113,7 +113,7 @@ class OptimalCandidate(Candidate):
             chosen = [settled(split, block) for block in chosen]
             held = validate_directions(split, chosen, k, self.widen.ridges)
             ridge, k = held.ridge, -(-held.k // each) * each
-            if self.k is None and held.gain <= 0:
+            if self.k is None and not held.gain > 0:
                 return None
         assert k is not None
         found = directions(m, chosen, max(k, self.rank), ridge)
