@@ -93,11 +93,11 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, "")
-    scaled.diagonal().mul_(alive)
-    values, vectors = torch.linalg.eigh(scaled)
-    kept = values > cut * values.max().clamp_min(1)  # of what the features were, where little is left
-    factor, rank = (vectors[:, kept] * values[kept].rsqrt()).T, int(kept.sum())
-    return Whitening(factor, scale, False, f"rank cut from {d} to {rank}")
+    values, vectors = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
+    kept = values > cut * values[-1:].clamp_min(1)  # of what the features were, where little is left
+    factor = scaled.new_zeros(d, int(kept.sum()))
+    factor[alive] = (vectors[:, kept] * values[kept].rsqrt()).to(factor)
+    return Whitening(factor.T, scale, False, f"rank cut from {d} to {factor.shape[1]}")
 
 
 def leading_subspace(

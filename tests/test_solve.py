@@ -8,6 +8,7 @@ import reference as truth
 import torch
 
 from dagrow.features import Feature, Goal, Reads
+from dagrow.linalg import whitening
 from dagrow.moments import Moments
 from dagrow.solve import Block, best_move, directions, fan_out
 from dagrow.validate import validate_directions, validate_fan_out, validate_move
@@ -77,6 +78,18 @@ def test_best_move(d: Data) -> None:
     near(move.goal, truth.energy(d.v))
     near(move.gain, -truth.move_slope(d.b, d.v, dw))
     assert abs(move.bottleneck - truth.bottleneck(d.b, d.v)) <= 1e-8 * move.goal
+
+
+def test_features_that_are_mostly_dead_and_depend_on_each_other() -> None:
+    """In single precision, where LAPACK's eigenvalues of such a matrix do not converge."""
+    generator = torch.Generator().manual_seed(0)
+    x, alive = torch.randn(400, 160, generator=generator), torch.randperm(785, generator=generator)[:160]
+    x[:, 1] = x[:, 0]
+    p = torch.zeros(785, 785)
+    p[alive[:, None], alive] = x.T @ x / 400
+    found = whitening(p)
+    near(found.whiten(found.whiten(p).T), torch.eye(159), 1e-3)
+    assert found.note == "rank cut from 785 to 159"
 
 
 def test_a_ridge_is_relative_to_each_feature() -> None:
