@@ -123,7 +123,7 @@ class GrowthRunner(ChannelRunner):
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             name = ops.op_name(node) or str(node.target)
-            raise MisfitError(f"{name} does not accept the wider axis{_at(node)}") from error
+            raise MisfitError(self.located(node, f"{name} does not accept the wider axis")) from error
         before = self.before.values[node]
         self._check_numbers(node)
         if self._unchanged(value, before):
@@ -164,7 +164,9 @@ class GrowthRunner(ChannelRunner):
             value, before = narrow(value), narrow(before)
         roots = self.classes.roots(value).numpy().ravel()
         if not np.array_equal(roots[roots < self.first], self.classes.roots(before).numpy().ravel()):
-            raise MisfitError(f"{ops.op_name(node) or node.target} would take other channels than before{_at(node)}")
+            raise MisfitError(
+                self.located(node, f"{ops.op_name(node) or node.target} would take other channels than before")
+            )
 
     def _check_numbers(self, node: fx.Node) -> None:
         """No number that follows the width is rounded, no tensor is computed with one, and none is given out."""
@@ -172,7 +174,7 @@ class GrowthRunner(ChannelRunner):
         if node.target is operator.floordiv and any(
             self._rounds(node, values) for values in (self.values, self.before.values)
         ):
-            raise MisfitError(f"its width is rounded in the model's forward{_at(node)}")
+            raise MisfitError(self.located(node, "its width is rounded in the model's forward"))
         makes = isinstance(node.meta.get("val"), Tensor) and name not in _SHAPING and node not in self.layers
         if not makes and node.op != "output":
             return
@@ -184,7 +186,7 @@ class GrowthRunner(ChannelRunner):
             isinstance(n, StatedInt) and self.restated.get(n.place, n) != n for n in used
         ):
             how = "given out by" if node.op == "output" else "used as a number in"
-            raise MisfitError(f"its width is {how} the model's forward{_at(node)}")
+            raise MisfitError(self.located(node, f"its width is {how} the model's forward"))
 
     @staticmethod
     def _rounds(node: fx.Node, values: Values) -> bool:
@@ -196,7 +198,7 @@ class GrowthRunner(ChannelRunner):
         if len(before) == 2 and not any(bool(self.is_fresh(narrow(side)).any()) for side in (left, right)):
             now, then = (product.aligned(*sides)[0].shape for sides in ((left, right), before))
             if now[len(product.out) :] != then[len(product.out) :]:
-                raise MisfitError(f"{ops.op_name(node)} takes all channels together{_at(node)}")
+                raise MisfitError(self.located(node, f"{ops.op_name(node)} takes all channels together"))
         return super().multiply(node, product, left, right)
 
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
@@ -216,7 +218,7 @@ class GrowthRunner(ChannelRunner):
         """A constant as wide as an axis, whose entries are taken together, would change."""
         before = self.before.values[node.all_input_nodes[0]].shape
         if any(inputs.shape[d] != before[d] for d in dims):
-            raise MisfitError(f"{ops.op_name(node) or node.target} takes all channels together{_at(node)}")
+            raise MisfitError(self.located(node, f"{ops.op_name(node) or node.target} takes all channels together"))
 
     def edge(self, node: fx.Node, layer: Placed, inputs: Tensor) -> Any:
         before = layer.inputs.meta["val"].shape
@@ -248,7 +250,7 @@ class GrowthRunner(ChannelRunner):
         """New channels are summed with old ones: those of one side will have to be zero."""
         a, b = torch.broadcast_tensors(self._unit(left), self._unit(right))
         if bool(((a != b) & (a != NEUTRAL) & (b != NEUTRAL)).any()):
-            raise MisfitError(f"{ops.op_name(node)} would multiply different new channels{_at(node)}")
+            raise MisfitError(self.located(node, f"{ops.op_name(node)} would multiply different new channels"))
         sides = [torch.unique(labels[self.is_fresh(labels)]) for labels in (left, right)]
         self.sums.append((node, *sides))
 
@@ -281,7 +283,9 @@ class GrowthRunner(ChannelRunner):
                 node, arguments, self.values, self.before.values, shapes, lambda labels: ~self.is_fresh(labels)
             )
         if literals is None:
-            raise MisfitError(f"what {ops.op_name(node) or node.target} gives does not follow the axis{_at(node)}")
+            raise MisfitError(
+                self.located(node, f"what {ops.op_name(node) or node.target} gives does not follow the axis")
+            )
         self.literals[node] = literals
         return super().move(node, *fx.map_arg(literals, lambda n: self.values[n]))
 
@@ -292,7 +296,7 @@ class GrowthRunner(ChannelRunner):
             old, before = _each(self.before.values[node]), self.before.values[node.all_input_nodes[0]].shape
             for d in (d for d in range(len(before)) if inputs.shape[d] != before[d]):
                 if any(len({piece.shape[d] for piece in parts}) > 1 for parts in (old, pieces)):
-                    raise MisfitError(f"{ops.op_name(node)} cuts it into uneven parts{_at(node)}")
+                    raise MisfitError(self.located(node, f"{ops.op_name(node)} cuts it into uneven parts"))
 
     def restate(self) -> None:
         """Functions that are called with a number of groups get the new one."""
@@ -357,11 +361,6 @@ class GrowthRunner(ChannelRunner):
         if len(set(map(len, new))) != 1 or not new[0]:
             raise MisfitError(f"new channels do not arrive at {name} as the old ones do")
         return Landing(dim, len(grown), torch.from_numpy(kept), torch.tensor(new))
-
-
-def _at(node: fx.Node) -> str:
-    where = node.meta.get("source")
-    return f" [{where}]" if where else ""
 
 
 def _each(value: Any) -> Sequence[Any]:
