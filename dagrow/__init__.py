@@ -12,7 +12,7 @@ from dagrow.history import History, HistoryError
 from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
 from dagrow.permutation import PermutationTest, permutation_test
 from dagrow.planning import plan
-from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, Policy, RoundRobin
+from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, ByLineSearch, Policy, RoundRobin
 from dagrow.records import Grown, Record
 from dagrow.schedules import (
     AfterEpoch,
@@ -32,10 +32,10 @@ from dagrow.tangent import Tangent, tangent
 
 __all__ = [
     "AddConnection", "AddLayer", "AddNeurons", "AfterEpoch", "Axis", "BatchError", "Bottleneck", "Bottlenecks",
-    "Budget", "ByGain", "ByGainPerFlop", "ByGainPerParameter", "Dag", "DagrowError", "Edge", "EveryEpochs",
-    "FigureError", "Grower", "Grown", "Growth", "GrowthError", "History", "HistoryError", "LossError", "LossReached",
-    "MoveWeights", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau", "Operator", "OptimizerError",
-    "PermutationTest", "Policy", "Receipt", "Record", "RoundRobin", "Schedule", "ShortTraining", "Situation",
-    "StopRule", "StoreError", "Tangent", "TraceError", "bottlenecks", "fit", "grow", "load", "permutation_test",
-    "plan", "propose", "save", "tangent", "trace",
+    "Budget", "ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Dag", "DagrowError", "Edge",
+    "EveryEpochs", "FigureError", "Grower", "Grown", "Growth", "GrowthError", "History", "HistoryError",
+    "LossError", "LossReached", "MoveWeights", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau",
+    "Operator", "OptimizerError", "PermutationTest", "Policy", "Receipt", "Record", "RoundRobin", "Schedule",
+    "ShortTraining", "Situation", "StopRule", "StoreError", "Tangent", "TraceError", "bottlenecks", "fit", "grow",
+    "load", "permutation_test", "plan", "propose", "save", "tangent", "trace",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from dagrow.growth import Growth
 from dagrow.objective import Objective
+from dagrow.search import line_search
 
-__all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "Policy", "RoundRobin", "worth"]
+__all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Policy", "RoundRobin", "worth"]
 
 
 def worth(growth: Growth) -> float:
@@ -67,3 +69,24 @@ class RoundRobin(Policy):
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
         last = {where: turn for turn, where in enumerate(past)}
         return [float(len(past) - last.get(growth.where, -1)) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByLineSearch(Policy):
+    """What lowers the loss most at once, at the amplitude that a line search finds, first.
+
+    A gain is a slope, by how much the loss falls per unit of amplitude, and units differ between places: where the loss
+    depends little on an activation, the best amplitude is large. The fall of the loss at that amplitude has one unit
+    everywhere. It costs up to 16 evaluations of the loss for each growth on the batches that choose.
+
+    What lowers it at no amplitude is never chosen, what leaves the function as it is comes last.
+    """
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        before = judge.mean()
+        return [0.0 if growth.preserving else self._fall(growth, judge, before) for growth in growths]
+
+    @staticmethod
+    def _fall(growth: Growth, judge: Objective, before: float) -> float:
+        gamma, after = line_search(partial(growth.loss, objective=judge), before)
+        return before - after if gamma else -inf

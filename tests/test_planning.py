@@ -19,6 +19,7 @@ from dagrow import (
     ByGain,
     ByGainPerFlop,
     ByGainPerParameter,
+    ByLineSearch,
     Growth,
     GrowthError,
     MoveWeights,
@@ -54,7 +55,7 @@ def growths(draw: st.DrawFn, most: int = 6) -> list[Growth]:
 budgets = st.builds(
     Budget, **{name: st.none() | st.integers(0, 20) for name in ("parameters", "flops", "neurons", "growths")}
 )
-policies = st.sampled_from([ByGain(), ByGainPerParameter(), ByGainPerFlop(), RoundRobin()])
+policies = st.sampled_from([ByGain(), ByGainPerParameter(), ByGainPerFlop(), RoundRobin()])  # of made-up growths
 
 
 def explained(found: Sequence[Growth]) -> float:
@@ -218,3 +219,40 @@ def test_plans_of_real_moves_and_neurons() -> None:
     plan = dagrow.plan(found, Budget(neurons=1, growths=1))
     assert sum(growth.neurons for growth in plan) == 1
     assert sum(isinstance(growth.operator, MoveWeights) for growth in plan) == 2
+
+
+def test_a_line_search_finds_the_same_falls_whatever_the_units_of_activations() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    y = torch.tanh(x @ torch.randn(5, 6).double()) @ torch.randn(6, 3).double()
+    operators = [AddNeurons(k=1, ridge=0.0, folds=1), dagrow.AddConnection(ridge=0.0, folds=1)]
+    found = []
+    for scale in (1.0, 8.0):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+        with torch.no_grad():
+            model[2].weight.mul_(scale)
+            model[2].bias.mul_(scale)
+            model[4].weight.div_(scale)
+        growths = dagrow.propose(dagrow.trace(model, x), [(x, y)], nn.functional.mse_loss, operators)
+        values = ByLineSearch().values(growths, growths[0].objective, ())
+        assert all(0 < value < growths[0].loss(0.0) for value in values)
+        found.append({(g.where, g.neurons): (value, g.gain) for g, value in zip(growths, values, strict=True)})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) > 3
+    ratios = [[b / a for a, b in zip(found[0][at], found[1][at], strict=True)] for at in found[0]]
+    assert all(fall == pytest.approx(1, rel=0.01) for fall, _ in ratios)
+    assert max(gain for _, gain in ratios) / min(gain for _, gain in ratios) == pytest.approx(64)
+
+
+def test_a_line_search_never_takes_what_lowers_the_loss_nowhere() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 3)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    operators = [AddNeurons(k=1, folds=1), AddNeurons(k=1, init="zero")]
+    learned = (x[:, :1] * x[:, 1:2]).sign()
+    fitted, kept = dagrow.propose(dagrow.trace(model, x), [(x, learned)], nn.functional.mse_loss, operators)
+    best = model(x).detach()  # no growth can do better than that
+    judge = fitted.objective.with_batches([(x, best)], "validation")
+    assert ByLineSearch().values([fitted, kept], judge, ()) == [-inf, 0.0]
+    assert dagrow.plan([fitted, kept], policy=ByLineSearch()) == [fitted, kept]
