@@ -6,7 +6,8 @@ Networks with widths drawn at random (an MLP on images of digits, a CNN on small
 characters) are trained for a while. Then every growth of a few units, at every place, is applied to copies, which are
 trained on for 200 steps: several times, each time with other batches, the same for all growths. What the loss on
 samples set aside falls to is the *oracle*. Scores are known before: gain, held out or not, per growth, parameter and
-FLOP; the bottleneck of the layers that the growth feeds; the norm of the gradient of their weights; chance.
+FLOP; by how much the loss of other samples falls at once, at the amplitude that a line search finds on them; the
+bottleneck of the layers that the growth feeds; the norm of the gradient of their weights; chance.
 
 For each network Spearman's rank correlation between a score and by how much the oracle's loss, mean over repeats, is
 lower. The oracle agrees with itself only so far: with reliability r between repeats, R of them have
@@ -46,7 +47,8 @@ UNITS, BATCH, MEASURED, JUDGED = 4, 64, 2_000, 1_000
 RATE = 2e-3
 SCORES = (
     "held-out gain", "held-out gain per parameter", "held-out gain per FLOP", "gain", "gain per parameter",
-    "gain per FLOP", "bottleneck", "gradient norm", "chance",
+    "gain per FLOP", "fall at once", "fall at once per parameter", "fall at once per FLOP", "bottleneck",
+    "gradient norm", "chance",
 )  # fmt: skip
 
 Data = tuple[Tensor, Tensor]
@@ -173,7 +175,7 @@ def study(kind: str, place: str, seed: int) -> dict[str, Any]:
     rows = [
         {
             "operator": type(growth.operator).__name__, "where": growth.where, "significant": growth.significant,
-            "scores": scores(growth, bottlenecks, norms, luck), **oracle(growth, judge, split, seed),
+            **tried(growth, judge, split, seed, scores(growth, bottlenecks, norms, luck)),
         } for growth, luck in zip(growths, chance, strict=True)
     ]  # fmt: skip
     without = [trained(model, split, seed, repeat) for repeat in range(REPEATS)]
@@ -217,14 +219,19 @@ def readers(growth: Growth) -> list[str]:
     return [edge.name for edge in growth.dag.edges if edge.layer.inputs is branch.source and not edge.shared]
 
 
-def oracle(growth: Growth, judge: Objective, split: Split, seed: int) -> dict[str, Any]:
-    """The losses of copies with the growth, at the amplitude that a line search finds, after training."""
-    gamma, _ = line_search(partial(growth.loss, objective=judge), judge.mean())
+def tried(
+    growth: Growth, judge: Objective, split: Split, seed: int, known: dict[str, float]
+) -> dict[str, Any]:  # fmt: skip
+    """Scores, with those of a line search, and the losses of trained copies with the growth at its amplitude."""
+    before, cost = judge.mean(), growth.cost
+    gamma, after = line_search(partial(growth.loss, objective=judge), before)
+    fall = before - after
+    falls = {"fall at once": fall, "fall at once per parameter": fall / cost.parameters}
     with grown(growth.dag, growth.change, gamma):
         model = copy.deepcopy(growth.dag.model)
     return {
-        "gamma": gamma, "parameters": growth.cost.parameters, "at_once": loss_of(model, split.tested),
-        "losses": [trained(model, split, seed, repeat) for repeat in range(REPEATS)],
+        "scores": known | falls | {"fall at once per FLOP": fall / cost.flops}, "gamma": gamma,
+        "parameters": cost.parameters, "losses": [trained(model, split, seed, repeat) for repeat in range(REPEATS)],
     }  # fmt: skip
 
 
