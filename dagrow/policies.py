@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 
 from dagrow.growth import Growth
 from dagrow.objective import Objective
-from dagrow.search import line_search
+from dagrow.search import best_amplitude
 
 __all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Policy", "RoundRobin", "worth"]
 
@@ -88,5 +87,5 @@ class ByLineSearch(Policy):
 
     @staticmethod
     def _fall(growth: Growth, judge: Objective, before: float) -> float:
-        gamma, after = line_search(partial(growth.loss, objective=judge), before)
+        gamma, after = best_amplitude(growth, judge, before)
         return before - after if gamma else -inf

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from dagrow.growth import Growth, Receipt, where_new
 from dagrow.objective import Objective
 
-__all__ = ["applied", "line_search", "summed"]
+__all__ = ["applied", "best_amplitude", "line_search", "summed"]
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
@@ -44,6 +44,11 @@ def line_search(loss: Callable[[float], float], before: float) -> tuple[float, f
     return (gamma, known[gamma]) if known[gamma] < before - WORTH * abs(before) else (0.0, before)
 
 
+def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
+    """The amplitude of a growth with the lowest loss of the judge, and that loss; see :func:`line_search`."""
+    return line_search(partial(growth.loss, objective=judge), before)
+
+
 def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss.
 
@@ -51,7 +56,7 @@ def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimize
     """
     if growth.preserving:
         return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
-    gamma, after = line_search(partial(growth.loss, objective=judge), before)
+    gamma, after = best_amplitude(growth, judge, before)
     return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
 
 

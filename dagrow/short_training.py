@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice, repeat
 from math import inf, isfinite
 
@@ -16,7 +15,7 @@ from dagrow.errors import GrowthError, LossError, first_line
 from dagrow.growth import Growth
 from dagrow.objective import Objective
 from dagrow.policies import Policy, worth
-from dagrow.search import line_search
+from dagrow.search import best_amplitude
 from dagrow.surgery import grown
 from dagrow.undisturbed import undisturbed
 
@@ -66,9 +65,7 @@ class ShortTraining(Policy):
 
     @staticmethod
     def _amplitude(growth: Growth, judge: Objective) -> float:
-        if growth.preserving:
-            return 1.0
-        return line_search(partial(growth.loss, objective=judge), judge.mean())[0]
+        return 1.0 if growth.preserving else best_amplitude(growth, judge, judge.mean())[0]
 
     def _trained(self, growth: Growth, gamma: float | None, judge: Objective) -> float:
         """The loss of a trained copy, with the growth at an amplitude or without it; inf if training fails."""

@@ -22,7 +22,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, Growth
 from dagrow.objective import Objective
-from dagrow.search import line_search
+from dagrow.search import best_amplitude
 from dagrow.surgery import grown
 
 SCRIPT = Path(__file__).name
@@ -224,7 +224,7 @@ def tried(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores, with those of a line search, and the losses of trained copies with the growth at its amplitude."""
     before, cost = judge.mean(), growth.cost
-    gamma, after = line_search(partial(growth.loss, objective=judge), before)
+    gamma, after = best_amplitude(growth, judge, before)
     fall = before - after
     falls = {"fall at once": fall, "fall at once per parameter": fall / cost.parameters}
     with grown(growth.dag, growth.change, gamma):
