@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Whitening", "add_gram", "complete", "leading_subspace", "leading_svd", "whitening"]
+__all__ = [
+    "Whitening", "add_gram", "combine_columns", "combine_rows", "complete", "leading_subspace", "leading_svd", "spread",
+    "whitening",
+]  # fmt: skip
 
 _SMALL = 192  #: up to this width subspaces are not worth iterating for
 _HALVED = 256  #: Grams from this width on are computed by blocks, without the redundant one
@@ -36,6 +39,23 @@ def complete(total: Tensor) -> None:
         complete(total[..., left, left])
         complete(total[..., right, right])
         total[..., right, left] = total[..., left, right].mT
+
+
+def combine_columns(a: Tensor, basis: Tensor | None) -> Tensor:
+    """``A B``: combinations of columns; those with some indices, if ``basis`` holds indices; or all."""
+    if basis is None:
+        return a
+    return a @ basis.to(a) if basis.is_floating_point() else a[:, basis]
+
+
+def combine_rows(a: Tensor, basis: Tensor | None) -> Tensor:
+    """``B^T A``: combinations of rows, some of them, or all."""
+    return combine_columns(a.T, basis).T
+
+
+def spread(x: Tensor, basis: Tensor, size: int) -> Tensor:
+    """``X B^T [o, size]``: what weights of combinations are for the features that are combined."""
+    return x @ basis.to(x).T if basis.is_floating_point() else x.new_zeros(len(x), size).index_copy(1, basis, x)
 
 
 @dataclass(frozen=True)

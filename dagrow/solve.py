@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.features import Feature, Goal, Reads, Stacked
-from dagrow.linalg import Whitening, leading_subspace, leading_svd, whitening
+from dagrow.linalg import Whitening, combine_columns, combine_rows, leading_subspace, leading_svd, whitening
 from dagrow.moments import Means, Pair
 
 __all__ = [
@@ -116,8 +116,8 @@ class Remainder:
 
     With ``T = S^-1 M`` (the best move) taken out of the goals and ``D = C S^-1`` (or its last column alone, or
     nothing) out of the new features, ``p' = p - D b`` and ``t = v - T^T b`` leave ``P = E p' p'^T`` and
-    ``N = E p' t^T``. Both are known by products with few combinations: ``B [p, k]`` of the new features and
-    ``G [o, q]`` of the goals.
+    ``N = E p' t^T``. Both are known by products with few combinations: ``B [p, k]`` of the new features, or the indices
+    ``[k]`` of some of them, or None for all, and ``G [o, q]`` of the goals.
     """
 
     m: Means
@@ -140,7 +140,7 @@ class Remainder:
         taken = self.taken(basis)
         assert taken is not None
         summed = (taken.abs() * (self.m[self.block.reads, self.block.reads].abs() @ taken.abs())).sum(0)
-        unit = self.unit if basis is None else _unit_of(self, basis)
+        unit = self.unit_of(basis)
         lost = float((summed / torch.where(unit > 0, unit, 1)).max()) if len(unit) else 0.0
         return self.m.resolution * max(LOST, lost)
 
@@ -149,12 +149,18 @@ class Remainder:
         """``E p^2``: what the features were before anything was taken out of them."""
         return self.m[self.block.features, self.block.features].diagonal()
 
+    def unit_of(self, basis: Tensor | None) -> Tensor:
+        """The same for combinations of features, or some of them, or all."""
+        if basis is None or not basis.is_floating_point():
+            return self.unit if basis is None else self.unit[basis]
+        return (basis * combine_columns(self.m[self.block.features, self.block.features], basis)).sum(0).to(self.unit)
+
     def taken(self, basis: Tensor | None = None) -> Tensor | None:
         """``D^T B [i, k]``, or None if nothing is taken out."""
         reads, compensation = self.block.reads, self.block.compensation
         if reads is None or compensation == "none" or (compensation == "constant" and not reads.bias):
             return None
-        overlap = _times(self.m[reads, self.block.features], basis)
+        overlap = combine_columns(self.m[reads, self.block.features], basis)
         if compensation == "all":
             return self.white.solve(overlap)
         constant = torch.zeros_like(overlap)
@@ -171,36 +177,36 @@ class Remainder:
         """``B^T P B [k, k]`` on these moments or on others."""
         m, features, reads, taken = on or self.m, self.block.features, self.block.reads, self.taken(basis)
         p = m[features, features]
-        p = p if basis is None else basis.T @ (p @ basis)
+        p = combine_rows(combine_columns(p, basis), basis)
         if taken is None:
             return p
         assert reads is not None
-        overlap = taken.T @ _times(m[reads, features], basis)
+        overlap = taken.T @ combine_columns(m[reads, features], basis)
         return p - overlap - overlap.T + taken.T @ (m[reads, reads] @ taken)
 
     def times(self, goals: Tensor, basis: Tensor | None = None, on: Means | None = None) -> Tensor:
         """``B^T N G [k, q]`` on these moments or on others."""
         m, features, reads, goal = on or self.m, self.block.features, self.block.reads, self.block.goal
-        n = _transposed_times(basis, m[features, goal] @ goals)
+        n = combine_rows(m[features, goal] @ goals, basis)
         if reads is None:
             return n
         moved, taken = self.moved(goals), self.taken(basis)
         if moved is not None:
-            n = n - _transposed_times(basis, m[features, reads] @ moved)
+            n = n - combine_rows(m[features, reads] @ moved, basis)
         if taken is None:
             return n
         rest = m[reads, goal] @ goals
         return n - taken.T @ (rest if moved is None else rest - m[reads, reads] @ moved)
 
-    def rows(self, basis: Tensor) -> Tensor:
+    def rows(self, basis: Tensor | None = None) -> Tensor:
         """``B^T N [k, o]``, at less expense than :meth:`times` where B has fewer columns than there are goals."""
         m, features, reads, goal = self.m, self.block.features, self.block.reads, self.block.goal
-        n = basis.T @ m[features, goal]
+        n = combine_rows(m[features, goal], basis)
         if reads is None:
             return n
         used, taken = None, self.taken(basis)
         if self.block.project:
-            overlap = (basis.T @ m[features, reads]).T
+            overlap = combine_rows(m[features, reads], basis).T
             used = self.white.solve(overlap if taken is None else overlap - m[reads, reads] @ taken)
         for out in (used, taken):
             n = n if out is None else n - out.T @ m[reads, goal]
@@ -258,14 +264,6 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
 
 
-def _times(a: Tensor, basis: Tensor | None) -> Tensor:
-    return a if basis is None else a @ basis
-
-
-def _transposed_times(basis: Tensor | None, a: Tensor) -> Tensor:
-    return a if basis is None else basis.T @ a
-
-
 def directions(m: Means, blocks: Sequence[Block], k: int, ridge: float = 0.0) -> Directions:
     """Equation 3 (and 4 with compensation "all"): ``U L V^T = svd(W N)``, ``alpha_k = W^T u_k``."""
     stack = Stack.of(m, blocks)
@@ -277,17 +275,18 @@ def directions(m: Means, blocks: Sequence[Block], k: int, ridge: float = 0.0) ->
     return Directions(white.back(u[:, kept]), values[kept], "; ".join(notes))
 
 
-def fan_out(m: Means, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit:
+def fan_out(m: Means, block: Block, choice: Tensor | None, ridge: float = 0.0) -> Fit:
     """Equation 5 with few features: the regression of what is left on ``h = choice^T features``, for any activation.
 
     Args:
-        choice: ``[features, k]``: which of the measured features (or which sums of them) are offered.
+        choice: the indices of the measured features that are offered ``[k]``, or which sums of them ``[features, k]``;
+            None for all.
     """
     remainder = Remainder(m, block)
     p, n, taken = remainder.gram(choice), remainder.rows(choice), remainder.taken(choice)
-    white = whitening(p, ridge, remainder.resolution(choice), _unit_of(remainder, choice))
+    white = whitening(p, ridge, remainder.resolution(choice), remainder.unit_of(choice))
     x = white.solve(n).T
-    slope, compensation = choice.T @ m[block.features, block.goal], None
+    slope, compensation = combine_rows(m[block.features, block.goal], choice), None
     if taken is not None:
         assert block.reads is not None
         slope = slope - taken.T @ m[block.reads, block.goal]
@@ -296,25 +295,18 @@ def fan_out(m: Means, block: Block, choice: Tensor, ridge: float = 0.0) -> Fit:
     return Fit(x, compensation, float((x.T * slope).sum()), drop, white.note)
 
 
-def _unit_of(remainder: Remainder, basis: Tensor) -> Tensor:
-    """The second moment of combinations of features, before anything is taken out of them."""
-    p = remainder.m[remainder.block.features, remainder.block.features]
-    return (basis * (p @ basis)).sum(0)
-
-
 def explained_alone(m: Means, block: Block, slots: int, ridge: float = 0.0) -> Tensor:
     """What each unit (``slots`` neighbouring features) would explain alone: ``n^T (p + ridge)^-1 n`` ``[units]``."""
     remainder = Remainder(m, block)
-    full = torch.eye(len(remainder.unit)).to(remainder.unit)
     p = rearrange(remainder.gram(), "(u s) (w t) -> u w s t", s=slots, t=slots).diagonal().permute(2, 0, 1)
-    n = rearrange(remainder.rows(full), "(u s) o -> u s o", s=slots)
+    n = rearrange(remainder.rows(), "(u s) o -> u s o", s=slots)
     damping = max(ridge, 100 * m.resolution) * rearrange(remainder.unit, "(u s) -> u s", s=slots)
     inverse = torch.linalg.pinv(p + torch.diag_embed(damping), hermitian=True)
     return torch.einsum("uso, ust, uto -> u", n, inverse, n)
 
 
 def selected(m: Means, block: Block, k: int, ridge: float = 0.0, offered: Tensor | None = None) -> Tensor:
-    """Forward selection: the feature that explains most beside those taken before, k times; as columns ``[p, k]``.
+    """Forward selection: the feature that explains most beside those taken before, k times; their indices ``[k]``.
 
     Each step takes the feature out of all others: ``P' <- P' - P'_j P'_j^T / P'_jj``, ``N <- N - P'_j N_j / P'_jj``.
 
@@ -322,7 +314,7 @@ def selected(m: Means, block: Block, k: int, ridge: float = 0.0, offered: Tensor
         offered: indices of the features that may be taken; all by default.
     """
     remainder = Remainder(m, block)
-    p, n = remainder.gram(), remainder.rows(torch.eye(len(remainder.unit)).to(remainder.unit))
+    p, n = remainder.gram(), remainder.rows()
     damping = (ridge + len(p) * remainder.resolution()) * remainder.unit
     every = torch.arange(len(p))
     allowed = torch.isin(every, every if offered is None else offered).to(p.device)
@@ -338,4 +330,4 @@ def selected(m: Means, block: Block, k: int, ridge: float = 0.0, offered: Tensor
         chosen.append(j)
         column = p[:, j] / (p[j, j] + damping[j])
         p, n = p - torch.outer(column, p[j]), n - torch.outer(column, n[j])
-    return torch.eye(len(p)).to(p)[:, chosen]
+    return torch.tensor(chosen, device=p.device, dtype=torch.long)

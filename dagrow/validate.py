@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dagrow.features import Goal, Reads
-from dagrow.linalg import Whitening, leading_svd
+from dagrow.linalg import Whitening, leading_svd, spread
 from dagrow.moments import Fold, Means, Split
 from dagrow.scores import Agreement, FoldFit
 from dagrow.solve import OVERSAMPLED, Block, Remainder, Stack, best_move, fan_out
@@ -152,13 +152,14 @@ def _by_rank(products: Tensor) -> Tensor:
     return products.cumsum(0).cumsum(1).diagonal()
 
 
-def validate_fan_out(split: Split, block: Block, choice: Tensor, ridges: Sequence[float]) -> HeldOut:
+def validate_fan_out(
+    split: Split, block: Block, choice: Tensor | None, ridges: Sequence[float]
+) -> HeldOut:  # fmt: skip
     """Chooses the ridge of :func:`dagrow.solve.fan_out` by what the fit on the other folds explains of each fold."""
 
     def drop(train: Means, test: Means, ridge: float) -> float:
-        basis = choice.to(train[block.features, block.goal])
-        x, fitted = fan_out(train, block, basis, ridge).weights, Remainder(train, block)
-        return float(2 * fitted.times(x, basis, test).trace() - (x @ fitted.gram(basis, test) * x).sum())
+        x, fitted = fan_out(train, block, choice, ridge).weights, Remainder(train, block)
+        return float(2 * fitted.times(x, choice, test).trace() - (x @ fitted.gram(choice, test) * x).sum())
 
     return _validated(split, ridges, drop)
 
@@ -176,7 +177,7 @@ def agreement(split: Split, block: Block, basis: Callable[[Means], Tensor], ridg
     """What :func:`dagrow.solve.fan_out`, fitted on the other folds, explains of each sample.
 
     Args:
-        basis: from moments of the other folds the combinations ``[p, k]`` that are fitted.
+        basis: from moments of the other folds the combinations ``[p, k]``, or the indices ``[k]``, that are fitted.
     """
     fits = []
     for train, _ in split:
@@ -185,7 +186,7 @@ def agreement(split: Split, block: Block, basis: Callable[[Means], Tensor], ridg
         move = left.moved(torch.eye(len(x)).to(x))
         if taken is not None:  # of the constant its last row is all there is
             taken = x @ (taken[-1] if block.compensation == "constant" else taken.T)
-        fits.append(FoldFit(x @ some.T, taken, None if move is None else move.T))
+        fits.append(FoldFit(spread(x, some, len(left.unit)), taken, None if move is None else move.T))
     return Agreement(block.features, block.reads, block.goal, fits)
 
 

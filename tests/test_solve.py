@@ -8,7 +8,7 @@ import reference as truth
 import torch
 
 from dagrow.features import Feature, Goal, Reads
-from dagrow.linalg import whitening
+from dagrow.linalg import spread, whitening
 from dagrow.moments import Moments
 from dagrow.solve import Block, best_move, directions, fan_out
 from dagrow.validate import validate_directions, validate_fan_out, validate_move
@@ -147,6 +147,22 @@ def test_fan_out_is_the_regression_of_what_is_left(d: Data, compensation: str) -
     assert abs(fit.gain - expected.gain) <= 1e-8 * energy
     fall = truth.bottleneck(d.b, d.v) - truth.energy(expected.residual)
     assert abs(fit.drop - fall) <= 1e-8 * energy
+
+
+@case
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("compensation", VARIANTS)
+def test_indices_stand_for_the_features_with_them(d: Data, compensation: str, ridge: float) -> None:
+    m, block, chosen = of(d, 2), Block(P, B, V, compensation), torch.tensor([2, 0])
+    choices = (chosen, torch.eye(d.p.shape[-1], dtype=torch.float64)[:, chosen])
+    fit, expected = (fan_out(m, block, choice, ridge) for choice in choices)
+    near(fit.weights, expected.weights)
+    near((fit.gain, fit.drop), (expected.gain, expected.drop))
+    held, expected = (validate_fan_out(m.split(), block, choice, (ridge,)) for choice in choices)
+    near(held.gain, expected.gain)
+    near(spread(fit.weights, chosen, d.p.shape[-1]), spread(fit.weights, choices[1], d.p.shape[-1]))
+    every = torch.arange(d.p.shape[-1])
+    near(fan_out(m, block, None, ridge).weights, fan_out(m, block, every, ridge).weights)
 
 
 def test_fan_out_with_ridge() -> None:

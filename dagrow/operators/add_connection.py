@@ -74,7 +74,7 @@ class AddConnection(Operator):
 
 
 def _single(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
-    return {"fan_out": filled(link.layer(link.outputs, link.bias), weights @ basis.T)}
+    return {"fan_out": filled(link.layer(link.outputs, link.bias), weights)}
 
 
 def _pair(link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:

@@ -151,6 +151,6 @@ class _Layered:
     activation: Any
 
     def __call__(self, link: Link, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
-        first = filled(link.layer(basis.shape[1], True), (self.alpha @ basis).T)
-        last = filled(link.further(basis.shape[1]), weights)
+        first = filled(link.layer(len(basis), True), self.alpha[:, basis].T)
+        last = filled(link.further(len(basis)), weights)
         return {"fan_in": first, "activation": deepcopy(self.activation), "fan_out": last}

@@ -172,8 +172,7 @@ class FanOutStage(Stage):
         """
 
         def kept(train: Means) -> Tensor:
-            units = choice if self.proposal.explained else _per_slot(self._units(train), self.slots(consumer))
-            return units.to(train[block.features, block.goal])
+            return choice if self.proposal.explained else _per_slot(self._units(train), self.slots(consumer))
 
         return kept
 

@@ -25,16 +25,16 @@ from dagrow.validate import agreement, settled, validate_fan_out
 
 __all__ = ["Basis", "Layout", "PathCandidate", "everything"]
 
-#: combinations ``A [p, q]`` of the features that are fitted, from moments and a ridge for choosing them
+#: what is fitted, from moments and a ridge: combinations ``A [p, q]`` of the features, or the indices of some ``[q]``
 Basis = Callable[[Means, Block, float], Tensor]
-#: the layers of a path with ``a += X A^T p``, from ``A [p, q]`` and ``X [o, q]``; all but the last as they will be
+#: the layers of a path with ``a += X A^T p``, from A and ``X [o, q]``; all but the last as they will be
 Layout = Callable[[Link, Tensor, Tensor], Mapping[str, nn.Module]]
 
 
 def everything(m: Means, block: Block, ridge: float) -> Tensor:
     """All features, each by itself."""
     p = m[block.features, block.features]
-    return torch.eye(len(p)).to(p)
+    return torch.arange(len(p), device=p.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class PathCandidate(Candidate):
         split = moments.split()
         block = settled(split, self.block)
         basis = self.basis(moments, block, self.ridges[0])
-        if not basis.shape[1]:
+        if not basis.shape[-1]:
             return None
         if moments.folds == 1:
             return self._growth(basis, fan_out(moments, block, basis, self.ridges[0]), objective)

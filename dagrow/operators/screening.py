@@ -104,7 +104,6 @@ class Ranking(Candidate):
     def _worth(m: Moments, split: Split, block: Block, ridge: float) -> float:
         """What a sketch explains, of samples that it was not fitted on if there are folds."""
         block = Block(block.features, block.reads, block.goal, block.compensation, block.project, ridge)
-        every = torch.eye(len(m[block.features, block.features])).to(torch.float64)
         if m.folds == 1:
-            return fan_out(m, block, every, RIDGE).drop
-        return validate_fan_out(split, block, every, (RIDGE,)).gain
+            return fan_out(m, block, None, RIDGE).drop
+        return validate_fan_out(split, block, None, (RIDGE,)).gain

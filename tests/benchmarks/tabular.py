@@ -7,7 +7,7 @@ rows of split k), FILE is the housing table. Inputs and target are standardised 
 is set aside, for amplitudes and for the weights that are kept: those of the lowest loss on it, for every network.
 
 All networks get the FLOPs that 3,000 steps of the largest MLP take, with Adam, batches of 64 and a cosine over what
-they have used up, but no more than 60,000 steps, after which the smallest have long converged. FLOPs of training are
+they have used up, but no more than 30,000 steps, after which the smallest have long converged. FLOPs of training are
 those of matrix products (three times the forward pass, as counted from the graph); of growth all that its passes and
 factorisations take, counted as they run. Growing looks for places every 300 steps, in the first half of its FLOPs or
 steps. Runs that are in the results file already are skipped.
@@ -33,12 +33,39 @@ from dagrow import AddConnection, AddLayer, AddNeurons
 
 SCRIPT = Path(__file__).name
 WIDTHS, DEPTHS = (16, 64, 128, 256), (1, 2, 3)
-LARGEST_STEPS, MOST_STEPS, LOOK = 3_000, 60_000, 300
-BATCH, RATE, MEASURED = 64, 2e-3, 4_000
+LARGEST_STEPS, MOST_STEPS, LOOK = 3_000, 30_000, 300
+BATCH, RATE, MEASURED, JUDGED = 64, 2e-3, 1_500, 1_000
 UCI = ("yacht", "energy", "concrete", "bike", "kin40k")
-GROWN = "grown"
-OPERATORS = (AddNeurons(), AddLayer(16, nn.ReLU()), AddConnection())
 Data = tuple[Tensor, Tensor]
+
+
+EVERY_OTHER, ONE, NO_LIMIT = dagrow.EveryEpochs(2, first=1), dagrow.Budget(growths=1), dagrow.Budget()
+
+
+@dataclass(frozen=True)
+class Growing:
+    """One way to grow."""
+
+    label: str
+    operators: tuple[dagrow.Operator, ...]
+    schedule: dagrow.Schedule = EVERY_OTHER
+    growths: int | None = 3  #: in all
+    per_step: dagrow.Budget = ONE
+    anew: bool = False  #: whether what was grown is trained from random weights, on the FLOPs that are left
+
+
+SMALL = AddNeurons(), AddLayer(16, nn.ReLU()), AddConnection()
+FOLDED = AddNeurons(), AddLayer(64, nn.ReLU(), exact=4), AddConnection(exact=4)
+UNFOLDED = (
+    AddNeurons(64, folds=1, ridge=0.1), AddLayer(64, nn.ReLU(), folds=1, ridge=0.1, exact=4),
+    AddConnection(folds=1, ridge=0.1, exact=4),
+)  # fmt: skip
+GROWN = {
+    "plans": Growing("layers of 16, whole plans", SMALL, dagrow.EveryEpochs(), None, NO_LIMIT),
+    "folded": Growing("three times a layer of 64, if significant", FOLDED),
+    "unfolded": Growing("three times a layer of 64, significant or not", UNFOLDED),
+    "anew": Growing("the same, then trained anew", UNFOLDED, anew=True),
+}
 
 
 # ---------------------------------------------------------------- tables
@@ -110,7 +137,7 @@ class Run:
         self.used = {"training": 0.0, "growth": 0.0}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
         self.order = torch.Generator().manual_seed(seed)
-        self.best, self.kept, self.steps = math.inf, copy.deepcopy(model), 0
+        self.best, self.kept, self.steps, self.begun = math.inf, copy.deepcopy(model), 0, 0.0
 
     @property
     def share(self) -> float:
@@ -123,11 +150,11 @@ class Run:
         cost = flops_of_step(self.dag, self.batch)
         self.model.train()
         for _ in range(LOOK):
-            share = self.share
-            if share >= 1:
+            if self.share >= 1:
                 break
+            done = (self.share - self.begun) / (1 - self.begun)
             for group in self.optimizer.param_groups:
-                group["lr"] = RATE * (1 + math.cos(math.pi * share)) / 2
+                group["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
             at = torch.randint(len(x), (self.batch,), generator=self.order)
             self.optimizer.zero_grad()
             mse_loss(self.model(x[at]), y[at]).backward()
@@ -143,21 +170,35 @@ class Run:
         with torch.no_grad():
             return float(mse_loss(model(data[0]), data[1]))
 
-    def grow(self) -> dagrow.Grower:
+    def grow(self, how: Growing) -> dagrow.Grower:
         """Trains to the end, and grows in the first half."""
-        left = dagrow.Budget(parameters=self.limit - self.dag.parameter_count())
-        grower = dagrow.Grower(self.dag, mse_loss, OPERATORS, left, optimizer=self.optimizer)
+        left = dagrow.Budget(parameters=self.limit - self.dag.parameter_count(), growths=how.growths)
+        grower = dagrow.Grower(
+            self.dag, mse_loss, how.operators, left, how.schedule, per_step=how.per_step, stop=[dagrow.NothingToAdd(8)],
+            optimizer=self.optimizer,
+        )  # fmt: skip
+        judged = [tuple(part[:JUDGED] for part in self.task.held_out)]
         look = 0
         while self.share < 1:
             self.train()
             if self.share < 0.5 and not grower.over:
                 at = torch.randperm(len(self.task.train[0]), generator=self.order)[:MEASURED]
-                measured = [*zip(*(part[at].split(1_000) for part in self.task.train), strict=True)]
+                measured = [*zip(*(part[at].split(100) for part in self.task.train), strict=True)]
                 with FlopCount() as count:
-                    grower.step(look, measured, [self.task.held_out])
+                    grower.step(look, measured, judged)
                 self.used["growth"] += count.total
                 look += 1
+                if how.anew and grower.over:
+                    self.restart()
         return grower
+
+    def restart(self) -> None:
+        """From random weights."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=RATE, fused=True)
+        self.best, self.begun = math.inf, self.share
 
 
 def run(job: tuple[str, str, str, int]) -> dict[str, Any]:
@@ -166,9 +207,9 @@ def run(job: tuple[str, str, str, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = Task.of(name, place, split)
     torch.manual_seed(split)
-    width, depth = (0, 0) if variant == GROWN else map(int, variant.split("x"))
+    width, depth = (0, 0) if variant in GROWN else map(int, variant.split("x"))
     state = Run(task, mlp(task.inputs, width, depth), split)
-    grower = state.grow() if variant == GROWN else None
+    grower = state.grow(GROWN[variant]) if variant in GROWN else None
     while state.share < 1:
         state.train()
     return {
@@ -222,7 +263,7 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    names = [GROWN, *(f"{width}x{depth}" for width in WIDTHS for depth in DEPTHS)]
+    names = [*GROWN, *(f"{width}x{depth}" for width in WIDTHS for depth in DEPTHS)]
     parser = options(__doc__, names, "0-4")
     parser.add_argument("--uci", help="folder of the UCI sets")
     parser.add_argument("--california", help="the housing table")
