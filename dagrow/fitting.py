@@ -16,7 +16,7 @@ from dagrow.grower import Grower
 from dagrow.history import History
 from dagrow.objective import Loss, Objective, Step, samples_of
 from dagrow.operators import AddNeurons, Operator
-from dagrow.policies import ByGain, Policy
+from dagrow.policies import ByLineSearch, Policy
 from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 
 __all__ = ["fit"]
@@ -26,8 +26,9 @@ def fit(
     dag: Dag, batches: Iterable[Any], loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),),
     budget: Budget = Budget(), schedule: Schedule = EveryEpochs(), *, epochs: int, optimizer: Optimizer,
     scheduler: LRScheduler | None = None, validation: Iterable[Any] | None = None,
-    measured: Iterable[Any] | None = None, policy: Policy = ByGain(), stop: Sequence[StopRule] = (NothingToAdd(),),
-    per_step: Budget = Budget(), step: Step | None = None, mode: str = "eval",
+    measured: Iterable[Any] | None = None, policy: Policy = ByLineSearch(),
+    stop: Sequence[StopRule] = (NothingToAdd(),), per_step: Budget = Budget(), step: Step | None = None,
+    mode: str = "eval",
 ) -> History:  # fmt: skip
     """Trains a model for some epochs, and grows it after each in which its schedule says so.
 

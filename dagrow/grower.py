@@ -17,7 +17,7 @@ from dagrow.objective import Loss, Objective, Step
 from dagrow.operators import AddNeurons, Operator
 from dagrow.optimizers import check_optimizer
 from dagrow.planning import check_kinds, chosen, place, worthy
-from dagrow.policies import ByGain, Policy
+from dagrow.policies import ByLineSearch, Policy
 from dagrow.records import Grown, Record
 from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.search import applied, summed
@@ -60,7 +60,7 @@ class Grower:
 
     def __init__(
         self, dag: Dag, loss: Loss | None = None, operators: Sequence[Operator] = (AddNeurons(),),
-        budget: Budget = Budget(), schedule: Schedule = EveryEpochs(), *, policy: Policy = ByGain(),
+        budget: Budget = Budget(), schedule: Schedule = EveryEpochs(), *, policy: Policy = ByLineSearch(),
         stop: Sequence[StopRule] = (NothingToAdd(),), per_step: Budget = Budget(), optimizer: Optimizer | None = None,
         step: Step | None = None, mode: str = "eval",
     ) -> None:  # fmt: skip

@@ -1,13 +1,12 @@
 """A set of growths under a budget."""
 
 from collections.abc import Mapping, Sequence
-from math import isnan
 
 from dagrow.budget import Budget
 from dagrow.errors import GrowthError
 from dagrow.growth import Growth
 from dagrow.objective import Objective
-from dagrow.policies import ByGain, Policy, worth
+from dagrow.policies import ByLineSearch, Policy, valued, worth
 
 __all__ = ["check_kinds", "chosen", "place", "plan", "worthy"]
 
@@ -36,7 +35,7 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
     Args:
         growths: of one dag, what :func:`dagrow.propose` returned.
         budget: what they may add together; by default there is no limit. One that does not fit is skipped.
-        policy: how they compare; by default :class:`ByGain`.
+        policy: how they compare; by default by :class:`ByLineSearch`, on the batches that were measured.
 
     Returns:
         The chosen ones. Once one is applied the others are stale: to apply them, measure again, as
@@ -45,7 +44,7 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
     Raises:
         GrowthError: the policy's values do not fit the growths.
     """
-    budget, policy = Budget() if budget is None else budget, ByGain() if policy is None else policy
+    budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
     found = worthy(growths)
     return chosen(found, budget, policy, found[0].objective, ()) if found else []
@@ -62,7 +61,7 @@ def chosen(
     growths: Sequence[Growth], budget: Budget, policy: Policy, judge: Objective, past: Sequence[str]
 ) -> list[Growth]:
     """The plan for growths that are worth applying."""
-    values, plan, explained = _values(growths, policy, judge, past), list[Growth](), dict[str, float]()
+    values, plan, explained = valued(growths, policy, judge, past), list[Growth](), dict[str, float]()
     left = [growth for growth in growths if values[growth] >= 0]
     while True:
         shares = {growth: _share(growth, explained) for growth in left if budget.holds(growth)}
@@ -80,13 +79,6 @@ def chosen(
 def place(growth: Growth) -> tuple[str, str]:
     """Growths of one operator at one place are alternatives."""
     return repr(growth.operator), growth.where
-
-
-def _values(growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]) -> dict[Growth, float]:
-    values = list(policy.values(growths, judge, past))
-    if len(values) != len(growths) or any(isnan(value) for value in values):
-        raise GrowthError(f"{policy!r} gave the values {values} for {len(growths)} growths; give one number for each.")
-    return dict(zip(growths, values, strict=True))
 
 
 def _parts(growth: Growth) -> dict[str, float]:

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isnan
 
+from dagrow.errors import GrowthError
 from dagrow.growth import Growth
 from dagrow.objective import Objective
 from dagrow.search import best_amplitude
 
-__all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Policy", "RoundRobin", "worth"]
+__all__ = ["ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Policy", "RoundRobin", "valued", "worth"]
 
 
 def worth(growth: Growth) -> float:
@@ -29,6 +30,14 @@ class Policy(ABC):
             judge: the loss on the batches that choose: those for validation, if there are any.
             past: where was grown before, oldest first.
         """
+
+
+def valued(growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]) -> dict[Growth, float]:
+    """Each growth with its value. Raises GrowthError if the policy does not give one number for each."""
+    values = list(policy.values(growths, judge, past))
+    if len(values) != len(growths) or any(isnan(value) for value in values):
+        raise GrowthError(f"{policy!r} gave the values {values} for {len(growths)} growths; give one number for each.")
+    return dict(zip(growths, values, strict=True))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dagrow.errors import GrowthError, LossError, first_line
 from dagrow.growth import Growth
 from dagrow.objective import Objective
-from dagrow.policies import Policy, worth
+from dagrow.policies import ByLineSearch, Policy, valued
 from dagrow.search import best_amplitude
 from dagrow.surgery import grown
 from dagrow.undisturbed import undisturbed
@@ -33,7 +33,8 @@ class ShortTraining(Policy):
 
     Args:
         steps: of training, for each copy.
-        top: how many growths are tried: those with the largest gain.
+        top: how many growths are tried.
+        first: the policy by which those come first.
         optimizer: made anew for each copy, as ``optimizer(parameters, lr=lr)``.
         lr: its learning rate.
         seed: of what training draws at random, the same for all copies.
@@ -47,17 +48,22 @@ class ShortTraining(Policy):
     optimizer: Callable[..., Optimizer] = torch.optim.Adam
     lr: float = 1e-3
     seed: int = 0
+    first: Policy = ByLineSearch()
 
     def __post_init__(self) -> None:
         for name in ("steps", "top"):
             given = getattr(self, name)
             if isinstance(given, bool) or not isinstance(given, int) or given < 1:
                 raise GrowthError(f"ShortTraining({name}={given!r}): give a positive whole number.")
+        if not isinstance(self.first, Policy):
+            raise GrowthError(f"ShortTraining(first={self.first!r}): give a policy, such as dagrow.ByGain().")
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
         if not growths:
             return []
-        tried = sorted(growths, key=worth, reverse=True)[: self.top]
+        promised = valued(growths, self.first, judge, past)
+        some = [growth for growth in growths if promised[growth] >= 0]
+        tried = sorted(some, key=promised.__getitem__, reverse=True)[: self.top]
         with undisturbed(growths[0].dag.model):
             without = self._trained(growths[0], None, judge)
             found = {growth: self._trained(growth, self._amplitude(growth, judge), judge) for growth in tried}

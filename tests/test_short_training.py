@@ -62,12 +62,28 @@ def test_a_fitted_growth_is_trained_from_its_best_amplitude() -> None:
     assert value == pytest.approx(receipt.drop, rel=1e-6)
 
 
-def test_only_the_top_is_tried() -> None:
+class Named(dagrow.Policy):
+    """First one operator, and others never."""
+
+    def __init__(self, operator: AddNeurons) -> None:
+        self.operator = operator
+
+    def values(self, growths: Any, judge: Any, past: Any) -> list[float]:
+        return [1.0 if growth.operator == self.operator else -1.0 for growth in growths]
+
+
+def test_only_those_that_come_first_by_another_policy_are_tried() -> None:
     growths = proposed(made(), AddNeurons(k=1), AddNeurons(k=2))
-    values = ShortTraining(steps=2, top=1, lr=1e-9).values(growths, growths[0].objective, ())
-    tried = [growth for growth, value in zip(growths, values, strict=True) if value > -float("inf")]
-    assert tried == growths[:1]
-    assert len(dagrow.plan(growths, policy=ShortTraining(steps=2, top=1, lr=1e-9))) == 1
+    falls = dagrow.ByLineSearch().values(growths, growths[0].objective, ())
+    best = growths[falls.index(max(falls))]
+    for first, top, expected in (
+        (dagrow.ByGain(), 1, growths[:1]), (dagrow.ByLineSearch(), 1, [best]),
+        (Named(AddNeurons(k=1)), 3, [g for g in growths if g.operator == AddNeurons(k=1)]),
+    ):  # fmt: skip
+        policy = ShortTraining(steps=2, top=top, lr=1e-9, first=first)
+        values = policy.values(growths, growths[0].objective, ())
+        assert [g for g, value in zip(growths, values, strict=True) if value > -float("inf")] == expected
+        assert len(dagrow.plan(growths, policy=policy)) == len({g.where for g in expected})
 
 
 def test_a_growth_that_training_does_not_profit_from_is_not_chosen() -> None:
@@ -115,6 +131,8 @@ def test_refusals_say_what_to_do() -> None:
     for wrong in ({"steps": 0}, {"top": 1.5}):
         with pytest.raises(GrowthError, match="positive whole number"):
             ShortTraining(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(GrowthError, match="give a policy"):
+        ShortTraining(first=dagrow.ByGain)  # type: ignore[arg-type]
     growths = proposed(made())
     with pytest.raises(GrowthError, match="cannot make its optimizer"):
         dagrow.plan(growths, policy=ShortTraining(lr=-1.0))

@@ -124,7 +124,7 @@ VARIANTS = {
     ),
     "short": Variant(
         "grown on plateaus, one at a time, by 200 steps of training of the best 6", _linear, PLATEAU,
-        dagrow.ShortTraining(steps=200, top=6, lr=RATE), ONE,
+        dagrow.ShortTraining(steps=200, top=6, lr=RATE, first=BY_GAIN), ONE,
     ),
     "teacher": Variant("the teacher's architecture from scratch", lambda _: Teacher()),
     "mlp": Variant(f"an MLP with {FACTOR} times the teacher's parameters from scratch", _mlp),

@@ -9,8 +9,8 @@ is set aside, for amplitudes and for the weights that are kept: those of the low
 All networks get the FLOPs that 3,000 steps of the largest MLP take, with Adam, batches of 64 and a cosine over what
 they have used up, but no more than 30,000 steps, after which the smallest have long converged. FLOPs of training are
 those of matrix products (three times the forward pass, as counted from the graph); of growth all that its passes and
-factorisations take, counted as they run. Growing looks for places every 300 steps, in the first half of its FLOPs or
-steps. Runs that are in the results file already are skipped.
+factorisations take, counted as they run. There are four ways to grow (``GROWN``), all by gain, in the first half of the
+FLOPs or steps: they look for places every 300 or 600 steps. Runs that are in the results file already are skipped.
 """
 
 import copy
@@ -174,8 +174,8 @@ class Run:
         """Trains to the end, and grows in the first half."""
         left = dagrow.Budget(parameters=self.limit - self.dag.parameter_count(), growths=how.growths)
         grower = dagrow.Grower(
-            self.dag, mse_loss, how.operators, left, how.schedule, per_step=how.per_step, stop=[dagrow.NothingToAdd(8)],
-            optimizer=self.optimizer,
+            self.dag, mse_loss, how.operators, left, how.schedule, policy=dagrow.ByGain(),
+            stop=[dagrow.NothingToAdd(8)], per_step=how.per_step, optimizer=self.optimizer,
         )  # fmt: skip
         judged = [tuple(part[:JUDGED] for part in self.task.held_out)]
         look = 0
@@ -224,41 +224,64 @@ def run(job: tuple[str, str, str, int]) -> dict[str, Any]:
 # ---------------------------------------------------------------- tables of results
 
 
-def _errors(runs: Sequence[dict[str, Any]], variant: str) -> dict[int, float]:
-    """Root mean square errors of a variant, in standard deviations of the target, by split."""
-    return {run["seed"]: run["test_loss"] ** 0.5 for run in runs if run["variant"] == variant}
+def errors(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Root mean square errors of each variant, in standard deviations of the target, by split."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], {})[run["seed"]] = run["test_loss"] ** 0.5
+    return found
 
 
-def rows(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """One row a table."""
+def picked(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """The error of the MLP whose loss on what is set aside is lowest, by split."""
+    fixed: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["variant"] not in GROWN:
+            fixed.setdefault(run["seed"], []).append(run)
+    chosen = {split: min(some, key=lambda run: run["held_out"]) for split, some in fixed.items()}
+    return {split: run["test_loss"] ** 0.5 for split, run in chosen.items()}
+
+
+def compared(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """One row a table: MLPs, and every way to grow against the best of them."""
     for name in [*UCI, "california"]:
         found = [run for run in runs if run["data"] == name]
-        ours = [run for run in found if run["variant"] == GROWN]
-        fixed = sorted({run["variant"] for run in found} - {GROWN})
-        if not ours or not fixed:
+        by = errors(found)
+        ranked = sorted((variant for variant in by if variant not in GROWN), key=lambda v: mean(by[v].values()))
+        if not ranked:
             continue
-        errors = {variant: _errors(found, variant) for variant in [*fixed, GROWN]}
-        ranked = sorted(fixed, key=lambda variant: mean(errors[variant].values()))
-        best, middle = ranked[0], ranked[len(ranked) // 2]
-        difference, error, count = paired(errors[GROWN], errors[best])
+        best, middle = by[ranked[0]], by[ranked[len(ranked) // 2]]
+        against = [(paired(by.get(way, {}), best), by.get(way, {})) for way in GROWN]
         yield [
-            name, str(count), plus_minus([*errors[GROWN].values()], 4), plus_minus([*errors[best].values()], 4), best,
-            f"{difference:+.4f} ± {error:.4f}", plus_minus([*errors[middle].values()], 4),
-            f"{mean(r['parameters'] for r in ours):,.0f}",
-            f"{mean(r['used']['growth'] / sum(r['used'].values()) for r in ours):.0%}",
+            name, str(len(best)), f"{plus_minus([*best.values()], 4)} ({ranked[0]})", f"{mean(middle.values()):.4f}",
+            f"{mean(picked(found).values()):.4f}",
+            *(f"{mean(ours.values()):.4f} ({d:+.4f} ± {e:.4f})" if ours else "" for (d, e, _), ours in against),
         ]  # fmt: skip
 
 
+def sizes(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """One row a table: growths, parameters, and the part of the FLOPs that growing took."""
+    for name in [*UCI, "california"]:
+        row = [name]
+        for way in GROWN:
+            found = [run for run in runs if (run["data"], run["variant"]) == (name, way)]
+            growths, count, cost = (
+                [measure(run) for run in found] for measure in (
+                    lambda run: len(run["growths"]), lambda run: run["parameters"],
+                    lambda run: run["used"]["growth"] / sum(run["used"].values()),
+                )
+            )  # fmt: skip
+            row.append(f"{mean(growths):.1f}; {mean(count):,.0f}; {mean(cost):.0%}" if found else "")
+        yield row
+
+
 def results(runs: Sequence[dict[str, Any]]) -> str:
-    head = [
-        "data", "splits", "grown", "best MLP", "which", "difference", "median MLP", "parameters, grown",
-        "FLOPs for growth",
-    ]  # fmt: skip
+    head = ["data", "splits", "best MLP", "median MLP", "MLP picked", *GROWN]
+    names = "\n".join(f"- *{way}*: {how.label}." for way, how in GROWN.items())
     versions = ", ".join(sorted({run["version"] for run in runs}))
     return (
-        f"{table(head, rows(runs))}\n\nTest errors are root mean squares in standard deviations of the target, mean ± "
-        "standard deviation over splits; the best MLP is the one with the lowest mean test error, chosen in hindsight. "
-        f"Differences: seed by seed, ± standard error. Sources of the package: {versions}."
+        f"{names}\n\n{table(head, compared(runs))}\n\n{table(['data', *GROWN], sizes(runs))}\n\nGrowths; parameters in "
+        f"the end; the part of all FLOPs that growing took. Sources of the package: {versions}."
     )
 
 

@@ -7,7 +7,8 @@ characters) are trained for a while. Then every growth of a few units, at every 
 trained on for 200 steps: several times, each time with other batches, the same for all growths. What the loss on
 samples set aside falls to is the *oracle*. Scores are known before: gain, held out or not, per growth, parameter and
 FLOP; by how much the loss of other samples falls at once, at the amplitude that a line search finds on them; the
-bottleneck of the layers that the growth feeds; the norm of the gradient of their weights; chance.
+bottleneck of the layers that the growth feeds; the norm of the gradient of their weights; how many parameters are new;
+chance.
 
 For each network Spearman's rank correlation between a score and by how much the oracle's loss, mean over repeats, is
 lower. The oracle agrees with itself only so far: with reliability r between repeats, R of them have
@@ -48,7 +49,7 @@ RATE = 2e-3
 SCORES = (
     "held-out gain", "held-out gain per parameter", "held-out gain per FLOP", "gain", "gain per parameter",
     "gain per FLOP", "fall at once", "fall at once per parameter", "fall at once per FLOP", "bottleneck",
-    "gradient norm", "chance",
+    "gradient norm", "new parameters", "chance",
 )  # fmt: skip
 
 Data = tuple[Tensor, Tensor]
@@ -209,7 +210,8 @@ def scores(
         "held-out gain per FLOP": held / cost.flops, "gain": growth.gain,
         "gain per parameter": growth.gain / cost.parameters, "gain per FLOP": growth.gain / cost.flops,
         "bottleneck": sum(bottlenecks[edge].bottleneck for edge in fed),
-        "gradient norm": sum(norms[f"{edge}.weight"] ** 2 for edge in fed) ** 0.5, "chance": luck,
+        "gradient norm": sum(norms[f"{edge}.weight"] ** 2 for edge in fed) ** 0.5,
+        "new parameters": cost.parameters, "chance": luck,
     }  # fmt: skip
 
 
@@ -231,7 +233,7 @@ def tried(
         model = copy.deepcopy(growth.dag.model)
     return {
         "scores": known | falls | {"fall at once per FLOP": fall / cost.flops}, "gamma": gamma,
-        "parameters": cost.parameters, "losses": [trained(model, split, seed, repeat) for repeat in range(REPEATS)],
+        "losses": [trained(model, split, seed, repeat) for repeat in range(REPEATS)],
     }  # fmt: skip
 
 
@@ -267,8 +269,8 @@ def regret(score: Sequence[float], falls: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and 95 % confidence interval."""
-    low, high = stats.t.interval(0.95, len(values) - 1, mean(values), stats.sem(values))
-    return f"{mean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{mean(values):+.2f} ({mean(values) - half:+.2f} to {mean(values) + half:+.2f})"
 
 
 def chosen(run: dict[str, Any], operator: str) -> list[dict[str, Any]]:
