@@ -21,6 +21,7 @@ from dagrow.operators.base import Candidate, Stage
 from dagrow.optimizers import check_optimizer
 from dagrow.planning import worthy
 from dagrow.policies import worth
+from dagrow.rounding import FACTOR, jittered
 from dagrow.search import applied, summed
 from dagrow.significance import corrected
 from dagrow.solve import best_move
@@ -225,8 +226,8 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
 
 def _check_preserved(dag: Dag, objective: Objective, change: Change, where: str) -> None:
     """New channels with zero fan-out must not change the loss of a batch: the last net under the label rules."""
-    before, after, slack = _compared(dag, objective, change, 0.0)
-    if abs(after - before) > slack:
+    before, after, rounded = _compared(dag, objective, change, 0.0)
+    if not rounded:
         raise GrowthError(
             f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
             f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
@@ -236,8 +237,8 @@ def _check_preserved(dag: Dag, objective: Objective, change: Change, where: str)
 
 def _check_unchanged(growth: Growth) -> None:
     """A growth that says that it preserves the function does so at its full amplitude."""
-    before, after, slack = _compared(growth.dag, growth.objective, growth.change, 1.0)
-    if abs(after - before) > slack:
+    before, after, rounded = _compared(growth.dag, growth.objective, growth.change, 1.0)
+    if not rounded:
         raise GrowthError(
             f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
             "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
@@ -245,15 +246,20 @@ def _check_unchanged(growth: Growth) -> None:
         )
 
 
-def _compared(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, float]:
-    """The loss of a batch before and after a change, in eval mode, and what rounding explains."""
+def _compared(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
+    """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
     with undisturbed(objective.model), torch.no_grad():
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)
         with preview(dag, change):
             after = objective.value(batch, change.tensors(dag.model, gamma))
-    return float(before), float(after), max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
+        slack = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
+        apart = abs(float(after) - float(before))
+        if apart > slack:
+            jitter = [abs(float(objective.value(batch, one) - before)) for one in jittered(dag.model)]
+            slack = FACTOR * max(jitter, default=0.0)
+    return float(before), float(after), apart <= slack
 
 
 def grow(

@@ -210,3 +210,41 @@ def test_owners_of_functions_keep_what_else_they_state() -> None:
 def test_a_trial_in_training_mode_is_not_misled_by_dropout() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3)).double().train()
     assert try_axis(dagrow.trace(model, X), "0", [X, X[:3]]) is None
+
+
+def cancelling(size: float, width: int = 64) -> nn.Module:
+    """Every unit is there twice, with fan-outs of opposite signs and a large size, so that rounding shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 1))
+    half, large = width // 2, size * torch.randn(1, width // 2)
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[half:] = parameter[:half]
+        model[2].weight.copy_(torch.cat([large + torch.randn(1, half), -large], 1))
+    return model
+
+
+def test_rounding_is_no_other_function() -> None:
+    x = torch.randn(200, 6)
+    batches = [(x, torch.sin(x.sum(1, keepdim=True)))]
+    dag = dagrow.trace(cancelling(1e5), x)
+    for operator in (dagrow.AddNeurons(k=3), dagrow.AddNeurons(k=3, init="copy")):
+        growth = dagrow.propose(dag, batches, functional.mse_loss, [operator])[0]
+        growth.apply(1e-6)
+    assert dag.model[0].out_features == 70
+
+
+def test_what_depends_on_the_width_is_refused_where_rounding_is_large_too() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = cancelling(1e3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layers[:2](x)
+            return self.layers[2](h * (h.shape[1:].numel() / 64))
+
+    x = torch.randn(200, 6)
+    dag = dagrow.trace(Scaled(), x)
+    with pytest.raises(GrowthError, match="computes something else"):
+        dagrow.propose(dag, [(x, torch.randn(200, 1))], functional.mse_loss, [dagrow.AddNeurons(k=3)])

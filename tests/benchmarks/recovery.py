@@ -126,6 +126,10 @@ VARIANTS = {
         "grown on plateaus, one at a time, by 200 steps of training of the best 6", _linear, PLATEAU,
         dagrow.ShortTraining(steps=200, top=6, lr=RATE, first=BY_GAIN), ONE,
     ),
+    "short_of_falls": Variant(
+        "the same, where the best 6 are those of the line search", _linear, PLATEAU,
+        dagrow.ShortTraining(steps=200, top=6, lr=RATE), ONE,
+    ),
     "teacher": Variant("the teacher's architecture from scratch", lambda _: Teacher()),
     "mlp": Variant(f"an MLP with {FACTOR} times the teacher's parameters from scratch", _mlp),
 }  # fmt: skip

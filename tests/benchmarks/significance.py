@@ -31,8 +31,10 @@ from dagrow.significance import corrected
 SIZES = (200, 500, 1000)
 LEVELS = (1.0, 2.0, 4.0)
 OPERATORS: dict[str, dagrow.Operator] = {
-    "MoveWeights": dagrow.MoveWeights(), "AddNeurons": dagrow.AddNeurons(), "AddConnection": dagrow.AddConnection(),
-    "AddConnection, rank 1": dagrow.AddConnection(rank=1), "AddLayer": dagrow.AddLayer(4, nn.Tanh()),
+    "MoveWeights": dagrow.MoveWeights(), "AddNeurons": dagrow.AddNeurons(),
+    "AddNeurons, random features": dagrow.AddNeurons(init="random_features"),
+    "AddConnection": dagrow.AddConnection(), "AddConnection, rank 1": dagrow.AddConnection(rank=1),
+    "AddLayer": dagrow.AddLayer(4, nn.Tanh()),
 }  # fmt: skip
 OLD = 3.0  #: standard deviations, at every place by itself
 Batches = list[tuple[Tensor, Tensor]]
