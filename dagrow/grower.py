@@ -175,12 +175,9 @@ class Grower:
         if not operators:
             return []
         growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
-        fitting = [
-            growth for growth in worthy(growths)
-            if left.holds(growth) and (wanted is None or place(growth) in wanted)
-        ]  # fmt: skip
+        wished = [growth for growth in worthy(growths) if wanted is None or place(growth) in wanted]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
-        return chosen(fitting, left, self.policy, judge, past)
+        return chosen(wished, left, self.policy, judge, past)
 
     def _has_places(self, operator: Operator) -> bool:
         """It may have used them up, or find some only in what others have grown."""

@@ -16,10 +16,14 @@ from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.program import bind
 from dagrow.undisturbed import undisturbed
 
-__all__ = ["Loss", "Objective", "Step", "describe", "samples_of"]
+__all__ = ["Loss", "NotFiniteError", "Objective", "Step", "describe", "samples_of"]
 
 Loss = Callable[[Any, Any], Tensor]
 Step = Callable[[nn.Module, Any], Tensor]
+
+
+class NotFiniteError(LossError):
+    """The loss is infinite or not a number."""
 
 
 class Objective:
@@ -97,7 +101,7 @@ class Objective:
                 "samples of the batch."
             )
         if not torch.isfinite(result):
-            raise LossError(
+            raise NotFiniteError(
                 f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses. Look for "
                 "such values in the batch and in the model's parameters, or lower the learning rate."
             )

@@ -42,7 +42,8 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
         :class:`dagrow.Grower` does.
 
     Raises:
-        GrowthError: the policy's values do not fit the growths.
+        GrowthError: the policy's values do not fit the growths, or it runs the model, as the default does, and the
+            growths are stale.
     """
     budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
@@ -61,8 +62,9 @@ def chosen(
     growths: Sequence[Growth], budget: Budget, policy: Policy, judge: Objective, past: Sequence[str]
 ) -> list[Growth]:
     """The plan for growths that are worth applying."""
-    values, plan, explained = valued(growths, policy, judge, past), list[Growth](), dict[str, float]()
-    left = [growth for growth in growths if values[growth] >= 0]
+    fitting = [growth for growth in growths if budget.holds(growth)]
+    values = valued(fitting, policy, judge, past) if fitting else {}
+    left, plan, explained = [growth for growth in fitting if values[growth] >= 0], list[Growth](), dict[str, float]()
     while True:
         shares = {growth: _share(growth, explained) for growth in left if budget.holds(growth)}
         left = [growth for growth, share in shares.items() if share > NEW]

@@ -34,9 +34,13 @@ class Policy(ABC):
 
 def valued(growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]) -> dict[Growth, float]:
     """Each growth with its value. Raises GrowthError if the policy does not give one number for each."""
-    values = list(policy.values(growths, judge, past))
-    if len(values) != len(growths) or any(isnan(value) for value in values):
-        raise GrowthError(f"{policy!r} gave the values {values} for {len(growths)} growths; give one number for each.")
+    given = policy.values(growths, judge, past)
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != len(growths) or any(map(isnan, values)):
+        raise GrowthError(f"{policy!r} gave the values {given} for {len(growths)} growths; give one number for each.")
     return dict(zip(growths, values, strict=True))
 
 

@@ -1,24 +1,25 @@
 """The amplitude of a growth, by line search on the loss; the receipt of several growths in a row."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from math import inf
 
 from torch.optim import Optimizer
 
 from dagrow.growth import Growth, Receipt, where_new
-from dagrow.objective import Objective
+from dagrow.objective import NotFiniteError, Objective
 
 __all__ = ["applied", "best_amplitude", "line_search", "summed"]
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
+START = 1 / 16  #: of the amplitude at which the loss would have fallen to 0, if it fell on as it begins to
 WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
 
 
-def line_search(loss: Callable[[float], float], before: float) -> tuple[float, float]:
+def line_search(loss: Callable[[float], float], before: float, start: float = 1.0) -> tuple[float, float]:
     """The amplitude with the lowest loss, and that loss. Never above ``before``; amplitude 0 if nothing is lower.
 
-    Brackets a minimum by doubling or halving from 1, then narrows it by golden sections.
+    Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
     """
     known = {0.0: before}
 
@@ -27,7 +28,7 @@ def line_search(loss: Callable[[float], float], before: float) -> tuple[float, f
             known[gamma] = loss(gamma)
         return known[gamma]
 
-    best = 1.0
+    best = start
     if at(best) < before:
         while at(2 * best) < at(best) and len(known) < EVALUATIONS:
             best *= 2
@@ -37,16 +38,33 @@ def line_search(loss: Callable[[float], float], before: float) -> tuple[float, f
         while at(best / 2) < at(best) and len(known) < EVALUATIONS:
             best /= 2
     low, high = best / 2, best * 2
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     while len(known) < EVALUATIONS and high - low > 0.05 * best:
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        low, high = (low, right) if at(left) < at(right) else (left, high)
+        if at(left) < at(right):
+            high, right = right, left
+            left = high - GOLDEN * (high - low)
+        else:
+            low, left = left, right
+            right = low + GOLDEN * (high - low)
     gamma = min(known, key=lambda g: (known[g], g))
     return (gamma, known[gamma]) if known[gamma] < before - WORTH * abs(before) else (0.0, before)
 
 
 def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
-    """The amplitude of a growth with the lowest loss of the judge, and that loss; see :func:`line_search`."""
-    return line_search(partial(growth.loss, objective=judge), before)
+    """The amplitude of a growth with the lowest loss of the judge, and that loss; see :func:`line_search`.
+
+    The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
+    scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
+    """
+
+    def loss(gamma: float) -> float:
+        try:
+            return growth.loss(gamma, judge)
+        except NotFiniteError:
+            return inf
+
+    reach = abs(before) / growth.gain if growth.gain > 0 else 0.0
+    return line_search(loss, before, START * reach or 1.0)
 
 
 def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:

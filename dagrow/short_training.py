@@ -1,12 +1,15 @@
 """An oracle of growths: train copies for a while, and see."""
 
 import copy
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import count, islice
 from math import inf, isfinite
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -28,8 +31,8 @@ class ShortTraining(Policy):
 
     The value of a growth is by how much the loss on the batches that choose is lower with it than without, after equal
     training on the measured batches in the same order. Other growths are never chosen. The user's model and random
-    numbers stay as they are. It costs ``(top + 1) * steps`` steps for each plan, of which :class:`dagrow.Grower`
-    makes one per growth.
+    numbers stay as they are. It costs ``(top + 1) * steps`` steps, and what ``first`` costs, for each plan, of which
+    :class:`dagrow.Grower` makes one per growth.
 
     Args:
         steps: of training, for each copy.
@@ -37,7 +40,8 @@ class ShortTraining(Policy):
         first: the policy by which those come first.
         optimizer: made anew for each copy, as ``optimizer(parameters, lr=lr)``.
         lr: its learning rate.
-        seed: of what training draws at random, the same for all copies.
+        seed: of what training draws at random, from torch, numpy and Python; for each pass over the batches the same
+            for all copies.
 
     Raises (from ``values``):
         GrowthError: the model cannot be copied, or the optimizer cannot be made.
@@ -55,6 +59,8 @@ class ShortTraining(Policy):
             given = getattr(self, name)
             if isinstance(given, bool) or not isinstance(given, int) or given < 1:
                 raise GrowthError(f"ShortTraining({name}={given!r}): give a positive whole number.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise GrowthError(f"ShortTraining(seed={self.seed!r}): give a whole number.")
         if not isinstance(self.first, Policy):
             raise GrowthError(f"ShortTraining(first={self.first!r}): give a policy, such as dagrow.ByGain().")
 
@@ -87,18 +93,24 @@ class ShortTraining(Policy):
             return inf
 
     def _train(self, model: nn.Module, objective: Objective) -> None:
-        torch.manual_seed(self.seed)
         optimizer = self._made([parameter for parameter in model.parameters() if parameter.requires_grad])
         model.train()
-        batches = chain.from_iterable(repeat(objective))
         with torch.enable_grad():
-            for batch, _ in islice(batches, self.steps):
+            for batch, _ in islice(self._passes(objective), self.steps):
                 optimizer.zero_grad()
                 value = objective.function(model, batch)
                 if not isfinite(float(value.detach())):
                     raise LossError("training diverged.")
                 value.backward()
                 optimizer.step()
+
+    def _passes(self, objective: Objective) -> Iterator[tuple[Any, int]]:
+        """All batches again and again, in an order that does not depend on what the model drew before."""
+        for turn in count(self.seed):
+            torch.manual_seed(turn)
+            random.seed(turn)
+            np.random.seed(turn % 2**32)
+            yield from objective
 
     def _made(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         try:

@@ -152,9 +152,7 @@ def _by_rank(products: Tensor) -> Tensor:
     return products.cumsum(0).cumsum(1).diagonal()
 
 
-def validate_fan_out(
-    split: Split, block: Block, choice: Tensor | None, ridges: Sequence[float]
-) -> HeldOut:  # fmt: skip
+def validate_fan_out(split: Split, block: Block, choice: Tensor | None, ridges: Sequence[float]) -> HeldOut:
     """Chooses the ridge of :func:`dagrow.solve.fan_out` by what the fit on the other folds explains of each fold."""
 
     def drop(train: Means, test: Means, ridge: float) -> float:

@@ -1,5 +1,6 @@
 """Choosing: a plan keeps to its budget, counts what growths share once, and follows its policy."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -258,3 +259,93 @@ def test_a_line_search_never_takes_what_lowers_the_loss_nowhere() -> None:
     judge = fitted.objective.with_batches([(x, best)], "validation")
     assert ByLineSearch().values([fitted, kept], judge, ()) == [-inf, 0.0]
     assert dagrow.plan([fitted, kept], policy=ByLineSearch()) == [fitted, kept]
+
+
+def grown_from(scale: float, operators: Sequence[dagrow.Operator]) -> tuple[dagrow.Dag, list[Any], Any]:
+    """A small network, its data, and a loss times a scale."""
+    torch.manual_seed(1)
+    x = torch.randn(300, 5, dtype=torch.float64)
+    y = torch.tanh(x @ torch.randn(5, 6).double()) @ torch.randn(6, 3).double()
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return dagrow.trace(model, x[:2]), [(x, y)], lambda output, target: scale * nn.functional.mse_loss(output, target)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e7])
+def test_the_scale_of_the_loss_makes_no_difference_to_a_plan(scale: float) -> None:
+    operators = [AddNeurons(k=1), dagrow.AddConnection(), dagrow.AddLayer(3, nn.Tanh())]
+    found = []
+    for times in (1.0, scale):
+        growths = dagrow.propose(*grown_from(times, operators), operators)
+        falls = ByLineSearch().values(growths, growths[0].objective, ())
+        found.append(({(g.operator, g.where): fall / times for g, fall in zip(growths, falls, strict=True)},
+                      [(g.operator, g.where) for g in dagrow.plan(growths, Budget(growths=4))]))  # fmt: skip
+    (one, plan), (other, plan_of_other) = found
+    assert len(one) > 10
+    assert one == pytest.approx(other, rel=1e-6)
+    assert plan == plan_of_other
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e7])
+def test_the_scale_of_the_loss_makes_no_difference_to_grow(scale: float) -> None:
+    one, other = (dagrow.grow(*grown_from(times, ()), [AddNeurons(k=1)]) for times in (1.0, scale))
+    assert one.where == other.where
+    assert one.loss_after == pytest.approx(other.loss_after / scale, rel=1e-6)
+
+
+def test_amplitudes_at_which_the_loss_overflows_are_not_chosen() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 3)
+    batches = [(x, torch.poisson((x[:, :1] + x[:, 1:2] * x[:, 2:]).exp().clamp(max=50)))]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.poisson_nll_loss(1e3 * output, target)
+
+    dag = dagrow.trace(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)), x[:2])
+    with torch.no_grad():
+        dag.model[2].weight.mul_(1e-3)
+        dag.model[2].bias.zero_()
+    growth = dagrow.propose(dag, batches, loss, [dagrow.AddLayer(4)])[0]
+    with pytest.raises(dagrow.LossError, match="the loss is inf"):
+        growth.loss(1e6)
+    receipt = dagrow.grow(dag, batches, loss, [dagrow.AddLayer(4)])
+    assert 0 < receipt.gamma < 1e6
+    assert receipt.loss_after < receipt.loss_before
+
+
+@pytest.mark.parametrize("junk", [None, [None], ["a"], [1j], [nan], [], 7])
+def test_a_policy_that_gives_no_numbers_is_told_so(junk: Any) -> None:
+    @dataclass(frozen=True)
+    class Junk(Policy):
+        def values(self, growths: Any, judge: Any, past: Any) -> Any:
+            return junk
+
+    with pytest.raises(GrowthError, match="give one number for each"):
+        dagrow.plan([made({"x": 1.0})], policy=Junk())
+
+
+def test_what_the_budget_excludes_is_not_valued() -> None:
+    @dataclass(frozen=True)
+    class Counting(Policy):
+        def values(self, growths: Any, judge: Any, past: Any) -> Any:
+            assert [growth.where for growth in growths] == ["small"]
+            return [1.0]
+
+    growths = [made({"x": 1.0}, 9, where="large"), made({"x": 1.0}, 2, where="small")]
+    assert dagrow.plan(growths, Budget(parameters=5), Counting()) == growths[1:]
+
+
+def test_line_search_is_what_chooses_by_default() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    y = torch.tanh(x @ torch.randn(5, 6).double()) @ torch.randn(6, 3).double()
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[2].weight.mul_(30)
+        model[4].weight.div_(30)
+    dag = dagrow.trace(model, x)
+    growths = dagrow.propose(dag, [(x, y)], nn.functional.mse_loss, [AddNeurons(k=1, ridge=0.0, folds=1)])
+    by_fall, by_slope = (dagrow.plan(growths, policy=policy) for policy in (ByLineSearch(), ByGain()))
+    assert by_fall[0] is not by_slope[0]
+    assert dagrow.plan(growths)[0] is by_fall[0]
+    defaults = (inspect.signature(function).parameters["policy"].default for function in (dagrow.Grower, dagrow.fit))
+    assert [*defaults, dagrow.ShortTraining().first] == [ByLineSearch()] * 3

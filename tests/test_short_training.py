@@ -1,13 +1,17 @@
 """Short training picks what training picks, and leaves the user's model alone."""
 
 import copy
+import random
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_interrupts import OPERATORS, Setting, differences, loss
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, ShortTraining
@@ -138,3 +142,30 @@ def test_refusals_say_what_to_do() -> None:
         dagrow.plan(growths, policy=ShortTraining(lr=-1.0))
     with pytest.raises(GrowthError, match="another policy"):
         dagrow.plan(proposed(made(Uncopied())), policy=ShortTraining())
+
+
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples that the user's dataset augments, with numbers from numpy and Python; remembers what it gave."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = X[index] + np.random.rand() + random.random()
+        self.given.append(float(x[0]))
+        return x, Y[index]
+
+
+def test_all_copies_see_the_same_samples_in_the_same_order() -> None:
+    torch.manual_seed(0)
+    dag = made(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 2)))
+    data = Noisy()
+    growth = proposed(dag, AddNeurons(k=2, init="copy"))[0]
+    growth = replace(growth, objective=growth.objective.with_batches(DataLoader(data, 20, shuffle=True)))
+    ShortTraining(steps=9, first=dagrow.ByGain()).values([growth], growth.objective.with_batches(BATCHES), ())
+    once, again = data.given[: len(data.given) // 2], data.given[len(data.given) // 2 :]
+    assert len(once) >= 180
+    assert once == again
