@@ -28,7 +28,8 @@ from dagrow.undisturbed import undisturbed
 from dagrow.watch import Watch
 
 __all__ = [
-    "Target", "close", "derivative", "is_picklable", "observe", "permute", "regressed", "same", "sample", "snapshot",
+    "Target", "close", "derivative", "is_picklable", "kink", "observe", "permute", "regressed", "same", "sample",
+    "snapshot",
 ]  # fmt: skip
 
 
@@ -51,10 +52,23 @@ def derivative(function: Callable[[float], float]) -> float:
     def difference(h: float) -> float:
         return (function(h) - function(-h)) / (2 * h)
 
-    steep = max(1.0, abs(difference(1e-9)) / (abs(function(0.0)) or 1.0))
+    steep = _steepness(function)
     found = [difference(h / steep) for h in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)]
     best = min(range(len(found) - 1), key=lambda i: abs(found[i] - found[i + 1]))
     return found[best + 1]
+
+
+def kink(function: Callable[[float], float]) -> float:
+    """Half of the jump of f' at 0: there units may be exactly where their activation bends, as behind dead ones.
+
+    What autograd gives there is some number between the slopes on both sides.
+    """
+    h = 1e-7 / _steepness(function)
+    return abs(function(h) + function(-h) - 2 * function(0.0)) / (2 * h)
+
+
+def _steepness(function: Callable[[float], float]) -> float:
+    return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / (abs(function(0.0)) or 1.0))
 
 
 # ---------------------------------------------------------------- bits

@@ -13,7 +13,7 @@ from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoPro
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, MoveWeights, testing
-from dagrow.comparing import derivative
+from dagrow.comparing import derivative, kink
 from dagrow.operators import Candidate, Operator
 from dagrow.operators.base import Stage as Previewed
 from dagrow.testing import Case, check_operator
@@ -150,6 +150,13 @@ def test_an_operator_that_promises_too_much_is_found_out() -> None:
 def test_slopes_are_measured_where_the_loss_is_steep(steepness: float) -> None:
     found = derivative(lambda gamma: 2 + math.sin(1 + steepness * gamma))
     assert found == pytest.approx(steepness * math.cos(1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("steepness", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("jump", [0.0, 0.4])
+def test_a_kink_is_half_of_the_jump_of_the_slope(steepness: float, jump: float) -> None:
+    found = kink(lambda gamma: 2 + steepness * (math.sin(1 + gamma) + jump * max(gamma, 0.0)))
+    assert found == pytest.approx(steepness * jump / 2, rel=1e-5, abs=1e-7 * max(1.0, steepness))
 
 
 @pytest.mark.parametrize(("make", "reason"), [(Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x))
