@@ -68,7 +68,13 @@ def kink(function: Callable[[float], float]) -> float:
 
 
 def _steepness(function: Callable[[float], float]) -> float:
-    return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / (abs(function(0.0)) or 1.0))
+    """How much smaller steps have to be: f soon changes by more than its size, or has a large slope."""
+    size, step = abs(function(0.0)) or 1.0, 1e-2
+    while step > 1e-100 and max(abs(function(h) - function(0.0)) for h in (step, -step)) > size:
+        step /= 10
+    if step < 1e-2:
+        return 1e-2 / step
+    return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / size)
 
 
 # ---------------------------------------------------------------- bits
