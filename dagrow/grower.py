@@ -175,9 +175,9 @@ class Grower:
         if not operators:
             return []
         growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
-        wished = [growth for growth in worthy(growths) if wanted is None or place(growth) in wanted]
+        found = [growth for growth in worthy(growths) if wanted is None or place(growth) in wanted]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
-        return chosen(wished, left, self.policy, judge, past)
+        return chosen(found, left, self.policy, judge, past)
 
     def _has_places(self, operator: Operator) -> bool:
         """It may have used them up, or find some only in what others have grown."""

@@ -261,7 +261,7 @@ def test_a_line_search_never_takes_what_lowers_the_loss_nowhere() -> None:
     assert dagrow.plan([fitted, kept], policy=ByLineSearch()) == [fitted, kept]
 
 
-def grown_from(scale: float, operators: Sequence[dagrow.Operator]) -> tuple[dagrow.Dag, list[Any], Any]:
+def scaled(scale: float) -> tuple[dagrow.Dag, list[Any], Any]:
     """A small network, its data, and a loss times a scale."""
     torch.manual_seed(1)
     x = torch.randn(300, 5, dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_the_scale_of_the_loss_makes_no_difference_to_a_plan(scale: float) -> No
     operators = [AddNeurons(k=1), dagrow.AddConnection(), dagrow.AddLayer(3, nn.Tanh())]
     found = []
     for times in (1.0, scale):
-        growths = dagrow.propose(*grown_from(times, operators), operators)
+        growths = dagrow.propose(*scaled(times), operators)
         falls = ByLineSearch().values(growths, growths[0].objective, ())
         found.append(({(g.operator, g.where): fall / times for g, fall in zip(growths, falls, strict=True)},
                       [(g.operator, g.where) for g in dagrow.plan(growths, Budget(growths=4))]))  # fmt: skip
@@ -287,7 +287,7 @@ def test_the_scale_of_the_loss_makes_no_difference_to_a_plan(scale: float) -> No
 
 @pytest.mark.parametrize("scale", [1e-6, 1e7])
 def test_the_scale_of_the_loss_makes_no_difference_to_grow(scale: float) -> None:
-    one, other = (dagrow.grow(*grown_from(times, ()), [AddNeurons(k=1)]) for times in (1.0, scale))
+    one, other = (dagrow.grow(*scaled(times), [AddNeurons(k=1)]) for times in (1.0, scale))
     assert one.where == other.where
     assert one.loss_after == pytest.approx(other.loss_after / scale, rel=1e-6)
 
