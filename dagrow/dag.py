@@ -19,7 +19,7 @@ from dagrow.coverage import Coverage, coverage_of
 from dagrow.edges import Axis, Edge, axes_of, edges_of, in_place
 from dagrow.errors import GrowthError, TraceError
 from dagrow.flops import count_flops
-from dagrow.generated import unwritable
+from dagrow.generated import branches_of, unwritable
 from dagrow.labels import Labelling
 from dagrow.landings import MisfitError
 from dagrow.layers import DEFAULT_RULES, LayerRule, OperationRule, rule_for
@@ -70,7 +70,8 @@ class Dag:
         layouts, reasons = self._layouts()
         self.edges: tuple[Edge, ...] = tuple(edges_of(self.layers, self.labels, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}
-        self.axes: tuple[Axis, ...] = tuple(axes_of(by_name, layouts, reasons))
+        new = [branch for branch, *_ in branches_of(self.model)]
+        self.axes: tuple[Axis, ...] = tuple(axes_of(by_name, layouts, reasons, new))
         self._widths = {edge.name: edge.rule.widths(edge.module) for edge in self.edges}
 
     def view(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Edges and axes: the weighted layers of a model, and the hidden widths between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -71,7 +71,7 @@ class Axis:
     """One hidden width: all the channels that must grow together.
 
     Attributes:
-        name: the producers' names.
+        name: the names of those producers that were there first: it stays as it is when new paths join.
         width: its number of units (a unit is one channel, or several that can only grow together).
         producers: the edges that write it.
         consumers: the edges that read it.
@@ -120,12 +120,24 @@ def in_place(edge: Edge, model: nn.Module) -> bool:
     return all(held.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
 
 
-def axes_of(edges: Mapping[str, Edge], layouts: Sequence[Layout], reasons: Sequence[str | None]) -> Iterator[Axis]:
-    """Axes, named after their producers; a number tells apart those of the same producers."""
-    base = ["+".join(layout.rows) for layout in layouts]
+def axes_of(
+    edges: Mapping[str, Edge], layouts: Sequence[Layout], reasons: Sequence[str | None], new: Sequence[str]
+) -> Iterator[Axis]:
+    """Axes, named after their oldest producers; a number tells apart those of the same producers.
+
+    Args:
+        new: the modules that growths have put into the model, oldest first.
+    """
+    base = ["+".join(_oldest(layout.rows, new)) for layout in layouts]
     for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):
         name = base[index] if base.count(base[index]) == 1 else f"{base[index]}[{base[:index].count(base[index])}]"
         yield Axis(
             name, layout.width, tuple(edges[e] for e in layout.rows), tuple(edges[e] for e in layout.columns),
             tuple(layout.entries), why is None, why, layout,
         )  # fmt: skip
+
+
+def _oldest(names: Iterable[str], new: Sequence[str]) -> list[str]:
+    """Of layers those of the model as it was at first, or else of the module that was put into it before the others."""
+    ages = {name: new.index(module) if (module := name.partition(".")[0]) in new else -1 for name in names}
+    return [name for name, age in ages.items() if age == min(ages.values())]

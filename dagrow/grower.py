@@ -21,7 +21,7 @@ from dagrow.policies import ByLineSearch, Policy
 from dagrow.records import Grown, Record
 from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.search import applied, summed
-from dagrow.snapshots import snapshot
+from dagrow.snapshots import growable_widths, snapshot
 from dagrow.surgery import transaction, whole
 
 __all__ = ["Grower"]
@@ -137,7 +137,7 @@ class Grower:
                 left = left.less(growth)
         record = Record(
             epoch, time.perf_counter() - self._begun, train_loss, validation_loss, asked, share,
-            tuple(map(Grown.of, parts)), {axis.name: axis.width for axis in self.dag.axes if axis.growable},
+            tuple(map(Grown.of, parts)), growable_widths(self.dag),
             self.dag.parameter_count(), self.dag.flop_count(),
         )  # fmt: skip
         receipt = summed(parts, loss)

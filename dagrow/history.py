@@ -70,7 +70,7 @@ class History(Sequence[Record]):
         Raises:
             FigureError: matplotlib is not installed, or the file cannot be written.
         """
-        draw_plot(self.steps, {one.label: one.width for one in self.snapshots[0].activations}, Path(path))
+        draw_plot(self.steps, self.snapshots[0].widths, Path(path))
 
     def graph(self, path: str | Path) -> None:
         """A picture of the dag, and of when its units and layers were added. Raises as :meth:`plot`."""
@@ -98,7 +98,7 @@ class History(Sequence[Record]):
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    found = asdict(record)
-    found["grown"] = len(record.grown)
+    found = asdict(record) | {"grown": len(record.grown)}
     found["neurons_added"] = sum(grown.neurons for grown in record.grown)
-    return {**found, **{f"width of {axis}": width for axis, width in found.pop("widths").items()}}
+    widths = found.pop("widths")
+    return found | {f"width of {axis}": width for axis, width in widths.items()}

@@ -29,7 +29,8 @@ def write_page(
     """
     check_place(path)
     found = {
-        "steps": [asdict(record) for record in records], "growths": growths, "over": over, **asdict(picture(snapshots))
+        "steps": [asdict(record) for record in records], "growths": growths, "over": over, "first": snapshots[0].widths,
+        **asdict(picture(snapshots)),
     }  # fmt: skip
     text = json.dumps(_plain(found)).replace("</", "<\\/")  # names may not end the script
     page = files("dagrow").joinpath("page.html").read_text(encoding="utf-8")

@@ -1,12 +1,13 @@
 """What a dag looks like at one time: plain values, to be drawn later."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import networkx as nx
 
 from dagrow.dag import Dag, Edge
 
-__all__ = ["Activation", "Link", "Snapshot", "snapshot"]
+__all__ = ["Activation", "Link", "Snapshot", "growable_widths", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Snapshot:
 
     Attributes:
         epoch: after whose growth it was taken, or None for the beginning.
+        widths: of the axes that can grow.
     """
 
     epoch: int | None
     activations: tuple[Activation, ...]
     links: tuple[Link, ...]
+    widths: Mapping[str, int]
 
 
 def snapshot(dag: Dag, epoch: int | None = None) -> Snapshot:
@@ -62,7 +65,13 @@ def snapshot(dag: Dag, epoch: int | None = None) -> Snapshot:
         Link(name, type(edges[name].module).__name__, source, target, _parameters(edges[name]))
         for source, target, name in graph.edges(data="edge")
     )
-    return Snapshot(epoch, tuple(_activation(dag, graph, edges, node) for node in graph.nodes), links)
+    activations = tuple(_activation(dag, graph, edges, node) for node in graph.nodes)
+    return Snapshot(epoch, activations, links, growable_widths(dag))
+
+
+def growable_widths(dag: Dag) -> dict[str, int]:
+    """Of the axes that can grow."""
+    return {axis.name: axis.width for axis in dag.axes if axis.growable}
 
 
 def _parameters(edge: Edge) -> int:

@@ -41,6 +41,13 @@ class Never(dagrow.Schedule):
         return False
 
 
+class PathsFirst(dagrow.Policy):
+    """New connections before all else."""
+
+    def values(self, growths: Any, judge: Any, past: Any) -> list[float]:
+        return [float(isinstance(growth.operator, dagrow.AddConnection)) for growth in growths]
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     parameters=st.none() | st.integers(0, 60), neurons=st.none() | st.integers(0, 8),
@@ -76,6 +83,16 @@ def test_a_plan_is_applied_one_by_one_and_the_loss_falls() -> None:
     assert receipt.loss_after == pytest.approx(float(mse(dag.model(HELD[0][0]), HELD[0][1]).detach()), rel=1e-9)
     receipt.undo()
     assert all(torch.equal(a, b) for a, b in zip(dag.model.parameters(), net().parameters(), strict=True))
+
+
+def test_a_plan_goes_on_where_a_path_has_joined() -> None:
+    """The axis that it leads to is still known by its name."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    operators = [dagrow.AddConnection(targets=("2",)), AddNeurons(k=2, axes=("2",))]
+    grower = Grower(dagrow.trace(model, X[:2]), mse, operators, policy=PathsFirst())
+    assert [part.where for part in grower.step(0, BATCHES).parts] == ["input -> 2", "2"]
+    assert grower.history[0].widths["2"] == 5
 
 
 def test_one_growth_is_what_grow_does() -> None:

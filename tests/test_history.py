@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dagrow
 from dagrow import AddNeurons, FigureError, Grower, History, HistoryError
 from dagrow.picture import picture
-from dagrow.snapshots import Activation, Link, Snapshot, snapshot
+from dagrow.snapshots import Activation, Link, Snapshot, growable_widths, snapshot
 
 X = torch.randn(120, 5, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.tanh(X[:, :3] * X[:, 1:4])
@@ -59,6 +59,28 @@ def test_records_are_plain(history: History) -> None:
     assert last["parameters"] - first["parameters"] == sum(g["parameters"] for g in growths if g["epoch"])
     assert {"width of a", "width of b", "width of side"} <= set(last)
     assert all(eval(growth["operator"], {"AddNeurons": AddNeurons}) == AddNeurons(k=2) for growth in growths)
+
+
+def test_records_are_flat_and_ready_for_json(history: History) -> None:
+    for record in (*history.records(), *history.growths()):
+        assert not any(isinstance(value, (dict, list, tuple)) for value in record.values())
+        assert json.loads(json.dumps(record)) == record
+
+
+def test_a_new_path_leaves_names_and_pasts_as_they_are() -> None:
+    """What reads an axis by its name goes on with it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    dag = dagrow.trace(model.double(), X[:2])
+    first = snapshot(dag)
+    paths = [dagrow.AddConnection(targets=("2",), folds=1), dagrow.AddLayer(2, nn.Tanh(), folds=1)]
+    for operator in paths:
+        growths = dagrow.propose(dag, [(X, Y)], nn.functional.mse_loss, [operator])
+        next(growth for growth in growths if growth.where == "input -> 2").apply(0.1)
+    assert len(dag.axis("2").producers) == 3
+    assert growable_widths(dag) == {**first.widths, "hidden1.fan_in": 2}
+    (bar,) = (bar for bar in picture([first, snapshot(dag, 1)]).bars if bar.label == "2")
+    assert bar.stages == ((None, 4),)
 
 
 def test_a_history_is_a_value(history: History) -> None:
@@ -111,7 +133,8 @@ def test_a_picture_tells_when_what_was_added(history: History) -> None:
 def test_a_layer_that_came_later_has_its_epoch() -> None:
     ends = (Activation("x", "input", 3), Activation("h", "a", 2), Activation("y", "output", 1))
     links = (Link("a", "Linear", "x", "h", 8), Link("b", "Linear", "h", "y", 3))
-    found = picture([Snapshot(None, ends, links), Snapshot(4, ends, (*links, Link("new", "Linear", "x", "y", 3)))])
+    later = (*links, Link("new", "Linear", "x", "y", 3))
+    found = picture([Snapshot(None, ends, links, {}), Snapshot(4, ends, later, {})])
     assert {arrow.edge: arrow.since for arrow in found.arrows} == {"a": None, "b": None, "new": 4}
     assert [(bar.x, bar.y) for bar in found.bars] == [(0, 0.0), (1, 0.0), (2, 0.0)]
 
