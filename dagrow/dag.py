@@ -32,6 +32,7 @@ from dagrow.symbolic import symbolic
 from dagrow.tables import render, tables
 from dagrow.trace import record
 from dagrow.undisturbed import undisturbed
+from dagrow.varying import Varying, varying
 from dagrow.verification import fewer, relax
 from dagrow.widening import Widening, widen
 
@@ -84,7 +85,7 @@ class Dag:
 
     def _forget(self) -> None:
         """What was found out when it was asked for."""
-        for cached in ("_graph", "unwritable", "_other", "_elsewhere"):
+        for cached in ("_graph", "unwritable", "varying", "_other", "_elsewhere"):
             self.__dict__.pop(cached, None)
 
     @property
@@ -138,6 +139,11 @@ class Dag:
         if self.example_inputs is not None:
             relax(self.program, self.example_inputs)
         return unwritable(self.program, lambda: self._other)
+
+    @cached_property
+    def varying(self) -> Varying:
+        """How the sizes of activations follow those of the inputs."""
+        return varying(self.program)
 
     @cached_property
     def _elsewhere(self) -> OtherMode | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -71,8 +71,12 @@ class Program:
                 f"The graph of {type(self.model).__name__} was made for other values of {wrong}: not given "
                 "then, or not given now, or not tensors and different. Trace again with these arguments."
             )
+        return self.through(executor, [given[name] for name in made])
+
+    def through(self, executor: "Executor", values: Sequence[Any]) -> Any:
+        """Runs the graph with the values of its placeholders."""
         with _modes_kept():
-            return executor.run(*(given[name] for name in made))
+            return executor.run(*values)
 
 
 @contextlib.contextmanager

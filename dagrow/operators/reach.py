@@ -54,7 +54,7 @@ def links(dag: Dag, kernel: int = 1, targets: Sequence[str] | None = None, *, kn
             source, reading = reader.layer.inputs, nodes[reader.name]
             if source in beyond or (source in heard and not known) or order.bound(writing, reading):
                 continue
-            form = _form(source, reader, target, writing, kernel)
+            form = _form(dag, source, reader, target, writing, kernel)
             if form is not None:
                 found.append(Link(dag, reader, source, reading, target, writing, members, *form))
     found = list(_told_apart(found))
@@ -66,7 +66,7 @@ def loops(dag: Dag, kernel: int = 1) -> list[Link]:
     nodes, order, found = _nodes(dag), _Order(dag), dict[fx.Node, Link]()
     for reader in _readers([edge for edge in dag.edges if not edge.shared]):
         source = reader.layer.inputs
-        form = _form(source, reader, reader, source, kernel)
+        form = _form(dag, source, reader, reader, source, kernel)
         if source.op != "placeholder" and form is not None and order.graded(nodes[reader.name]):
             found.setdefault(source, Loop(dag, reader, source, source.next, reader, source, (), *form))
     return list(_told_apart(found.values()))
@@ -129,7 +129,7 @@ def _meant(dag: Dag, found: Sequence[Link], targets: Sequence[str]) -> list[Link
         why = next((edge.shared for edge in map(dag.edge, missing) if edge.shared), None)
         raise GrowthError(
             f"no new path can lead to {', '.join(missing)}: "
-            + (why or "all that comes before is read there already, or has another number of positions")
+            + (why or "all that comes before is read there already, or may have another number of positions")
             + ". Leave it out of targets=."
         )
     return [link for link in found if {edge.name for edge in link.members} & set(targets)]
@@ -166,18 +166,19 @@ def _sum(node: fx.Node) -> fx.Node:
 
 
 def _form(
-    source: fx.Node, reader: Edge, target: Edge, writing: fx.Node, kernel: int
+    dag: Dag, source: fx.Node, reader: Edge, target: Edge, writing: fx.Node, kernel: int
 ) -> tuple[Geometry | None, bool] | None:
     """How a new layer reads the activation so that it fits the pre-activation; None if it cannot."""
     read, written, weight = source.meta["val"], writing.meta["val"], target.parameters()["weight"]
     if not read.dtype == written.dtype == weight.dtype or read.device != written.device:
         return None
+    given, wanted = dag.varying.shapes[source], dag.varying.shapes[writing]
     linear = isinstance(target.rule, LinearRule) and target.rule.channel_dim(written.ndim) == written.ndim - 1
     slid = reader.rule.geometry(reader.module)
     if linear and slid is None:
         straight = reader.rule.channel_dim(read.ndim) == read.ndim - 1
-        return (None, False) if straight and read.shape[:-1] == written.shape[:-1] else None
-    if slid is None or read.ndim != slid.space + 2 or len(read) != len(written):
+        return (None, False) if straight and dag.varying.same(given[:-1], wanted[:-1]) else None
+    if slid is None or read.ndim != slid.space + 2 or not dag.varying.same(given[:1], wanted[:1]):
         return None
     if linear:
         return (None, True) if written.ndim == 2 else None
@@ -186,13 +187,17 @@ def _form(
         return None
     if all(size == 1 for size in written.shape[2:]) and read.shape[2:].numel() > 1:
         return None  # one position is a mean, whatever the image's size: no kernel is
-    fitted = _fitted(read.shape[2:], written.shape[2:], kernel)
+    fitted = _fitted([*map(dag.varying.together, given[2:], wanted[2:])], kernel)
     return None if fitted is None else (fitted, False)
 
 
-def _fitted(sizes: Sequence[int], wanted: Sequence[int], kernel: int) -> Geometry | None:
-    """The smallest kernel, its margins as even as they can be, that makes one grid of another."""
-    lines = [_line(size, out, kernel) for size, out in zip(sizes, wanted, strict=True)]
+def _fitted(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) -> Geometry | None:
+    """The smallest kernel, its margins as even as they can be, that makes one grid of another.
+
+    Args:
+        sizes: along each dimension both sizes, for some inputs that the model takes.
+    """
+    lines = [_line(along, kernel) for along in sizes]
     found = [line for line in lines if line is not None]
     if len(found) < len(lines):
         return None
@@ -200,11 +205,12 @@ def _fitted(sizes: Sequence[int], wanted: Sequence[int], kernel: int) -> Geometr
     return Geometry(kernels, strides, (1,) * len(sizes), tuple((margin, margin) for margin in margins))
 
 
-def _line(size: int, wanted: int, kernel: int) -> tuple[int, int, int] | None:
+def _line(sizes: Sequence[tuple[int, int]], kernel: int) -> tuple[int, int, int] | None:
     """Kernel, stride and margin along one dimension."""
-    for taps in range(kernel, size + 1):
+    smallest = min(size for size, _ in sizes)
+    for taps in range(kernel, smallest + 1):
         for margin in range((taps - 1) // 2, -1, -1):
-            for stride in range(1, size + 1):
-                if (size + 2 * margin - taps) // stride + 1 == wanted:
+            for stride in range(1, smallest + 1):
+                if all((size + 2 * margin - taps) // stride + 1 == wanted for size, wanted in sizes):
                     return taps, stride, margin
     return None

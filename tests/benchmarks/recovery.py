@@ -84,7 +84,7 @@ class Shuffled:
 
 
 BY_GAIN, NO_LIMIT = dagrow.ByGain(), dagrow.Budget()
-OPERATORS = (AddNeurons(), AddConnection(), AddLayer(8, nn.Tanh()))
+OPERATORS = (AddNeurons(), AddConnection(), *(AddLayer(k, nn.Tanh()) for k in (4, 8, 16)))
 
 
 @dataclass(frozen=True)
@@ -116,19 +116,15 @@ def _mlp(parameters: int) -> nn.Module:
     return layers(max(width for width in range(1, 200) if count(width) <= FACTOR * parameters))
 
 
-PLATEAU, ONE = dagrow.OnPlateau(2, 0.02), dagrow.Budget(growths=1)
+PLATEAU, ONE = dagrow.OnPlateau(5, 0.01), dagrow.Budget(growths=1)
 VARIANTS = {
-    "plateau": Variant("grown on plateaus, one growth at a time, by gain", _linear, PLATEAU, per_step=ONE),
+    "gain": Variant("grown on plateaus, one growth at a time, by gain", _linear, PLATEAU, per_step=ONE),
     "line_search": Variant(
         "grown on plateaus, one at a time, by line search", _linear, PLATEAU, dagrow.ByLineSearch(), ONE
     ),
     "short": Variant(
-        "grown on plateaus, one at a time, by 200 steps of training of the best 6", _linear, PLATEAU,
-        dagrow.ShortTraining(steps=200, top=6, lr=RATE, first=BY_GAIN), ONE,
-    ),
-    "short_of_falls": Variant(
-        "the same, where the best 6 are those of the line search", _linear, PLATEAU,
-        dagrow.ShortTraining(steps=200, top=6, lr=RATE), ONE,
+        "grown on plateaus, one at a time, by 1,000 steps of training of the best 6", _linear, PLATEAU,
+        dagrow.ShortTraining(steps=1_000, top=6, lr=RATE), ONE,
     ),
     "teacher": Variant("the teacher's architecture from scratch", lambda _: Teacher()),
     "mlp": Variant(f"an MLP with {FACTOR} times the teacher's parameters from scratch", _mlp),
