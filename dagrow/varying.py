@@ -15,10 +15,12 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.node import map_aggregate
 
 from dagrow.program import Executor, Program, plainly
 from dagrow.record import FakeMode
 from dagrow.sizes import COMPARISONS
+from dagrow.stated import StatedInt
 from dagrow.trees import mapped
 from dagrow.undisturbed import undisturbed
 
@@ -26,6 +28,7 @@ __all__ = ["Varying", "varying"]
 
 Size = Any  #: an int, or an expression of sympy in the sizes of inputs
 
+LONGEST = 24  #: operations in the expression of a size; more of them take torch minutes
 TRIED, KEPT = 64, 6  #: so many sizes above the example's are tried, and so many that the model takes are enough
 
 
@@ -90,6 +93,8 @@ def _on_symbols(program: Program) -> Varying:
         program.through(runner, inputs.values)
         runner.hold()
     shapes = {node: tuple(map(_expression, shape)) for node, shape in runner.shapes.items()}
+    if any(_symbols(size) - inputs.sizes.keys() for shape in shapes.values() for size in shape):
+        raise ValueError("some sizes depend on entries")
     return Varying(shapes, inputs.sizes, [symbols.replace(guard.expr) for guard in symbols.guards])
 
 
@@ -133,10 +138,17 @@ class _Runner(Executor):
         self.garbage_collect_values = False
         self.shapes: dict[fx.Node, Sequence[Any]] = {}
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Symbols compute with plain numbers only."""
+        given = super().fetch_args_kwargs_from_env(n)
+        return map_aggregate(given, lambda value: int(value) if isinstance(value, StatedInt) else value)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
+            if any(isinstance(size, torch.SymInt) and size.node.expr.count_ops() > LONGEST for size in value.shape):
+                raise OverflowError(f"the sizes of {n.name} are computed in too many steps to be compared")
         return value
 
     def hold(self) -> None:

@@ -94,6 +94,24 @@ def test_a_grid_of_fixed_size_is_no_part_of_one_that_varies() -> None:
     assert "input -> 2" in places(dagrow.trace(fixed, torch.randn(2, 1, 6, 6)))
 
 
+def test_sizes_that_windows_divide() -> None:
+    """Sizes are computed with numbers that modules state, and only what they divide is a size that the model takes."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.window, self.one, self.two = 2, nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = torch.tanh(self.one(x)).view(x.shape[0], x.shape[1] // self.window, self.window, 3)
+            return self.two(parts.mean(2))
+
+    dag = dagrow.trace(Windows(), torch.randn(2, 4, 3))
+    one, two = (next(node for node, layer in dag.layers.items() if layer.name == name) for name in ("one", "two"))
+    sizes = dag.varying.together(dag.varying.shapes[one][1], dag.varying.shapes[two][1])
+    assert sizes[:3] == [(4, 2), (6, 3), (8, 4)]
+
+
 def test_what_refuses_symbols_keeps_the_sizes_of_the_example() -> None:
     class Chosen(nn.Module):
         """As many positions as a number that is computed from entries' count in Python says."""
