@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from dagrow.errors import GrowthError
+from dagrow.errors import check_whole
 from dagrow.growth import Growth
 
 __all__ = ["Budget"]
@@ -28,9 +28,7 @@ class Budget:
     growths: int | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in self._limits():
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-                raise GrowthError(f"Budget({name}={limit!r}): give a whole number, or None for no limit.")
+        check_whole("Budget", 0, none="no limit", **vars(self))
 
     def _limits(self) -> list[tuple[str, int]]:
         given = [(field.name, getattr(self, field.name)) for field in fields(self)]

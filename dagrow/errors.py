@@ -1,8 +1,16 @@
 """The errors that users meet. Each message says what was given, why it does not work, and what to do instead."""
 
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
+from sys import float_info
+from typing import Any
+
 __all__ = [
-    "BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError", "first_line",
+    "SEEDS", "BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError",
+    "check_real", "check_whole", "first_line", "listed",
 ]  # fmt: skip
+
+SEEDS = 2**32 - 1  #: the largest seed
 
 
 class DagrowError(Exception):
@@ -36,3 +44,52 @@ class StoreError(DagrowError):
 def first_line(error: Exception) -> str:
     """An error of others in one line, for messages of ours."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def check_whole(of: str, least: float = -inf, most: float = inf, *, none: str = "", **given: object) -> None:
+    """Raises GrowthError for an argument that is no whole number within limits.
+
+    Args:
+        of: what takes the argument.
+        none: what None stands for, where it may be given.
+        given: arguments by their names.
+    """
+    limits = f" from {least} {'on' if most == inf else f'to {most}'}" if least > -inf else ""
+    _check(of, int, lambda value: least <= value <= most, f"a whole number{limits}", none, given)
+
+
+def check_real(
+    of: str, least: float = -inf, most: float = inf, *, above: float = -inf, none: str = "", **given: object
+) -> None:
+    """Raises GrowthError for an argument that is no finite number within limits; see :func:`check_whole`."""
+    limits = f" from {least} on" if least > -inf else f" above {above}" if above > -inf else ""
+    limits += f" and at most {most}" if most < inf else ""
+
+    def fits(value: Any) -> bool:
+        return abs(value) <= float_info.max and above < value and least <= value <= most
+
+    _check(of, (int, float), fits, f"a finite number{limits}", none, given)
+
+
+def _check(
+    of: str, kinds: type | tuple[type, ...], fits: Callable[[Any], bool], wanted: str, none: str,
+    given: Mapping[str, object],
+) -> None:  # fmt: skip
+    for name, value in given.items():
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not (number and fits(value)) and not (none and value is None):
+            raise GrowthError(f"{of}({name}={value!r}): give {wanted}{none and f', or None for {none}'}.")
+
+
+def listed(name: str, given: Any, kind: type, example: str, *, empty: bool = True) -> tuple[Any, ...]:
+    """The values of an argument, of which one may be given alone. Raises GrowthError for any that is of another kind.
+
+    Args:
+        name: of the argument.
+        example: of what to give.
+        empty: whether there may be none.
+    """
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(one, kind) for one in found) or not (found or empty):
+        raise GrowthError(f"{name}={given!r}: give a list such as {example}.")
+    return found

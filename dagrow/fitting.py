@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dagrow.budget import Budget
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError, LossError, OptimizerError
+from dagrow.errors import LossError, OptimizerError, check_whole
 from dagrow.grower import Grower
 from dagrow.history import History
 from dagrow.objective import Loss, Objective, Step, samples_of
 from dagrow.operators import AddNeurons, Operator
+from dagrow.optimizers import check_steps
 from dagrow.policies import ByLineSearch, Policy
 from dagrow.schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 
@@ -51,8 +52,7 @@ def fit(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: something does not fit. What was trained before stays.
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise GrowthError(f"fit(epochs={epochs!r}): give a positive whole number.")
+    check_whole("fit", 1, epochs=epochs)
     if optimizer is None:
         raise OptimizerError("fit(optimizer=None): give the torch.optim.Optimizer that trains the model.")
     _check_scheduler(scheduler, optimizer)
@@ -60,6 +60,7 @@ def fit(
         dag, loss, operators, budget, schedule, policy=policy, stop=stop, per_step=per_step, optimizer=optimizer,
         step=step, mode=mode,
     )  # fmt: skip
+    check_steps(optimizer)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode)
     objective.probe()
     modes = {module: module.training for module in dag.model.modules()}

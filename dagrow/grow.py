@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dagrow.dag import Dag
 from dagrow.draft import Change, Draft
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, check_real, listed
 from dagrow.features import Goal, Reads
 from dagrow.growth import Growth, Receipt
 from dagrow.measure import measure
@@ -102,8 +102,7 @@ def bottlenecks(
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
     """
-    if not isinstance(ridge, (int, float)) or not 0 <= ridge < float("inf"):
-        raise GrowthError(f"bottlenecks(ridge={ridge!r}): give a finite number that is not negative.")
+    check_real("bottlenecks", 0, ridge=ridge)
     objective = _objective(dag, batches, loss, step, mode)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
@@ -151,18 +150,10 @@ def propose(
         GrowthError: an operator was asked for a place that cannot grow, or nothing can.
     """
     objective = _objective(dag, batches, loss, step, mode)
-    chosen = _checked(operators)
+    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     found = transaction(dag, lambda: [_growths(dag, objective, operator) for operator in chosen])
     growths = corrected([growth for growths, _ in found for growth in growths], sum(tests for _, tests in found))
     return sorted(growths, key=worth, reverse=True)
-
-
-def _checked(operators: Sequence[Operator]) -> Sequence[Operator]:
-    given = list(operators) if isinstance(operators, Iterable) else [operators]
-    wrong = [operator for operator in given if not isinstance(operator, Operator)]
-    if wrong or not given:
-        raise GrowthError(f"operators={operators!r}: give a list of operators such as [dagrow.AddNeurons()].")
-    return given
 
 
 def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
@@ -286,7 +277,8 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective, chosen = _objective(dag, batches, loss, step, mode), _checked(operators)
+    objective = _objective(dag, batches, loss, step, mode)
+    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
 

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite, nan
 from typing import Any
 
 from torch.optim import Optimizer
 
 from dagrow.budget import Budget
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, check_whole, listed
 from dagrow.grow import bottlenecks, propose
 from dagrow.growth import Growth, Receipt
 from dagrow.history import History
@@ -68,8 +69,8 @@ class Grower:
             dag=(dag, Dag), budget=(budget, Budget), schedule=(schedule, Schedule), policy=(policy, Policy),
             per_step=(per_step, Budget),
         )  # fmt: skip
-        self.stop = _all(stop, StopRule, "stop", "[dagrow.NothingToAdd()]")
-        self.operators = _all(operators, Operator, "operators", "[dagrow.AddNeurons()]")
+        self.stop = listed("stop", stop, StopRule, "[dagrow.NothingToAdd()]")
+        self.operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
         check_optimizer(optimizer, dag.model)
         self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
@@ -113,6 +114,8 @@ class Grower:
         Raises:
             BatchError, LossError, GrowthError, OptimizerError: nothing has changed, and nothing is recorded.
         """
+        check_whole("step", epoch=epoch)
+        train_loss = None if train_loss is None else _finite(train_loss)
         self.dag.check()
         check_optimizer(self.optimizer, self.dag.model)
         objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode)
@@ -125,7 +128,7 @@ class Grower:
         return whole(lambda: transaction(self.dag, lambda: self._step(epoch, objective, held, train_loss)), restore)
 
     def _step(self, epoch: int, objective: Objective, held: Objective | None, train_loss: float | None) -> Receipt:
-        train_loss = objective.mean() if train_loss is None else float(train_loss)
+        train_loss = objective.mean() if train_loss is None else train_loss
         validation_loss = None if held is None else held.mean()
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
@@ -203,9 +206,12 @@ def _growths(parts: Sequence[Receipt]) -> list[Growth]:
     return [part.growth for part in parts if part.growth is not None]
 
 
-def _all(given: Any, kind: type, name: str, example: str) -> tuple[Any, ...]:
-    """Values of a kind, or one alone. Raises GrowthError for anything else."""
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(one, kind) for one in found) or (name == "operators" and not found):
-        raise GrowthError(f"{name}={given!r}: give a list such as {example}.")
+def _finite(train_loss: Any) -> float:
+    """A loss that was given as a number of any kind."""
+    try:
+        found = float(train_loss)
+    except (TypeError, ValueError, RuntimeError):
+        found = nan
+    if not isfinite(found):
+        raise GrowthError(f"step(train_loss={train_loss!r}): give a finite number, or None to have it computed.")
     return found

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil, inf, isfinite, prod
+from math import ceil, prod
+from types import NoneType
 from typing import Any
 from weakref import ref
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from dagrow.dag import Dag
 from dagrow.draft import Change
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, check_real
 from dagrow.flops import weight_uses
 from dagrow.landings import Landing
 from dagrow.objective import Objective
@@ -100,10 +101,7 @@ class Growth:
             GrowthError: the error that is wanted is not a positive number, or the gain is not known to be one: it was
                 measured without folds, or is not above zero.
         """
-        if isinstance(relative_error, bool) or not isinstance(relative_error, (int, float)) or not (
-            0 < relative_error < inf
-        ):  # fmt: skip
-            raise GrowthError(f"samples_for({relative_error!r}): give a positive number, 0.1 for ten percent.")
+        check_real("samples_for", above=0, relative_error=relative_error)
         if self.heldout_gain is None or self.heldout_error is None or not self.heldout_gain > 0:
             found = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
             raise GrowthError(
@@ -113,14 +111,23 @@ class Growth:
         return max(1, ceil(self.samples * (self.heldout_error / self.heldout_gain / relative_error) ** 2))
 
     def loss(self, gamma: float, objective: Objective | None = None) -> float:
-        """The loss of the grown network at an amplitude, without growing it."""
-        self._check(gamma)
+        """The loss of the grown network at an amplitude, without growing it.
+
+        Args:
+            gamma: the amplitude.
+            objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
+        """
+        self._check("loss", gamma)
+        if not isinstance(objective, (Objective, NoneType)):
+            raise GrowthError(
+                f"loss(objective=...): a {type(objective).__name__} was given; leave it out, or for other batches give "
+                "growth.objective.with_batches(batches)."
+            )
         with preview(self.dag, self.change):
             return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
 
-    def _check(self, gamma: object) -> None:
-        if not isinstance(gamma, (int, float)) or not isfinite(gamma):
-            raise GrowthError(f"gamma={gamma!r}: give a finite number; 1.0 is the amplitude that was fitted.")
+    def _check(self, call: str, gamma: object) -> None:
+        check_real(call, gamma=gamma)
         self.check_fresh()
 
     def check_fresh(self) -> None:
@@ -143,7 +150,7 @@ class Growth:
             GrowthError: the model is no longer the one that was measured.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
         """
-        self._check(gamma)
+        self._check("apply", gamma)
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 

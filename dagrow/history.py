@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from dagrow.charts import draw_graph, draw_plot
 from dagrow.errors import DagrowError
+from dagrow.figures import FigureError
 from dagrow.page import write_page
 from dagrow.records import Record
 from dagrow.snapshots import Snapshot
@@ -18,7 +20,7 @@ __all__ = ["History", "HistoryError"]
 
 
 class HistoryError(DagrowError):
-    """A history does not become a table as asked."""
+    """A history does not become a table or a picture as asked."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,30 @@ class History(Sequence[Record]):
 
         Raises:
             FigureError: matplotlib is not installed, or the file cannot be written.
+            HistoryError: the history is of no dag.
         """
-        draw_plot(self.steps, self.snapshots[0].widths, Path(path))
+        draw_plot(self.steps, self.snapshots[0].widths, self._file(path))
 
     def graph(self, path: str | Path) -> None:
         """A picture of the dag, and of when its units and layers were added. Raises as :meth:`plot`."""
-        draw_graph(self.snapshots, Path(path))
+        draw_graph(self.snapshots, self._file(path))
 
     def html(self, path: str | Path) -> None:
         """An interactive page: the dag at any step, and all of the above. It loads nothing from anywhere.
 
         Raises:
             FigureError: the file cannot be written.
+            HistoryError: the history is of no dag.
         """
-        write_page(self.steps, self.growths(), self.snapshots, self.over, Path(path))
+        write_page(self.steps, self.growths(), self.snapshots, self.over, self._file(path))
+
+    def _file(self, path: str | Path) -> Path:
+        """Where a picture goes, if there is anything to draw."""
+        if not self.snapshots:
+            raise HistoryError("this history holds no dag that could be drawn; take that of dagrow.fit or of a Grower.")
+        if not isinstance(path, (str, PathLike)):
+            raise FigureError(f"figure {path!r}: give the name of a file.")
+        return Path(path)
 
     def __str__(self) -> str:
         table = Table("epoch", "train loss", "validation loss", "bottleneck", "grew", "parameters", "FLOPs")

@@ -10,6 +10,7 @@ the growth is undone.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -24,7 +25,7 @@ from dagrow.errors import OptimizerError
 from dagrow.landings import Landing
 
 __all__ = [
-    "adopt", "carry", "check_optimizer", "log_added", "log_growth", "log_removed", "log_undo", "refuse",
+    "adopt", "carry", "check_optimizer", "check_steps", "log_added", "log_growth", "log_removed", "log_undo", "refuse",
     "refuse_new", "regroup", "settle",
 ]  # fmt: skip
 
@@ -256,6 +257,16 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
         raise OptimizerError(
             f"the {type(optimizer).__name__} holds none of the parameters of the {type(model).__name__}; give the "
             "one that trains this model, or leave it out."
+        )
+
+
+def check_steps(optimizer: Optimizer) -> None:
+    """Raises OptimizerError for one whose ``step`` evaluates the loss itself."""
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise OptimizerError(
+            f"the step of a {type(optimizer).__name__} needs a closure that evaluates the loss; give an optimizer that "
+            "takes one step for each batch, such as Adam, or write the training loop yourself."
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dagrow.errors import GrowthError
+from dagrow.errors import SEEDS, GrowthError, check_whole
 from dagrow.features import Sliding
 from dagrow.growth import Growth
 from dagrow.linalg import whitening
@@ -76,9 +76,8 @@ def permutation_test(growth: Growth, permutations: int = 99, *, seed: int = 0) -
 
     Source: Freedman and Lane 1983, for rows of several positions; the leading singular value in place of F.
     """
-    for name, value, least in (("permutations", permutations, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise GrowthError(f"permutation_test({name}={value!r}): give a whole number from {least} on.")
+    check_whole("permutation_test", 1, permutations=permutations)
+    check_whole("permutation_test", 0, SEEDS, seed=seed)
     if not isinstance(growth, Growth):
         raise GrowthError(f"permutation_test: a {type(growth).__name__} was given; give a growth of dagrow.propose.")
     growth.check_fresh()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from dagrow.budget import Budget
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, listed
 from dagrow.growth import Growth
 from dagrow.objective import Objective
 from dagrow.policies import ByLineSearch, Policy, valued, worth
@@ -42,12 +42,12 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
         :class:`dagrow.Grower` does.
 
     Raises:
-        GrowthError: the policy's values do not fit the growths, or it runs the model, as the default does, and the
-            growths are stale.
+        GrowthError: an argument does not fit, the policy's values do not fit the growths, or it runs the model, as the
+            default does, and the growths are stale.
     """
     budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
-    found = worthy(growths)
+    found = worthy(listed("growths", growths, Growth, "dagrow.propose returns"))
     return chosen(found, budget, policy, found[0].objective, ()) if found else []
 
 

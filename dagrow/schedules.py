@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dagrow.errors import GrowthError
+from dagrow.errors import check_real, check_whole
 from dagrow.records import Record
 
 __all__ = [
@@ -52,7 +52,8 @@ class EveryEpochs(Schedule):
     first: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "every", whole=True)
+        check_whole("EveryEpochs", 1, every=self.every)
+        check_whole("EveryEpochs", first=self.first)
 
     def due(self, now: Situation) -> bool:
         return now.epoch >= self.first and now.epoch % self.every == 0
@@ -69,8 +70,8 @@ class OnPlateau(Schedule):
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        _check_positive(self, "patience", whole=True)
-        _check_positive(self, "tolerance")
+        check_whole("OnPlateau", 1, patience=self.patience)
+        check_real("OnPlateau", above=0, tolerance=self.tolerance)
 
     def due(self, now: Situation) -> bool:
         asked = max((index for index, record in enumerate(now.past) if record.asked), default=-1)
@@ -91,7 +92,7 @@ class OnBottleneck(Schedule):
     share: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_positive(self, "share")
+        check_real("OnBottleneck", above=0, most=1, share=self.share)
 
     def due(self, now: Situation) -> bool:
         return now.share >= self.share
@@ -112,7 +113,7 @@ class NothingToAdd(StopRule):
     times: int = 2
 
     def __post_init__(self) -> None:
-        _check_positive(self, "times", whole=True)
+        check_whole("NothingToAdd", 1, times=self.times)
 
     def over(self, past: Sequence[Record]) -> str | None:
         asked = [record for record in past if record.asked][-self.times :]
@@ -128,7 +129,7 @@ class NoImprovement(StopRule):
     times: int = 3
 
     def __post_init__(self) -> None:
-        _check_positive(self, "times", whole=True)
+        check_whole("NoImprovement", 1, times=self.times)
 
     def over(self, past: Sequence[Record]) -> str | None:
         grew = [index for index, record in enumerate(past[:-1]) if record.added]
@@ -146,6 +147,9 @@ class LossReached(StopRule):
 
     loss: float
 
+    def __post_init__(self) -> None:
+        check_real("LossReached", loss=self.loss)
+
     def over(self, past: Sequence[Record]) -> str | None:
         return f"the loss reached {past[-1].loss:.4g}" if past and past[-1].loss <= self.loss else None
 
@@ -156,13 +160,8 @@ class AfterEpoch(StopRule):
 
     epoch: int
 
+    def __post_init__(self) -> None:
+        check_whole("AfterEpoch", epoch=self.epoch)
+
     def over(self, past: Sequence[Record]) -> str | None:
         return f"epoch {self.epoch} is over" if past and past[-1].epoch >= self.epoch else None
-
-
-def _check_positive(rule: Schedule | StopRule, name: str, *, whole: bool = False) -> None:
-    given = getattr(rule, name)
-    if isinstance(given, bool) or not isinstance(given, int if whole else (int, float)) or not given > 0:
-        raise GrowthError(
-            f"{type(rule).__name__}({name}={given!r}): give a positive {'whole ' if whole else ''}number."
-        )

@@ -14,15 +14,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dagrow.errors import GrowthError, LossError, first_line
+from dagrow.errors import SEEDS, GrowthError, LossError, check_real, check_whole, first_line
 from dagrow.growth import Growth
 from dagrow.objective import Objective
+from dagrow.optimizers import check_steps
 from dagrow.policies import ByLineSearch, Policy, valued
 from dagrow.search import best_amplitude
 from dagrow.surgery import grown
 from dagrow.undisturbed import undisturbed
 
 __all__ = ["ShortTraining"]
+
+WANTED = "give a class of torch.optim, or a function that is called as optimizer(parameters, lr=lr) and returns one"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ShortTraining(Policy):
             for all copies.
 
     Raises (from ``values``):
-        GrowthError: the model cannot be copied, or the optimizer cannot be made.
+        GrowthError, OptimizerError: the model cannot be copied, or the optimizer cannot be made or take a step.
     """
 
     steps: int = 50
@@ -55,12 +58,11 @@ class ShortTraining(Policy):
     first: Policy = ByLineSearch()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "top"):
-            given = getattr(self, name)
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise GrowthError(f"ShortTraining({name}={given!r}): give a positive whole number.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise GrowthError(f"ShortTraining(seed={self.seed!r}): give a whole number.")
+        check_whole("ShortTraining", 1, steps=self.steps, top=self.top)
+        check_whole("ShortTraining", 0, SEEDS, seed=self.seed)
+        check_real("ShortTraining", 0, lr=self.lr)
+        if not callable(self.optimizer):
+            raise GrowthError(f"ShortTraining(optimizer=...): a {type(self.optimizer).__name__} was given; {WANTED}.")
         if not isinstance(self.first, Policy):
             raise GrowthError(f"ShortTraining(first={self.first!r}): give a policy, such as dagrow.ByGain().")
 
@@ -114,12 +116,13 @@ class ShortTraining(Policy):
 
     def _made(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         try:
-            return self.optimizer(parameters, lr=self.lr)
+            made = self.optimizer(parameters, lr=self.lr)
         except Exception as error:  # the user's optimizer may raise anything
-            raise GrowthError(
-                f"{self!r} cannot make its optimizer ({first_line(error)}); give a class, or a function, that is "
-                "called as optimizer(parameters, lr=lr)."
-            ) from error
+            raise GrowthError(f"{self!r} cannot make its optimizer ({first_line(error)}); {WANTED}.") from error
+        if not isinstance(made, Optimizer):
+            raise GrowthError(f"{self!r}: its optimizer comes out as a {type(made).__name__}; {WANTED}.")
+        check_steps(made)
+        return made
 
 
 def _copied(model: nn.Module) -> nn.Module:

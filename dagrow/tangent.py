@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError, LossError
+from dagrow.errors import LossError, check_real, check_whole
 from dagrow.grow import Bottlenecks, bottlenecks
 from dagrow.objective import Loss, Objective
 from dagrow.program import bind
@@ -90,8 +90,8 @@ def tangent(
         BatchError, LossError: the batches, the loss or the model's output do not fit.
         GrowthError: the dag is no longer that of its model, or a setting is negative.
     """
-    if iterations < 0 or not tolerance >= 0:
-        raise GrowthError(f"iterations={iterations!r}, tolerance={tolerance!r}: give numbers that are not negative.")
+    check_whole("tangent", 0, iterations=iterations)
+    check_real("tangent", 0, tolerance=tolerance)
     edges = bottlenecks(dag, batches, loss, mode=mode)
     jacobian = _Jacobian(dag, batches, loss, mode)
     goal, slope = jacobian.goal()

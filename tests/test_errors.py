@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dagrow
 from dagrow import (
+    AddConnection,
+    AddLayer,
     AddNeurons,
     BatchError,
     DagrowError,
@@ -174,21 +176,29 @@ def test_validation(validation: Any, error: type[DagrowError], message: str) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AddNeurons(k=0), "positive number"),
-        (lambda: AddNeurons(k=-1), "positive number"),
-        (lambda: AddNeurons(k=1.5), "positive number"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(k="3"), "positive number"),  # type: ignore[arg-type]
+        (lambda: AddNeurons(k=0), "whole number from 1 on"),
+        (lambda: AddNeurons(k=-1), "whole number from 1 on"),
+        (lambda: AddNeurons(k=1.5), "whole number from 1 on"),  # type: ignore[arg-type]
+        (lambda: AddNeurons(k="3"), "whole number from 1 on"),  # type: ignore[arg-type]
         (lambda: AddNeurons(solver="best"), "not one of"),  # type: ignore[arg-type]
         (lambda: AddNeurons(init="xavier"), "not one of"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(folds=0), "positive number"),
-        (lambda: AddNeurons(ridge=-1.0), "not negative"),
-        (lambda: AddNeurons(ridge=math.nan), "not negative"),
+        (lambda: AddNeurons(folds=0), "whole number from 1 on"),
+        (lambda: AddNeurons(ridge=-1.0), "finite number from 0 on"),
+        (lambda: AddNeurons(ridge=math.nan), "finite number from 0 on"),
         (lambda: AddNeurons(folds=1), "Give k="),
         (lambda: AddNeurons(init="copy"), "Give k="),
         (lambda: AddNeurons(axes="0"), "tuple of names"),  # type: ignore[arg-type]
         (lambda: MoveWeights(edges="0"), "tuple of names"),  # type: ignore[arg-type]
-        (lambda: MoveWeights(folds=0), "positive number"),
-        (lambda: MoveWeights(ridge=-1.0), "not negative"),
+        (lambda: MoveWeights(folds=0), "whole number from 1 on"),
+        (lambda: MoveWeights(ridge=-1.0), "finite number from 0 on"),
+        (lambda: MoveWeights(ridge=True), "finite number from 0 on"),
+        (lambda: MoveWeights(ridge=10**400), "finite number from 0 on"),
+        (lambda: AddNeurons(seed=2**70), "whole number from 0 to 4294967295"),
+        (lambda: AddNeurons(seed=True), "whole number from 0 to"),
+        (lambda: AddConnection(rank=0), "whole number from 1 on, or None for a single layer"),
+        (lambda: AddConnection(kernel=None), "whole number from 1 on[.]"),  # type: ignore[arg-type]
+        (lambda: AddLayer(k=None), "whole number from 1 on[.]"),  # type: ignore[arg-type]
+        (lambda: AddLayer(3, seed=-1), "whole number from 0 to"),
     ],
 )
 def test_operators_that_make_no_sense(make: Callable[[], Any], message: str) -> None:
@@ -199,10 +209,10 @@ def test_operators_that_make_no_sense(make: Callable[[], Any], message: str) -> 
 @pytest.mark.parametrize(
     ("operators", "message"),
     [
-        ([], "give a list of operators"),
-        (None, "give a list of operators"),
-        ([AddNeurons], "give a list of operators"),
-        (["AddNeurons"], "give a list of operators"),
+        ([], "give a list such as"),
+        (None, "give a list such as"),
+        ([AddNeurons], "give a list such as"),
+        (["AddNeurons"], "give a list such as"),
         ([AddNeurons(k=1, axes=("9",))], "there is no axis '9'"),
         ([AddNeurons(k=1, axes=("2",))], "is an output of the model"),
         ([MoveWeights(edges=("1",))], "there is no edge '1'"),
@@ -258,7 +268,7 @@ def test_frozen_weights_are_not_moved() -> None:
         dagrow.grow(dag, BATCHES, MSE, [MoveWeights(edges=("0",))])
 
 
-@pytest.mark.parametrize("gamma", [math.nan, math.inf, "1", None])
+@pytest.mark.parametrize("gamma", [math.nan, math.inf, "1", None, True, 10**400])
 def test_amplitudes(gamma: Any) -> None:
     model, dag = setting()
     growth = dagrow.propose(dag, BATCHES, MSE, OPERATORS)[0]
@@ -267,6 +277,16 @@ def test_amplitudes(gamma: Any) -> None:
         with pytest.raises(GrowthError, match="finite number"):
             call(gamma)
     unchanged(model, before, [0] * 4)
+
+
+def test_a_loss_on_other_batches() -> None:
+    _, dag = setting()
+    growth = dagrow.propose(dag, BATCHES, MSE, OPERATORS)[0]
+    other = [(X[:3], Y[:3])]
+    with pytest.raises(GrowthError, match=r"a list was given.*with_batches\(batches\)"):
+        growth.loss(0.0, other)  # type: ignore[arg-type]
+    expected = float(MSE(dag.model(X[:3]), Y[:3]).detach())
+    assert growth.loss(0.0, growth.objective.with_batches(other)) == pytest.approx(expected)
 
 
 def test_a_stale_growth() -> None:

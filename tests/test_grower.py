@@ -394,6 +394,16 @@ def test_a_step_of_ones_own_trains_and_grows() -> None:
     assert history.growths()
 
 
+def test_steps_refuse_what_is_no_number() -> None:
+    grower = Grower(traced(), mse, TWO)
+    for wrong in ({"epoch": "a"}, {"epoch": None}, {"epoch": 1.5}, {"train_loss": "a"}, {"train_loss": float("nan")}):
+        with pytest.raises(GrowthError, match=rf"step\({next(iter(wrong))}=.*: give a (whole|finite) number"):
+            grower.step(**{"epoch": 0, "batches": BATCHES, **wrong})  # type: ignore[arg-type]
+    assert not grower.history
+    grower.step(0, BATCHES, train_loss=torch.tensor(0.5))  # type: ignore[arg-type]
+    assert grower.history[0].train_loss == 0.5
+
+
 def test_refusals() -> None:
     dag = traced()
     optimizer = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
@@ -411,6 +421,9 @@ def test_refusals() -> None:
         dagrow.fit(dag, BATCHES, mse, epochs=0, optimizer=optimizer)
     with pytest.raises(OptimizerError, match="optimizer"):
         dagrow.fit(dag, BATCHES, mse, epochs=1, optimizer=None)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match="needs a closure"):
+        dagrow.fit(dag, BATCHES, mse, epochs=1, optimizer=torch.optim.LBFGS(dag.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(dag.model.parameters(), net().parameters(), strict=True))
     other = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
     for scheduler in (1, torch.optim.lr_scheduler.StepLR(other, 1)):
         with pytest.raises(OptimizerError, match="scheduler"):

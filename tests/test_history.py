@@ -188,6 +188,13 @@ def test_figures_that_cannot_be(history: History, tmp_path: Path, monkeypatch: p
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(FigureError, match="is a folder"):
         history.html(tmp_path / "taken.png")
+    for nothing in (3, None):
+        for draw in (history.plot, history.graph, history.html):
+            with pytest.raises(FigureError, match="give the name of a file"):
+                draw(nothing)  # type: ignore[arg-type]
+    for draw in (History().plot, History().graph, History().html):
+        with pytest.raises(HistoryError, match=r"no dag.*dagrow\.fit"):
+            draw(tmp_path / "figure.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(FigureError, match=r"pip install"):
         history.plot(tmp_path / "figure.png")

@@ -126,8 +126,9 @@ def test_what_cannot_be_permuted_says_why() -> None:
     for value in wrong:
         with pytest.raises(GrowthError, match="permutations="):
             permutation_test(proposed, value)
-    with pytest.raises(GrowthError, match="seed="):
-        permutation_test(proposed, seed=-1)
+    for seed in (-1, 2**70):
+        with pytest.raises(GrowthError, match="seed="):
+            permutation_test(proposed, seed=seed)
     with pytest.raises(GrowthError, match="a Sequential was given"):
         permutation_test(model)  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match="does not say"):

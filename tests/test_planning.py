@@ -171,10 +171,13 @@ def test_a_policy_of_ones_own() -> None:
             dagrow.plan([wide, narrow], policy=Narrowest(fault))
 
 
-def test_budgets_refuse_what_is_no_limit() -> None:
+def test_budgets_and_plans_refuse_what_is_none() -> None:
     for wrong in (-1, 1.5, True, "many"):
         with pytest.raises(GrowthError, match="whole number"):
             Budget(neurons=wrong)  # type: ignore[arg-type]
+    for junk in ("abc", [1], None, 7):
+        with pytest.raises(GrowthError, match=r"give a list such as dagrow\.propose returns"):
+            dagrow.plan(junk)  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match=r"dagrow\.Budget"):
         dagrow.plan([], 100)  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match=r"dagrow\.Policy"):

@@ -1,6 +1,7 @@
 """When to grow and when to stop: rules read records."""
 
 from collections.abc import Sequence
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -113,10 +114,13 @@ def test_after_an_epoch() -> None:
     [
         (EveryEpochs, {"every": 0}), (OnPlateau, {"patience": 1.5}), (OnPlateau, {"tolerance": -1}),
         (OnBottleneck, {"share": 0}), (NothingToAdd, {"times": 0}), (NoImprovement, {"times": True}),
+        (EveryEpochs, {"first": "a"}), (EveryEpochs, {"first": None}), (OnPlateau, {"tolerance": inf}),
+        (OnBottleneck, {"share": 90}), (AfterEpoch, {"epoch": None}), (LossReached, {"loss": "a"}),
+        (LossReached, {"loss": nan}),
     ],
 )  # fmt: skip
 def test_rules_refuse_what_makes_no_sense(rule: Any, wrong: dict[str, Any]) -> None:
-    with pytest.raises(GrowthError, match="positive"):
+    with pytest.raises(GrowthError, match=rf"{rule.__name__}\({next(iter(wrong))}=.*: give a (whole|finite) number"):
         rule(**wrong)
 
 

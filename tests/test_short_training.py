@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import dagrow
-from dagrow import AddNeurons, GrowthError, ShortTraining
+from dagrow import AddNeurons, GrowthError, OptimizerError, ShortTraining
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
 Y = X[:, :2] * X[:, 2:]
@@ -132,14 +132,18 @@ class Uncopied(nn.Module):
 
 
 def test_refusals_say_what_to_do() -> None:
-    for wrong in ({"steps": 0}, {"top": 1.5}):
-        with pytest.raises(GrowthError, match="positive whole number"):
+    for wrong in ({"steps": 0}, {"top": 1.5}, {"lr": "a"}, {"lr": -1.0}, {"seed": 2**70}, {"optimizer": None}):
+        with pytest.raises(GrowthError, match=rf"ShortTraining\({next(iter(wrong))}=.*give a"):
             ShortTraining(**wrong)  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match="give a policy"):
         ShortTraining(first=dagrow.ByGain)  # type: ignore[arg-type]
     growths = proposed(made())
     with pytest.raises(GrowthError, match="cannot make its optimizer"):
-        dagrow.plan(growths, policy=ShortTraining(lr=-1.0))
+        dagrow.plan(growths, policy=ShortTraining(optimizer=torch.optim.Optimizer))
+    with pytest.raises(GrowthError, match="comes out as a NoneType"):
+        dagrow.plan(growths, policy=ShortTraining(optimizer=lambda parameters, lr: None))  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match="needs a closure"):
+        dagrow.plan(growths, policy=ShortTraining(optimizer=torch.optim.LBFGS))
     with pytest.raises(GrowthError, match="another policy"):
         dagrow.plan(proposed(made(Uncopied())), policy=ShortTraining())
 

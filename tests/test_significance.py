@@ -328,7 +328,7 @@ def test_samples_for_an_error() -> None:
     assert growth.samples_for(100) == 1
     wrong: list[Any] = [0, -0.1, nan, inf, True, "few", None]
     for value in wrong:
-        with pytest.raises(GrowthError, match="positive number"):
+        with pytest.raises(GrowthError, match="number above 0"):
             growth.samples_for(value)
     with pytest.raises(GrowthError, match="without folds"):
         made({"x": 1.0}).samples_for(0.1)

@@ -251,5 +251,7 @@ def test_what_it_cannot_measure_it_refuses_with_the_way_out() -> None:
         dagrow.tangent(dag, [], squares)
     with pytest.raises(dagrow.LossError, match="give either loss="):
         dagrow.tangent(dag, batches, None)
+    with pytest.raises(dagrow.GrowthError, match="iterations='a'"):
+        dagrow.tangent(dag, batches, squares, iterations="a")  # type: ignore[arg-type]
     with pytest.raises(dagrow.GrowthError, match="tolerance=-1"):
         dagrow.tangent(dag, batches, squares, tolerance=-1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError
+from dagrow.errors import check_whole
 from dagrow.moments import Means
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.links import Link, filled
@@ -48,11 +48,8 @@ class AddConnection(Operator):
     exact: int = EXACT
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("kernel", self.kernel), ("exact", self.exact)):
-            if (name != "rank" or value is not None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise GrowthError(f"AddConnection({name}={value!r}): give a positive whole number.")
+        check_whole("AddConnection", 1, none="a single layer", rank=self.rank)
+        check_whole("AddConnection", 1, kernel=self.kernel, exact=self.exact)
         check_names(self, "targets")
         self.check_regularisation(self.ridge)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError
+from dagrow.errors import SEEDS, GrowthError, check_whole
 from dagrow.moments import Fold, Means, Moments, Pair
 from dagrow.objective import Objective
 from dagrow.operators.base import Candidate, Operator, check_names
@@ -65,10 +65,8 @@ class AddLayer(Operator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k", "kernel", "exact"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GrowthError(f"AddLayer({name}={value!r}): give a positive whole number.")
+        check_whole("AddLayer", 1, k=self.k, kernel=self.kernel, exact=self.exact)
+        check_whole("AddLayer", 0, SEEDS, seed=self.seed)
         sigma = self.activation
         if not isinstance(sigma, nn.Module) or not is_pointwise_module(sigma) or any(True for _ in sigma.parameters()):
             raise GrowthError(
@@ -77,8 +75,6 @@ class AddLayer(Operator):
             )
         if isinstance(sigma, _RANDOM):
             raise GrowthError(f"AddLayer(activation={sigma!r}): it draws random numbers; give one that does not.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise GrowthError(f"AddLayer(seed={self.seed!r}): give a whole number from 0 to 2**32.")
         check_names(self, "targets")
         self.check_regularisation(self.ridge)
 

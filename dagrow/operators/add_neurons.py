@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dagrow.dag import Axis, Dag
-from dagrow.errors import GrowthError
+from dagrow.errors import SEEDS, GrowthError, check_whole
 from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.directions import OPEN, OptimalCandidate, drawn
@@ -66,10 +66,8 @@ class AddNeurons(Operator):
                 raise GrowthError(
                     f"AddNeurons({name}={getattr(self, name)!r}) is not one of {', '.join(map(repr, options))}."
                 )
-        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
-            raise GrowthError(
-                f"AddNeurons(k={self.k!r}): give a positive number of neurons, or None for as many as are worth it."
-            )
+        check_whole("AddNeurons", 1, none="as many as are worth it", k=self.k)
+        check_whole("AddNeurons", 0, SEEDS, seed=self.seed)
         self.check_regularisation(self.ridge)
         if self.k is None and (self.folds == 1 or self.init not in ("optimal", "random_features")):
             raise GrowthError(
@@ -77,8 +75,6 @@ class AddNeurons(Operator):
                 "it is the held-out gain that decides. Give k=."
             )
         check_names(self, "axes")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise GrowthError(f"AddNeurons(seed={self.seed!r}): give a whole number.")
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         preserving: dict[str, Callable[..., Candidate]] = {

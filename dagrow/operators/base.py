@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dagrow.dag import Axis, Dag
 from dagrow.draft import Draft
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, check_real, check_whole
 from dagrow.growth import Growth
 from dagrow.moments import Moments, Pair
 from dagrow.objective import Objective
@@ -81,11 +81,8 @@ class Operator(ABC):
 
     def check_regularisation(self, ridge: float | None) -> None:
         """Raises GrowthError unless folds and ridge are numbers that make sense."""
-        name = type(self).__name__
-        if isinstance(self.folds, bool) or not isinstance(self.folds, int) or self.folds < 1:
-            raise GrowthError(f"{name}(folds={self.folds!r}): give a positive number, 1 for no cross-validation.")
-        if ridge is not None and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
-            raise GrowthError(f"{name}(ridge={ridge!r}): give a finite number that is not negative, or None.")
+        check_whole(type(self).__name__, 1, folds=self.folds)
+        check_real(type(self).__name__, 0, none="the one that cross-validation finds", ridge=ridge)
 
     @abstractmethod
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
