@@ -62,7 +62,7 @@ def fit(
     )  # fmt: skip
     check_steps(optimizer)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode)
-    objective.probe()
+    _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
     try:
         with _progress() as progress:
@@ -85,6 +85,13 @@ def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> Non
         )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+
+
+def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
+    """Finds out before any training whether a batch of each can be used."""
+    found = [objective.with_batches(batches, name) for name, batches in others.items() if batches is not None]
+    for one in (objective, *found):
+        one.probe()
 
 
 def _anneal(scheduler: LRScheduler | None, history: History) -> None:

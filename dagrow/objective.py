@@ -4,6 +4,7 @@ Nothing here leaves a trace: modes, buffers, gradients and random states are as 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,7 +73,9 @@ class Objective:
         try:
             for batch in self.batches:
                 empty = False
-                yield batch, samples_of(batch)
+                with self._named():
+                    samples = samples_of(batch)
+                yield batch, samples
         finally:
             for generator, state in states:
                 generator.set_state(state)
@@ -82,8 +85,22 @@ class Objective:
                 "be read only once: give a list or a DataLoader, which can be read again."
             )
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors say which batches they are about, where there are others beside those that are measured."""
+        try:
+            yield
+        except DagrowError as error:
+            if self.name != "batches":
+                error.args = (f"{self.name}: {error}",)
+            raise
+
     def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
+        with self._named():
+            return self._value(batch, tensors)
+
+    def _value(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
         try:
             if tensors:
                 replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}

@@ -14,7 +14,17 @@ from torch import nn
 from torch.nn import functional
 
 import dagrow
-from dagrow import AddNeurons, Budget, Grower, GrowthError, LossError, MoveWeights, OptimizerError
+from dagrow import (
+    AddNeurons,
+    BatchError,
+    Budget,
+    DagrowError,
+    Grower,
+    GrowthError,
+    LossError,
+    MoveWeights,
+    OptimizerError,
+)
 
 torch.manual_seed(0)
 X = torch.randn(300, 4).double()
@@ -402,6 +412,25 @@ def test_steps_refuse_what_is_no_number() -> None:
     assert not grower.history
     grower.step(0, BATCHES, train_loss=torch.tensor(0.5))  # type: ignore[arg-type]
     assert grower.history[0].train_loss == 0.5
+
+
+@pytest.mark.parametrize("name", ["validation", "measured"])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ([], BatchError, " is empty"), (iter(HELD), BatchError, " is a list_iterator"), (3, BatchError, " is a int"),
+        ([(X[:, :2], Y)], BatchError, ": the model or"), ([(X[:0], Y[:0])], BatchError, ": a batch has no"),
+        ((X, Y), BatchError, r": .* \(inputs, target\)"), ([(X, Y * torch.inf)], LossError, ": the loss is"),
+    ],
+)  # fmt: skip
+def test_fit_finds_batches_that_do_not_fit_before_it_trains(
+    name: str, wrong: Any, error: type[DagrowError], message: str
+) -> None:
+    dag = traced()
+    optimizer = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
+    with pytest.raises(error, match=f"^{name}{message}"):
+        dagrow.fit(dag, BATCHES, mse, epochs=1, optimizer=optimizer, **{name: wrong})
+    assert all(torch.equal(a, b) for a, b in zip(dag.model.parameters(), net().parameters(), strict=True))
 
 
 def test_refusals() -> None:
