@@ -6,8 +6,8 @@ from sys import float_info
 from typing import Any
 
 __all__ = [
-    "SEEDS", "BatchError", "DagrowError", "GrowthError", "LossError", "OptimizerError", "StoreError", "TraceError",
-    "check_real", "check_whole", "first_line", "listed",
+    "SEEDS", "BatchError", "DagrowError", "GrowthError", "LossError", "NoPlaceError", "OptimizerError", "StoreError",
+    "TraceError", "check_real", "check_whole", "first_line", "listed",
 ]  # fmt: skip
 
 SEEDS = 2**32 - 1  #: the largest seed
@@ -31,6 +31,10 @@ class LossError(DagrowError):
 
 class GrowthError(DagrowError):
     """A growth cannot be proposed, applied or undone as asked."""
+
+
+class NoPlaceError(GrowthError):
+    """An operator finds no place in a model as it is; it may find some in what others grow."""
 
 
 class OptimizerError(DagrowError):

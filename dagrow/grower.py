@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from dagrow.budget import Budget
 from dagrow.dag import Dag
-from dagrow.errors import GrowthError, check_whole, listed
+from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.grow import bottlenecks, propose
 from dagrow.growth import Growth, Receipt
 from dagrow.history import History
@@ -56,7 +56,8 @@ class Grower:
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
 
     Raises:
-        GrowthError, LossError, OptimizerError: something does not fit; no operator finds a place.
+        GrowthError, LossError, OptimizerError: something does not fit; an operator can never grow what it was asked
+            for, or none finds a place.
     """
 
     def __init__(
@@ -76,9 +77,7 @@ class Grower:
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
         self._state = _State(budget, History(snapshots=(snapshot(dag),)))
-        if not any(map(self._has_places, self.operators)):  # refuses early what nothing can be made of
-            for operator in self.operators:
-                operator.candidates(dag)
+        self._check_places()
 
     @property
     def history(self) -> History:
@@ -181,6 +180,17 @@ class Grower:
         found = [growth for growth in worthy(growths) if wanted is None or place(growth) in wanted]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
         return chosen(found, left, self.policy, judge, past)
+
+    def _check_places(self) -> None:
+        """Refuses early what nothing can be made of. An operator may find its places in what others grow."""
+        found, missing = False, list[NoPlaceError]()
+        for operator in self.operators:
+            try:
+                found |= bool(operator.candidates(self.dag))
+            except NoPlaceError as error:
+                missing.append(error)
+        if missing and not found:
+            raise missing[0]
 
     def _has_places(self, operator: Operator) -> bool:
         """It may have used them up, or find some only in what others have grown."""

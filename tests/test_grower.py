@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import (
+    AddConnection,
+    AddLayer,
     AddNeurons,
     BatchError,
     Budget,
@@ -190,6 +192,38 @@ def test_an_operator_that_has_used_up_its_places_leaves_the_field_to_others() ->
     assert alone.over
     with pytest.raises(GrowthError, match="no place is left"):
         Grower(alone.dag, mse, [Once(k=2)])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (AddNeurons(axes=("typo",)), "no axis 'typo'"), (MoveWeights(edges=("typo",)), "no edge 'typo'"),
+        (AddConnection(targets=("typo",)), "no edge 'typo'"), (AddLayer(3, targets=("typo",)), "no edge 'typo'"),
+        (AddNeurons(axes=("4",)), "is an output of the model"),
+    ],
+)  # fmt: skip
+def test_an_operator_that_is_asked_for_what_cannot_be_is_refused_beside_others(
+    wrong: dagrow.Operator, message: str
+) -> None:
+    for operators in ([wrong, AddNeurons()], [AddNeurons(), wrong]):
+        with pytest.raises(GrowthError, match=message):
+            Grower(traced(), mse, operators)
+
+
+def test_an_operator_that_can_never_act_on_a_model_is_refused_beside_others() -> None:
+    alone = dagrow.trace(nn.Linear(4, 3).double(), X[:2])
+    with pytest.raises(GrowthError, match="no new path can be added"):
+        Grower(alone, mse, [MoveWeights(), AddLayer(3)])
+
+
+def test_operators_may_find_their_places_in_what_others_grow() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    operators = [AddNeurons(k=1), AddConnection(targets=("0",)), AddLayer(2, nn.Tanh())]
+    grower = Grower(dagrow.trace(model, X[:2]), mse, operators)
+    grown = {type(part.growth.operator) for e in range(3) for part in grower.step(e, BATCHES).parts if part.growth}
+    assert {AddLayer, AddNeurons} <= grown
+    with pytest.raises(GrowthError, match="no axis can grow"):
+        Grower(dagrow.trace(nn.Sequential(nn.Linear(4, 3)).double(), X[:2]), mse, operators[:2])
 
 
 def test_nothing_happens_before_it_is_time() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dagrow.dag import Axis, Dag
-from dagrow.errors import SEEDS, GrowthError, check_whole
+from dagrow.errors import SEEDS, GrowthError, NoPlaceError, check_whole
 from dagrow.moments import Moments
 from dagrow.operators.base import Candidate, Operator, check_names
 from dagrow.operators.directions import OPEN, OptimalCandidate, drawn
@@ -93,7 +93,7 @@ class AddNeurons(Operator):
             found = [axis for axis in growable if not self._obstacle(axis)]
             if not found:
                 causes = [f" with init={self.init!r}", *filter(None, map(self._obstacle, growable))]
-                raise GrowthError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
+                raise NoPlaceError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
             return found
         asked = [dag.axis(name) for name in self.axes]
         frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]

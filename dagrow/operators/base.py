@@ -86,7 +86,7 @@ class Operator(ABC):
 
     @abstractmethod
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        """Every place where it could grow. Raises GrowthError for a place that was asked for and cannot."""
+        """Every place where it could grow, if any. Raises GrowthError for a place that was asked for and cannot."""
 
 
 def check_names(operator: Operator, field: str) -> None:

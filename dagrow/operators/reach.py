@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from dagrow.branches import dependent
 from dagrow.dag import Dag, Edge
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, NoPlaceError
 from dagrow.generated import branches_of
 from dagrow.layers.linear import LinearRule
 from dagrow.operators.links import Link, Loop
@@ -127,7 +127,7 @@ def _meant(dag: Dag, found: Sequence[Link], targets: Sequence[str]) -> list[Link
     missing = [name for name in targets if dag.edge(name).name not in reached]
     if missing:
         why = next((edge.shared for edge in map(dag.edge, missing) if edge.shared), None)
-        raise GrowthError(
+        raise (GrowthError if why else NoPlaceError)(
             f"no new path can lead to {', '.join(missing)}: "
             + (why or "all that comes before is read there already, or may have another number of positions")
             + ". Leave it out of targets=."
