@@ -1,6 +1,7 @@
 """How much may be added in all."""
 
 from dataclasses import dataclass, fields
+from math import inf
 
 from dagrow.errors import check_whole
 from dagrow.growth import Growth
@@ -49,10 +50,10 @@ class Budget:
         limits = [*self._limits(), *other._limits()]
         return Budget(**{name: min(limit for n, limit in limits if n == name) for name, _ in limits})
 
-    @property
-    def spent(self) -> bool:
-        """Whether nothing that adds parameters fits any more."""
-        return self.parameters == 0 or self.growths == 0
+    def spent(self, neurons: int) -> bool:
+        """Whether nothing fits any more that adds parameters, with their operations, and so many neurons."""
+        left = inf if self.neurons is None else self.neurons
+        return 0 in (self.parameters, self.flops, self.growths) or left < neurons
 
 
 def _costs(growth: Growth) -> dict[str, int]:

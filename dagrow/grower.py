@@ -173,7 +173,8 @@ class Grower:
         self, objective: Objective, judge: Objective, left: Budget, parts: Sequence[Receipt],
         wanted: set[tuple[str, str]] | None = None,
     ) -> list[Growth]:  # fmt: skip
-        operators = [] if left.spent else [operator for operator in self.operators if self._has_places(operator)]
+        affordable = [operator for operator in self.operators if not left.spent(operator.least_neurons or 0)]
+        operators = [operator for operator in affordable if self._has_places(operator)]
         if not operators:
             return []
         growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
@@ -199,12 +200,18 @@ class Grower:
         except GrowthError:
             return False
 
+    def _least_neurons(self) -> int:
+        """How many neurons any growth adds, of operators that add something."""
+        adding = [operator.least_neurons for operator in self.operators]
+        return min((neurons for neurons in adding if neurons is not None), default=1)
+
     def _recorded(self, record: Record, left: Budget) -> History:
         history = self.history
         steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
         if record.added:
             snapshots = (*snapshots, snapshot(self.dag, record.epoch))
-        reasons = ["the budget is spent"] if left.spent else [rule.over(steps) for rule in self.stop]
+        spent = left.spent(self._least_neurons())
+        reasons = ["the budget is spent"] if spent else [rule.over(steps) for rule in self.stop]
         over = over or next((reason for reason in reasons if reason), None)
         return replace(history, steps=steps, snapshots=snapshots, over=over)
 

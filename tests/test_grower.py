@@ -274,6 +274,53 @@ def test_the_end_is_final_and_has_a_reason() -> None:
     assert spent.over == "the budget is spent"
 
 
+def ended(operators: Any, budget: Budget, steps: int = 1) -> str | None:
+    """Why growing is over after some steps, where nothing else ends it."""
+    grower = Grower(traced(), mse, operators, budget, stop=())
+    for epoch in range(steps):
+        grower.step(epoch, BATCHES)
+    return grower.over
+
+
+def test_a_budget_is_spent_when_nothing_fits_that_any_operator_adds() -> None:
+    cost = {part.growth.cost.flops for part in Grower(traced(), mse, TWO[:1]).step(0, BATCHES).parts if part.growth}
+    spent = "the budget is spent"
+    assert ended(TWO[:1], Budget(neurons=1)) == ended([MoveWeights(), *TWO], Budget(neurons=2)) == spent
+    assert ended([AddNeurons(k=2)], Budget(neurons=3)) == ended([AddNeurons()], Budget(neurons=0)) == spent
+    assert ended(TWO[:1], Budget(flops=min(cost))) == spent
+    assert ended([AddConnection(rank=2), AddLayer(3)], Budget(neurons=1)) == spent
+    assert ended([MoveWeights()], Budget(neurons=3)) is None
+    assert ended([AddConnection(), AddNeurons(k=1)], Budget(neurons=0), 2) is None
+
+
+def test_operators_that_no_budget_is_left_for_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[dagrow.Operator]()
+    propose = dagrow.propose
+    monkeypatch.setattr("dagrow.grower.propose", lambda *a, **k: asked.extend(k["operators"]) or propose(*a, **k))
+    grower = Grower(
+        traced(), mse, [AddConnection(rank=1), AddNeurons(k=2), AddConnection()], Budget(neurons=1), stop=()
+    )
+    grower.step(0, BATCHES)
+    assert AddNeurons(k=2) not in asked
+    assert asked[:2] == [AddConnection(rank=1), AddConnection()]
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        AddNeurons(), AddNeurons(k=3), AddNeurons(k=2, paired=True), AddNeurons(k=2, init="copy", paired=True),
+        AddConnection(), AddConnection(rank=2), AddLayer(3), MoveWeights(),
+    ],
+)  # fmt: skip
+def test_operators_know_how_many_neurons_they_add_at_least(operator: dagrow.Operator) -> None:
+    growths = dagrow.propose(traced(), BATCHES, mse, [operator])
+    assert growths
+    least = min(growth.neurons for growth in growths)
+    assert (operator.least_neurons or 0) <= least
+    assert operator == AddNeurons() or (operator.least_neurons or 0) == least
+    assert (operator.least_neurons is None) == all(growth.cost.parameters == 0 for growth in growths)
+
+
 def test_noise_ends_it() -> None:
     dag = traced()
     target = dag.model(X).detach()

@@ -53,6 +53,10 @@ class AddConnection(Operator):
         check_names(self, "targets")
         self.check_regularisation(self.ridge)
 
+    @property
+    def least_neurons(self) -> int:
+        return self.rank or 0
+
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
         found = links(dag, self.kernel, self.targets)

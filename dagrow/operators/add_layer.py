@@ -78,6 +78,10 @@ class AddLayer(Operator):
         check_names(self, "targets")
         self.check_regularisation(self.ridge)
 
+    @property
+    def least_neurons(self) -> int:
+        return self.k
+
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
         found = links(dag, self.kernel, self.targets, known=True)

@@ -18,6 +18,9 @@ __all__ = ["AddNeurons"]
 
 Solver = Literal["sequential", "svd", "als", "joint", "unprojected"]
 Init = Literal["optimal", "random_features", "random", "gradmax", "copy", "zero"]
+PRESERVING: dict[str, Callable[..., Candidate]] = {
+    "gradmax": GradMaxCandidate, "copy": CopyCandidate, "zero": ZeroCandidate
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,15 @@ class AddNeurons(Operator):
             )
         check_names(self, "axes")
 
+    @property
+    def least_neurons(self) -> int:
+        return (self.k or 1) * (2 if self.paired and self.init not in PRESERVING else 1)
+
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        preserving: dict[str, Callable[..., Candidate]] = {
-            "gradmax": GradMaxCandidate,
-            "copy": CopyCandidate,
-            "zero": ZeroCandidate,
-        }
-        if self.init not in preserving:
+        if self.init not in PRESERVING:
             return [candidate for axis in self._axes(dag) for candidate in self._widening(dag, axis)]
         assert self.k is not None
-        return [preserving[self.init](self, dag, axis, self.k, self.seed) for axis in self._axes(dag)]
+        return [PRESERVING[self.init](self, dag, axis, self.k, self.seed) for axis in self._axes(dag)]
 
     def _axes(self, dag: Dag) -> list[Axis]:
         if self.axes is None:

@@ -79,6 +79,11 @@ class Operator(ABC):
     #: samples go into this many folds; 1 measures without held-out gains
     folds: int = 4
 
+    @property
+    def least_neurons(self) -> int | None:
+        """How many neurons each of its growths adds, at least; None if it adds no parameters at all."""
+        return 0
+
     def check_regularisation(self, ridge: float | None) -> None:
         """Raises GrowthError unless folds and ridge are numbers that make sense."""
         check_whole(type(self).__name__, 1, folds=self.folds)

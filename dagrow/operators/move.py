@@ -36,6 +36,10 @@ class MoveWeights(Operator):
         check_names(self, "edges")
         self.check_regularisation(self.ridge)
 
+    @property
+    def least_neurons(self) -> None:
+        return None
+
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         if self.edges is None:
             return [MoveCandidate(self, dag, edge) for edge in dag.edges if edge.trainable and not edge.shared]

@@ -32,6 +32,10 @@ class Widen(Operator):
     def __post_init__(self) -> None:
         self.check_regularisation(self.ridge)
 
+    @property
+    def least_neurons(self) -> int:
+        return 1
+
     @abstractmethod
     def propose(self, m: Moments, place: Place) -> Proposal | None:
         """Fan-in directions ``alpha [p, k]`` from ``m[place.features, place.features]``, or None for none.
