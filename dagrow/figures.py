@@ -38,7 +38,10 @@ def _backend() -> tuple[Any, dict[str, str]]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FigureError(f'the figure needs matplotlib ({error}): pip install "dagrow[demo]"') from error
+        raise FigureError(
+            f'the figure needs matplotlib ({error}): pip install "dagrow[history]", or, for the demo, '
+            'pip install "dagrow[demo]"'
+        ) from error
     return Figure, FigureCanvasAgg.get_supported_filetypes()
 
 

@@ -1,4 +1,4 @@
-"""Watching layers while a model runs. The only place that hangs hooks."""
+"""Watching layers while a model runs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

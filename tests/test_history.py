@@ -196,7 +196,7 @@ def test_figures_that_cannot_be(history: History, tmp_path: Path, monkeypatch: p
         with pytest.raises(HistoryError, match=r"no dag.*dagrow\.fit"):
             draw(tmp_path / "figure.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(FigureError, match=r"pip install"):
+    with pytest.raises(FigureError, match=r"pip install .dagrow\[history\]"):
         history.plot(tmp_path / "figure.png")
 
 
