@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import networkx as nx
 from torch import fx, nn
@@ -41,6 +42,25 @@ __all__ = ["Axis", "Dag", "Edge", "Rule", "trace"]
 Rule = LayerRule | OperationRule
 
 
+class Applied(list[Any]):
+    """The growths of a model that are in place, through whichever dag: what undoes each, oldest first.
+
+    None where nobody can undo it any more.
+
+    Attributes:
+        model: held, so that no other model gets its id while this is alive.
+        stage: another one after each growth, and the same one again once that is undone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.stage = model, object()
+
+
+#: the id of a model -> the list that all its dags share, for as long as there is one
+_registers: WeakValueDictionary[int, Applied] = WeakValueDictionary()
+
+
 class Dag:
     """A model seen as a graph. It holds no weights of its own: ``dag.model`` is the user's model, grown in place."""
 
@@ -48,7 +68,7 @@ class Dag:
         self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
         self._layer_rules = (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
         self._operations = [rule for rule in self.rules if isinstance(rule, OperationRule)]
-        self.applied: list[Any] = []  #: what undoes the growths applied so far, oldest first
+        self.applied = _registers.setdefault(id(model), Applied(model))
         self.retrace(verified=True)
 
     def retrace(self, *, verified: bool = False) -> None:
@@ -63,6 +83,7 @@ class Dag:
 
     def _retrace(self, *, verified: bool) -> None:
         self._forget()
+        self._stage = self.applied.stage
         self.program: Program = self._read(self.example_inputs, verified=verified)
         layers = placed(self.graph, self.model, self._layer_rules)
         self.layers: dict[fx.Node, Placed]
@@ -183,7 +204,12 @@ class Dag:
         return rule_for(module, own) is not None or any(type(module) in rule.targets for rule in self._operations)
 
     def check(self) -> None:
-        """Raises GrowthError if layers were replaced or resized by hand since the model was traced."""
+        """Raises GrowthError if the model was grown through another dag, or changed by hand, since it was traced."""
+        if self.applied.stage is not self._stage:
+            raise GrowthError(
+                "the model was grown, or a growth of it undone, through another dag since this one was traced; trace "
+                "the model again."
+            )
         with self._untouched():
             changed = [
                 e for e in self.edges if not in_place(e, self.model) or e.rule.widths(e.module) != self._widths[e.name]

@@ -77,6 +77,7 @@ def load(
     """
     branches, widths, state = _read(_path(path))
     dag = trace(model, example_inputs, rules=rules)
+    count = len(dag.applied)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:
@@ -95,7 +96,7 @@ def load(
         model.load_state_dict(state)
 
     whole(lambda: transaction(dag, work), lambda: _refill(model, before))
-    dag.applied.clear()
+    dag.applied[count:] = [None for _ in dag.applied[count:]]  # for good
     return dag
 
 

@@ -158,6 +158,7 @@ class Undo:
     def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None, kind: type[nn.Module]) -> None:
         self.dag, self.change, self.optimizer = dag, change, optimizer
         self.saved, self.view, self.kind = Saved(dag.model, change), dag.view(), kind
+        self.stage = dag.applied.stage
         self.receipt: Any = None  #: weak reference to the receipt that can call this
         self.state: dict[Tensor, dict[str, Any]] = {}
         held = {} if optimizer is None else optimizer.state
@@ -177,6 +178,7 @@ class Undo:
                     self.optimizer.state.pop(tensor, None)
             settle(self.optimizer, [self.saved.tensors[name] for name in self.change.landings])
         self.dag.show(self.view)
+        self.dag.applied.stage = self.stage
         if self in self.dag.applied:
             self.dag.applied.remove(self)
 
@@ -243,8 +245,9 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
         if optimizer is not None:
             carry(optimizer)
             adopt(optimizer, undo.saved.added, dag.model.parameters())
-        dag.retrace()
         dag.applied.append(undo)
+        dag.applied.stage = object()
+        dag.retrace()
 
     whole(write, undo.restore)
     return undo

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dagrow
-from dagrow import AddNeurons, DagrowError, StoreError
+from dagrow import AddNeurons, DagrowError, GrowthError, StoreError
+from dagrow.comparing import same, snapshot
 
 
 class Literal(nn.Module):
@@ -109,6 +110,21 @@ def test_a_model_on_the_way_is_loaded_too(tmp_path: Path) -> None:
     model = copy.deepcopy(grown("cat", 1).model)
     dagrow.load(model, tmp_path / "net.pt", x)
     assert torch.equal(model.eval()(x), dag.model.eval()(x))
+
+
+def test_what_was_loaded_onto_a_grown_model_stays_in_place(tmp_path: Path) -> None:
+    batches, model = data(), Cat()
+    x = batches[0][0]
+    dag = dagrow.trace(model, x)
+    receipt = dagrow.propose(dag, batches, functional.mse_loss, [AddNeurons(k=2, axes=("b",), folds=1)])[0].apply()
+    wider = dagrow.trace(copy.deepcopy(model), x)
+    dagrow.propose(wider, batches, functional.mse_loss, [AddNeurons(k=1, axes=("b",), folds=1)])[0].apply()
+    dagrow.save(wider, tmp_path / "net.pt")
+    dagrow.load(model, tmp_path / "net.pt", x)
+    before = snapshot(dag)
+    with pytest.raises(GrowthError, match="reverse order"):
+        receipt.undo()
+    same(before, snapshot(dag), "a refused undo")
 
 
 def test_the_file_holds_no_code(tmp_path: Path) -> None:
