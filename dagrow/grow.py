@@ -163,8 +163,10 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[G
     """
     waiting: Sequence[Candidate] = operator.candidates(dag)
     growths, stages, folds, tests = list[Growth](), list[Stage](), operator.folds, sum(c.tests for c in waiting)
+    forward = True
     while waiting:
         m = measure(dag, objective, [pair for c in waiting for pair in c.pairs()], folds=folds)
+        forward = forward and m.forward
         solved = [found for c in waiting for found in _listed(c.solve(m, objective))]
         _check_solved(solved, operator, Growth, Candidate)
         growths += [growth for growth in solved if isinstance(growth, Growth)]
@@ -179,6 +181,7 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[G
         _check_solved(solved, operator, Growth, Stage)
         growths += [growth for growth in solved if isinstance(growth, Growth)]
         stages = [stage for stage in solved if isinstance(stage, Stage)]
+    _check_run(growths, forward)
     return growths, tests
 
 
@@ -200,6 +203,22 @@ def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> 
         raise GrowthError(
             f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, a Stage, None, or, before a "
             "preview, another Candidate."
+        )
+
+
+def _check_run(growths: Sequence[Growth], forward: bool) -> None:
+    """New layers act in the model's own forward alone.
+
+    Args:
+        forward: whether it ran on every batch that was measured.
+    """
+    lost = [growth for growth in growths if growth.change.branches and not forward]
+    if lost:
+        raise GrowthError(
+            f"{lost[0].operator!r} at {lost[0].where}: the new layers would not run. They become part of the forward "
+            f"of the {type(lost[0].dag.model).__name__} that was traced, and the step does not call it on every batch, "
+            "but runs its layers in another way. Call the model itself in the step, model(...), or trace the module "
+            "that the step calls; widths can grow with any step, with AddNeurons."
         )
 
 

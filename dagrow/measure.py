@@ -18,7 +18,7 @@ from dagrow.moments import Moments, Pair, distinct
 from dagrow.objective import Objective
 from dagrow.products import product
 from dagrow.undisturbed import undisturbed
-from dagrow.watch import Watch
+from dagrow.watch import Entered, Watch
 
 __all__ = ["collect", "measure"]
 
@@ -43,8 +43,8 @@ def measure(
     """
     sums = _Sums(distinct(pairs), folds, dtype)
     features = {f for pair in sums.pairs for f in pair}
-    _pass(dag, objective, features, folds, sums.add, preview, read or {}, written or {})
-    return sums.moments()
+    forward = _pass(dag, objective, features, folds, sums.add, preview, read or {}, written or {})
+    return sums.moments(forward)
 
 
 def collect(dag: Dag, objective: Objective, features: Iterable[Feature]) -> dict[Feature, Tensor]:
@@ -74,23 +74,29 @@ def collect(dag: Dag, objective: Objective, features: Iterable[Feature]) -> dict
 def _pass(
     dag: Dag, objective: Objective, features: Iterable[Feature], folds: int, take: Callable[[Batch, float], None],
     preview: Mapping[str, Tensor] | None, read: Mapping[str, Landing], written: Mapping[str, Landing],
-) -> None:  # fmt: skip
-    """Runs the model on every batch, forward and back to pre-activations, and hands over what it leaves at layers."""
+) -> bool:  # fmt: skip
+    """Runs the model on every batch, forward and back to pre-activations, and hands over what it leaves at layers.
+
+    Returns whether the model's own forward ran on every batch: a step may run its layers in another way.
+    """
     objective.probe()
-    watch, seen = _Watch(dag, features, read, written), 0
+    watch, seen, forward = _Watch(dag, features, read, written), 0, True
     with undisturbed(objective.model), watch, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         if watch.wishes:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
-            loss = objective.value(batch, preview)
+            with Entered(objective.model) as entered:
+                loss = objective.value(batch, preview)
+            forward = forward and entered.ran
             captures = watch.harvest(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             take(Batch(captures, n, seen, folds), value)
             del captures
             seen += n
+    return forward
 
 
 class _Watch(Watch):
@@ -269,7 +275,7 @@ class _Sums:
             rows.unflatten(0, part.shape[:2]).copy_(part)
         return out
 
-    def moments(self) -> Moments:
+    def moments(self, forward: bool) -> Moments:
         if self.seen < self.folds:
             raise BatchError(f"there are {self.seen} samples for {self.folds} folds; give more samples, or folds=1.")
         if self.waiting:
@@ -280,7 +286,7 @@ class _Sums:
             self.check(x, y, total)
         counts = torch.tensor([len(range(fold, self.seen, self.folds)) for fold in range(self.folds)])
         positions = {feature: count / self.seen for feature, count in self.positions.items()}
-        return Moments(counts, self.totals, positions, self.resolution, self.loss / self.seen)
+        return Moments(counts, self.totals, positions, self.resolution, self.loss / self.seen, forward)
 
     @staticmethod
     def check(x: Feature, y: Feature, total: Tensor) -> None:

@@ -88,6 +88,7 @@ class Moments(Means):
         positions: feature -> rows per sample.
         resolution: relative precision of the products that were summed.
         loss: mean over samples of the loss.
+        forward: whether the model's own forward ran on every batch.
     """
 
     counts: Tensor
@@ -95,6 +96,7 @@ class Moments(Means):
     positions: dict[Feature, float]
     resolution: float
     loss: float = 0.0
+    forward: bool = True
 
     @property
     def folds(self) -> int:
@@ -115,12 +117,14 @@ class Moments(Means):
         share = self.samples / (self.samples + other.samples)
         positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
         loss = share * self.loss + (1 - share) * other.loss
-        return Moments(self.counts + other.counts, sums, positions, max(self.resolution, other.resolution), loss)
+        resolution, forward = max(self.resolution, other.resolution), self.forward and other.forward
+        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward)
 
     def joined(self, other: "Moments") -> "Moments":
         """These moments and others of the same samples."""
         positions = {**self.positions, **other.positions}
-        return Moments(self.counts, {**self.sums, **other.sums}, positions, self.resolution, self.loss)
+        sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
+        return Moments(self.counts, sums, positions, self.resolution, self.loss, forward)
 
     def split(self) -> "Split":
         """For each fold the moments of all others and its own, no more precise than the activations were."""

@@ -1,5 +1,6 @@
 """Watching layers while a model runs."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from dagrow.opened import run_opened
 from dagrow.placed import Placed
 from dagrow.sharing import tensor_at
 
-__all__ = ["Watch"]
+__all__ = ["Entered", "Watch"]
 
 #: what a watched layer was called with, and what it gave: to be kept, and possibly replaced
 Catch = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -51,6 +52,28 @@ class Watch:
             for key in set(module._forward_hooks) - self.before[name]:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
+
+
+class Entered:
+    """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.attributes, self.forward, self.ran = vars(model), model.forward, False
+        self.own = self.attributes.get("forward")
+
+    def __enter__(self) -> "Entered":
+        @functools.wraps(self.forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.ran = True
+            return self.forward(*args, **kwargs)
+
+        self.attributes["forward"] = noted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.attributes.pop("forward", None)
+        if self.own is not None:
+            self.attributes["forward"] = self.own
 
 
 class _FunctionWatch(TorchFunctionMode):

@@ -14,7 +14,8 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils.parametrizations import weight_norm
 
 import dagrow
-from dagrow import AddNeurons, MoveWeights
+from dagrow import AddConnection, AddLayer, AddNeurons, MoveWeights
+from dagrow.comparing import same, snapshot
 from dagrow.layers import RiderRule
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -312,3 +313,85 @@ def test_two_growths_in_a_row_tell_where_all_new_entries_are() -> None:
         assert [len(places) for places in kept] == list(old.shape), name
         if name.endswith("weight"):
             assert torch.equal(grown[torch.meshgrid(*map(torch.tensor, kept), indexing="ij")], old)
+
+
+class Stepped(nn.Module):
+    """As in Lightning: the step that trains is a method beside forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.tanh(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.encode(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse_loss(self.c(self.encode(batch[0])), batch[1])
+
+
+class Around(nn.Module):
+    """Hands everything on, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+PATHS = [AddConnection(folds=1), AddConnection(exact=1), AddLayer(3, nn.Tanh())]
+
+
+@pytest.mark.parametrize("sometimes", [False, True])
+@pytest.mark.parametrize("operator", PATHS)
+def test_a_path_that_the_step_would_not_run_is_refused(operator: Any, sometimes: bool) -> None:
+    model, batches = Stepped().double(), data()
+    dag = dagrow.trace(model, batches[0][0])
+
+    def step(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        called = sometimes and batch is not batches[-1]
+        return mse_loss(model(batch[0]), batch[1]) if called else model.training_step(batch)
+
+    before = snapshot(dag)
+    for verb in (dagrow.propose, dagrow.grow):
+        with pytest.raises(dagrow.GrowthError, match=r"would not run.*Stepped.*model\(\.\.\.\)"):
+            verb(dag, batches, step=step, operators=[AddNeurons(k=1, axes=("a",)), operator])
+        same(before, snapshot(dag), "a refused path")
+    assert dagrow.grow(dag, batches, step=step, operators=[AddNeurons(k=1)]).neurons == 1
+    assert dagrow.bottlenecks(dag, batches, step=step)
+
+
+@pytest.mark.parametrize("operator", PATHS)
+def test_a_path_grows_however_the_step_calls_the_model(operator: Any) -> None:
+    model, batches = Stepped().double(), data()
+    outer = Around(model)
+    expected, *others = (
+        dagrow.propose(dagrow.trace(model, batches[0][0]), batches, step=step, operators=[operator])
+        for step in (
+            lambda model, batch: mse_loss(model(batch[0]), batch[1]),
+            lambda model, batch: mse_loss(model.forward(batch[0]), batch[1]),
+            lambda _, batch: mse_loss(outer(batch[0]), batch[1]),
+        )
+    )
+    assert [[str(growth) for growth in growths] for growths in others] == [list(map(str, expected))] * 2
+    assert "forward" not in vars(model)
+
+
+def test_a_module_that_only_hands_on_is_no_place_for_paths_of_a_step_that_calls_the_inner_one() -> None:
+    outer, batches = Around(Stepped().double()), data()
+    dag = dagrow.trace(outer, batches[0][0])
+    with pytest.raises(dagrow.GrowthError, match="trace the module that the step calls"):
+        dagrow.propose(
+            dag, batches, operators=[AddConnection()], step=lambda m, batch: mse_loss(m.module(batch[0]), batch[1])
+        )
+
+
+def test_a_forward_that_was_put_on_the_object_is_still_there_when_it_was_measured() -> None:
+    model, batches = mlp(3, 2, 2), data()
+    model.forward = own = nn.Sequential(*model).forward  # type: ignore[method-assign]
+    dagrow.propose(dagrow.trace(model, batches[0][0]), batches, mse_loss, [AddNeurons(k=1)])
+    assert vars(model)["forward"] is own
