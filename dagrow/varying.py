@@ -64,7 +64,7 @@ class Varying:
         held = [condition for condition in self.held if condition.free_symbols & set(symbols)]
         for more in range(1, TRIED + 1):
             values = {**self.example, **{symbol: self.example[symbol] + more for symbol in symbols}}
-            if all(condition.subs(values) == True for condition in held):  # noqa: E712 (of sympy)
+            if all(bool(condition.subs(values)) for condition in held):
                 yield values
 
 
@@ -93,9 +93,10 @@ def _on_symbols(program: Program) -> Varying:
         program.through(runner, inputs.values)
         runner.hold()
     shapes = {node: tuple(map(_expression, shape)) for node, shape in runner.shapes.items()}
-    if any(_symbols(size) - inputs.sizes.keys() for shape in shapes.values() for size in shape):
+    held = [symbols.replace(guard.expr) for guard in symbols.guards]
+    if any(_symbols(size) - inputs.sizes.keys() for sizes in (*shapes.values(), held) for size in sizes):
         raise ValueError("some sizes depend on entries")
-    return Varying(shapes, inputs.sizes, [symbols.replace(guard.expr) for guard in symbols.guards])
+    return Varying(shapes, inputs.sizes, held)
 
 
 def _expression(size: int | torch.SymInt) -> Size:
