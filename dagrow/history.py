@@ -73,7 +73,8 @@ class History(Sequence[Record]):
             FigureError: matplotlib is not installed, or the file cannot be written.
             HistoryError: the history is of no dag.
         """
-        draw_plot(self.steps, self.snapshots[0].widths, self._file(path))
+        file = self._file(path)
+        draw_plot(self.steps, self.snapshots[0].widths, file)
 
     def graph(self, path: str | Path) -> None:
         """A picture of the dag, and of when its units and layers were added. Raises as :meth:`plot`."""
