@@ -172,13 +172,12 @@ def _form(
     read, written, weight = source.meta["val"], writing.meta["val"], target.parameters()["weight"]
     if not read.dtype == written.dtype == weight.dtype or read.device != written.device:
         return None
-    given, wanted = dag.varying.shapes[source], dag.varying.shapes[writing]
     linear = isinstance(target.rule, LinearRule) and target.rule.channel_dim(written.ndim) == written.ndim - 1
     slid = reader.rule.geometry(reader.module)
     if linear and slid is None:
         straight = reader.rule.channel_dim(read.ndim) == read.ndim - 1
-        return (None, False) if straight and dag.varying.same(given[:-1], wanted[:-1]) else None
-    if slid is None or read.ndim != slid.space + 2 or not dag.varying.same(given[:1], wanted[:1]):
+        return (None, False) if straight and _alike(dag, source, writing, -1) else None
+    if slid is None or read.ndim != slid.space + 2 or not _alike(dag, source, writing, 1):
         return None
     if linear:
         return (None, True) if written.ndim == 2 else None
@@ -187,8 +186,23 @@ def _form(
         return None
     if all(size == 1 for size in written.shape[2:]) and read.shape[2:].numel() > 1:
         return None  # one position is a mean, whatever the image's size: no kernel is
-    fitted = _fitted([*map(dag.varying.together, given[2:], wanted[2:])], kernel)
+    grids = (dag.varying.shapes[node][2:] for node in (source, writing))
+    fitted = _fitted([*map(dag.varying.together, *grids)], kernel)
     return None if fitted is None else (fitted, False)
+
+
+def _alike(dag: Dag, source: fx.Node, writing: fx.Node, until: int) -> bool:
+    """Whether two activations have the same first sizes, for any inputs. Where these are samples alone they have."""
+    read, written = (node.meta["val"].shape[:until] for node in (source, writing))
+    if read != written or read == _samples(dag):
+        return bool(read == written)
+    return dag.varying.same(*(dag.varying.shapes[node][:until] for node in (source, writing)))
+
+
+def _samples(dag: Dag) -> torch.Size | None:
+    """How many there were in the example, if the first input tells."""
+    first = next((node.meta["val"] for node in dag.graph.nodes if node.op == "placeholder"), None)
+    return first.shape[:1] if isinstance(first, torch.Tensor) else None
 
 
 def _fitted(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) -> Geometry | None:
