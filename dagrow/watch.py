@@ -71,8 +71,9 @@ class Entered:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.attributes.pop("forward", None)
-        if self.own is not None:
+        if self.own is None:
+            self.attributes.pop("forward", None)
+        else:
             self.attributes["forward"] = self.own
 
 

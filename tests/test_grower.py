@@ -57,7 +57,7 @@ class PathsFirst(dagrow.Policy):
     """New connections before all else."""
 
     def values(self, growths: Any, judge: Any, past: Any) -> list[float]:
-        return [float(isinstance(growth.operator, dagrow.AddConnection)) for growth in growths]
+        return [float(isinstance(growth.operator, AddConnection)) for growth in growths]
 
 
 @settings(max_examples=12, deadline=None)
@@ -101,7 +101,7 @@ def test_a_plan_goes_on_where_a_path_has_joined() -> None:
     """The axis that it leads to is still known by its name."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    operators = [dagrow.AddConnection(targets=("2",)), AddNeurons(k=2, axes=("2",))]
+    operators = [AddConnection(targets=("2",)), AddNeurons(k=2, axes=("2",))]
     grower = Grower(dagrow.trace(model, X[:2]), mse, operators, policy=PathsFirst())
     assert [part.where for part in grower.step(0, BATCHES).parts] == ["input -> 2", "2"]
     assert grower.history[0].widths["2"] == 5
