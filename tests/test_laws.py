@@ -164,6 +164,22 @@ def test_a_kink_is_half_of_the_jump_of_the_slope(steepness: float, jump: float) 
     assert found == pytest.approx(steepness * jump / 2, rel=1e-5, abs=1e-7 * max(1.0, steepness))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_goals_that_are_zero_but_for_rounding_have_no_drop_to_compare(seed: int) -> None:
+    """Before a norm of one unit nothing that is written makes a difference."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.LayerNorm(1), nn.Hardtanh(), nn.Linear(1, 3)
+    for parameter in layers[3].parameters():
+        nn.init.normal_(parameter)
+    x, y = torch.randn(24, 3).double(), torch.randint(3, (24,))
+    case = Case(nn.Sequential(*layers).double(), [(x[:9], y[:9]), (x[9:], y[9:])], nn.functional.cross_entropy)
+    (growth,) = (g for g in case.propose(MoveWeights(ridge=0.0, folds=1), case.copy()) if g.where == "2")
+    assert 0 <= growth.drop < 1e-24
+    testing.check_drop(growth, case)
+    with pytest.raises(AssertionError, match="drop of"):
+        testing.check_drop(dataclasses.replace(growth, drop=1e-20), case)
+
+
 @pytest.mark.parametrize(("make", "reason"), [(Tied, "shared with"), (Normed, "LayerNorm")], ids=lambda x: str(x))
 def test_what_cannot_grow_says_why(make, reason: str) -> None:
     dag = dagrow.trace(make(), torch.randn(2, 3))
