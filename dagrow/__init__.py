@@ -1,41 +1,104 @@
 """dagrow grows PyTorch networks where they are too small, in closed form, during training."""
 
-from dagrow.budget import Budget
-from dagrow.dag import Axis, Dag, Edge, trace
-from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, OptimizerError, StoreError, TraceError
-from dagrow.figures import FigureError
-from dagrow.fitting import fit
-from dagrow.grow import Bottleneck, Bottlenecks, bottlenecks, grow, propose
-from dagrow.grower import Grower
-from dagrow.growth import Growth, Receipt
-from dagrow.history import History, HistoryError
-from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
-from dagrow.permutation import PermutationTest, permutation_test
-from dagrow.planning import plan
-from dagrow.policies import ByGain, ByGainPerFlop, ByGainPerParameter, ByLineSearch, Policy, RoundRobin
-from dagrow.records import Grown, Record
-from dagrow.schedules import (
+from dagrow.errors import (
+    BatchError,
+    DagrowError,
+    FigureError,
+    GrowthError,
+    HistoryError,
+    LossError,
+    OptimizerError,
+    StoreError,
+    TraceError,
+)
+from dagrow.graph import Axis, Dag, Edge, trace
+from dagrow.growing import (
     AfterEpoch,
+    Bottleneck,
+    Bottlenecks,
+    Budget,
+    ByGain,
+    ByGainPerFlop,
+    ByGainPerParameter,
+    ByLineSearch,
     EveryEpochs,
+    Grower,
+    History,
     LossReached,
     NoImprovement,
     NothingToAdd,
     OnBottleneck,
     OnPlateau,
+    Policy,
+    RoundRobin,
     Schedule,
+    ShortTraining,
     Situation,
     StopRule,
+    Tangent,
+    bottlenecks,
+    fit,
+    grow,
+    plan,
+    propose,
+    tangent,
 )
-from dagrow.short_training import ShortTraining
-from dagrow.store import load, save
-from dagrow.tangent import Tangent, tangent
+from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
+from dagrow.pictures import Grown, Record
+from dagrow.surgery import Growth, Receipt, load, save
 
 __all__ = [
-    "AddConnection", "AddLayer", "AddNeurons", "AfterEpoch", "Axis", "BatchError", "Bottleneck", "Bottlenecks",
-    "Budget", "ByGain", "ByGainPerFlop", "ByGainPerParameter", "ByLineSearch", "Dag", "DagrowError", "Edge",
-    "EveryEpochs", "FigureError", "Grower", "Grown", "Growth", "GrowthError", "History", "HistoryError",
-    "LossError", "LossReached", "MoveWeights", "NoImprovement", "NothingToAdd", "OnBottleneck", "OnPlateau",
-    "Operator", "OptimizerError", "PermutationTest", "Policy", "Receipt", "Record", "RoundRobin", "Schedule",
-    "ShortTraining", "Situation", "StopRule", "StoreError", "Tangent", "TraceError", "bottlenecks", "fit", "grow",
-    "load", "permutation_test", "plan", "propose", "save", "tangent", "trace",
-]  # fmt: skip
+    "AddConnection",
+    "AddLayer",
+    "AddNeurons",
+    "AfterEpoch",
+    "Axis",
+    "BatchError",
+    "Bottleneck",
+    "Bottlenecks",
+    "Budget",
+    "ByGain",
+    "ByGainPerFlop",
+    "ByGainPerParameter",
+    "ByLineSearch",
+    "Dag",
+    "DagrowError",
+    "Edge",
+    "EveryEpochs",
+    "FigureError",
+    "Grower",
+    "Grown",
+    "Growth",
+    "GrowthError",
+    "History",
+    "HistoryError",
+    "LossError",
+    "LossReached",
+    "MoveWeights",
+    "NoImprovement",
+    "NothingToAdd",
+    "OnBottleneck",
+    "OnPlateau",
+    "Operator",
+    "OptimizerError",
+    "Policy",
+    "Receipt",
+    "Record",
+    "RoundRobin",
+    "Schedule",
+    "ShortTraining",
+    "Situation",
+    "StopRule",
+    "StoreError",
+    "Tangent",
+    "TraceError",
+    "bottlenecks",
+    "fit",
+    "grow",
+    "load",
+    "plan",
+    "propose",
+    "save",
+    "tangent",
+    "trace",
+]

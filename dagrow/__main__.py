@@ -2,7 +2,7 @@
 
 import sys
 
-from dagrow.cli import main
+from dagrow.reporting import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,11 +5,6 @@ from math import inf
 from sys import float_info
 from typing import Any
 
-__all__ = [
-    "SEEDS", "BatchError", "DagrowError", "GrowthError", "LossError", "NoPlaceError", "OptimizerError", "StoreError",
-    "TraceError", "check_real", "check_whole", "first_line", "listed",
-]  # fmt: skip
-
 SEEDS = 2**32 - 1  #: the largest seed
 
 
@@ -45,6 +40,18 @@ class StoreError(DagrowError):
     """A file cannot be written or read, or what it holds does not fit the model."""
 
 
+class FigureError(DagrowError):
+    """The figure cannot be drawn or written."""
+
+
+class HistoryError(DagrowError):
+    """A history does not become a table or a picture as asked."""
+
+
+class DataError(DagrowError):
+    """A data set is missing, damaged, or not what it should be."""
+
+
 def first_line(error: Exception) -> str:
     """An error of others in one line, for messages of ours."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -76,9 +83,13 @@ def check_real(
 
 
 def _check(
-    of: str, kinds: type | tuple[type, ...], fits: Callable[[Any], bool], wanted: str, none: str,
+    of: str,
+    kinds: type | tuple[type, ...],
+    fits: Callable[[Any], bool],
+    wanted: str,
+    none: str,
     given: Mapping[str, object],
-) -> None:  # fmt: skip
+) -> None:
     for name, value in given.items():
         number = isinstance(value, kinds) and not isinstance(value, bool)
         if not (number and fits(value)) and not (none and value is None):

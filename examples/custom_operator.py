@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dagrow
-from dagrow.moments import Moments
 from dagrow.operators import Place, Proposal, Widen
+from dagrow.solvers import Moments
 from dagrow.testing import check_operator
 
 

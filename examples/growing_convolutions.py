@@ -16,10 +16,17 @@ train, held_out, test = order[:1100], order[1100:1400], order[1400:]
 loss = nn.functional.cross_entropy
 
 model = nn.Sequential(
-    nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+    nn.Conv2d(1, 2, 3, padding=1),
+    nn.BatchNorm2d(2),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Conv2d(2, 2, 3, padding=1),
+    nn.BatchNorm2d(2),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool2d(2),
+    nn.Flatten(),
     nn.Linear(8, 10),
-)  # fmt: skip
+)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 dag = dagrow.trace(model, x[:2])
 print(dag)

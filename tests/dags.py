@@ -103,10 +103,11 @@ class Net(nn.Module):
     @staticmethod
     def _norm(node: Node, image: bool) -> nn.Module:
         return {
-            "none": nn.Identity, "dropout": lambda: nn.Dropout(0.3),
+            "none": nn.Identity,
+            "dropout": lambda: nn.Dropout(0.3),
             "layer": lambda: nn.GroupNorm(1, node.width) if image else nn.LayerNorm(node.width),
             "batch": lambda: (nn.BatchNorm2d if image else nn.BatchNorm1d)(node.width),
-        }[node.norm]()  # fmt: skip
+        }[node.norm]()
 
     def _ends(self, x: Tensor) -> Tensor:
         values = [x]
@@ -183,6 +184,11 @@ def plans(draw: st.DrawFn, image: bool = False, most: int = 4) -> Plan:
     for _ in range(draw(st.integers(1, most))):
         nodes.append(draw(_nodes(nodes, inputs, image)))
     return Plan(
-        tuple(nodes), inputs, draw(st.integers(2, 3)), (draw(st.integers(3, 6)), draw(st.integers(3, 6))) if image
-        else (), image and draw(st.booleans()), draw(st.sampled_from(tuple(LOSSES))), draw(st.integers(0, 999)),
-    )  # fmt: skip
+        tuple(nodes),
+        inputs,
+        draw(st.integers(2, 3)),
+        (draw(st.integers(3, 6)), draw(st.integers(3, 6))) if image else (),
+        image and draw(st.booleans()),
+        draw(st.sampled_from(tuple(LOSSES))),
+        draw(st.integers(0, 999)),
+    )

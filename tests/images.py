@@ -204,18 +204,32 @@ def kernels(space: int) -> st.SearchStrategy[Kernel]:
 
     sizes, ones = each(st.integers(1, 3)), st.just((1,) * space)
     plain = st.builds(
-        Kernel, sizes, each(st.sampled_from((1, 1, 2))), each(st.integers(0, 2)), each(st.sampled_from((1, 1, 2))),
+        Kernel,
+        sizes,
+        each(st.sampled_from((1, 1, 2))),
+        each(st.integers(0, 2)),
+        each(st.sampled_from((1, 1, 2))),
         bias=st.booleans(),
-    )  # fmt: skip
+    )
     moded = st.builds(
-        Kernel, sizes, each(st.sampled_from((1, 1, 2))), each(st.integers(0, 1)), each(st.sampled_from((1, 2))),
-        st.sampled_from(("reflect", "replicate", "circular")), st.booleans(),
-    )  # fmt: skip
+        Kernel,
+        sizes,
+        each(st.sampled_from((1, 1, 2))),
+        each(st.integers(0, 1)),
+        each(st.sampled_from((1, 2))),
+        st.sampled_from(("reflect", "replicate", "circular")),
+        st.booleans(),
+    )
     named = st.builds(Kernel, sizes, ones, st.sampled_from(("same", "valid")), ones, bias=st.booleans())
     turned = st.builds(
-        Kernel, sizes, each(st.integers(1, 2)), each(st.integers(0, 1)), each(st.integers(1, 2)),
-        bias=st.booleans(), transposed=st.just(True),
-    )  # fmt: skip
+        Kernel,
+        sizes,
+        each(st.integers(1, 2)),
+        each(st.integers(0, 1)),
+        each(st.integers(1, 2)),
+        bias=st.booleans(),
+        transposed=st.just(True),
+    )
     return st.one_of(plain, plain, moded, named, turned)
 
 
@@ -225,13 +239,22 @@ def plans(draw: st.DrawFn, between: tuple[str, ...] = BETWEEN) -> Plan:
     space = draw(st.sampled_from((1, 2, 2, 3)))
     drawn = [
         Stage(
-            draw(kernels(space)), draw(st.integers(1, 2)), draw(st.sampled_from(SMOOTH + KINKED)),
-            draw(st.sampled_from(between)), draw(st.sampled_from(RESIZED)), draw(st.sampled_from(WAYS)),
+            draw(kernels(space)),
+            draw(st.integers(1, 2)),
+            draw(st.sampled_from(SMOOTH + KINKED)),
+            draw(st.sampled_from(between)),
+            draw(st.sampled_from(RESIZED)),
+            draw(st.sampled_from(WAYS)),
         )
         for _ in range(draw(st.integers(1, 2)))
-    ]  # fmt: skip
+    ]
     image = tuple(draw(st.integers(2, 5 if space < 3 else 3)) for _ in range(space))
     return Plan(
-        tuple(drawn), space, image, draw(st.integers(1, 2)), draw(st.sampled_from(("mean", "flatten"))),
-        draw(st.sampled_from(("mean", "sum"))), seed=draw(st.integers(0, 999)),
-    )  # fmt: skip
+        tuple(drawn),
+        space,
+        image,
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from(("mean", "flatten"))),
+        draw(st.sampled_from(("mean", "sum"))),
+        seed=draw(st.integers(0, 999)),
+    )

@@ -104,8 +104,9 @@ def goals(forward: Callable[..., Tensor], loss: Loss, inputs: Any, targets: Any,
     An edge that is called several times in one pass writes the positions of each call, in turn.
     """
     with eval_mode(forward):
-        return np.stack([_goal(forward, loss, sample(inputs, n), sample(targets, n), edge)
-                         for n in range(length(inputs))])  # fmt: skip
+        return np.stack(
+            [_goal(forward, loss, sample(inputs, n), sample(targets, n), edge) for n in range(length(inputs))]
+        )
 
 
 def _goal(forward: Callable[..., Tensor], loss: Loss, inputs: Any, target: Any, edge: nn.Module) -> Array:
@@ -168,10 +169,13 @@ def _transposed_patches(conv: Any, x: Tensor) -> Tensor:
     """Input position s writes through tap j to output position s * stride - padding + j * dilation."""
     space = range(len(conv.kernel_size))
     sizes = [
-        (x.shape[2 + a] - 1) * conv.stride[a] - 2 * conv.padding[a] + conv.dilation[a] * (conv.kernel_size[a] - 1)
-        + conv.output_padding[a] + 1
+        (x.shape[2 + a] - 1) * conv.stride[a]
+        - 2 * conv.padding[a]
+        + conv.dilation[a] * (conv.kernel_size[a] - 1)
+        + conv.output_padding[a]
+        + 1
         for a in space
-    ]  # fmt: skip
+    ]
     found = x.new_zeros(*sizes, x.shape[1], *conv.kernel_size)
     for s in np.ndindex(*x.shape[2:]):
         for j in np.ndindex(*conv.kernel_size):

@@ -1,6 +1,5 @@
 """Whatever README, docs and examples show runs as it is printed."""
 
-import ast
 import re
 import runpy
 from pathlib import Path
@@ -57,9 +56,15 @@ def test_the_loop_of_the_readme_trains_and_grows() -> None:
     batches = list(zip(x.split(100), y.split(100), strict=True))
     model = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 4))
     names: dict[str, Any] = {
-        "torch": torch, "model": model, "loader": batches[:5], "held_out": batches[5:], "example": x[:2],
-        "loss": nn.functional.mse_loss, "epochs": 15, "learning_rate": 1e-2,
-    }  # fmt: skip
+        "torch": torch,
+        "model": model,
+        "loader": batches[:5],
+        "held_out": batches[5:],
+        "example": x[:2],
+        "loss": nn.functional.mse_loss,
+        "epochs": 15,
+        "learning_rate": 1e-2,
+    }
     for line, code in blocks(ROOT / "README.md", "diff"):
         assert not re.search(r"^-", code, re.MULTILINE), "growing takes nothing out of a loop"
         run(ROOT / "README.md", line, re.sub(r"^[+ ] ", "", code, flags=re.MULTILINE), names)
@@ -71,29 +76,3 @@ def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
-
-
-def floors() -> dict[str, int]:
-    """The rooms of docs/architecture.md, by the row of the table that they are in."""
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    return {room.strip("/"): floor for floor, row in enumerate(rows) for room in re.findall(r"`([\w/]+)`", row)}
-
-
-def imported(path: Path) -> set[str]:
-    """The rooms that a file of the package imports from."""
-    tree = ast.parse(path.read_text())
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    plain = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    assert not [name for name in plain if name.startswith("dagrow.")], "from dagrow.room import name"
-    deep = {node.module.split(".")[1] for node in nodes if (node.module or "").startswith("dagrow.")}
-    return deep | {alias.name for node in nodes if node.module == "dagrow" for alias in node.names}
-
-
-def test_the_package_stands_as_its_architecture_says() -> None:
-    known, package = floors(), ROOT / "dagrow"
-    files = {path: path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
-    files = {path: room for path, room in files.items() if not room.startswith("__")}
-    assert set(files.values()) == set(known)
-    upwards = [(room, other) for path, room in files.items() for other in imported(path)
-               if other != room and known[other] >= known[room]]  # fmt: skip
-    assert not upwards

@@ -13,17 +13,20 @@ from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoPro
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, MoveWeights, testing
-from dagrow.comparing import derivative, kink
 from dagrow.operators import Candidate, Operator
-from dagrow.operators.base import Stage as Previewed
+from dagrow.operators import Stage as Previewed
 from dagrow.testing import Case, check_operator
+from dagrow.testing._snapshots_and_slopes import derivative, kink
 
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 LAW = settings(
-    max_examples=EXAMPLES or 3, derandomize=not EXAMPLES, deadline=None, database=None,
+    max_examples=EXAMPLES or 3,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
     phases=(Phase.explicit, Phase.generate),  # plans are short as they are drawn
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 OPERATORS: tuple[Operator, ...] = (
     MoveWeights(),
     MoveWeights(ridge=0.0, folds=1),

@@ -9,7 +9,7 @@ from torch import nn
 
 from dagrow import AddConnection, AddLayer, testing
 from dagrow.operators import Operator
-from dagrow.operators.reach import links
+from dagrow.operators.paths import path_sites
 from dagrow.testing import Case
 
 OPERATORS: tuple[Operator, ...] = (
@@ -24,7 +24,7 @@ OPERATORS: tuple[Operator, ...] = (
 
 def holds(law: testing.Law, operator: Operator, case: Case) -> None:
     dag = case.copy()
-    assume(dag.unwritable is None and links(dag, known=isinstance(operator, AddLayer)))
+    assume(dag.unwritable is None and path_sites(dag, known=isinstance(operator, AddLayer)))
     law(operator, case)
 
 

@@ -15,8 +15,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, MoveWeights
-from dagrow.comparing import same, snapshot
 from dagrow.layers import RiderRule
+from dagrow.testing._snapshots_and_slopes import same, snapshot
 
 Batches = list[tuple[Tensor, Tensor]]
 

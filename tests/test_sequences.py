@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, DagrowError, Growth, MoveWeights, Receipt
-from dagrow.comparing import close, same, snapshot
 from dagrow.operators import Operator
-from dagrow.optimizers import carry
+from dagrow.statistics import Objective
+from dagrow.surgery._optimizers import carry
 from dagrow.testing import check_descent, check_drop, check_slope, gentle
+from dagrow.testing._snapshots_and_slopes import close, same, snapshot
 
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 STEPS = 8
@@ -48,10 +49,15 @@ ridges, folds = st.sampled_from((None, 0.0, 1e-3)), st.sampled_from((1, 1, 3))
 activations = st.sampled_from((nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Sigmoid()))
 moves = st.builds(MoveWeights, ridge=ridges, folds=folds)
 neurons = st.builds(
-    AddNeurons, k=st.integers(1, 3), solver=st.sampled_from(("sequential", "joint", "unprojected", "als")),
+    AddNeurons,
+    k=st.integers(1, 3),
+    solver=st.sampled_from(("sequential", "joint", "unprojected", "als")),
     init=st.sampled_from(("optimal", "optimal", "random_features", "random", "gradmax", "copy", "zero")),
-    paired=st.booleans(), ridge=ridges, folds=folds, seed=st.integers(0, 9),
-)  # fmt: skip
+    paired=st.booleans(),
+    ridge=ridges,
+    folds=folds,
+    seed=st.integers(0, 9),
+)
 connections = st.builds(
     AddConnection, rank=st.sampled_from((None, 1, 2)), kernel=st.integers(1, 3), ridge=ridges, folds=folds
 )
@@ -250,7 +256,7 @@ class Sequences(RuleBasedStateMachine):
         return snapshot(self.dag, self.optimizer)
 
     def _loss(self) -> float:
-        return dagrow.objective.Objective(self.model, self.case.batches, self.case.loss, mode="eval").mean()
+        return Objective(self.model, self.case.batches, self.case.loss, mode="eval").mean()
 
     def _outputs_are(self, expected: Mapping[str, Tensor], what: str, atol: float = 1e-10) -> None:
         for mode in MODES:
@@ -354,8 +360,11 @@ class Sequences(RuleBasedStateMachine):
 
     def _left_outside(self, growth: Growth) -> set[str]:
         """New parameters beside one that no optimizer has: nobody passed one that would take them."""
-        alone = {b for b in growth.change.branches
-                 if b.beside in self.outside or not self.model.get_parameter(b.beside).requires_grad}  # fmt: skip
+        alone = {
+            b
+            for b in growth.change.branches
+            if b.beside in self.outside or not self.model.get_parameter(b.beside).requires_grad
+        }
         return {name for b in alone for name in growth.change.added if name.startswith(f"{b.name}.")}
 
     def _step(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -405,10 +414,14 @@ class SequencesOfImages(Sequences):
 
 
 PROFILE = settings(
-    max_examples=EXAMPLES or 10, stateful_step_count=STEPS, derandomize=not EXAMPLES, deadline=None, database=None,
+    max_examples=EXAMPLES or 10,
+    stateful_step_count=STEPS,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
     phases=(Phase.explicit, Phase.generate),  # plans are short as they are drawn
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 TestSequences = Sequences.TestCase
 TestSequences.settings = PROFILE
 TestSequencesOfImages = SequencesOfImages.TestCase

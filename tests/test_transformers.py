@@ -12,8 +12,7 @@ import torch
 from language import MODELS, step
 
 import dagrow
-from dagrow.growth import Growth
-from dagrow.surgery import preview
+from dagrow.surgery import Growth, preview
 
 TEXT = Path(os.environ.get("DAGROW_TEXT", Path(__file__).with_name("language.py"))).read_text()[:20000]
 

@@ -78,9 +78,11 @@ class Part(nn.Module):
         up = {"gate": 2 * w, "view_literal": 4 * w, "view_live": 4 * w}.get(self.kind, w)
         self.up = nn.Linear(i, up, bias=stage.bias)
         self.between = nn.Sequential(
-            Norm(up) if stage.norm == "before" else nn.Identity(), act(stage.activation),
-            Norm(up) if stage.norm == "after" else nn.Identity(), nn.Dropout(stage.dropout),
-        )  # fmt: skip
+            Norm(up) if stage.norm == "before" else nn.Identity(),
+            act(stage.activation),
+            Norm(up) if stage.norm == "after" else nn.Identity(),
+            nn.Dropout(stage.dropout),
+        )
         if self.kind == "residual":
             self.down = nn.Linear(w, i, bias=stage.bias)
         if self.kind == "two_readers":
@@ -181,23 +183,37 @@ def case_of(model: nn.Module, *shape: int, sizes: tuple[int, ...] = (9, 14), see
 @st.composite
 def stages(draw: st.DrawFn, activations: tuple[str, ...], kinds: tuple[str, ...], norms: tuple[str, ...]) -> Stage:
     return Stage(
-        draw(st.sampled_from(kinds)), draw(st.integers(1, 5)), draw(st.sampled_from(activations)), draw(st.booleans()),
-        draw(st.sampled_from(norms)), draw(st.sampled_from((0.0, 0.5))), draw(st.sampled_from((False, False, True))),
-    )  # fmt: skip
+        draw(st.sampled_from(kinds)),
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from(activations)),
+        draw(st.booleans()),
+        draw(st.sampled_from(norms)),
+        draw(st.sampled_from((0.0, 0.5))),
+        draw(st.sampled_from((False, False, True))),
+    )
 
 
 @st.composite
 def plans(
-    draw: st.DrawFn, activations: tuple[str, ...] = SMOOTH + KINKED, kinds: tuple[str, ...] = KINDS,
-    norms: tuple[str, ...] = NORMS, depth: int = 3,
-) -> Plan:  # fmt: skip
+    draw: st.DrawFn,
+    activations: tuple[str, ...] = SMOOTH + KINKED,
+    kinds: tuple[str, ...] = KINDS,
+    norms: tuple[str, ...] = NORMS,
+    depth: int = 3,
+) -> Plan:
     """Plans of one to ``depth`` stages; at least one axis of each can grow."""
     drawn = draw(st.lists(stages(activations, kinds, norms), min_size=1, max_size=depth))
     return Plan(
-        tuple(drawn), draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from((0, 0, 1, 3))),
-        draw(st.sampled_from(("mean", "flatten"))), draw(st.booleans()), draw(st.sampled_from(("mean", "sum"))),
-        draw(st.sampled_from(((9, 14), (23,), (4, 4, 4, 11), (30, 10)))), draw(st.integers(0, 999)),
-    )  # fmt: skip
+        tuple(drawn),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from((0, 0, 1, 3))),
+        draw(st.sampled_from(("mean", "flatten"))),
+        draw(st.booleans()),
+        draw(st.sampled_from(("mean", "sum"))),
+        draw(st.sampled_from(((9, 14), (23,), (4, 4, 4, 11), (30, 10)))),
+        draw(st.integers(0, 999)),
+    )
 
 
 # ---------------------------------------------------------------- fixed ones

@@ -1,15 +1,24 @@
-"""Ways to grow, one idea a file."""
+"""TODO operators."""
 
-from dagrow.operators.add_connection import AddConnection
-from dagrow.operators.add_layer import AddLayer
-from dagrow.operators.add_neurons import AddNeurons
-from dagrow.operators.base import Candidate, Operator, Stage
-from dagrow.operators.move import MoveWeights
-from dagrow.operators.neurons import Proposal, WidenCandidate
-from dagrow.operators.places import Place, places
-from dagrow.operators.widen import Widen
+from dagrow.operators._add_connection import AddConnection
+from dagrow.operators._add_layer import AddLayer
+from dagrow.operators._add_neurons import AddNeurons
+from dagrow.operators._base import Candidate, Operator, Stage
+from dagrow.operators._move_weights import MoveWeights
+from dagrow.operators._widen import Widen
+from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
 
 __all__ = [
-    "AddConnection", "AddLayer", "AddNeurons", "Candidate", "MoveWeights", "Operator", "Place", "Proposal", "Stage",
-    "Widen", "WidenCandidate", "places",
-]  # fmt: skip
+    "AddConnection",
+    "AddLayer",
+    "AddNeurons",
+    "Candidate",
+    "MoveWeights",
+    "Operator",
+    "Place",
+    "Proposal",
+    "Stage",
+    "Widen",
+    "WidenCandidate",
+    "places",
+]

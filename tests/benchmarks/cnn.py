@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import dagrow
 from dagrow import AddNeurons
-from dagrow.data import mnist
+from dagrow.reporting._data import mnist
 
 SCRIPT = "tests/benchmarks/cnn.py"
 FINAL = (16, 24, 32)  #: channels at the end, where growths are asked for a number
@@ -86,10 +86,11 @@ def build(channels: int, widths: Sequence[int], seed: int) -> nn.Sequential:
     layers: dict[str, nn.Module] = {}
     for number, width in enumerate(widths, start=1):
         layers |= {
-            f"conv{number}": nn.Conv2d(channels, width, 3, padding=1), f"norm{number}": nn.BatchNorm2d(width),
+            f"conv{number}": nn.Conv2d(channels, width, 3, padding=1),
+            f"norm{number}": nn.BatchNorm2d(width),
             f"relu{number}": nn.ReLU(),
             f"pool{number}": nn.MaxPool2d(2) if number < len(widths) else nn.AdaptiveAvgPool2d(1),
-        }  # fmt: skip
+        }
         channels = width
     model = nn.Sequential()
     for name, layer in {**layers, "flat": nn.Flatten(), "head": nn.Linear(channels, 10)}.items():
@@ -140,9 +141,13 @@ class Run:
         assert neurons is not None
         drawn = self.kept[torch.randperm(len(self.kept), generator=self.draws)[:MEASURED]]
         receipt = dagrow.grow(
-            self.dag, self.batches(drawn), cross_entropy, [replace(neurons, k=k, axes=(axis,), seed=self.seed)],
-            validation=self.batches(self.held_out), optimizer=self.optimizer,
-        )  # fmt: skip
+            self.dag,
+            self.batches(drawn),
+            cross_entropy,
+            [replace(neurons, k=k, axes=(axis,), seed=self.seed)],
+            validation=self.batches(self.held_out),
+            optimizer=self.optimizer,
+        )
         found = {"axis": axis, "asked": k, "added": receipt.neurons, "init": neurons.init}
         self.growths.append({**found, "before": receipt.loss_before, "after": receipt.loss_after})
         return receipt.neurons
@@ -170,10 +175,16 @@ def run(task: tuple[str, str, str, int]) -> dict[str, Any]:
     state.epochs(LAST_EPOCHS)
     loss, accuracy = state.loss(test)
     return {
-        "data": kind, "variant": name, "seed": seed, "version": source_version(), "test_loss": loss,
-        "test_accuracy": accuracy, "widths": [state.width(axis) for axis in AXES], "seconds": state.seconds,
+        "data": kind,
+        "variant": name,
+        "seed": seed,
+        "version": source_version(),
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "widths": [state.width(axis) for axis in AXES],
+        "seconds": state.seconds,
         "growths": state.growths,
-    }  # fmt: skip
+    }
 
 
 def results(runs: Sequence[dict[str, Any]]) -> str:
@@ -187,9 +198,16 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
         )
         if rows:
             head = (
-                "variant", "n", "test loss", "test error, %", "loss less the default's", "fall at a growth", "channels",
-                "training, CPU s", "growth, CPU s",
-            )  # fmt: skip
+                "variant",
+                "n",
+                "test loss",
+                "test error, %",
+                "loss less the default's",
+                "fall at a growth",
+                "channels",
+                "training, CPU s",
+                "growth, CPU s",
+            )
             parts += [f"### {title}", table(head, rows)]
     return "\n\n".join(parts)
 
@@ -199,13 +217,15 @@ def _row(name: str, runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any
     difference, error, _ = paired(losses, standard)
     falls = [1 - g["after"] / g["before"] for r in runs for g in r["growths"]]
     return [
-        VARIANTS[name].label, str(len(runs)), plus_minus([r["test_loss"] for r in runs], 4),
+        VARIANTS[name].label,
+        str(len(runs)),
+        plus_minus([r["test_loss"] for r in runs], 4),
         plus_minus([100 * (1 - r["test_accuracy"]) for r in runs], 2),
         "-" if name == DEFAULT else f"{difference:+.4f} ± {error:.4f}",
         f"{100 * mean(falls):.1f} %" if falls else "-",
         ", ".join(f"{mean(r['widths'][i] for r in runs):.0f}" for i in range(3)),
         *(f"{mean(r['seconds'][what] for r in runs):.0f}" for what in ("training", "growth")),
-    ]  # fmt: skip
+    ]
 
 
 def tasks(folders: dict[str, str], names: Sequence[str], seeds: Sequence[int], done: set[tuple]) -> Iterator[tuple]:

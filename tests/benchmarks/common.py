@@ -152,9 +152,12 @@ def _seeds(text: str) -> range:
 
 
 def study(
-    given: argparse.Namespace, run: Callable[[tuple], dict[str, Any]], tasks: Iterable[tuple], script: str,
+    given: argparse.Namespace,
+    run: Callable[[tuple], dict[str, Any]],
+    tasks: Iterable[tuple],
+    script: str,
     tables: Callable[[list[dict[str, Any]]], str],
-) -> None:  # fmt: skip
+) -> None:
     """Runs tasks in processes, keeps each result at once, and writes the tables if that was asked for."""
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         for result in pool.imap_unordered(run, tasks):

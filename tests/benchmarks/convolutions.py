@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.grow import _previewed
-from dagrow.measure import measure
-from dagrow.objective import Objective
+from dagrow.growing._propose import _previewed
+from dagrow.statistics import Objective, measure
 
 WIDTH, SIZE, BATCH = 64, 16, 64
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import dagrow
-from dagrow.measure import measure
-from dagrow.objective import Objective
+from dagrow.statistics import Objective, measure
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -27,9 +26,7 @@ def seconds(function: Callable[[], object]) -> float:
 def main(batches: int = 40, repeats: int = 9) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-    )  # fmt: skip
+    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
     data = [(torch.randn(256, 784), torch.randint(10, (256,))) for _ in range(batches)]
     loss, dag = nn.CrossEntropyLoss(), dagrow.trace(model, data[0][0])
 

@@ -36,12 +36,11 @@ from common import append, read, source_version, table, write_block
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.contractions import ATTENTION
-from dagrow.coverage import Coverage
-from dagrow.dag import Dag
-from dagrow.ops import op_name
-from dagrow.testing import rounding, try_axes
-from dagrow.trees import leaves
+from dagrow._pytree import leaves
+from dagrow.graph import Dag
+from dagrow.graph._summary import Coverage
+from dagrow.layers import ATTENTION, op_name
+from dagrow.testing._axis_trial import rounding, try_axes
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
 SLOW = 5.0  #: seconds of a plain call and a trace that are not repeated
@@ -119,9 +118,13 @@ def _shape(dag: Dag) -> dict[str, Any]:
     """Axes found, and the share of the parameters in edges with a growable side."""
     coverage = dag.coverage()
     return {
-        "axes": len(dag.axes), "growable": sum(axis.growable for axis in dag.axes),
-        "attention": _attends(dag), "edges": len(dag.edges), "share": coverage.share, "reasons": _weighed(coverage),
-    }  # fmt: skip
+        "axes": len(dag.axes),
+        "growable": sum(axis.growable for axis in dag.axes),
+        "attention": _attends(dag),
+        "edges": len(dag.edges),
+        "share": coverage.share,
+        "reasons": _weighed(coverage),
+    }
 
 
 def _weighed(coverage: Coverage) -> dict[str, int]:
@@ -152,9 +155,12 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     failed = {axis: wrong for axis, wrong in found.items() if wrong}
     noise = rounding(dag, inputs)
     return {
-        "tried": len(found), "exact": len(found) - len(failed), "failed": failed,
-        "rounding": noise, "loosened": 10 * noise > tolerance,
-    }  # fmt: skip
+        "tried": len(found),
+        "exact": len(found) - len(failed),
+        "failed": failed,
+        "rounding": noise,
+        "loosened": 10 * noise > tolerance,
+    }
 
 
 def _run(model: nn.Module, given: Any) -> list[Tensor]:
@@ -234,8 +240,11 @@ def main() -> None:
     if given.alone:
         return alone(given.zoo, *given.alone, timed_only=given.timed_only)
     done = {(run["suite"], run["name"]) for run in known(given.out) if "error" not in run and not given.timed_only}
-    todo = [(suite, name) for suite, name, *_ in specs(given.zoo)[:: given.every]
-            if given.only in f"{suite}/{name}" and (suite, name) not in done]  # fmt: skip
+    todo = [
+        (suite, name)
+        for suite, name, *_ in specs(given.zoo)[:: given.every]
+        if given.only in f"{suite}/{name}" and (suite, name) not in done
+    ]
     with ThreadPoolExecutor(given.jobs) as pool:
         for result in pool.map(lambda spec: watched(given, *spec), todo):
             append(given.out, result)
@@ -313,13 +322,19 @@ def document(runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     rows = [
         [
-            f"{run['suite']}/{run['name']}", _mark(run, "traced"), _mark(run, "equal"), str(run.get("axes", "")),
-            str(run.get("growable", "")), f"{run['exact']}/{run['tried']}" if "tried" in run else "",
+            f"{run['suite']}/{run['name']}",
+            _mark(run, "traced"),
+            _mark(run, "equal"),
+            str(run.get("axes", "")),
+            str(run.get("growable", "")),
+            f"{run['exact']}/{run['tried']}" if "tried" in run else "",
             f"{run['share']:.2f}" if "share" in run else "",
-            _number(run, f"passes{BATCH}"), _number(run, f"passes{LARGER}"),
+            _number(run, f"passes{BATCH}"),
+            _number(run, f"passes{LARGER}"),
             run.get("error") or "; ".join(f"{axis}: {why}" for axis, why in run.get("failed", {}).items()) or _why(run),
-        ] for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
-    ]  # fmt: skip
+        ]
+        for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
+    ]
     versions = ", ".join(sorted({version for run in runs for version in run["versions"]}))
     items = "\n".join(f"- {line}" for line in summary(runs))
     return f"{items}\n\n{table(head, rows)}\n\nSources of the package: {versions}."

@@ -80,7 +80,8 @@ VARIANTS: dict[str, Variant] = {
     "move_joint_cv": Variant("move, then joint, cross-validated", _optimal("joint", 4), move=True),
     "move_features_cv": Variant(
         "move, then random fan-in, fitted fan-out, cross-validated",
-        AddNeurons(k=1, init="random_features", folds=4), move=True,
+        AddNeurons(k=1, init="random_features", folds=4),
+        move=True,
     ),
     "move_random": Variant("move, then random", AddNeurons(k=1, init="random", folds=1), move=True),
     "sequential_r0001": Variant("sequential, ridge=0.0001", AddNeurons(k=1, ridge=1e-4)),
@@ -91,7 +92,7 @@ VARIANTS: dict[str, Variant] = {
     "scratch": Variant(f"from scratch, {HIDDEN[0]} and {HIDDEN[1]}", hidden=HIDDEN),
     "scratch_small": Variant("from scratch, 33 and 25 (about where the open run ends)", hidden=(33, 25)),
     "scratch_large": Variant("from scratch, 1000 and 1000", hidden=(1000, 1000)),
-}  # fmt: skip
+}
 DEFAULT = "sequential_cv"
 
 Data = tuple[Tensor, Tensor]
@@ -191,9 +192,13 @@ class Run:
         before = self.width(axis)
         with self.clocked("growth"), FlopCount() if self.counted else nullcontext() as count:
             receipt = dagrow.grow(
-                self.dag, self.batches(drawn), cross_entropy, operators,
-                validation=self.held_out, optimizer=self.optimizer,
-            )  # fmt: skip
+                self.dag,
+                self.batches(drawn),
+                cross_entropy,
+                operators,
+                validation=self.held_out,
+                optimizer=self.optimizer,
+            )
         self.flops["growth"] += count.total if count else 0.0
         added = self.width(axis) - before
         where = {"step": step, "axis": axis, "asked": k, "added": added, "fan_out": self.largest_fan_out()}
@@ -248,16 +253,23 @@ class Clock:
 def _described(receipt: dagrow.Receipt) -> dict[str, Any]:
     parts = [part for part in (receipt.parts or (receipt,)) if part.growth is not None]
     return {
-        "loss_before": receipt.loss_before, "loss_after": receipt.loss_after,
+        "loss_before": receipt.loss_before,
+        "loss_after": receipt.loss_after,
         "parts": [
             {
-                "operator": type(part.growth.operator).__name__, "neurons": part.neurons, "gamma": part.gamma,
-                "gain": part.gain, "heldout_gain": part.growth.heldout_gain,
-                "heldout_error": part.growth.heldout_error, "drop": part.drop, "notes": list(part.growth.notes),
+                "operator": type(part.growth.operator).__name__,
+                "neurons": part.neurons,
+                "gamma": part.gamma,
+                "gain": part.gain,
+                "heldout_gain": part.growth.heldout_gain,
+                "heldout_error": part.growth.heldout_error,
+                "drop": part.drop,
+                "notes": list(part.growth.notes),
             }
-            for part in parts if part.growth is not None
+            for part in parts
+            if part.growth is not None
         ],
-    }  # fmt: skip
+    }
 
 
 def run(task: tuple[str, str, int]) -> dict[str, Any]:
@@ -272,16 +284,23 @@ def run(task: tuple[str, str, int]) -> dict[str, Any]:
             state.step(number)
     state.epochs(LAST_EPOCHS)
     losses = {
-        "test": state.loss(test), "train": state.loss((train[0][state.kept], train[1][state.kept])),
+        "test": state.loss(test),
+        "train": state.loss((train[0][state.kept], train[1][state.kept])),
         "held_out": state.loss(tuple(torch.cat(part) for part in zip(*state.held_out, strict=True))),  # type: ignore[arg-type]
-    }  # fmt: skip
+    }
     return {
-        "variant": name, "seed": seed, "version": source_version(), "widths": [state.width(axis) for axis in AXES],
+        "variant": name,
+        "seed": seed,
+        "version": source_version(),
+        "widths": [state.width(axis) for axis in AXES],
         **{f"{part}_loss": loss for part, (loss, _) in losses.items()},
         **{f"{part}_accuracy": accuracy for part, (_, accuracy) in losses.items()},
-        "fan_out": state.largest_fan_out(), "wall": state.wall, "cpu": state.cpu, "flops": state.flops,
+        "fan_out": state.largest_fan_out(),
+        "wall": state.wall,
+        "cpu": state.cpu,
+        "flops": state.flops,
         "growths": state.growths,
-    }  # fmt: skip
+    }
 
 
 def results(runs: Sequence[dict[str, Any]]) -> str:
@@ -306,9 +325,20 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head = (
-        "variant", "n", "test loss", "test error, %", "training loss", "hidden widths", "nothing added",
-        "largest fan-out", "wall, s", "growth, wall s", "growth, CPU s", "training, GFLOP", "growth, GFLOP",
-    )  # fmt: skip
+        "variant",
+        "n",
+        "test loss",
+        "test error, %",
+        "training loss",
+        "hidden widths",
+        "nothing added",
+        "largest fan-out",
+        "wall, s",
+        "growth, wall s",
+        "growth, CPU s",
+        "training, GFLOP",
+        "growth, GFLOP",
+    )
     return table(head, rows)
 
 
@@ -318,15 +348,19 @@ def _row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     asked = mean(len(r["growths"]) for r in runs)
     timed, counted = ([r for r in runs if (r["seed"] == COUNTED) == which] for which in (False, True))
     return [
-        VARIANTS[name].label, str(len(runs)), plus_minus([r["test_loss"] for r in runs], 4),
-        plus_minus([100 * (1 - r["test_accuracy"]) for r in runs], 2), f"{mean(r['train_loss'] for r in runs):.4f}",
+        VARIANTS[name].label,
+        str(len(runs)),
+        plus_minus([r["test_loss"] for r in runs], 4),
+        plus_minus([100 * (1 - r["test_accuracy"]) for r in runs], 2),
+        f"{mean(r['train_loss'] for r in runs):.4f}",
         ", ".join(f"{mean(r['widths'][i] for r in runs):.0f}" for i in range(2)),
-        f"{none:.1f} of {asked:.0f}" if grown else "-", f"{mean(r['fan_out'] for r in runs):.1f}",
+        f"{none:.1f} of {asked:.0f}" if grown else "-",
+        f"{mean(r['fan_out'] for r in runs):.1f}",
         _average([sum(r["wall"].values()) for r in timed]),
         *(_average([r[clock]["growth"] for r in timed if grown]) for clock in ("wall", "cpu")),
         _average([r["flops"]["training"] / 1e9 for r in runs], 0),
         _average([r["flops"]["growth"] / 1e9 for r in counted if grown], 0),
-    ]  # fmt: skip
+    ]
 
 
 def _average(values: Sequence[float], digits: int = 1) -> str:
@@ -345,10 +379,14 @@ def _comparison(by_name: dict[str, list[dict[str, Any]]]) -> str:
         loss, error, n = paired(losses, base)
         accuracy, doubt, _ = paired(column(name, "test_accuracy"), column(DEFAULT, "test_accuracy"))
         lower = sum(losses[seed] < base[seed] for seed in set(losses) & set(base))
-        rows.append([
-            VARIANTS[name].label, _difference(loss, error, 4), _difference(-100 * accuracy, 100 * doubt, 2),
-            f"{lower} of {n}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                VARIANTS[name].label,
+                _difference(loss, error, 4),
+                _difference(-100 * accuracy, 100 * doubt, 2),
+                f"{lower} of {n}",
+            ]
+        )
     return table(("variant", "test loss", "test error, %", "seeds with less loss"), rows)
 
 

@@ -18,7 +18,8 @@ from convolutions import BATCH, SIZE, WIDTH, seconds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dagrow.patches import Geometry, patch_gram
+from dagrow.layers import Geometry
+from dagrow.statistics._patch_products import patch_gram
 
 STEPS = (2, 3, 4)
 SAMPLES = 400

@@ -123,12 +123,15 @@ VARIANTS = {
         "grown on plateaus, one at a time, by line search", _linear, PLATEAU, dagrow.ByLineSearch(), ONE
     ),
     "short": Variant(
-        "grown on plateaus, one at a time, by 1,000 steps of training of the best 6", _linear, PLATEAU,
-        dagrow.ShortTraining(steps=1_000, top=6, lr=RATE), ONE,
+        "grown on plateaus, one at a time, by 1,000 steps of training of the best 6",
+        _linear,
+        PLATEAU,
+        dagrow.ShortTraining(steps=1_000, top=6, lr=RATE),
+        ONE,
     ),
     "teacher": Variant("the teacher's architecture from scratch", lambda _: Teacher()),
     "mlp": Variant(f"an MLP with {FACTOR} times the teacher's parameters from scratch", _mlp),
-}  # fmt: skip
+}
 
 
 class Never(dagrow.Schedule):
@@ -149,20 +152,37 @@ def run(job: tuple[str, int]) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
     left = FACTOR * task.parameters - dag.parameter_count()
     history = dagrow.fit(
-        dag, Shuffled(task.train, seed), mse_loss, OPERATORS, dagrow.Budget(parameters=max(0, left)),
-        variant.schedule or Never(), epochs=EPOCHS, optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS), validation=task.held_out,
-        measured=task.measured[:5], policy=variant.policy, per_step=variant.per_step,
+        dag,
+        Shuffled(task.train, seed),
+        mse_loss,
+        OPERATORS,
+        dagrow.Budget(parameters=max(0, left)),
+        variant.schedule or Never(),
+        epochs=EPOCHS,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS),
+        validation=task.held_out,
+        measured=task.measured[:5],
+        policy=variant.policy,
+        per_step=variant.per_step,
         stop=[dagrow.NothingToAdd(3), dagrow.AfterEpoch(EPOCHS * 3 // 5)],
-    )  # fmt: skip
+    )
     with torch.no_grad():
         test = float(mse_loss(model(task.test[0]), task.test[1]))
     return {
-        "variant": name, "seed": seed, "version": source_version(), "test_loss": test, "floor": task.floor,
-        "ratio": test / task.floor, "parameters": dag.parameter_count(), "teacher": task.parameters,
-        "edges": len(dag.edges), "growths": history.growths(), "over": history.over,
+        "variant": name,
+        "seed": seed,
+        "version": source_version(),
+        "test_loss": test,
+        "floor": task.floor,
+        "ratio": test / task.floor,
+        "parameters": dag.parameter_count(),
+        "teacher": task.parameters,
+        "edges": len(dag.edges),
+        "growths": history.growths(),
+        "over": history.over,
         "seconds": history[-1].seconds,
-    }  # fmt: skip
+    }
 
 
 def results(runs: Sequence[dict[str, Any]]) -> str:
@@ -170,11 +190,17 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
     head = ["network", "seeds", "test loss / teacher's", "worst", "within 5 %", "parameters / teacher's", "layers"]
     rows = [
         [
-            VARIANTS[name].label, str(len(found)), plus_minus([r["ratio"] for r in found], 3),
-            f"{max(r['ratio'] for r in found):.3f}", f"{sum(r['ratio'] <= 1.05 for r in found)}/{len(found)}",
-            f"{mean(r['parameters'] / r['teacher'] for r in found):.2f}", f"{mean(r['edges'] for r in found):.1f}",
-        ] for name, found in by_name.items() if found
-    ]  # fmt: skip
+            VARIANTS[name].label,
+            str(len(found)),
+            plus_minus([r["ratio"] for r in found], 3),
+            f"{max(r['ratio'] for r in found):.3f}",
+            f"{sum(r['ratio'] <= 1.05 for r in found)}/{len(found)}",
+            f"{mean(r['parameters'] / r['teacher'] for r in found):.2f}",
+            f"{mean(r['edges'] for r in found):.1f}",
+        ]
+        for name, found in by_name.items()
+        if found
+    ]
     versions = ", ".join(sorted({run["version"] for run in runs}))
     return f"{table(head, rows)}\n\nMeans over seeds ± standard deviations. Sources of the package: {versions}."
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow import AddConnection
-from dagrow.operators.screening import EXACT
+from dagrow.operators.paths import EXACT
 
 
 class Chain(nn.Module):

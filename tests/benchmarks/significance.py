@@ -24,18 +24,20 @@ from common import append, read, table, write_block
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.planning import worthy
-from dagrow.scores import upper_tail
-from dagrow.significance import corrected
+from dagrow.growing._planning import applicable
+from dagrow.growing._propose import corrected
+from dagrow.solvers import upper_tail
 
 SIZES = (200, 500, 1000)
 LEVELS = (1.0, 2.0, 4.0)
 OPERATORS: dict[str, dagrow.Operator] = {
-    "MoveWeights": dagrow.MoveWeights(), "AddNeurons": dagrow.AddNeurons(),
+    "MoveWeights": dagrow.MoveWeights(),
+    "AddNeurons": dagrow.AddNeurons(),
     "AddNeurons, random features": dagrow.AddNeurons(init="random_features"),
-    "AddConnection": dagrow.AddConnection(), "AddConnection, rank 1": dagrow.AddConnection(rank=1),
+    "AddConnection": dagrow.AddConnection(),
+    "AddConnection, rank 1": dagrow.AddConnection(rank=1),
     "AddLayer": dagrow.AddLayer(4, nn.Tanh()),
-}  # fmt: skip
+}
 OLD = 3.0  #: standard deviations, at every place by itself
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -89,17 +91,22 @@ def looked(model: nn.Module, data: Batches, loss: Any) -> dict[str, tuple[list[d
 def run(made: tuple[nn.Module, Batches, Any], applied: bool) -> dict[str, Any]:
     """What one look at all operators comes to; whether it is applied, too, if it is more than chance."""
     found = looked(*made)
-    new = {name: bool(worthy(corrected(*each))) for name, each in found.items()}
+    new = {name: bool(applicable(corrected(*each))) for name, each in found.items()}
     old = {name: any(g.z > OLD and g.gain > 0 for g in growths) for name, (growths, _) in found.items()}
     every = [growth for growths, _ in found.values() for growth in growths]
     tests = sum(tests for _, tests in found.values())
-    step = bool(worthy(corrected(every, tests)))
-    grow = any(worthy(corrected(*each, len(OPERATORS))) for each in found.values())
+    step = bool(applicable(corrected(every, tests)))
+    grow = any(applicable(corrected(*each, len(OPERATORS))) for each in found.values())
     if applied and (step or grow):
         step, grow = stepped(made), grown(made)
-    return {"old": old, "new": new, "step": step, "grow": grow, "places": tests, "z": {
-        name: max((g.z for g in growths), default=None) for name, (growths, _) in found.items()
-    }}  # fmt: skip
+    return {
+        "old": old,
+        "new": new,
+        "step": step,
+        "grow": grow,
+        "places": tests,
+        "z": {name: max((g.z for g in growths), default=None) for name, (growths, _) in found.items()},
+    }
 
 
 def stepped(made: tuple[nn.Module, Batches, Any]) -> bool:
@@ -152,9 +159,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     every = [[r for r in noisy if r["n"] == n] for n in SIZES] + [noisy]
     kinds: dict[str, Callable[[dict[str, Any]], bool]] = {
         **{f"{name} alone": lambda r, name=name: r["new"][name] for name in OPERATORS},
-        "all, a step of `Grower`": lambda r: r["step"], "all, `grow`": lambda r: r["grow"],
+        "all, a step of `Grower`": lambda r: r["step"],
+        "all, `grow`": lambda r: r["grow"],
         "all, 3 deviations for each place": lambda r: any(r["old"].values()),
-    }  # fmt: skip
+    }
     lines = [[kind, *(counted([hit(r) for r in some]) for some in every)] for kind, hit in kinds.items()]
     places = "/".join(map(str, sorted({r["places"] for r in noisy})))
     text = f"Noise, {places} places in all:\n\n" + table(["", *(f"n={n}" for n in SIZES), "together"], lines)

@@ -57,9 +57,10 @@ class Growing:
 SMALL = AddNeurons(), AddLayer(16, nn.ReLU()), AddConnection()
 FOLDED = AddNeurons(), AddLayer(64, nn.ReLU(), exact=4), AddConnection(exact=4)
 UNFOLDED = (
-    AddNeurons(64, folds=1, ridge=0.1), AddLayer(64, nn.ReLU(), folds=1, ridge=0.1, exact=4),
+    AddNeurons(64, folds=1, ridge=0.1),
+    AddLayer(64, nn.ReLU(), folds=1, ridge=0.1, exact=4),
     AddConnection(folds=1, ridge=0.1, exact=4),
-)  # fmt: skip
+)
 GROWN = {
     "plans": Growing("layers of 16, whole plans", SMALL, dagrow.EveryEpochs(), None, NO_LIMIT),
     "folded": Growing("three times a layer of 64, if significant", FOLDED),
@@ -174,9 +175,16 @@ class Run:
         """Trains to the end, and grows in the first half."""
         left = dagrow.Budget(parameters=self.limit - self.dag.parameter_count(), growths=how.growths)
         grower = dagrow.Grower(
-            self.dag, mse_loss, how.operators, left, how.schedule, policy=dagrow.ByGain(),
-            stop=[dagrow.NothingToAdd(8)], per_step=how.per_step, optimizer=self.optimizer,
-        )  # fmt: skip
+            self.dag,
+            mse_loss,
+            how.operators,
+            left,
+            how.schedule,
+            policy=dagrow.ByGain(),
+            stop=[dagrow.NothingToAdd(8)],
+            per_step=how.per_step,
+            optimizer=self.optimizer,
+        )
         judged = [tuple(part[:JUDGED] for part in self.task.held_out)]
         look = 0
         while self.share < 1:
@@ -213,12 +221,20 @@ def run(job: tuple[str, str, str, int]) -> dict[str, Any]:
     while state.share < 1:
         state.train()
     return {
-        "data": name, "variant": variant, "seed": split, "version": source_version(),
-        "test_loss": state.loss(task.test, state.kept), "held_out": state.best,
-        "train_loss": state.loss(task.train, state.kept), "parameters": state.dag.parameter_count(),
-        "steps": state.steps, "used": state.used, "budget": state.budget,
-        "growths": grower.history.growths() if grower else [], "over": grower.over if grower else None,
-    }  # fmt: skip
+        "data": name,
+        "variant": variant,
+        "seed": split,
+        "version": source_version(),
+        "test_loss": state.loss(task.test, state.kept),
+        "held_out": state.best,
+        "train_loss": state.loss(task.train, state.kept),
+        "parameters": state.dag.parameter_count(),
+        "steps": state.steps,
+        "used": state.used,
+        "budget": state.budget,
+        "growths": grower.history.growths() if grower else [],
+        "over": grower.over if grower else None,
+    }
 
 
 # ---------------------------------------------------------------- tables of results
@@ -253,10 +269,13 @@ def compared(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         best, middle = by[ranked[0]], by[ranked[len(ranked) // 2]]
         against = [(paired(by.get(way, {}), best), by.get(way, {})) for way in GROWN]
         yield [
-            name, str(len(best)), f"{plus_minus([*best.values()], 4)} ({ranked[0]})", f"{mean(middle.values()):.4f}",
+            name,
+            str(len(best)),
+            f"{plus_minus([*best.values()], 4)} ({ranked[0]})",
+            f"{mean(middle.values()):.4f}",
             f"{mean(picked(found).values()):.4f}",
             *(f"{mean(ours.values()):.4f} ({d:+.4f} ± {e:.4f})" if ours else "" for (d, e, _), ours in against),
-        ]  # fmt: skip
+        ]
 
 
 def sizes(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
@@ -266,11 +285,13 @@ def sizes(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         for way in GROWN:
             found = [run for run in runs if (run["data"], run["variant"]) == (name, way)]
             growths, count, cost = (
-                [measure(run) for run in found] for measure in (
-                    lambda run: len(run["growths"]), lambda run: run["parameters"],
+                [measure(run) for run in found]
+                for measure in (
+                    lambda run: len(run["growths"]),
+                    lambda run: run["parameters"],
                     lambda run: run["used"]["growth"] / sum(run["used"].values()),
                 )
-            )  # fmt: skip
+            )
             row.append(f"{mean(growths):.1f}; {mean(count):,.0f}; {mean(cost):.0%}" if found else "")
         yield row
 
@@ -295,8 +316,11 @@ def main() -> None:
     done = {(run["data"], run["variant"], run["seed"]) for run in read(given.out)}
     tasks = [
         (data, given.california if data == "california" else given.uci, name, split)
-        for split in given.seeds for data in given.data for name in given.variants if (data, name, split) not in done
-    ]  # fmt: skip
+        for split in given.seeds
+        for data in given.data
+        for name in given.variants
+        if (data, name, split) not in done
+    ]
     study(given, run, tasks, SCRIPT, results)
 
 

@@ -37,8 +37,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, Growth
-from dagrow.objective import Objective
-from dagrow.search import best_amplitude
+from dagrow.growing._line_search import best_amplitude
+from dagrow.statistics import Objective
 from dagrow.surgery import grown
 
 SCRIPT = Path(__file__).name
@@ -47,10 +47,20 @@ WARM, STEPS, REPEATS = 300, 200, 4  #: steps before; after each growth; how ofte
 UNITS, BATCH, MEASURED, JUDGED = 4, 64, 2_000, 1_000
 RATE = 2e-3
 SCORES = (
-    "held-out gain", "held-out gain per parameter", "held-out gain per FLOP", "gain", "gain per parameter",
-    "gain per FLOP", "fall at once", "fall at once per parameter", "fall at once per FLOP", "bottleneck",
-    "gradient norm", "new parameters", "chance",
-)  # fmt: skip
+    "held-out gain",
+    "held-out gain per parameter",
+    "held-out gain per FLOP",
+    "gain",
+    "gain per parameter",
+    "gain per FLOP",
+    "fall at once",
+    "fall at once per parameter",
+    "fall at once per FLOP",
+    "bottleneck",
+    "gradient norm",
+    "new parameters",
+    "chance",
+)
 
 Data = tuple[Tensor, Tensor]
 
@@ -175,15 +185,23 @@ def study(kind: str, place: str, seed: int) -> dict[str, Any]:
     norms = gradient_norms(model, split.measured)
     rows = [
         {
-            "operator": type(growth.operator).__name__, "where": growth.where, "significant": growth.significant,
+            "operator": type(growth.operator).__name__,
+            "where": growth.where,
+            "significant": growth.significant,
             **tried(growth, judge, split, seed, scores(growth, bottlenecks, norms, luck)),
-        } for growth, luck in zip(growths, chance, strict=True)
-    ]  # fmt: skip
+        }
+        for growth, luck in zip(growths, chance, strict=True)
+    ]
     without = [trained(model, split, seed, repeat) for repeat in range(REPEATS)]
     return {
-        "kind": kind, "seed": seed, "version": source_version(), "loss": loss_of(model, split.tested),
-        "parameters": dag.parameter_count(), "without": without, "growths": rows,
-    }  # fmt: skip
+        "kind": kind,
+        "seed": seed,
+        "version": source_version(),
+        "loss": loss_of(model, split.tested),
+        "parameters": dag.parameter_count(),
+        "without": without,
+        "growths": rows,
+    }
 
 
 def gradient_norms(model: nn.Module, batches: Sequence[Data]) -> dict[str, float]:
@@ -197,22 +215,24 @@ def gradient_norms(model: nn.Module, batches: Sequence[Data]) -> dict[str, float
     return norms
 
 
-def scores(
-    growth: Growth, bottlenecks: dagrow.Bottlenecks, norms: dict[str, float], luck: float
-) -> dict[str, float]:  # fmt: skip
+def scores(growth: Growth, bottlenecks: dagrow.Bottlenecks, norms: dict[str, float], luck: float) -> dict[str, float]:
     """All that is known of a growth before it is tried."""
     cost, held = growth.cost, growth.heldout_gain
     assert held is not None
     fed = [edge for edge in growth.gain_from if edge in bottlenecks]
     fed = fed or readers(growth)
     return {
-        "held-out gain": held, "held-out gain per parameter": held / cost.parameters,
-        "held-out gain per FLOP": held / cost.flops, "gain": growth.gain,
-        "gain per parameter": growth.gain / cost.parameters, "gain per FLOP": growth.gain / cost.flops,
+        "held-out gain": held,
+        "held-out gain per parameter": held / cost.parameters,
+        "held-out gain per FLOP": held / cost.flops,
+        "gain": growth.gain,
+        "gain per parameter": growth.gain / cost.parameters,
+        "gain per FLOP": growth.gain / cost.flops,
         "bottleneck": sum(bottlenecks[edge].bottleneck for edge in fed),
         "gradient norm": sum(norms[f"{edge}.weight"] ** 2 for edge in fed) ** 0.5,
-        "new parameters": cost.parameters, "chance": luck,
-    }  # fmt: skip
+        "new parameters": cost.parameters,
+        "chance": luck,
+    }
 
 
 def readers(growth: Growth) -> list[str]:
@@ -221,9 +241,7 @@ def readers(growth: Growth) -> list[str]:
     return [edge.name for edge in growth.dag.edges if edge.layer.inputs is branch.source and not edge.shared]
 
 
-def tried(
-    growth: Growth, judge: Objective, split: Split, seed: int, known: dict[str, float]
-) -> dict[str, Any]:  # fmt: skip
+def tried(growth: Growth, judge: Objective, split: Split, seed: int, known: dict[str, float]) -> dict[str, Any]:
     """Scores, with those of a line search, and the losses of trained copies with the growth at its amplitude."""
     before, cost = judge.mean(), growth.cost
     gamma, after = best_amplitude(growth, judge, before)
@@ -232,9 +250,10 @@ def tried(
     with grown(growth.dag, growth.change, gamma):
         model = copy.deepcopy(growth.dag.model)
     return {
-        "scores": known | falls | {"fall at once per FLOP": fall / cost.flops}, "gamma": gamma,
+        "scores": known | falls | {"fall at once per FLOP": fall / cost.flops},
+        "gamma": gamma,
         "losses": [trained(model, split, seed, repeat) for repeat in range(REPEATS)],
-    }  # fmt: skip
+    }
 
 
 def trained(model: nn.Module, split: Split, seed: int, repeat: int) -> float:
@@ -285,17 +304,20 @@ def rows(runs: Sequence[dict[str, Any]], operator: str) -> Iterator[list[str]]:
     for score in SCORES:
         values = [[growth["scores"][score] for growth in found] for found in sets]
         yield [
-            score, interval([spearman(a, b) for a, b in zip(values, falls, strict=True)]),
+            score,
+            interval([spearman(a, b) for a, b in zip(values, falls, strict=True)]),
             interval([regret(a, b) for a, b in zip(values, falls, strict=True)]),
-        ]  # fmt: skip
+        ]
     yield ["noise ceiling of the oracle", interval([limit for _, limit in limits]), "0"]
     yield ["one repeat of the oracle and another", interval([single for single, _ in limits]), ""]
 
 
 TITLES = {
-    "": "All growths", "AddNeurons": "New neurons only", "AddLayer": "New layers only",
+    "": "All growths",
+    "AddNeurons": "New neurons only",
+    "AddLayer": "New layers only",
     "AddConnection": "New connections only",
-}  # fmt: skip
+}
 
 
 def document(runs: Sequence[dict[str, Any]]) -> str:

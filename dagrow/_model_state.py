@@ -1,0 +1,225 @@
+"""A model and the random generators, left as they were found, whatever happens inside a ``with``."""
+
+import collections
+import contextlib
+import operator
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, collections.deque))
+_USUAL = frozenset((*_PLAIN, *_CONTAINERS, tuple))  #: what most attributes of modules are
+
+
+@contextlib.contextmanager
+def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
+    """Leaves a model and the random generators as they were, whatever happens inside. See :class:`ModelState`.
+
+    Gradients are None inside, as something there may run backward.
+    """
+    found = ModelState(model, weights=weights)
+    with found.kept():
+        for saved in found.tensors:
+            if saved.grad is not None:
+                saved.tensor.grad = None
+        yield
+
+
+class ModelState:
+    """A model and the random generators as they are when it is made, to come back to.
+
+    Of the model: its class, every attribute of every module (modes, hooks, caches in containers), and of every
+    parameter, buffer and other tensor there the gradient, ``requires_grad`` and the values.
+
+    Of torch: whether gradients are enabled, and the modes under which functions run.
+
+    Args:
+        weights: whether values of parameters are copied too; otherwise nothing inside may write them.
+    """
+
+    def __init__(self, model: nn.Module, *, weights: bool = False) -> None:
+        self.model, self.kind = model, type(model)
+        self.trusting = False
+        containers: dict[int, Any] = {}
+        found: dict[int, Tensor] = {}
+        modules = list(model.modules())
+        for module in modules:
+            _collect(vars(module), containers, found)
+        self.contents = [(container, container.copy()) for container in containers.values()]
+        self.tensors = [
+            _TensorState.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()
+        ]
+        kinds = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
+        own = [value for value in kinds if isinstance(value, torch.Generator)]
+        self.generators = [*_random_state(), *((generator.set_state, generator.get_state()) for generator in own)]
+        self.grad = torch.is_grad_enabled()
+        self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
+
+    def trusted(self, function: Callable[[], T]) -> T:
+        """What a function gives that comes back here more than once.
+
+        Values are compared once, at its end: before that, a parameter counts as unwritten while its version does. If
+        one was written past its version, as through ``.data``, the function runs once more, all values compared."""
+        self.trusting = True
+        try:
+            with self._unnoticed() as unnoticed:
+                found = function()
+        except Exception:
+            if not unnoticed:
+                raise
+        finally:
+            self.trusting = False
+        return function() if unnoticed else found
+
+    @contextlib.contextmanager
+    def _unnoticed(self) -> Iterator[list[Tensor]]:
+        """Tells at the end what was written past its version, and puts it back."""
+        found: list[Tensor] = []
+        try:
+            yield found
+        finally:
+            self.trusting = False
+            try:
+                found += [saved.tensor for saved in self.tensors if saved.unwritten and saved.changed]
+            except BaseException:  # an interrupt
+                self.restore()
+                raise
+            if found:
+                self.restore()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leaves everything as it was found, whatever happens inside."""
+        try:
+            yield
+        finally:
+            try:
+                self.restore()
+            except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+                self.restore()
+                raise
+
+    def restore(self) -> None:
+        """Puts everything back. May run twice."""
+        while torch._C._len_torch_function_stack() > self.modes:  # an interrupt kept a mode from leaving
+            torch._C._pop_torch_function_stack()
+        if torch._C._get_dispatch_mode(FAKE) is not self.fake:
+            torch._C._unset_dispatch_mode(FAKE)
+            if self.fake is not None:
+                torch._C._set_dispatch_mode(self.fake)
+        torch.set_grad_enabled(self.grad)
+        self.model.__class__ = self.kind
+        for container, content in self.contents:
+            if container or content:
+                _refill(container, content)
+        for saved in self.tensors:
+            saved.restore(self.trusting)
+        for setter, state in self.generators:
+            setter(state)
+
+
+def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
+    if type(value) not in _CONTAINERS:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+    elif id(value) not in containers:
+        containers[id(value)] = value
+        for child in list(value.values() if isinstance(value, dict) else value):
+            if type(child) not in _PLAIN:
+                _collect(child, containers, found)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Gives a container its old content back, in its old order."""
+    same = len(container) == len(content) and all(map(operator.is_, container, content))
+    if same and isinstance(container, dict):
+        same = all(map(operator.is_, container.values(), content.values()))
+    if same:
+        return
+    container.clear()
+    (container.extend if hasattr(container, "extend") else container.update)(content)
+
+
+@dataclass(frozen=True)
+class _TensorState:
+    tensor: Tensor
+    data: Tensor
+    solid: bool
+    values: Tensor | None
+    requires_grad: bool
+    grad: Tensor | None
+    version: int | None  #: of a parameter
+
+    @staticmethod
+    def of(tensor: Tensor, copied: bool) -> "_TensorState":
+        solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+        values = tensor.detach().clone() if copied and solid else None
+        grad = tensor.grad if tensor.is_leaf else None
+        version = tensor._version if isinstance(tensor, nn.Parameter) and not tensor.is_inference() else None
+        return _TensorState(tensor, tensor.detach(), solid, values, tensor.requires_grad, grad, version)
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether a parameter has the version that it had."""
+        return self.version is not None and self.tensor._version == self.version
+
+    @property
+    def changed(self) -> bool:
+        """Whether its values, copied before, are others now."""
+        return self.values is not None and not torch.equal(self.tensor, self.values)
+
+    def restore(self, trusting: bool = False) -> None:
+        """Writes back only what has changed: a write would break the backward of a loss still alive."""
+        tensor = self.tensor
+        if self.solid:
+            if tensor.data_ptr() != self.data.data_ptr() or tensor.shape != self.data.shape:
+                tensor.data = self.data
+            if self.values is not None and not (trusting and self.unwritten) and self.changed:
+                with torch.no_grad():
+                    tensor.copy_(self.values)
+        if not tensor.is_leaf:
+            return
+        if tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+        if tensor.grad is not self.grad:
+            tensor.grad = self.grad
+
+
+def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    return states
+
+
+class NoDropout(TorchFunctionMode):
+    """Inside, dropout passes everything on, in attention too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
+            kwargs["dropout_p"] = 0.0
+        if func is functional.multi_head_attention_forward:
+            given = signature(func).bind(*args, **kwargs)
+            given.arguments["dropout_p"] = 0.0
+            args, kwargs = given.args, given.kwargs
+        return func(*args, **kwargs)

@@ -1,0 +1,84 @@
+"""The mode that a model was not traced in: what runs there only, such as an auxiliary head, must not miss a channel."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from dagrow._model_state import preserve_state
+from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, labelled, widen
+from dagrow.errors import first_line
+from dagrow.layers import LayerRule, LayerSite, layer_sites
+from dagrow.tracing import Program, tensor_at
+
+
+def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | str:
+    """What ``trace`` gives in evaluation for a model in training and the other way round, or why it gives nothing."""
+    with preserve_state(model, weights=True):
+        try:
+            model.train(not model.training)
+            return trace()
+        except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
+            return first_line(error)
+
+
+def unused(program: Program) -> set[str]:
+    """Parameters and buffers of numbers that the graph does not use."""
+    named = dict(_tensors(program.model))
+    used: set[int] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            used |= {id(tensor) for _, tensor in _tensors(program.model.get_submodule(str(node.target)))}
+        elif node.op == "get_attr" and node.target not in program.constants:
+            used.add(id(tensor_at(program.model, str(node.target))))
+    return {name for name, tensor in named.items() if id(tensor) not in used}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
+
+
+@dataclass(frozen=True, eq=False)
+class OtherMode:
+    """The graph in the other mode, run on labels."""
+
+    program: Program
+    layers: Mapping[fx.Node, LayerSite]
+    labels: Labelling
+
+    @classmethod
+    def of(cls, program: Program, rules: Sequence[LayerRule]) -> "OtherMode":
+        return cls(program, *labelled(program.graph, program.model, layer_sites(program.graph, program.model, rules)))
+
+    def obstacle(self, layout: AxisLayout, widening: WideningPlan) -> str | None:
+        """Why an axis that can widen in the mode that was traced, as planned, cannot in the other.
+
+        None if it can, and where the other mode cuts it into other axes: that shows when a growth is tried out.
+        """
+        mode = "evaluation" if self.program.model.training else "training"
+        rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]
+        parts = group(self.labels, only=torch.cat(rows)) if rows else []
+        more = {name for part in parts for name in _names(part)} - _names(layout)
+        if more:
+            return f"in {mode}, {min(more)} has its channels too; trace the model in that mode"
+        frozen = [part.reason for part in parts if part.reason]
+        if frozen:
+            return f"in {mode} it {frozen[0]}"
+        if len(parts) != 1 or _units(parts[0]) != _units(layout):
+            return None
+        try:
+            there = widen(self.program, self.layers, parts[0], 1)
+        except CannotWidenError as misfit:
+            return f"in {mode}: {misfit}"
+        moved = [name for name, at in there.columns.items() if not torch.equal(at.new, widening.columns[name].new)]
+        return f"in {mode} new channels would arrive at other places of {moved[0]}" if moved else None
+
+
+def _names(layout: AxisLayout) -> set[str]:
+    return {*layout.rows, *layout.columns, *(rider.name for rider in layout.entries)}
+
+
+def _units(layout: AxisLayout) -> dict[str, list[list[int]]]:
+    return {edge: rows.tolist() for edge, rows in layout.rows.items()}

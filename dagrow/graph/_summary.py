@@ -1,0 +1,158 @@
+"""What a dag says of itself: tables of edges and axes, how much can grow and why the rest cannot, and its FLOPs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from dagrow._text import render
+from dagrow.graph._edges import Axis, Edge
+from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, Contraction, LayerSite, contraction, op_name
+
+
+def tables(title: str, edges: Sequence[Edge], axes: Sequence[Axis]) -> tuple[Table, Table]:
+    """A table of edges and a table of axes."""
+    first = Table("edge", "layer", "reads -> writes", "grows", "why not", title=title, title_justify="left")
+    for edge in edges:
+        i, o = edge.rule.widths(edge.module)
+        first.add_row(
+            edge.name, type(edge.module).__name__, f"{i} -> {o}", "yes" if edge.growable else "no", edge.reason or ""
+        )
+    second = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
+    for axis in axes:
+        second.add_row(
+            axis.name,
+            str(axis.width),
+            _names(axis.producers),
+            _names(axis.consumers),
+            _names(axis.riders),
+            "yes" if axis.growable else "no",
+            axis.reason or "",
+        )
+    return first, second
+
+
+def _names(items: Sequence[Any]) -> str:
+    return ", ".join(item.name for item in items)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Layers and parameters that can grow, and those that cannot.
+
+    Attributes:
+        growable: layer that writes, reads or carries an axis that can widen -> its parameters.
+        frozen: edge that does not -> its parameters.
+        reasons: why not, with the operation and the user's line -> the edges that it freezes, most parameters first.
+        other: all other parameters of the model: norms, embeddings, biases used directly, layers that do not run.
+    """
+
+    growable: Mapping[str, int]
+    frozen: Mapping[str, int]
+    reasons: Mapping[str, tuple[str, ...]]
+    other: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(self.growable.values()) + sum(self.frozen.values()) + self.other
+
+    @property
+    def share(self) -> float:
+        """The part of all parameters that lies in layers that can grow."""
+        return sum(self.growable.values()) / max(1, self.parameters)
+
+    def __str__(self) -> str:
+        title = f"{self.share:.1%} of {self.parameters} parameters lie in layers that can grow"
+        table = Table("", "layers", "parameters", title=title, title_justify="left")
+        table.add_row("can grow", str(len(self.growable)), str(sum(self.growable.values())))
+        table.add_row("cannot grow", str(len(self.frozen)), str(sum(self.frozen.values())))
+        table.add_row("other", "", str(self.other))
+        why = Table("why not", "layers", "parameters")
+        for reason, edges in self.reasons.items():
+            why.add_row(reason, ", ".join(edges), str(sum(self.frozen[edge] for edge in edges)))
+        return render(table, why) if self.reasons else render(table)
+
+
+def coverage_of(edges: Sequence[Edge], axes: Sequence[Axis], model: nn.Module) -> Coverage:
+    """Counts each parameter once."""
+    counted: set[int] = set()
+
+    def own(parameters: Iterable[Tensor | None]) -> int:
+        fresh = {id(p): p for p in parameters if isinstance(p, nn.Parameter) and id(p) not in counted}
+        counted.update(fresh)
+        return sum(parameter.numel() for parameter in fresh.values())
+
+    growable = {edge.name: own(edge.parameters().values()) for edge in edges if edge.growable}
+    for rider in {rider.name: rider for axis in axes if axis.growable for rider in axis.riders}.values():
+        if rider.module is not None:
+            growable[rider.name] = own(getattr(rider.module, entry) for entry, _ in rider.paths)
+    frozen = {edge.name: own(edge.parameters().values()) for edge in edges if not edge.growable}
+    reasons: dict[str, tuple[str, ...]] = {}
+    for edge in sorted(edges, key=lambda edge: -frozen.get(edge.name, 0)):
+        if edge.reason is not None:
+            reasons[edge.reason] = (*reasons.get(edge.reason, ()), edge.name)
+    ordered = dict(sorted(reasons.items(), key=lambda item: -sum(frozen[name] for name in item[1])))
+    other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+    return Coverage(growable, frozen, ordered, other)
+
+
+def count_flops(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> int:
+    """Of one sample of the example that was traced; a multiplication and an addition are two.
+
+    Counted are layers with a rule (each entry of a matrix or kernel once per position and call) and products of two
+    activations: matmul, einsum and attention. Nothing else is: norms, activations, and layers without a rule, such as
+    recurrent ones. So counts ``torch.utils.flop_counter`` as well.
+    """
+    total = sum(_of_layer(node, layers[node]) if node in layers else _of_product(node) for node in graph.nodes)
+    return total // _samples(graph)
+
+
+def weight_uses(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, int]:
+    """Weight -> how often each of its entries is used for one sample of the example, over all calls."""
+    found: dict[str, int] = {}
+    for node, layer in layers.items():
+        found[layer.path("weight")] = found.get(layer.path("weight"), 0) + _positions(node, layer)
+    return {name: uses // _samples(graph) for name, uses in found.items()}
+
+
+def _positions(node: fx.Node, layer: LayerSite) -> int:
+    return int(layer.rule.positions(layer.inputs.meta["val"], node.meta["val"]))
+
+
+def _of_layer(node: fx.Node, layer: LayerSite) -> int:
+    weight = getattr(layer.module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return 0
+    return 2 * weight.numel() * _positions(node, layer)
+
+
+def _of_product(node: fx.Node) -> int:
+    name = op_name(node) if node.op in ("call_function", "call_method") else None
+    if name == ATTENTION:
+        return _of_attention(node)
+    args = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    found = contraction(name, args)
+    return 0 if found is None else _summed(found, *(arg for arg in args if isinstance(arg, Tensor)))
+
+
+def _of_attention(node: fx.Node) -> int:
+    """Scores of queries and keys, and the values that they weigh."""
+    given: dict[str, Any] = {**dict(zip(ATTENTION_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    query, key, value = (given[name].meta["val"] for name in ATTENTION_ARGUMENTS[:3])
+    return 2 * query.shape[:-1].numel() * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
+
+
+def _summed(found: Contraction, left: Tensor, right: Tensor) -> int:
+    sizes = [dict(zip(found.left, left.shape, strict=True)), dict(zip(found.right, right.shape, strict=True))]
+    return 2 * prod(max(int(size.get(letter, 1)) for size in sizes) for letter in found.out + found.summed)
+
+
+def _samples(graph: fx.Graph) -> int:
+    """Of the example: the first dimension of its first tensor."""
+    values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    sizes = [int(value.shape[0]) for value in values if isinstance(value, Tensor) and value.ndim]
+    return max(1, sizes[0]) if sizes else 1

@@ -1,0 +1,119 @@
+"""Where a network is too small: of each layer's goals the part that its own weights cannot follow."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from dagrow._text import render
+from dagrow.errors import GrowthError, check_real
+from dagrow.graph import Dag
+from dagrow.solvers import Pair, best_move
+from dagrow.statistics import InputFeatures, Loss, Objective, OutputGoal, Step, measure
+from dagrow.surgery import transaction
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What one edge cannot follow.
+
+    Attributes:
+        edge: the edge's name.
+        goal: ``E|v|^2``.
+        explained: the part that the best move of its own weights follows.
+        bottleneck: the rest, ``E|v_perp|^2``.
+    """
+
+    edge: str
+    goal: float
+    explained: float
+    bottleneck: float
+
+    @property
+    def share(self) -> float:
+        """The part of the goal that is out of reach, 0 to 1."""
+        return self.bottleneck / self.goal if self.goal else 0.0
+
+
+class Bottlenecks(Mapping[str, Bottleneck]):
+    """Bottlenecks by edge, largest first; prints as a table."""
+
+    def __init__(self, found: Iterable[Bottleneck], samples: int, loss: float, left_out: tuple[str, ...] = ()) -> None:
+        self._found = {b.edge: b for b in sorted(found, key=lambda b: -b.bottleneck)}
+        self.samples, self.loss, self.left_out = samples, loss, left_out
+
+    def __getitem__(self, edge: str) -> Bottleneck:
+        return self._found[edge]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __str__(self) -> str:
+        table = Table(
+            "edge",
+            "goal",
+            "own weights follow",
+            "bottleneck",
+            "share",
+            title=f"{self.samples} samples, loss {self.loss:.6g}",
+        )
+        for b in self.values():
+            table.add_row(b.edge, f"{b.goal:.4g}", f"{b.explained:.4g}", f"{b.bottleneck:.4g}", f"{b.share:.1%}")
+        return "\n".join([render(table), *(f"Left out: {why}." for why in self.left_out)])
+
+
+def bottlenecks(
+    dag: Dag,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    step: Step | None = None,
+    mode: str = "eval",
+    ridge: float = 0.0,
+) -> Bottlenecks:
+    """Measures at every edge which part of its goal its own weights can follow. Changes nothing.
+
+    Args:
+        dag: what :func:`dagrow.trace` returned.
+        batches: any re-iterable of ``(inputs, target)``.
+        loss: ``loss(output, target)``, a mean or a sum over samples.
+        step: ``step(model, batch)``, instead of ``loss``, for any other training step.
+        mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
+        ridge: relative to each feature's second moment.
+
+    Raises:
+        BatchError, LossError: the batches or the loss do not fit.
+    """
+    check_real("bottlenecks", 0, ridge=ridge)
+    objective = _objective(dag, batches, loss, step, mode)
+    return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
+
+
+def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+    """Refuses what is no dag of its model any more before anything runs."""
+    if not isinstance(dag, Dag):
+        raise GrowthError(
+            f"a {type(dag).__name__} was given where a dag belongs; make one first: "
+            "dag = dagrow.trace(model, example_inputs)."
+        )
+    dag.check()
+    return Objective(dag.model, batches, loss, step=step, mode=mode)
+
+
+def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
+    keys = [(edge, InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)) for edge in dag.edges if not edge.shared]
+    if not keys:
+        raise GrowthError(f"no layer can be measured, as dagrow has a rule for none that acts at one place:\n{dag}")
+    pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
+    m = measure(dag, objective, pairs, folds=1)
+    moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
+    return Bottlenecks(
+        (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves),
+        m.samples,
+        m.loss,
+        tuple(edge.shared for edge in dag.edges if edge.shared),
+    )

@@ -1,0 +1,151 @@
+"""``fit``: a plain training loop that grows."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dagrow.errors import LossError, OptimizerError, check_whole
+from dagrow.graph import Dag
+from dagrow.growing._grower import Grower
+from dagrow.growing._history import History
+from dagrow.growing._planning import Budget
+from dagrow.growing._policies import ByLineSearch, Policy
+from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
+from dagrow.operators import AddNeurons, Operator
+from dagrow.statistics import Loss, Objective, Step, samples_of
+from dagrow.surgery import check_steps
+
+
+def fit(
+    dag: Dag,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    operators: Sequence[Operator] = (AddNeurons(),),
+    budget: Budget = Budget(),
+    schedule: Schedule = EveryEpochs(),
+    *,
+    epochs: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    validation: Iterable[Any] | None = None,
+    measured: Iterable[Any] | None = None,
+    policy: Policy = ByLineSearch(),
+    stop: Sequence[StopRule] = (NothingToAdd(),),
+    per_step: Budget = Budget(),
+    step: Step | None = None,
+    mode: str = "eval",
+) -> History:
+    """Trains a model for some epochs, and grows it after each in which its schedule says so.
+
+    An epoch is ``zero_grad``, ``backward`` and ``optimizer.step`` for every batch, in train mode; then
+    ``Grower.step``. When growing ends, training goes on. A progress bar shows on terminals. An interrupt ends it
+    between two changes of the model: weights and widths are those that were reached.
+
+    Args:
+        dag, loss, operators, budget, schedule, policy, stop, per_step, step, mode: as for :class:`dagrow.Grower`.
+        batches: to train on, any re-iterable of ``(inputs, target)``.
+        epochs: of training, numbered from 0.
+        optimizer: of the model's parameters; its state grows along.
+        scheduler: of the optimizer's learning rates; it takes a step after each epoch.
+        validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
+        measured: batches that growing looks at; by default those to train on.
+
+    Returns:
+        A record for each epoch. The model's modes are as they were found.
+
+    Raises:
+        BatchError, LossError, GrowthError, OptimizerError: something does not fit. What was trained before stays.
+    """
+    check_whole("fit", 1, epochs=epochs)
+    if optimizer is None:
+        raise OptimizerError("fit(optimizer=None): give the torch.optim.Optimizer that trains the model.")
+    _check_scheduler(scheduler, optimizer)
+    grower = Grower(
+        dag,
+        loss,
+        operators,
+        budget,
+        schedule,
+        policy=policy,
+        stop=stop,
+        per_step=per_step,
+        optimizer=optimizer,
+        step=step,
+        mode=mode,
+    )
+    check_steps(optimizer)
+    objective = Objective(dag.model, batches, step=grower.function, mode=mode)
+    _probe(objective, validation=validation, measured=measured)
+    modes = {module: module.training for module in dag.model.modules()}
+    try:
+        with _progress() as progress:
+            task = progress.add_task("training", total=epochs)
+            for epoch in range(epochs):
+                train_loss = _epoch(objective, optimizer)
+                grower.step(epoch, batches if measured is None else measured, validation, train_loss=train_loss)
+                _anneal(scheduler, grower.history)
+                progress.update(task, advance=1, description=_line(grower.history))
+    finally:
+        for module in dag.model.modules():
+            module.training = modes.get(module, modes[dag.model])
+    return grower.history
+
+
+def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise OptimizerError(
+            f"fit(scheduler={scheduler!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+        )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+
+
+def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
+    """Finds out before any training whether a batch of each can be used."""
+    found = [objective.with_batches(batches, name) for name, batches in others.items() if batches is not None]
+    for one in (objective, *found):
+        one.probe()
+
+
+def _anneal(scheduler: LRScheduler | None, history: History) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(history[-1].loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def _epoch(objective: Objective, optimizer: Optimizer) -> float:
+    """Trains on every batch once. The mean loss over samples, each batch before its own step."""
+    total, count = 0.0, 0
+    objective.model.train()
+    with torch.enable_grad():
+        for batch in objective.batches:
+            optimizer.zero_grad()
+            value = objective.value(batch)
+            if not value.requires_grad:
+                raise LossError(
+                    "the loss does not depend on the model's trainable parameters. Compute it from the model's output, "
+                    "without detach(), item() or torch.no_grad()."
+                )
+            value.backward()
+            optimizer.step()
+            n = samples_of(batch)
+            total += float(value.detach()) * objective.scale(n) * n
+            count += n
+    return total / count
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _line(history: History) -> str:
+    last = history[-1]
+    return f"loss {last.loss:.4g}, {last.parameters:,} parameters{'' if history.over else ', growing'}"

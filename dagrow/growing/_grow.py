@@ -1,0 +1,77 @@
+"""The verbs: bottlenecks, propose, grow."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dagrow.errors import listed
+from dagrow.graph import Dag
+from dagrow.growing._bottlenecks import _objective
+from dagrow.growing._line_search import applied, summed
+from dagrow.growing._planning import applicable
+from dagrow.growing._policies import expected_gain
+from dagrow.growing._propose import _growths, corrected
+from dagrow.operators import AddNeurons, Operator
+from dagrow.statistics import Loss, Objective, Step
+from dagrow.surgery import Receipt, check_optimizer, transaction
+
+
+def grow(
+    dag: Dag,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    operators: Sequence[Operator] = (AddNeurons(),),
+    *,
+    validation: Iterable[Any] | None = None,
+    optimizer: Optimizer | None = None,
+    step: Step | None = None,
+    mode: str = "eval",
+) -> Receipt:
+    """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
+
+    A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added. Where
+    nothing is to be gained, at most 5 % of calls apply anything, over all operators and places. (Nobody asks about
+    chance without folds, where ``AddNeurons`` is given k, and of growths that leave the function as it is.)
+
+    Args:
+        dag: what :func:`dagrow.trace` returned; its model grows in place.
+        batches, loss, step, mode: as for :func:`bottlenecks`.
+        operators: asked one after the other, each on the model that the one before has grown.
+        validation: batches for the line search; by default those that were measured.
+        optimizer: its state is brought along at once, for every parameter that grows.
+
+    Returns:
+        A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
+
+    Raises:
+        BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
+    """
+    objective = _objective(dag, batches, loss, step, mode)
+    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+    judge = objective if validation is None else objective.with_batches(validation, "validation")
+    check_optimizer(optimizer, dag.model)
+
+    def work() -> Receipt:
+        grown = [_grown(dag, objective, judge, operator, optimizer, len(chosen)) for operator in chosen]
+        parts = [part for part in grown if part is not None]
+        return summed(parts, parts[0].loss_before if parts else judge.mean())
+
+    return transaction(dag, work)
+
+
+def _grown(
+    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None, operators: int
+) -> Receipt | None:
+    """The operator's best growth that lowers the loss, applied; None if there is none.
+
+    Args:
+        operators: how many operators are asked, which share the 5 % of growths that may be chance.
+    """
+    growths = applicable(corrected(*_growths(dag, objective, operator), operators))
+    before = judge.mean() if growths else 0.0
+    for growth in sorted(growths, key=expected_gain, reverse=True):
+        receipt = applied(growth, judge, before, optimizer)
+        if receipt is not None:
+            return receipt
+    return None

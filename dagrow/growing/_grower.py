@@ -1,0 +1,259 @@
+"""``Grower``: growing inside a training loop, on a schedule and under a budget."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, nan
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
+from dagrow.graph import Dag
+from dagrow.growing._bottlenecks import bottlenecks
+from dagrow.growing._history import History
+from dagrow.growing._line_search import applied, summed
+from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
+from dagrow.growing._policies import ByLineSearch, Policy
+from dagrow.growing._propose import propose
+from dagrow.growing._records import growable_widths, grown_of, snapshot
+from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
+from dagrow.operators import AddNeurons, Operator
+from dagrow.pictures import Record
+from dagrow.statistics import Loss, Objective, Step
+from dagrow.surgery import Growth, Receipt, all_or_nothing, check_optimizer, transaction
+
+
+@dataclass(frozen=True)
+class _State:
+    """What changes from step to step."""
+
+    left: Budget
+    history: History
+
+
+class Grower:
+    """Grows a dag while it trains: call :meth:`step` after each epoch of a loop of your own, or use :func:`dagrow.fit`.
+
+    When its schedule says so, a step measures, plans under the budget, and applies the plan growth by growth, each at
+    the amplitude of a line search, measuring again in between.
+
+    Args:
+        dag: what :func:`dagrow.trace` returned; its model grows in place.
+        loss: ``loss(output, target)``, a mean or a sum over samples.
+        operators: ways to grow; those of all compete at all places.
+        budget: what may be added in all.
+        schedule: when to grow.
+        policy: which growths first.
+        stop: when growing is over for good; any of these, or a spent budget, ends it.
+        per_step: what one step may add.
+        optimizer: its state is brought along at once, for every parameter that grows.
+        step: ``step(model, batch)``, instead of ``loss``, for any other training step.
+        mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+
+    Raises:
+        GrowthError, LossError, OptimizerError: something does not fit; an operator can never grow what it was asked
+            for, or none finds a place.
+    """
+
+    def __init__(
+        self,
+        dag: Dag,
+        loss: Loss | None = None,
+        operators: Sequence[Operator] = (AddNeurons(),),
+        budget: Budget = Budget(),
+        schedule: Schedule = EveryEpochs(),
+        *,
+        policy: Policy = ByLineSearch(),
+        stop: Sequence[StopRule] = (NothingToAdd(),),
+        per_step: Budget = Budget(),
+        optimizer: Optimizer | None = None,
+        step: Step | None = None,
+        mode: str = "eval",
+    ) -> None:
+        check_kinds(
+            dag=(dag, Dag),
+            budget=(budget, Budget),
+            schedule=(schedule, Schedule),
+            policy=(policy, Policy),
+            per_step=(per_step, Budget),
+        )
+        self.stop = listed("stop", stop, StopRule, "[dagrow.NothingToAdd()]")
+        self.operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+        check_optimizer(optimizer, dag.model)
+        self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
+        self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
+        self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
+        self._state = _State(budget, History(snapshots=(snapshot(dag),)))
+        self._check_places()
+
+    @property
+    def history(self) -> History:
+        """What happened so far."""
+        return self._state.history
+
+    @property
+    def left(self) -> Budget:
+        """What is left of the budget."""
+        return self._state.left
+
+    @property
+    def over(self) -> str | None:
+        """Why growing has ended, or None."""
+        return self._state.history.over
+
+    def step(
+        self,
+        epoch: int,
+        batches: Iterable[Any],
+        validation: Iterable[Any] | None = None,
+        *,
+        train_loss: float | None = None,
+    ) -> Receipt:
+        """Records an epoch, and grows if it is time to.
+
+        Args:
+            epoch: its number.
+            batches: any re-iterable of ``(inputs, target)``, to be measured.
+            validation: batches for the line search, and for what schedule, stop rules and policy read; by default those
+                that are measured.
+            train_loss: of the epoch, if it is known; else the loss on ``batches`` is computed.
+
+        Returns:
+            A receipt; its ``parts`` are what was applied. Possibly nothing was.
+
+        Raises:
+            BatchError, LossError, GrowthError, OptimizerError: nothing has changed, and nothing is recorded.
+        """
+        check_whole("step", epoch=epoch)
+        train_loss = None if train_loss is None else _finite(train_loss)
+        self.dag.check()
+        check_optimizer(self.optimizer, self.dag.model)
+        objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode)
+        held = None if validation is None else objective.with_batches(validation, "validation")
+        found = self._state
+
+        def restore() -> None:
+            self._state = found
+
+        return all_or_nothing(
+            lambda: transaction(self.dag, lambda: self._step(epoch, objective, held, train_loss)), restore
+        )
+
+    def _step(self, epoch: int, objective: Objective, held: Objective | None, train_loss: float | None) -> Receipt:
+        train_loss = objective.mean() if train_loss is None else train_loss
+        validation_loss = None if held is None else held.mean()
+        loss = train_loss if validation_loss is None else validation_loss
+        now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
+        asked, left, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
+        share = now.share if asked or "share" in vars(now) else None
+        if asked:
+            parts = self._grow(objective, held or objective, left)
+            for growth in _growths(parts):
+                left = left.less(growth)
+        record = Record(
+            epoch,
+            time.perf_counter() - self._begun,
+            train_loss,
+            validation_loss,
+            asked,
+            share,
+            tuple(map(grown_of, parts)),
+            growable_widths(self.dag),
+            self.dag.parameter_count(),
+            self.dag.flop_count(),
+        )
+        receipt = summed(parts, loss)
+        self._state = _State(left, self._recorded(record, left))
+        return receipt
+
+    def _share(self, objective: Objective) -> float:
+        if all(edge.shared for edge in self.dag.edges):
+            return 0.0  # nothing can be measured
+        found = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode)
+        goal = sum(edge.goal for edge in found.values())
+        return sum(edge.bottleneck for edge in found.values()) / goal if goal else 0.0
+
+    def _grow(self, objective: Objective, judge: Objective, left: Budget) -> list[Receipt]:
+        """Applies a plan. After each growth what is left of it is measured and planned again."""
+        left, parts = left.within(self.per_step), list[Receipt]()
+        plan = self._plan(objective, judge, left, parts)
+        wanted = {place(growth) for growth in plan}
+        while plan:
+            growth = plan.pop(0)
+            wanted.discard(place(growth))
+            receipt = applied(growth, judge, judge.mean(), self.optimizer)
+            if receipt is None:
+                continue
+            parts.append(receipt)
+            left = left.less(growth)
+            plan = self._plan(objective, judge, left, parts, wanted) if wanted else []
+        return parts
+
+    def _plan(
+        self,
+        objective: Objective,
+        judge: Objective,
+        left: Budget,
+        parts: Sequence[Receipt],
+        wanted: set[tuple[str, str]] | None = None,
+    ) -> list[Growth]:
+        affordable = [operator for operator in self.operators if not left.spent(operator.least_neurons or 0)]
+        operators = [operator for operator in affordable if self._has_places(operator)]
+        if not operators:
+            return []
+        growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
+        found = [growth for growth in applicable(growths) if wanted is None or place(growth) in wanted]
+        past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
+        return greedy_plan(found, left, self.policy, judge, past)
+
+    def _check_places(self) -> None:
+        """Refuses early what nothing can be made of. An operator may find its places in what others grow."""
+        found, missing = False, list[NoPlaceError]()
+        for operator in self.operators:
+            try:
+                found |= bool(operator.candidates(self.dag))
+            except NoPlaceError as error:
+                missing.append(error)
+        if missing and not found:
+            raise missing[0]
+
+    def _has_places(self, operator: Operator) -> bool:
+        """It may have used them up, or find some only in what others have grown."""
+        try:
+            return bool(operator.candidates(self.dag))
+        except GrowthError:
+            return False
+
+    def _least_neurons(self) -> int:
+        """How many neurons any growth adds, of operators that add something."""
+        adding = [operator.least_neurons for operator in self.operators]
+        return min((neurons for neurons in adding if neurons is not None), default=1)
+
+    def _recorded(self, record: Record, left: Budget) -> History:
+        history = self.history
+        steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
+        if record.added:
+            snapshots = (*snapshots, snapshot(self.dag, record.epoch))
+        spent = left.spent(self._least_neurons())
+        reasons = ["the budget is spent"] if spent else [rule.over(steps) for rule in self.stop]
+        over = over or next((reason for reason in reasons if reason), None)
+        return replace(history, steps=steps, snapshots=snapshots, over=over)
+
+    def __repr__(self) -> str:
+        return f"Grower({self.dag!r}, {len(self.history)} steps, {self.over or 'growing'})"
+
+
+def _growths(parts: Sequence[Receipt]) -> list[Growth]:
+    return [part.growth for part in parts if part.growth is not None]
+
+
+def _finite(train_loss: Any) -> float:
+    """A loss that was given as a number of any kind."""
+    try:
+        found = float(train_loss)
+    except (TypeError, ValueError, RuntimeError):
+        found = nan
+    if not isfinite(found):
+        raise GrowthError(f"step(train_loss={train_loss!r}): give a finite number, or None to have it computed.")
+    return found

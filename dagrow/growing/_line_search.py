@@ -1,0 +1,95 @@
+"""The amplitude of a growth, by line search on the loss; the receipt of several growths in a row."""
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+from torch.optim import Optimizer
+
+from dagrow.statistics import NotFiniteError, Objective
+from dagrow.surgery import Growth, Receipt, where_new
+
+GOLDEN = (5**0.5 - 1) / 2
+EVALUATIONS = 16  #: of the loss, at most
+START = 1 / 16  #: of the amplitude at which the loss would have fallen to 0, if it fell on as it begins to
+WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
+
+
+def line_search(loss: Callable[[float], float], before: float, start: float = 1.0) -> tuple[float, float]:
+    """The amplitude with the lowest loss, and that loss. Never above ``before``; amplitude 0 if nothing is lower.
+
+    Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
+    """
+    known = {0.0: before}
+
+    def at(gamma: float) -> float:
+        if gamma not in known:
+            known[gamma] = loss(gamma)
+        return known[gamma]
+
+    best = start
+    if at(best) < before:
+        while at(2 * best) < at(best) and len(known) < EVALUATIONS:
+            best *= 2
+    else:
+        while at(best) >= before and len(known) < EVALUATIONS:
+            best /= 2
+        while at(best / 2) < at(best) and len(known) < EVALUATIONS:
+            best /= 2
+    low, high = best / 2, best * 2
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    while len(known) < EVALUATIONS and high - low > 0.05 * best:
+        if at(left) < at(right):
+            high, right = right, left
+            left = high - GOLDEN * (high - low)
+        else:
+            low, left = left, right
+            right = low + GOLDEN * (high - low)
+    gamma = min(known, key=lambda g: (known[g], g))
+    return (gamma, known[gamma]) if known[gamma] < before - WORTH * abs(before) else (0.0, before)
+
+
+def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
+    """The amplitude of a growth with the lowest loss of the judge, and that loss; see :func:`line_search`.
+
+    The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
+    scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
+    """
+
+    def loss(gamma: float) -> float:
+        try:
+            return growth.loss(gamma, judge)
+        except NotFiniteError:
+            return inf
+
+    reach = abs(before) / growth.gain if growth.gain > 0 else 0.0
+    return line_search(loss, before, START * reach or 1.0)
+
+
+def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+    """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss.
+
+    A growth that preserves the function comes in whole.
+    """
+    if growth.preserving:
+        return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
+    gamma, after = best_amplitude(growth, judge, before)
+    return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
+
+
+def summed(parts: Sequence[Receipt], before: float) -> Receipt:
+    """One receipt of growths in a row, perhaps none, that began at a loss."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Receipt("", 0, 0.0, before, before, 0.0, {})
+    where = where_new([part.growth.change for part in parts if part.growth is not None])
+    return Receipt(
+        ", ".join(part.where for part in parts),
+        sum(part.neurons for part in parts),
+        parts[-1].gamma,
+        before,
+        parts[-1].loss_after,
+        sum(part.gain for part in parts),
+        where,
+        _parts=tuple(parts),
+    )

@@ -1,0 +1,232 @@
+"""Which growth first: a policy gives every growth a value, from what was measured or by training copies."""
+
+import copy
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count, islice
+from math import inf, isfinite, isnan
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dagrow._model_state import preserve_state
+from dagrow.errors import SEEDS, GrowthError, LossError, check_real, check_whole, first_line
+from dagrow.growing._line_search import best_amplitude
+from dagrow.statistics import Objective
+from dagrow.surgery import Growth, check_steps, grown
+
+
+def expected_gain(growth: Growth) -> float:
+    """What a growth is expected to bring: its held-out gain, or its gain where there are no folds."""
+    return growth.gain if growth.heldout_gain is None else growth.heldout_gain
+
+
+class Policy(ABC):
+    """How growths compare. Subclass it as a frozen dataclass and hand it to ``dagrow.plan`` or ``dagrow.Grower``."""
+
+    @abstractmethod
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> Sequence[float]:
+        """One number for each growth: the largest is taken first, one below 0 never. It must not change the model.
+
+        Args:
+            growths: of one dag, all measured on the model as it is.
+            judge: the loss on the batches that choose: those for validation, if there are any.
+            past: where was grown before, oldest first.
+        """
+
+
+def with_values(
+    growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]
+) -> dict[Growth, float]:
+    """Each growth with its value. Raises GrowthError if the policy does not give one number for each."""
+    given = policy.values(growths, judge, past)
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != len(growths) or any(map(isnan, values)):
+        raise GrowthError(f"{policy!r} gave the values {given} for {len(growths)} growths; give one number for each.")
+    return dict(zip(growths, values, strict=True))
+
+
+@dataclass(frozen=True)
+class ByGain(Policy):
+    """The largest gain first."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [expected_gain(growth) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByGainPerParameter(Policy):
+    """The largest gain per parameter first. What adds no parameters is free."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [_per(expected_gain(growth), growth.cost.parameters) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByGainPerFlop(Policy):
+    """The largest gain per floating point operation first. What adds none is free."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        return [_per(expected_gain(growth), growth.cost.flops) for growth in growths]
+
+
+def _per(gain: float, cost: int) -> float:
+    if cost:
+        return gain / cost
+    return inf if gain > 0 else gain
+
+
+@dataclass(frozen=True)
+class RoundRobin(Policy):
+    """The place first that was grown longest ago; among places that never grew, the one with the largest gain."""
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        last = {where: turn for turn, where in enumerate(past)}
+        return [float(len(past) - last.get(growth.where, -1)) for growth in growths]
+
+
+@dataclass(frozen=True)
+class ByLineSearch(Policy):
+    """What lowers the loss most at once, at the amplitude that a line search finds, first.
+
+    A gain is a slope, by how much the loss falls per unit of amplitude, and units differ between places: where the loss
+    depends little on an activation, the best amplitude is large. The fall of the loss at that amplitude has one unit
+    everywhere. It costs up to 16 evaluations of the loss for each growth on the batches that choose.
+
+    What lowers it at no amplitude is never chosen, what leaves the function as it is comes last.
+    """
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        before = judge.mean()
+        return [0.0 if growth.preserving else self._fall(growth, judge, before) for growth in growths]
+
+    @staticmethod
+    def _fall(growth: Growth, judge: Objective, before: float) -> float:
+        gamma, after = best_amplitude(growth, judge, before)
+        return before - after if gamma else -inf
+
+
+WANTED = "give a class of torch.optim, or a function that is called as optimizer(parameters, lr=lr) and returns one"
+
+
+@dataclass(frozen=True)
+class ShortTraining(Policy):
+    """Trains a copy of the model with each of the most promising growths, and one without any, for some steps.
+
+    The value of a growth is by how much the loss on the batches that choose is lower with it than without, after equal
+    training on the measured batches in the same order. Other growths are never chosen. The user's model and random
+    numbers stay as they are. It costs ``(top + 1) * steps`` steps, and what ``first`` costs, for each plan, of which
+    :class:`dagrow.Grower` makes one per growth.
+
+    Args:
+        steps: of training, for each copy.
+        top: how many growths are tried.
+        first: the policy by which those come first.
+        optimizer: made anew for each copy, as ``optimizer(parameters, lr=lr)``.
+        lr: its learning rate.
+        seed: of what training draws at random, from torch, numpy and Python; for each pass over the batches the same
+            for all copies.
+
+    Raises (from ``values``):
+        GrowthError, OptimizerError: the model cannot be copied, or the optimizer cannot be made or take a step.
+    """
+
+    steps: int = 50
+    top: int = 3
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    lr: float = 1e-3
+    seed: int = 0
+    first: Policy = ByLineSearch()
+
+    def __post_init__(self) -> None:
+        check_whole("ShortTraining", 1, steps=self.steps, top=self.top)
+        check_whole("ShortTraining", 0, SEEDS, seed=self.seed)
+        check_real("ShortTraining", 0, lr=self.lr)
+        if not callable(self.optimizer):
+            raise GrowthError(f"ShortTraining(optimizer=...): a {type(self.optimizer).__name__} was given; {WANTED}.")
+        if not isinstance(self.first, Policy):
+            raise GrowthError(f"ShortTraining(first={self.first!r}): give a policy, such as dagrow.ByGain().")
+
+    def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
+        if not growths:
+            return []
+        promised = with_values(growths, self.first, judge, past)
+        some = [growth for growth in growths if promised[growth] >= 0]
+        tried = sorted(some, key=promised.__getitem__, reverse=True)[: self.top]
+        with preserve_state(growths[0].dag.model):
+            without = self._trained(growths[0], None, judge)
+            found = {growth: self._trained(growth, self._amplitude(growth, judge), judge) for growth in tried}
+        return [_fall(without, found.get(growth, inf)) for growth in growths]
+
+    @staticmethod
+    def _amplitude(growth: Growth, judge: Objective) -> float:
+        return 1.0 if growth.preserving else best_amplitude(growth, judge, judge.mean())[0]
+
+    def _trained(self, growth: Growth, gamma: float | None, judge: Objective) -> float:
+        """The loss of a trained copy, with the growth at an amplitude or without it; inf if training fails."""
+        if gamma == 0:
+            return inf
+        dag = growth.dag
+        with nullcontext() if gamma is None else grown(dag, growth.change, gamma):
+            model = _copied(dag.model)
+        try:
+            self._train(model, growth.objective)
+            return Objective(model, judge.batches, step=judge.function, mode=judge.mode, name=judge.name).mean()
+        except LossError:  # it diverged
+            return inf
+
+    def _train(self, model: nn.Module, objective: Objective) -> None:
+        optimizer = self._made([parameter for parameter in model.parameters() if parameter.requires_grad])
+        model.train()
+        with torch.enable_grad():
+            for batch, _ in islice(self._passes(objective), self.steps):
+                optimizer.zero_grad()
+                value = objective.function(model, batch)
+                if not isfinite(float(value.detach())):
+                    raise LossError("training diverged.")
+                value.backward()
+                optimizer.step()
+
+    def _passes(self, objective: Objective) -> Iterator[tuple[Any, int]]:
+        """All batches again and again, in an order that does not depend on what the model drew before."""
+        for turn in count(self.seed):
+            torch.manual_seed(turn)
+            random.seed(turn)
+            np.random.seed(turn % 2**32)
+            yield from objective
+
+    def _made(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        try:
+            made = self.optimizer(parameters, lr=self.lr)
+        except Exception as error:  # the user's optimizer may raise anything
+            raise GrowthError(f"{self!r} cannot make its optimizer ({first_line(error)}); {WANTED}.") from error
+        if not isinstance(made, Optimizer):
+            raise GrowthError(f"{self!r}: its optimizer comes out as a {type(made).__name__}; {WANTED}.")
+        check_steps(made)
+        return made
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:  # whatever the model holds
+        raise GrowthError(
+            f"the {type(model).__name__} cannot be copied ({first_line(error)}), which short training needs; use "
+            "another policy."
+        ) from error
+    copied.zero_grad()
+    return copied
+
+
+def _fall(without: float, loss: float) -> float:
+    """By how much the loss is lower; a copy that diverged is worth nothing."""
+    return -inf if loss == inf else without - loss

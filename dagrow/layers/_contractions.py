@@ -1,0 +1,85 @@
+"""Products of two activations that sum over shared dimensions: matmul and its kin, einsum, attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_letters
+from typing import Any
+
+from torch import Tensor
+
+ATTENTION = "scaled_dot_product_attention"
+ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+_PRODUCTS = {"matmul", "bmm", "mm"}
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``out = sum left right`` in the letters of einsum, one for each dimension.
+
+    Attributes:
+        left, right, out: letters of the operands' and the result's dimensions.
+    """
+
+    left: str
+    right: str
+    out: str
+
+    @property
+    def summed(self) -> str:
+        return "".join(letter for letter in self.left if letter in self.right and letter not in self.out)
+
+    @staticmethod
+    def over(equation: str, left: int, right: int) -> "Contraction":
+        """Of an equation with an ellipsis, for tensors with so many dimensions."""
+        found = _einsum(equation, left, right)
+        assert found is not None
+        return found
+
+    def aligned(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Both operands over all letters, those of the result first; one that an operand lacks has size 1."""
+        return self._over(self.left, left), self._over(self.right, right)
+
+    def _over(self, letters: str, operand: Tensor) -> Tensor:
+        every = self.out + self.summed
+        present = [letter for letter in every if letter in letters]
+        operand = operand.permute([letters.index(letter) for letter in present])
+        for at, letter in enumerate(every):
+            operand = operand if letter in letters else operand.unsqueeze(at)
+        return operand
+
+
+def contraction(name: str | None, args: Sequence[Any]) -> Contraction | None:
+    """What a call sums over; None if it is none of two tensors, or sums over dimensions of one alone."""
+    if name in _PRODUCTS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
+        return _product(args[0].ndim, args[1].ndim)
+    if name == "einsum" and len(args) == 3 and isinstance(args[0], str):
+        return _einsum(args[0], args[1].ndim, args[2].ndim)
+    return None
+
+
+def _product(left: int, right: int) -> Contraction:
+    """Of tensors with so many dimensions."""
+    batch = ascii_letters[3 : 3 + max(left, right) - 2]
+    rows, columns = "i" * (left > 1), "k" * (right > 1)
+    return Contraction(
+        batch[len(batch) - max(0, left - 2) :] + rows + "j",
+        batch[len(batch) - max(0, right - 2) :] + "j" + columns,
+        batch + rows + columns,
+    )
+
+
+def _einsum(equation: str, left: int, right: int) -> Contraction | None:
+    equation = equation.replace(" ", "")
+    sides = equation.partition("->")[0].split(",")
+    if len(sides) != 2:
+        return None
+    free = "".join(letter for letter in ascii_letters if letter not in equation)[:10]
+    rests = [ndim - len(side.replace("...", "")) for side, ndim in zip(sides, (left, right), strict=True)]
+    found = [side.replace("...", free[10 - rest :]) for side, rest in zip(sides, rests, strict=True)]
+    named = "".join(sides).replace(".", "")
+    implicit = "..." * ("." in equation) + "".join(x for x in sorted(named) if named.count(x) == 1)
+    out = equation.partition("->")[2] if "->" in equation else implicit
+    out = out.replace("...", free[10 - max(rests) :])
+    whole = all(len(set(letters)) == len(letters) for letters in (*found, out))
+    alone = set(found[0]) ^ set(found[1])
+    return Contraction(found[0], found[1], out) if whole and alone <= set(out) <= set("".join(found)) else None

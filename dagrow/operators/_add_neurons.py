@@ -1,0 +1,150 @@
+"""``AddNeurons``: new neurons on a hidden axis."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dagrow.errors import SEEDS, GrowthError, NoPlaceError, check_whole
+from dagrow.graph import Axis, Dag
+from dagrow.operators._base import Candidate, Operator, check_names
+from dagrow.operators.neurons import (
+    OPEN,
+    CopyCandidate,
+    GradMaxCandidate,
+    OptimalCandidate,
+    Place,
+    Proposal,
+    WidenCandidate,
+    ZeroCandidate,
+    drawn,
+    places,
+)
+from dagrow.solvers import Moments, neuron_ridges
+
+Solver = Literal["sequential", "svd", "als", "joint", "unprojected"]
+Init = Literal["optimal", "random_features", "random", "gradmax", "copy", "zero"]
+PRESERVING: dict[str, Callable[..., Candidate]] = {
+    "gradmax": GradMaxCandidate,
+    "copy": CopyCandidate,
+    "zero": ZeroCandidate,
+}
+
+
+@dataclass(frozen=True)
+class AddNeurons(Operator):
+    """Widens hidden axes by the neurons that explain most of their consumers' bottleneck.
+
+    Args:
+        k: neurons per axis, exactly; None takes as many as the held-out gain supports, possibly none. Where linear
+            theory holds fewer directions than k (it holds as many as the consumers have outputs), the rest are
+            random features.
+        solver: ``"sequential"``, or by its other name ``"svd"``, explains ``v_perp`` with ``svd(P^-1/2 N)``; between
+            convolutions that is optimal for a bound, as the taps of a kernel overlap, and ``"als"`` goes on from there
+            by alternating least squares on the exact second moments. ``"joint"`` regresses what the consumers
+            read out of the new features as well and moves their weights along (exact when the consumers read the same
+            features), ``"unprojected"`` explains ``v`` itself.
+        init: ``"optimal"``; ``"random_features"`` (random fan-in, fitted fan-out); ``"random"`` (random fan-in and a
+            random fan-out of the norm of the fitted one); ``"gradmax"`` (zero fan-in, the fan-out with the largest
+            gradient); ``"copy"`` (Net2Net: neurons are split in two); ``"zero"`` (random fan-in, zero fan-out). The
+            last three do not change the function.
+        paired: adds (alpha, omega) and (-alpha, -omega), 2k neurons.
+        axes: names of the axes to consider; by default all that can grow and that a layer reads. The width of queries
+            and keys, which no layer reads, grows with ``init="zero"``: random queries, zero keys.
+        ridge: relative to each feature's second moment; None chooses it by cross-validation.
+        folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
+        seed: of random draws.
+
+    Raises (from ``candidates``):
+        GrowthError: an axis that was asked for cannot grow, or nothing can.
+
+    Source: Verbockhaven and Charpiat, "Neural Architecture Growth using Tangent Space"; GradMax: Evci et al. 2022;
+    Net2Net: Chen et al. 2016.
+    """
+
+    k: int | None = None
+    solver: Solver = "sequential"
+    init: Init = "optimal"
+    paired: bool = False
+    axes: tuple[str, ...] | None = None
+    ridge: float | None = None
+    folds: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, options in (("solver", get_args(Solver)), ("init", get_args(Init))):
+            if getattr(self, name) not in options:
+                raise GrowthError(
+                    f"AddNeurons({name}={getattr(self, name)!r}) is not one of {', '.join(map(repr, options))}."
+                )
+        check_whole("AddNeurons", 1, none="as many as are worth it", k=self.k)
+        check_whole("AddNeurons", 0, SEEDS, seed=self.seed)
+        self.check_regularisation(self.ridge)
+        if self.k is None and (self.folds == 1 or self.init not in ("optimal", "random_features")):
+            raise GrowthError(
+                "AddNeurons(k=None) needs folds of at least 2 and a fitted init: "
+                "it is the held-out gain that decides. Give k=."
+            )
+        check_names(self, "axes")
+
+    @property
+    def least_neurons(self) -> int:
+        return (self.k or 1) * (2 if self.paired and self.init not in PRESERVING else 1)
+
+    def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        if self.init not in PRESERVING:
+            return [candidate for axis in self._axes(dag) for candidate in self._widening(dag, axis)]
+        assert self.k is not None
+        return [PRESERVING[self.init](self, dag, axis, self.k, self.seed) for axis in self._axes(dag)]
+
+    def _axes(self, dag: Dag) -> list[Axis]:
+        if self.axes is None:
+            growable = [axis for axis in dag.axes if axis.growable]
+            found = [axis for axis in growable if not self._obstacle(axis)]
+            if not found:
+                causes = [f" with init={self.init!r}", *filter(None, map(self._obstacle, growable))]
+                raise NoPlaceError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
+            return found
+        asked = [dag.axis(name) for name in self.axes]
+        frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
+        if frozen:
+            raise GrowthError(f"cannot grow {', '.join(frozen)}; leave it out of axes=.")
+        obstacles = [why for axis in asked if (why := self._obstacle(axis))]
+        if obstacles:
+            raise GrowthError(f"AddNeurons(init={self.init!r}): {'; '.join(obstacles)}, or leave it out of axes=.")
+        return asked
+
+    def _obstacle(self, axis: Axis) -> str | None:
+        """Why this init does not fit the axis, and which does; or None."""
+        if not axis.consumers and self.init != "zero":
+            return (
+                f"no layer reads {axis.name}: the channels meet in a product of two layers, where no fan-out can be "
+                "fitted. Give init='zero'"
+            )
+        if axis.shared and self.init not in ("zero", "copy"):
+            return f"no closed form holds for {axis.name}: {axis.shared}. Give init='zero' or 'copy'"
+        return None
+
+    def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:
+        return [self._candidate(place) for place in places(dag, axis)]
+
+    def _candidate(self, place: Place) -> Candidate:
+        joint, project = self.solver == "joint", self.solver != "unprojected"
+        place = place.by_channel() if self.init == "optimal" else place
+        widen = WidenCandidate(
+            self,
+            place,
+            propose=self._random,
+            compensation="all" if joint else "constant",
+            project=project,
+            ridges=neuron_ridges(self.ridge, self.folds),
+            fan="random" if self.init == "random" else "fitted",
+            paired=self.paired,
+            exact=self.k is not None,
+            seed=self.seed,
+        )
+        if self.init != "optimal":
+            return widen
+        return OptimalCandidate(widen, self.k, "all" if joint else "none", project, self.solver == "als")
+
+    def _random(self, m: Moments, place: Place) -> Proposal:
+        return drawn(place, self.k or OPEN, self.seed)

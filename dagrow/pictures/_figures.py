@@ -1,0 +1,80 @@
+"""Matplotlib figures in files, and what to say where there can be none."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from dagrow.errors import FigureError
+
+
+def check_figure(path: Path) -> None:
+    """Finds out early whether a figure can be written.
+
+    Raises:
+        FigureError: it cannot.
+    """
+    known = _backend()[1]
+    if path.suffix.lstrip(".").lower() not in known:
+        raise FigureError(f"figure {path}: the name must end in one of {', '.join(f'.{k}' for k in sorted(known))}.")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Raises FigureError unless a file can be put there."""
+    if path.is_dir():
+        raise FigureError(f"figure {path} is a folder; give a file.")
+    if not path.parent.is_dir():
+        raise FigureError(f"figure {path}: there is no folder {path.parent} to write it to.")
+
+
+def _backend() -> tuple[Any, dict[str, str]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FigureError(
+            f'the figure needs matplotlib ({error}): pip install "dagrow[history]", or, for the demo, '
+            'pip install "dagrow[demo]"'
+        ) from error
+    return Figure, FigureCanvasAgg.get_supported_filetypes()
+
+
+def blank(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches."""
+    return _backend()[0](figsize=(width, height), layout="constrained")
+
+
+def tidy(axes: Any) -> None:
+    """Axes over epochs."""
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def write(drawing: Any, path: Path) -> None:
+    """Raises FigureError if the figure cannot be written."""
+    content = io.BytesIO()
+    drawing.savefig(content, format=path.suffix.lstrip(".").lower(), dpi=130)
+    write_bytes(content.getvalue(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Raises FigureError if the file cannot be written."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise FigureError(f"figure {path} cannot be written: {error.strerror or error}.") from error
+
+
+TRAIN, HELD, SHARE, BEGINNING, BAND = "#3d5a80", "#d1495b", "#0b6e4f", "#b8bec7", "#dfe4ea"
+
+
+def colormap(name: str) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[name]
+
+
+def short_name(name: str, most: int = 22) -> str:
+    """The end tells names of modules apart."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"

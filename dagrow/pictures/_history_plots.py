@@ -1,0 +1,99 @@
+"""Figures of a history: losses, widths and bottleneck over time, and the dag as it grew."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dagrow.pictures._figures import (
+    BEGINNING,
+    HELD,
+    SHARE,
+    TRAIN,
+    blank,
+    check_figure,
+    colormap,
+    short_name,
+    tidy,
+    write,
+)
+from dagrow.pictures._records import Record
+
+NAMED = 8  #: so many axes have names in a legend, the widest
+
+
+def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -> None:
+    """Losses, the width of each axis, and the part of the goals that is out of reach, over epochs.
+
+    Args:
+        first: widths at the beginning.
+
+    Raises:
+        FigureError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_figure(path)
+    drawing = blank(13, 4.2)
+    loss, widths, share = drawing.subplots(1, 3)
+    _draw_losses(loss, records)
+    _draw_widths(widths, records, first)
+    _draw_share(share, records)
+    for axes in (loss, widths, share):
+        tidy(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    write(drawing, path)
+
+
+def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
+    epochs = [record.epoch for record in records]
+    axes.plot(epochs, [record.train_loss for record in records], color=TRAIN, linewidth=2, label="training")
+    held = [(record.epoch, record.validation_loss) for record in records if record.validation_loss is not None]
+    if held:
+        axes.plot(*zip(*held, strict=True), color=HELD, linewidth=2, label="validation")
+    grew = [record for record in records if record.added]
+    axes.plot(
+        [record.epoch for record in grew],
+        [record.loss for record in grew],
+        "o",
+        color="black",
+        markersize=5,
+        markerfacecolor="white",
+        label="grows",
+        linestyle="none",
+    )
+    positive = all(record.train_loss > 0 and record.loss > 0 for record in records)
+    axes.set(title="Loss, before growing", yscale="log" if positive else "linear")
+    if positive:
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+    axes.legend()
+
+
+def _draw_widths(axes: Any, records: Sequence[Record], first: Mapping[str, int]) -> None:
+    names = list(dict.fromkeys(name for record in records for name in record.widths))
+    last = records[-1].widths if records else {}
+    named = sorted(names, key=lambda name: -last.get(name, 0))[:NAMED]
+    colors = [colormap("viridis")(0.9 * number / max(1, len(names) - 1)) for number in range(len(names))]
+    for number, name in enumerate(names):
+        had = [(record.epoch, record.widths[name]) for record in records if name in record.widths]
+        had = [(had[0][0], first[name]), *had] if name in first else had
+        label = f"{short_name(name)}: {first.get(name, '-')} → {had[-1][1]}" if name in named else None
+        axes.step(*zip(*had, strict=True), where="post", color=colors[number], linewidth=2, label=label)
+    axes.set(title="Width of each axis, after growing", ylim=(0, None))
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    if named:
+        axes.legend(fontsize=8)
+
+
+def _draw_share(axes: Any, records: Sequence[Record]) -> None:
+    found = [(record.epoch, 100 * record.share) for record in records if record.share is not None]
+    if found:
+        axes.plot(*zip(*found, strict=True), "o-", color=SHARE, linewidth=2, markersize=4, label="bottleneck")
+    axes.set(title="Bottleneck (green) and parameters (grey)", ylabel="% of the goals out of reach")
+    parameters = axes.twinx()
+    epochs = [record.epoch for record in records]
+    parameters.step(epochs, [record.parameters for record in records], where="post", color=BEGINNING, linewidth=2)
+    parameters.set(ylabel="parameters", ylim=(0, None))
+    parameters.yaxis.label.set_color("gray")
+    parameters.tick_params(colors="gray")
+    parameters.spines[["top"]].set_visible(False)
+    axes.set_zorder(1)
+    axes.patch.set_visible(False)

@@ -1,0 +1,49 @@
+"""A history as one interactive HTML page, which needs nothing from anywhere else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from dagrow.pictures._figures import check_place, write_bytes
+from dagrow.pictures._graph_plot import picture
+from dagrow.pictures._records import Record, Snapshot
+
+PLACE = "/*DATA*/"  #: where the page takes its data
+
+
+def write_page(
+    records: Sequence[Record],
+    growths: Sequence[Mapping[str, Any]],
+    snapshots: Sequence[Snapshot],
+    over: str | None,
+    path: Path,
+) -> None:
+    """The dag at any step, with losses, widths, bottleneck, parameters and growths.
+
+    Raises:
+        FigureError: the file cannot be written.
+    """
+    check_place(path)
+    found = {
+        "steps": [asdict(record) for record in records],
+        "growths": growths,
+        "over": over,
+        "first": snapshots[0].widths,
+        **asdict(picture(snapshots)),
+    }
+    text = json.dumps(_plain(found)).replace("</", "<\\/")  # names may not end the script
+    page = files("dagrow.pictures").joinpath("page.html").read_text(encoding="utf-8")
+    write_bytes(page.replace(PLACE, text).encode(), path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,7 @@
+"""TODO reporting."""
+
+from dagrow.reporting._cli import main
+
+__all__ = [
+    "main",
+]

@@ -1,0 +1,172 @@
+"""Data of the demo: the digits that come with scikit-learn, or MNIST as IDX files."""
+
+import gzip
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dagrow.errors import DataError
+
+#: the type code in an IDX file's magic number -> numpy type (big endian)
+TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs ``[n, i]`` and their classes ``[n]``."""
+
+    inputs: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def batches(self, size: int, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The first ``limit`` samples, in batches."""
+        return list(zip(self.inputs[:limit].split(size), self.target[:limit].split(size), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three disjoint parts: to train on, to choose amplitudes on, to report on."""
+
+    name: str
+    train: Samples
+    validation: Samples
+    test: Samples
+    classes: int
+
+    @property
+    def features(self) -> int:
+        return self.train.inputs.shape[1]
+
+
+def digits(seed: int = 0) -> Dataset:
+    """1797 images of 8 x 8 pixels, bundled with scikit-learn: a fifth to test, a fifth of the rest to validate.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f'the digits come with scikit-learn ({error}): pip install "dagrow[demo]"') from error
+    pixels, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    inputs, target = torch.as_tensor(pixels, dtype=torch.float32)[order], torch.as_tensor(labels).long()[order]
+    held = len(target) // 5
+    return _standardized(
+        "digits of scikit-learn", Samples(inputs[held:], target[held:]), Samples(inputs[:held], target[:held]), 5
+    )
+
+
+def mnist(folder: str | Path, seed: int = 0) -> Dataset:
+    """MNIST or a data set in its files' format: a tenth of the training images to validate, t10k to test.
+
+    Args:
+        folder: where the four IDX files are, gzipped or not; torchvision's ``MNIST/raw`` below it does as well.
+        seed: of the split.
+
+    Raises:
+        DataError: a file is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    files = _found(folder)
+    train, test = _pair(files[0], files[1]), _pair(files[2], files[3])
+    if train.inputs.shape[1] != test.inputs.shape[1]:
+        raise DataError(
+            f"{files[0]} holds images of {train.inputs.shape[1]} pixels, {files[2]} of {test.inputs.shape[1]}."
+        )
+    if int(test.target.max()) > int(train.target.max()):
+        raise DataError(f"{files[3]} holds class {int(test.target.max())}, which {files[1]} does not.")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return _standardized(
+        f"IDX files in {folder.resolve().name}", Samples(train.inputs[order], train.target[order]), test, 10
+    )
+
+
+def _standardized(name: str, rest: Samples, test: Samples, part: int) -> Dataset:
+    """One ``part``-th of the rest is held out to validate; one mean and one scale, those of what is trained on."""
+    held = len(rest) // part
+    if not held:
+        raise DataError(f"{name}: {len(rest)} training images are too few, {part} is the least.")
+    train = rest.inputs[held:]
+    mean, scale = train.mean(), train.std()
+    if not scale > 0:
+        raise DataError(f"{name}: all training pixels are the same.")
+    return Dataset(
+        name,
+        Samples((train - mean) / scale, rest.target[held:]),
+        Samples((rest.inputs[:held] - mean) / scale, rest.target[:held]),
+        Samples((test.inputs - mean) / scale, test.target),
+        int(rest.target.max()) + 1,
+    )
+
+
+def _found(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give the one with MNIST's IDX files.")
+    places = [folder, folder / "MNIST" / "raw"]
+    found, missing = [], []
+    for name in NAMES:
+        options = [place / file for place in places for file in (name, f"{name}.gz")]
+        path = next((option for option in options if option.is_file()), None)
+        found.append(path) if path else missing.append(name)
+    if missing:
+        raise DataError(f"{folder} lacks {', '.join(missing)} (each may end in .gz).")
+    return [path for path in found if path]
+
+
+def _pair(images: Path, labels: Path) -> Samples:
+    pixels, target = read_idx(images), read_idx(labels)
+    if pixels.ndim != 3 or target.ndim != 1:
+        raise DataError(
+            f"{images} and {labels} hold {pixels.ndim} and {target.ndim} dimensions; images have 3, labels 1."
+        )
+    if len(pixels) != len(target):
+        raise DataError(f"{images} holds {len(pixels)} images, but {labels} {len(target)} labels.")
+    if not pixels.size:
+        raise DataError(f"{images} holds no pixels.")
+    if target.dtype.kind not in "iu" or target.min() < 0:
+        raise DataError(f"{labels} holds labels that are not whole numbers from 0.")
+    inputs = torch.from_numpy(pixels.astype(np.float32)).flatten(1)
+    return Samples(inputs, torch.from_numpy(target.astype(np.int64)))
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The array in an IDX file: two zero bytes, a type code, the number of dimensions, their sizes, the entries.
+
+    Raises:
+        DataError: it cannot be read, or is not a complete IDX file.
+    """
+    path = Path(path)
+    content = _bytes(path)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not content[3]:
+        raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}.")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise DataError(f"{path} is truncated: it ends within its header.")
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    kind = np.dtype(TYPES[content[2]])
+    expected = start + math.prod(shape) * kind.itemsize
+    if len(content) != expected:
+        state = "truncated" if len(content) < expected else "too long"
+        raise DataError(f"{path} is {state}: its header announces {expected} bytes, it holds {len(content)}.")
+    return np.frombuffer(content, kind, offset=start).reshape(shape)
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's content, unpacked if it is gzipped, whatever its name says."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged or truncated: it does not unpack ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -1,0 +1,142 @@
+"""Matrices only: Grams, damped positive semidefinite solves, whitening, leading singular vectors.
+
+All cut-offs are relative to the data: matrices are first scaled to a unit diagonal, so that neither the unit of
+a single feature nor the size of all of them decides what counts as zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SMALL = 192  #: up to this width subspaces are not worth iterating for
+_HALVED = 256  #: Grams from this width on are computed by blocks, without the redundant one
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds ``x^T x`` ``[d, d]`` by halves, without the lower one, which :func:`complete` fills in: fewer products."""
+    d = x.shape[1]
+    if d < _HALVED:
+        total += x.T @ x
+        return
+    left, right = slice(d // 2), slice(d // 2, d)
+    add_gram(total[left, left], x[:, left])
+    add_gram(total[right, right], x[:, right])
+    total[left, right] += x[:, left].T @ x[:, right]
+
+
+def complete(total: Tensor) -> None:
+    """Fills in what :func:`add_gram` left out of ``[..., d, d]``."""
+    d = total.shape[-1]
+    if d >= _HALVED:
+        left, right = slice(d // 2), slice(d // 2, d)
+        complete(total[..., left, left])
+        complete(total[..., right, right])
+        total[..., right, left] = total[..., left, right].mT
+
+
+def combine_columns(a: Tensor, basis: Tensor | None) -> Tensor:
+    """``A B``: combinations of columns; those with some indices, if ``basis`` holds indices; or all."""
+    if basis is None:
+        return a
+    return a @ basis.to(a) if basis.is_floating_point() else a[:, basis]
+
+
+def combine_rows(a: Tensor, basis: Tensor | None) -> Tensor:
+    """``B^T A``: combinations of rows, some of them, or all."""
+    return combine_columns(a.T, basis).T
+
+
+def spread(x: Tensor, basis: Tensor, size: int) -> Tensor:
+    """``X B^T [o, size]``: what weights of combinations are for the features that are combined."""
+    return x @ basis.to(x).T if basis.is_floating_point() else x.new_zeros(len(x), size).index_copy(1, basis, x)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A factor ``W`` with ``W (P + ridge) W^T = 1`` on the directions that P holds.
+
+    Attributes:
+        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular.
+        scale: the diagonal D ``[p]``.
+        note: what had to be done to a singular matrix, or "".
+    """
+
+    factor: Tensor
+    scale: Tensor
+    triangular: bool
+    note: str
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """``W x`` for ``x [p, m]``."""
+        scaled = self.scale[:, None] * x
+        if self.triangular:
+            return torch.linalg.solve_triangular(self.factor, scaled, upper=False)
+        return self.factor @ scaled
+
+    def back(self, u: Tensor) -> Tensor:
+        """``W^T u`` for ``u [rank, m]``."""
+        if self.triangular:
+            return self.scale[:, None] * torch.linalg.solve_triangular(self.factor.T, u, upper=True)
+        return self.scale[:, None] * (self.factor.T @ u)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """``(P + ridge)^-1 x``, the pseudo-inverse where P is singular."""
+        return self.back(self.whiten(x))
+
+
+def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, unit: Tensor | None = None) -> Whitening:
+    """A whitening of a positive semidefinite matrix ``p [p, p]``.
+
+    Args:
+        ridge: added to the diagonal, relative to ``unit``.
+        resolution: relative precision of the entries; directions below it are noise and are cut.
+        unit: what counts as large, per feature ``[p]``: by default the diagonal of ``p``. If ``p`` is what is left of
+            features once others are regressed out, the second moment that they had before.
+    """
+    d = len(p)
+    resolution = max(resolution or 0.0, torch.finfo(p.dtype).eps)
+    cut = resolution * max(d, 1)
+    unit = (p.diagonal() if unit is None else unit).clamp_min(0)
+    alive = unit > (cut**2 * unit.max() if d else 0)
+    scale = torch.where(alive, unit, 1).rsqrt() * alive
+    scaled = (p * scale).mul_(scale[:, None])
+    scaled.diagonal().add_(
+        torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
+    )  # a dead feature has weight zero, whatever its entry
+    factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
+    if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
+        return Whitening(factor, scale, True, "")
+    values, vectors = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
+    kept = values > cut * values[-1:].clamp_min(1)  # of what the features were, where little is left
+    factor = scaled.new_zeros(d, int(kept.sum()))
+    factor[alive] = (vectors[:, kept] * values[kept].rsqrt()).to(factor)
+    return Whitening(factor.T, scale, False, f"rank cut from {d} to {factor.shape[1]}")
+
+
+def leading_subspace(
+    times: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    width: int,
+    q: int,
+    like: Tensor,
+    iterations: int,
+) -> Tensor:
+    """Orthonormal columns ``[width, q]`` that hold the leading right singular vectors of a matrix, known by products.
+
+    Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; the identity where the matrix has
+    few columns anyway.
+    """
+    if width <= max(q, _SMALL):
+        return torch.eye(width).to(like)
+    columns = torch.randn(width, q, generator=torch.Generator().manual_seed(0)).to(like)
+    for _ in range(iterations):
+        columns = torch.linalg.qr(transposed(torch.linalg.qr(times(columns)).Q)).Q
+    return columns
+
+
+def leading_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k leading singular triples ``u [m, k], s [k], v [n, k]``, largest first."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :k], s[:k], vh[:k].T

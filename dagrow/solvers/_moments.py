@@ -1,0 +1,163 @@
+"""Second moments of features and goals, kept in folds of samples.
+
+With ``E`` a mean over samples of sums over positions, and rows ``x [n s, dx]``, ``y [n s, dy]``, the moment of
+``(x, y)`` is ``E x y^T [dx, dy]``. Moments add; they are kept in folds by sample, so that anything fitted on them
+can be validated on samples that it has not seen, at no extra pass.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dagrow.solvers._linalg import Whitening, whitening
+
+Pair = tuple[Hashable, Hashable]
+
+
+def distinct(pairs: Iterable[Pair]) -> list[Pair]:
+    """Each pair once, in one order only."""
+    kept: dict[Pair, None] = {}
+    for x, y in pairs:
+        if (y, x) not in kept:
+            kept[x, y] = None
+    return list(kept)
+
+
+class MomentView(ABC):
+    """Moments of some samples, and factors of them; each is computed when it is first asked for.
+
+    Attributes:
+        resolution: relative precision of the products that were summed.
+    """
+
+    resolution: float
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """How many."""
+
+    @abstractmethod
+    def holds(self, pair: Pair) -> bool:
+        """Whether the pair was measured, in this order."""
+
+    @abstractmethod
+    def mean(self, pair: Pair) -> Tensor:
+        """``E x y^T`` ``[dx, dy]``, computed anew, of a pair that is held in this order."""
+
+    @cached_property
+    def _means(self) -> dict[Pair, Tensor]:
+        return {}
+
+    @cached_property
+    def _whitenings(self) -> dict[tuple[Hashable, float], Whitening]:
+        return {}
+
+    def __contains__(self, pair: Pair) -> bool:
+        return self.holds(pair) or self.holds(pair[::-1])
+
+    def __getitem__(self, pair: Pair) -> Tensor:
+        """``E x y^T`` ``[dx, dy]``."""
+        if not self.holds(pair) and self.holds(pair[::-1]):
+            return self[pair[::-1]].T
+        if pair not in self._means:
+            self._means[pair] = self.mean(pair)
+        return self._means[pair]
+
+    def whitening(self, feature: Hashable, ridge: float = 0.0) -> Whitening:
+        """Of ``E x x^T``, with a ridge relative to each feature's second moment."""
+        if (feature, ridge) not in self._whitenings:
+            self._whitenings[feature, ridge] = whitening(self[feature, feature], ridge, self.resolution)
+        return self._whitenings[feature, ridge]
+
+
+@dataclass(eq=False)
+class Moments(MomentView):
+    """Sums over samples of ``x y^T``, per fold.
+
+    Attributes:
+        counts: samples in each fold ``[F]``.
+        sums: pair of features -> sums ``[F, dx, dy]``.
+        positions: feature -> rows per sample.
+        resolution: relative precision of the products that were summed.
+        loss: mean over samples of the loss.
+        forward: whether the model's own forward ran on every batch.
+    """
+
+    counts: Tensor
+    sums: dict[Pair, Tensor]
+    positions: dict[Hashable, float]
+    resolution: float
+    loss: float = 0.0
+    forward: bool = True
+
+    @property
+    def folds(self) -> int:
+        return len(self.counts)
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts.sum())
+
+    def holds(self, pair: Pair) -> bool:
+        return pair in self.sums
+
+    def mean(self, pair: Pair) -> Tensor:
+        return self.sums[pair].sum(0, dtype=torch.float64).div_(self.samples)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}
+        share = self.samples / (self.samples + other.samples)
+        positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
+        loss = share * self.loss + (1 - share) * other.loss
+        resolution, forward = max(self.resolution, other.resolution), self.forward and other.forward
+        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward)
+
+    def joined(self, other: "Moments") -> "Moments":
+        """These moments and others of the same samples."""
+        positions = {**self.positions, **other.positions}
+        sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
+        return Moments(self.counts, sums, positions, self.resolution, self.loss, forward)
+
+    def split(self) -> "FoldSplit":
+        """For each fold the moments of all others and its own, no more precise than the activations were."""
+        return [
+            (FoldView(self, fold, True, self.resolution), FoldView(self, fold, False, self.resolution))
+            for fold in range(self.folds)
+        ]
+
+
+@dataclass(eq=False)
+class FoldView(MomentView):
+    """Moments of one fold, or of all others."""
+
+    whole: Moments
+    fold: int
+    others: bool
+    resolution: float
+
+    @cached_property
+    def samples(self) -> int:
+        own = int(self.whole.counts[self.fold])
+        return self.whole.samples - own if self.others else own
+
+    def holds(self, pair: Pair) -> bool:
+        return self.whole.holds(pair)
+
+    def mean(self, pair: Pair) -> Tensor:
+        enough = torch.float32 if self.resolution > torch.finfo(torch.float64).eps else torch.float64
+        folds = self.whole.sums[pair]
+        if not self.others:
+            return (folds[self.fold] / self.samples).to(enough)
+        first, *rest = [total for fold, total in enumerate(folds) if fold != self.fold]
+        total = first / self.samples
+        for other in rest:  # what is zero in all of them stays so, as it would not if the fold were subtracted
+            total.add_(other, alpha=1 / self.samples)
+        return total.to(enough)
+
+
+FoldSplit = list[tuple[FoldView, FoldView]]

@@ -1,0 +1,271 @@
+"""The user's loss on the user's batches, evaluated on the model as it is or on a preview of it.
+
+Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
+
+from dagrow._model_state import preserve_state
+from dagrow.errors import BatchError, DagrowError, LossError
+from dagrow.tracing import bind
+
+Loss = Callable[[Any, Any], Tensor]
+Step = Callable[[nn.Module, Any], Tensor]
+
+
+class NotFiniteError(LossError):
+    """The loss is infinite or not a number."""
+
+
+class Objective:
+    """A loss over batches, normalised to a mean over samples.
+
+    Args:
+        model: the user's model.
+        batches: any re-iterable of ``(inputs, target)``; with ``step``, of anything.
+        loss: ``loss(output, target) -> scalar``, a mean or a sum over samples.
+        step: ``step(model, batch) -> scalar``, instead of ``loss``.
+        mode: ``"eval"`` or ``"train"``, the mode that the model runs in.
+
+    Raises:
+        BatchError, LossError: see the messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss | None = None,
+        *,
+        step: Step | None = None,
+        mode: str = "eval",
+        name: str = "batches",
+    ) -> None:
+        if (loss is None) == (step is None):
+            raise LossError(
+                "give either loss=, called as loss(output, target), or step=, called as step(model, batch)."
+            )
+        if not callable(loss if step is None else step):
+            given = type(loss if step is None else step).__name__
+            raise LossError(
+                f"the {'loss' if step is None else 'step'} is a {given}, which cannot be called; give loss=, called as "
+                "loss(output, target), such as torch.nn.functional.mse_loss, or step=, called as step(model, batch)."
+            )
+        if mode not in ("eval", "train"):
+            raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
+        _check_batches(batches, name)
+        self.model, self.batches, self.mode, self.name = model, batches, mode, name
+        self.function: Step = step if step is not None else _supervised(loss)
+        self._reduction: str | None = None
+
+    def with_batches(self, batches: Iterable[Any], name: str = "batches") -> "Objective":
+        """The same loss on other batches."""
+        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Batches with their numbers of samples, in the same order each time: passes agree on who is in which fold."""
+        empty = True
+        states = [(generator, generator.get_state()) for generator in _generators(self.batches)]
+        try:
+            for batch in self.batches:
+                empty = False
+                with self._named():
+                    samples = samples_of(batch)
+                yield batch, samples
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+        if empty:
+            raise BatchError(
+                f"{self.name} is empty: not one batch came out. Give at least one; and if it held some before, it can "
+                "be read only once: give a list or a DataLoader, which can be read again."
+            )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors say which batches they are about, where there are others beside those that are measured."""
+        try:
+            yield
+        except DagrowError as error:
+            if self.name != "batches":
+                error.args = (f"{self.name}: {error}",)
+            raise
+
+    def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
+        with self._named():
+            return self._value(batch, tensors)
+
+    def _value(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
+        try:
+            if tensors:
+                replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
+                result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,), tie_weights=False)
+            else:
+                result = self.function(self.model, batch)
+        except DagrowError:
+            raise
+        except Exception as error:
+            raise BatchError(self._failed(batch, error)) from error
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise LossError(
+                f"the loss returned {given}; it must return a tensor with one number, the mean or the sum over the "
+                "samples of the batch."
+            )
+        if not torch.isfinite(result):
+            raise NotFiniteError(
+                f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses. Look for "
+                "such values in the batch and in the model's parameters, or lower the learning rate."
+            )
+        return result.reshape(())
+
+    def _failed(self, batch: Any, error: Exception) -> str:
+        kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
+        return (
+            f"the model or the loss failed on a batch of {describe(batch)} ({type(error).__name__}: {error}). The "
+            f"model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device that "
+            "the model takes and the loss compares."
+        )
+
+    def scale(self, samples: int) -> float:
+        """The factor from the user's scalar for a batch to a mean over its samples."""
+        return 1.0 if self.reduction == "mean" else 1.0 / samples
+
+    @property
+    def reduction(self) -> str:
+        """Whether the user's loss is a "mean" or a "sum" over samples, found by repeating a batch."""
+        self.probe()
+        assert self._reduction is not None
+        return self._reduction
+
+    def probe(self) -> None:
+        """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
+        if self._reduction is None:
+            with preserve_state(self.model, weights=True), torch.no_grad():
+                self.model.eval()
+                self._reduction = self._probed()
+
+    def _probed(self) -> str:
+        for batch, n in self:
+            before = [parameter._version for parameter in self.model.parameters()]
+            one = float(self.value(batch))
+            if before != [parameter._version for parameter in self.model.parameters()]:
+                raise LossError(
+                    "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
+                    "leaves backward() and optimizer.step() to the training loop."
+                )
+            if one == 0:
+                continue
+            ratio = float(self.value(_repeated(batch, n))) / one
+            if abs(ratio - 1) < 1e-3:
+                return "mean"
+            if abs(ratio - 2) < 1e-3:
+                return "sum"
+            raise LossError(
+                f"repeating a batch multiplies the loss by {ratio:.4g}; a mean over samples gives 1, a sum gives 2. "
+                "Return one of the two (a penalty on the weights goes with a mean), and draw no random numbers in eval "
+                "mode."
+            )
+        return "mean"
+
+    def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
+        """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
+        self.probe()
+        total, count = 0.0, 0
+        with preserve_state(self.model), torch.no_grad():
+            self.model.train(self.mode == "train")
+            for batch, n in self:
+                total += float(self.value(batch, tensors)) * self.scale(n) * n
+                count += n
+        return total / count
+
+
+class _Evaluation(nn.Module):
+    """Lets ``functional_call`` replace tensors of the model while the user's own function runs it."""
+
+    def __init__(self, model: nn.Module, function: Step) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.model, batch)
+
+
+def _check_batches(batches: object, name: str) -> None:
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which holds single samples; give batches of them: "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise BatchError(f"{name} is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
+    if isinstance(batches, Iterator):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which can be read only once; give a list, list({name}), or a "
+            "DataLoader."
+        )
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """The random generators of a loader's own."""
+    found = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _supervised(loss: Loss | None) -> Step:
+    assert loss is not None
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise BatchError(
+                f"a batch is {describe(batch)}; it must be (inputs, target). One batch alone goes into a list, "
+                "[(inputs, target)]; for other batches, give step=, called as step(model, batch)."
+            )
+        n, target = samples_of(batch), batch[1]
+        if isinstance(target, Tensor) and target.ndim and len(target) % n:
+            raise BatchError(
+                f"a batch has {n} inputs and {len(target)} targets: {describe(batch)}. Give as many of each."
+            )
+        args, kwargs = bind(batch[0])
+        return loss(model(*args, **kwargs), target)
+
+    return step
+
+
+def samples_of(batch: Any) -> int:
+    """The size of the first dimension of a batch's first tensor."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            if not len(leaf):
+                raise BatchError(f"a batch has no samples: {describe(batch)}.")
+            return len(leaf)
+    raise BatchError(f"a batch holds no tensor with a sample dimension: {describe(batch)}.")
+
+
+def _repeated(batch: Any, n: int) -> Any:
+    def twice(leaf: object) -> object:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
+
+    return tree_map(twice, batch)
+
+
+def describe(batch: Any) -> str:
+    """Shapes and types of a batch, for messages."""
+
+    def leaf(value: object) -> object:
+        return (
+            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+
+    return str(tree_map(leaf, batch))

@@ -1,0 +1,112 @@
+"""Whether a grown model at gamma = 0 is still the same function, on the example inputs, in both modes."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dagrow._comparison import FACTOR, jittered
+from dagrow._model_state import NoDropout, preserve_state
+from dagrow._pytree import leaves
+from dagrow.errors import first_line
+from dagrow.tracing import bind, close, hold_values
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a model gave.
+
+    Attributes:
+        failure: why it gave nothing, or None.
+        drawn: the random generators after it.
+    """
+
+    outputs: dict[str, Any]
+    failure: Exception | None
+    drawn: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ.
+
+    Attributes:
+        text: in words.
+        cause: what the second one raised, if it did.
+    """
+
+    text: str
+    cause: Exception | None = None
+
+
+def difference(
+    model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]
+) -> Difference | None:
+    """How the model inside ``grown()`` differs from the model as it is, or None.
+
+    Both run without dropout, which draws other numbers where widths are others. A mode in which the model as it is
+    fails is left out. Where the grown model still draws more random numbers or fewer, its outputs must only have the
+    same shapes.
+    """
+    if example_inputs is None or not hold_values(model, bind(example_inputs)):
+        return None
+    before = {training: _run(model, example_inputs, training) for training in (model.training, not model.training)}
+    with grown():
+        after = {training: _run(model, example_inputs, training) for training in before}
+    for training, run in before.items():
+        now, mode = after[training], "training" if training else "evaluation"
+        if run.failure is None and now.failure is not None:
+            return Difference(f"it would fail in {mode}: {first_line(now.failure)}", now.failure)
+        same = close if all(map(torch.equal, run.drawn, now.drawn)) else _alike
+        changed = [path for path, value in run.outputs.items() if not same(value, now.outputs.get(path))]
+        if same is close and changed:
+            others = [_run(model, example_inputs, training, weights).outputs for weights in jittered(model)]
+            changed = [
+                path
+                for path in changed
+                if not _rounded(run.outputs[path], now.outputs.get(path), [other.get(path) for other in others])
+            ]
+        if run.failure is None and (changed or run.outputs.keys() != now.outputs.keys()):
+            return Difference(f"its output{next(iter(changed), '')} would change in {mode}")
+    return None
+
+
+def _rounded(before: Any, now: Any, others: Sequence[Any]) -> bool:
+    """Whether an output differs by no more than rounding explains, which other outputs show, of jittered weights."""
+    if not (isinstance(before, Tensor) and before.is_floating_point() and _alike(before, now)):
+        return False
+    jitter = [float((other - before).abs().max()) for other in others if _alike(before, other)]
+    return float((now - before).abs().max()) <= FACTOR * max(jitter, default=0.0)
+
+
+def _run(model: nn.Module, example_inputs: Any, training: bool, weights: dict[str, Tensor] | None = None) -> _Run:
+    """What the model gives in a mode, with other weights if there are any."""
+    with preserve_state(model, weights=True), torch.no_grad(), NoDropout():
+        torch.manual_seed(0)
+        args, kwargs = bind(example_inputs)
+        try:
+            if model.training != training:
+                model.train(training)
+            output = functional_call(model, weights, args, kwargs) if weights else model(*args, **kwargs)
+            outputs = {path: _kept(value) for path, value in leaves(output)}
+        except Exception as error:  # the user's forward may raise anything
+            return _Run({}, error, [])
+        return _Run(outputs, None, _drawn())
+
+
+def _drawn() -> list[Tensor]:
+    """The random generators of all devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values have the same shape."""
+    return type(a) is type(b) and getattr(a, "shape", None) == getattr(b, "shape", None)
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,300 @@
+"""A growth is a proposed change, printable before it happens; a receipt is what it became."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil, prod
+from types import NoneType
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dagrow.axes import IndexMap
+from dagrow.errors import GrowthError, check_real
+from dagrow.graph import Dag, weight_uses
+from dagrow.solvers import LEVEL, Regression, Verdict, upper_tail
+from dagrow.statistics import Objective
+from dagrow.surgery._apply import Overwritten, UndoRecord, all_or_nothing, apply, preview, transaction, widen_copy
+from dagrow.surgery._draft import Change
+from dagrow.surgery._optimizers import check_optimizer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a growth adds: parameters, and floating point operations of one sample's forward pass."""
+
+    parameters: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """A proposed change of one place of a dag. Nothing happens before :meth:`apply`.
+
+    Attributes:
+        operator: what proposed it.
+        where: the axis or edge.
+        neurons: new units.
+        gain: minus the slope of the loss in gamma at 0, on the measured samples.
+        gain_from: target edge (or the activation of a residual block) -> its part of the gain.
+        heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
+            folds.
+        heldout_error: its standard error over samples.
+        samples: how many the held-out gain was measured on; 0 without folds.
+        z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
+        p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
+            large a z; None where nobody asked: without folds, where ``AddNeurons`` was given k, and where nothing is
+            to be gained.
+        drop: by how much the bottleneck at the targets falls.
+        cost: parameters and FLOPs added.
+        singular_values: of the whitened goal, one per direction that was considered.
+        significant: whether the held-out gain is more than chance: its p-value is at most 5 %. True where nobody asked.
+        preserving: whether the function stays the same at every amplitude, so that there is nothing to search.
+        invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
+            is drawn at random.
+        notes: fallbacks that the solution needed.
+        regressions: tells what is regressed on what at each target, on features that do not depend on the goals.
+    """
+
+    operator: Any
+    where: str
+    neurons: int
+    gain: float
+    gain_from: Mapping[str, float]
+    cost: Cost
+    heldout_gain: float | None = None
+    heldout_error: float | None = None
+    drop: float = 0.0
+    singular_values: Tensor | None = None
+    significant: bool = True
+    preserving: bool = False
+    invariant: bool = True
+    notes: tuple[str, ...] = ()
+    samples: int = 0
+    z: float | None = None
+    p_value: float | None = None
+    regressions: Callable[[], Sequence[Regression]] = field(default=tuple, repr=False)
+    change: Change = field(repr=False, kw_only=True)
+    dag: Dag = field(repr=False, kw_only=True)
+    objective: Objective = field(repr=False, kw_only=True)
+
+    def judged(self, verdict: Verdict, z: float, tested: bool) -> "Growth":
+        """With held-out gain, error and z from scores; its p-value as if it were the only place that was looked at."""
+        p_value = upper_tail(z) if tested else None
+        return replace(
+            self,
+            heldout_gain=verdict.gain,
+            heldout_error=verdict.error,
+            samples=verdict.samples,
+            z=z,
+            p_value=p_value,
+            significant=not tested or (verdict.gain > 0 and upper_tail(z) <= LEVEL),
+        )
+
+    def samples_for(self, relative_error: float) -> int:
+        """How many samples to measure for a held-out gain with a given standard error, relative to the gain.
+
+        The error falls with the root of the number of samples: ``n (error / gain / wanted)^2``, at least 1.
+
+        Raises:
+            GrowthError: the error that is wanted is not a positive number, or the gain is not known to be one: it was
+                measured without folds, or is not above zero.
+        """
+        check_real("samples_for", above=0, relative_error=relative_error)
+        if self.heldout_gain is None or self.heldout_error is None or not self.heldout_gain > 0:
+            found = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
+            raise GrowthError(
+                f"samples_for: the gain at {self.where} was measured {found}, so there is no error relative to it. "
+                "Measure it with folds of at least 2, on more samples."
+            )
+        return max(1, ceil(self.samples * (self.heldout_error / self.heldout_gain / relative_error) ** 2))
+
+    def loss(self, gamma: float, objective: Objective | None = None) -> float:
+        """The loss of the grown network at an amplitude, without growing it.
+
+        Args:
+            gamma: the amplitude.
+            objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
+        """
+        self._check("loss", gamma)
+        if not isinstance(objective, (Objective, NoneType)):
+            raise GrowthError(
+                f"loss(objective=...): a {type(objective).__name__} was given; leave it out, or for other batches give "
+                "growth.objective.with_batches(batches)."
+            )
+        with preview(self.dag, self.change):
+            return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
+
+    def _check(self, call: str, gamma: object) -> None:
+        check_real(call, gamma=gamma)
+        self.check_fresh()
+
+    def check_fresh(self) -> None:
+        """Raises GrowthError if the model is no longer the one that was measured."""
+        if self.change.program is not self.dag.program:
+            raise GrowthError(
+                f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "
+                "propose again, or undo what was applied since."
+            )
+        self.dag.check()
+
+    def apply(self, gamma: float = 1.0, *, optimizer: Optimizer | None = None) -> "Receipt":
+        """Grows the model in place.
+
+        Args:
+            gamma: the amplitude; at 0 the function does not change.
+            optimizer: its state is brought along at once (otherwise at its next step).
+
+        Raises:
+            GrowthError: the model is no longer the one that was measured.
+            OptimizerError: the optimizer's state cannot follow. Nothing has changed.
+        """
+        self._check("apply", gamma)
+        check_optimizer(optimizer, self.dag.model)
+        return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
+
+    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
+        """Applies the growth when the losses are known already."""
+        undo = apply(self.dag, self.change, gamma, optimizer)
+        receipt = Receipt(
+            self.where, self.neurons, gamma, before, after, self.gain, where_new([self.change]), self, undo
+        )
+        undo.receipt = ref(receipt)
+        return receipt
+
+    def __str__(self) -> str:
+        held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
+        held += "" if self.p_value is None else f", p {self.p_value:.2g}"
+        doubt = "" if self.significant else " (not more than chance)"
+        doubt += " (raises the loss)" if self.gain < 0 else ""
+        return (
+            f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{held}{doubt}, "
+            f"{self.cost.parameters:+,} parameters, {self.cost.flops:+,} FLOPs"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Receipt:
+    """An applied growth.
+
+    Attributes:
+        where: the axis or edge, or "" if nothing was worth adding.
+        neurons: new units.
+        gamma: the amplitude that was chosen; of the last part, if there are several.
+        loss_before, loss_after: the loss on the batches that chose the amplitude.
+        gain: the predicted gain.
+        parameters: name -> for each dimension that grew the positions of the new entries.
+        growth: the growth that was applied; None for several in a row, and for none.
+    """
+
+    where: str
+    neurons: int
+    gamma: float
+    loss_before: float
+    loss_after: float
+    gain: float
+    parameters: Mapping[str, Mapping[int, list[int]]]
+    growth: Growth | None = field(default=None, repr=False)
+    _undo: UndoRecord | None = field(default=None, repr=False)
+    _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+
+    @property
+    def parts(self) -> tuple["Receipt", ...]:
+        """The receipts of the growths that were applied, first to last: for one growth, of itself."""
+        return self._parts or ((self,) if self.growth is not None else ())
+
+    @property
+    def drop(self) -> float:
+        """By how much the loss fell."""
+        return self.loss_before - self.loss_after
+
+    def carry(self, copy: nn.Module) -> None:
+        """Brings a copy of the model that was made before the growth to the grown shapes, in place.
+
+        For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
+        working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
+
+        Raises:
+            GrowthError: the copy is not one of the model as it was before the growth. It is as it was.
+        """
+        done: list[Overwritten] = []
+        try:
+            for part in self.parts:
+                if part.growth is not None and part._undo is not None:
+                    done.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
+        except BaseException:
+            for saved in reversed(done):
+                saved.restore()
+            raise
+
+    def undo(self) -> None:
+        """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
+
+        Also after training: what the growth wrote is then as it was before the growth, all else stays as it is now.
+
+        Raises:
+            GrowthError: later growths are still in place, or it was undone already.
+        """
+        undos = [part._undo for part in self.parts if part._undo is not None]
+        if not undos:
+            return
+        applied = undos[0].dag.applied
+        if any(undo not in applied for undo in undos):
+            raise GrowthError(f"the growth at {self.where} is not in place any more; it was undone already.")
+        if applied[-len(undos) :] != undos:
+            raise GrowthError(
+                f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
+            )
+        restore = partial(_restore, undos)
+        all_or_nothing(restore, restore)
+
+    def __str__(self) -> str:
+        if self._parts:
+            return "\n".join(map(str, self._parts))
+        if not self.where:
+            return f"nothing added; loss {self.loss_before:.6g}"
+        return (
+            f"{self.where}: {self.neurons} neurons at gamma {self.gamma:.3g}, gain {self.gain:.4g}, "
+            f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}"
+        )
+
+
+def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
+    """Parameter or buffer -> for each dimension that grew where the new entries are, after changes in a row."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for change in changes:
+        for name, landings in change.landings.items():
+            places = found.setdefault(name, {})
+            for at in landings:
+                moved = [int(at.old[place]) for place in places.get(at.dim, [])]
+                places[at.dim] = sorted(moved + at.new.flatten().tolist())
+        for name, parameter in change.added.items():
+            found[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
+    return found
+
+
+def _restore(undos: Sequence[UndoRecord]) -> None:
+    for undo in reversed(undos):
+        undo.restore()
+
+
+def cost_of(dag: Dag, change: Change) -> Cost:
+    """Counted from shapes: an entry of a matrix or kernel costs one multiplication and one addition per position."""
+    parameters = dict(dag.model.named_parameters())
+    added = {
+        n: _grown(parameters[n].shape, at) - parameters[n].numel()
+        for n, at in change.landings.items()
+        if n in parameters
+    }
+    uses = weight_uses(dag.graph, dag.layers)
+    used = [name for name in uses if name in added and parameters[name].ndim > 1]
+    flops = sum(2 * added[name] * uses[name] for name in used)
+    new = [branch.cost() for branch in change.branches]
+    return Cost(sum(added.values()) + sum(p for p, _ in new), flops + sum(f for _, f in new))
+
+
+def _grown(shape: Sequence[int], landings: Sequence[IndexMap]) -> int:
+    sizes = {landing.dim: landing.size for landing in landings}
+    return prod(sizes.get(dim, size) for dim, size in enumerate(shape))

@@ -1,0 +1,45 @@
+"""TODO testing."""
+
+from dagrow.testing._cases import Case
+from dagrow.testing._laws import (
+    LAWS,
+    Interruption,
+    Law,
+    additivity,
+    atomicity,
+    check_descent,
+    check_drop,
+    check_operator,
+    check_slope,
+    descent,
+    gentle,
+    invariance,
+    optimality,
+    preservation,
+    regrowth,
+    residual,
+    slope,
+    undoing,
+)
+
+__all__ = [
+    "LAWS",
+    "Case",
+    "Interruption",
+    "Law",
+    "additivity",
+    "atomicity",
+    "check_descent",
+    "check_drop",
+    "check_operator",
+    "check_slope",
+    "descent",
+    "gentle",
+    "invariance",
+    "optimality",
+    "preservation",
+    "regrowth",
+    "residual",
+    "slope",
+    "undoing",
+]

@@ -1,0 +1,278 @@
+"""A forward written from the graph, for models whose own forward has a size written into it that no longer fits.
+
+It is put on the object through a subclass of the user's class made for this object alone, so that ``isinstance``,
+the other methods, deepcopy, pickle and ``torch.compile`` go on working.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dagrow._pytree import is_plain, leaves, mapped
+from dagrow.errors import TraceError
+from dagrow.tracing._leaf_modules import is_leaf
+from dagrow.tracing._program import Program, fits
+from dagrow.tracing._traced_int import COMPARISONS, described
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
+Edit = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], None]  #: of a copied graph, given nodes and their copies
+PathRecord = tuple[str, str, str]  #: a new path's name, and the layers that it reads with and writes to
+_PREFIX = "_dagrow_"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def unwritable(program: Program, other: Callable[[], Program | str]) -> str | None:
+    """Why no forward can be written from a graph, as a clause about the model's own, or None.
+
+    Marks the nodes whose flag follows the model's mode.
+
+    Args:
+        program: the graph.
+        other: gives the graph in the other mode, or why there is none.
+    """
+    model = program.model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "which distributes the model; trace its .module, and wrap it again after the growth"
+    if any(node.op == "call_module" and node.target == "" for node in program.graph.nodes):
+        return "of a single layer; put it into an nn.Sequential"
+    if "forward" in vars(model):
+        return "which was put on the object and cannot be replaced"
+    hooked = [name for name, m in model.named_modules() if name and not is_leaf(m) and any(vars(m)[h] for h in _HOOKS)]
+    if hooked:
+        return f"which, written anew, would skip the hooks of {hooked[0]}"
+    if program.obstacle:
+        return f"which {program.obstacle} and cannot be written anew"
+    if program.unrolled:
+        return f"where {program.unrolled}"
+    if any(node.target is setattr for node in program.graph.nodes):
+        return "which sets attributes and cannot be written anew"
+    return _mode_obstacle(program, other())
+
+
+def _mode_obstacle(program: Program, other: Program | str) -> str | None:
+    """Compares the graphs of both modes: they may differ only in flags and rates, which then follow the mode."""
+    if isinstance(other, str):
+        return f"which fails in the other mode: {other}"
+    here, there = list(program.graph.nodes), list(other.graph.nodes)
+    partner = dict(zip(there, here, strict=False))
+    differing = next((a for b, a in partner.items() if not _agree(a, b, partner, program.model.training)), None)
+    if len(here) != len(there) or differing is not None:
+        where = differing.meta.get("source", "") if differing is not None else ""
+        return f"which does other things in training {where}".strip()
+    return None
+
+
+def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training: bool) -> bool:
+    """Whether two nodes do the same but for flags and rates, which are kept as (in training, else)."""
+    ours, nest = tree_flatten((a.args, dict(a.kwargs)))
+    theirs, other = tree_flatten((fx.map_arg(b.args, partner.get), dict(fx.map_arg(b.kwargs, partner.get))))
+    if a.op != b.op or not (a.target is b.target or a.target == b.target) or nest != other:
+        return False
+    differing = {i: pair for i, pair in enumerate(zip(ours, theirs, strict=True)) if repr(pair[0]) != repr(pair[1])}
+    if not all(isinstance(x, (bool, float)) and isinstance(y, (bool, float)) for x, y in differing.values()):
+        return False
+    a.meta["modes"] = {i: (x, y) if training else (y, x) for i, (x, y) in differing.items()}
+    return True
+
+
+def write_forward(
+    program: Program,
+    literals: Mapping[fx.Node, Arguments],
+    edit: Edit | None = None,
+    paths: Sequence[PathRecord] = (),
+) -> type[nn.Module]:
+    """A class like the model's own whose forward runs the program's graph with other literal sizes.
+
+    Args:
+        edit: what else changes in the graph.
+        paths: records of the new paths that this puts there.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result: Any = graph.graph_copy(program.graph, copies)
+    graph.output(result)
+    for node, (args, kwargs) in literals.items():
+        copies[node].args = fx.map_arg(args, lambda n: copies[n])
+        copies[node].kwargs = fx.map_arg(kwargs, lambda n: copies[n])
+    if edit is not None:
+        edit(graph, copies)
+    for node, copied in copies.items():
+        if node.meta.get("modes"):
+            _follow_mode(graph, copied, node.meta["modes"])
+    _hold_sizes(graph, copies, literals)
+    switches = _follow_grad(graph)
+    code = graph.python_code("self")
+    source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
+    signature, names = _signature(program)
+    source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
+    structure = program.graph.output_node().meta["structure"]
+    names |= {**code.globals, f"{_PREFIX}structure": structure, f"{_PREFIX}fixed": _fixed}
+    names[f"{_PREFIX}switches"] = switches
+    names |= {_PREFIX + name: constant for name, constant in program.constants.items()}
+    names[f"{_PREFIX}branches"] = (*added_paths(program.model), *paths)
+    return _subclass(_own_class(program.model), source, names)
+
+
+def added_paths(model: nn.Module) -> tuple[PathRecord, ...]:
+    """The new paths that a model has got, oldest first."""
+    return getattr(type(model), f"{_PREFIX}names", {}).get(f"{_PREFIX}branches", ())
+
+
+def _signature(program: Program) -> tuple[str, dict[str, Any]]:
+    """The user's own parameters of forward, those that the graph does not have fixed at what they were."""
+    made = {str(n.target).lstrip("*"): n for n in program.graph.nodes if n.op == "placeholder"}
+    parameters = list(inspect.signature(program.model.forward).parameters.values())
+    names: dict[str, Any] = {f"{_PREFIX}default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    listed: list[str] = []
+    checks: list[str] = []
+    for index, p in enumerate(parameters):
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        if p.kind is p.KEYWORD_ONLY and not any(
+            q.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) for q in parameters[:index]
+        ):
+            listed.append("*")
+        listed.append(star + p.name + (f"={_PREFIX}default_{p.name}" if p.default is not p.empty else ""))
+        baked = _baked(p, made.get(p.name))
+        if baked is not None:
+            names[f"{_PREFIX}baked_{p.name}"] = baked[0]
+            checks.append(f"    {_PREFIX}fixed({p.name!r}, {_PREFIX}baked_{p.name}, {p.name})")
+    return "\n".join([f"def forward(self, {', '.join(listed)}):", *checks]), names
+
+
+def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | None:
+    """What an argument must be because the graph was made with it; None where it is all tensors."""
+    empty: dict[Any, Any] = {parameter.VAR_POSITIONAL: (), parameter.VAR_KEYWORD: {}}
+    value = node.meta["val"] if node is not None else empty.get(parameter.kind, parameter.default)
+    if isinstance(value, Tensor):
+        return None
+    return (mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value),)  # any tensor fits
+
+
+def _fixed(name: str, made: Any, given: Any) -> None:
+    if not fits(made, given):
+        raise TraceError(
+            f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
+            f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
+        )
+
+
+def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Mapping[fx.Node, Arguments]) -> None:
+    """The new forward refuses inputs of sizes for which the user's own does something else."""
+    with graph.inserting_before(graph.output_node()):
+        for node, copied in copies.items():
+            for (sign, right), result in node.meta.get("guards", {}).items():
+                if node not in literals and right not in literals:
+                    text = f"{described(node)} {sign} {described(right)}"
+                    other = copies[right] if isinstance(right, fx.Node) else right
+                    graph.call_function(_hold, (copied, sign, other, result, text))
+
+
+def _hold(left: Any, sign: str, right: Any, result: bool, text: str) -> None:
+    if COMPARISONS[sign](left, right) is not result:
+        raise TraceError(
+            f"the forward that dagrow wrote after growth holds only where {text} is {result}, as it was when the model "
+            "was traced. Trace the model with the sizes that you need before it grows."
+        )
+
+
+def _own_class(model: nn.Module) -> type[nn.Module]:
+    """The user's class, below any that we made."""
+    return next(kind for kind in type(model).__mro__ if f"{_PREFIX}source" not in vars(kind))
+
+
+def _follow_mode(graph: fx.Graph, node: fx.Node, modes: Mapping[int, tuple[Any, Any]]) -> None:
+    """Flags and rates that were fixed while recording follow the model's mode again: (in training, else)."""
+    leaves_, nest = tree_flatten((node.args, dict(node.kwargs)))
+    with graph.inserting_before(node):
+        mode = graph.get_attr("training")
+        for index, (here, there) in modes.items():
+            leaves_[index] = graph.call_function(_either, (mode, here, there))
+    node.args, node.kwargs = tree_unflatten(leaves_, nest)
+
+
+def _either(training: bool, here: Any, there: Any) -> Any:
+    """What holds in training, or else."""
+    return here if training else there
+
+
+def _follow_grad(graph: fx.Graph) -> bool:
+    """Where the graph switches gradients on again, they come back only if they were on. Whether it switches at all."""
+    switches = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
+    if switches:
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            found = graph.call_function(torch.is_grad_enabled)
+        for node in switches:
+            node.args = tuple(found if arg is True else arg for arg in node.args)
+    return bool(switches)
+
+
+def _subclass(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> type[nn.Module]:
+    scope = dict(names)
+    exec(compile(source, f"<forward of {base.__name__}, written by dagrow>", "exec"), scope)
+    forward = _structured(scope["forward"], names[f"{_PREFIX}structure"])
+    body = {
+        "forward": _graded(forward) if names[f"{_PREFIX}switches"] else forward,
+        "__reduce_ex__": _reduce,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__qualname__": base.__qualname__,
+        f"{_PREFIX}source": source,
+        f"{_PREFIX}names": dict(names),
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _structured(forward: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """Puts outputs back into the containers that the user's forward returns, where they are no plain ones."""
+    if is_plain(structure):
+        return forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        values = [value for _, value in leaves(forward(*args, **kwargs))]
+        return mapped(lambda index: values[index], structure)
+
+    return wrapped
+
+
+def _graded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves gradients switched as they were found, also when the forward fails."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    names = {
+        key: _Module(value.__name__) if isinstance(value, ModuleType) else value
+        for key, value in self._dagrow_names.items()
+    }
+    return _rebuild, (_own_class(self), self._dagrow_source, names), self.__getstate__()
+
+
+class _Module:
+    """A module by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _rebuild(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> nn.Module:
+    found = {
+        key: importlib.import_module(value.name) if isinstance(value, _Module) else value
+        for key, value in names.items()
+    }
+    kind = _subclass(base, source, found)
+    return kind.__new__(kind)

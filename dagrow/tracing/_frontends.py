@@ -1,0 +1,241 @@
+"""From an `nn.Module` to a `Program`: its `fx.Graph`, proved to compute what the model computes.
+
+Two front-ends, one normal form. `record` runs the model once and writes down what happens; `symbolic` uses `torch.fx`
+where there are no example inputs. Neither changes the model.
+"""
+
+import contextlib
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Set
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
+
+from dagrow._model_state import ModelState, preserve_state
+from dagrow._pytree import mapped
+from dagrow.errors import TraceError
+from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._leaf_modules import is_leaf
+from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly
+from dagrow.tracing._recorder import Recorder, snapshot
+from dagrow.tracing._source_lines import source
+from dagrow.tracing._verification import verify
+
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def record(
+    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] | None = None
+) -> Program:
+    """The program of `model`, recorded in the mode that it is in, and verified at another batch size.
+
+    Modules that are ``closed`` become one node, whatever they do inside."""
+    given = bind(example_inputs)
+    refuse_lazy(model)
+    found, real = ModelState(model, weights=True), hold_values(model, given)
+    held = {id(saved.tensor) for saved in found.tensors}
+
+    def written() -> Program:
+        with found.kept():
+            program = _recorded(model, *given, real, closed, held)
+        if program.obstacle and real:  # many a forward does without values where there are none
+            with found.kept(), contextlib.suppress(TraceError), _quietly():
+                program = _recorded(model, *given, False, closed, held)
+        return verify(program, example_inputs, found) if verified else program
+
+    return found.trusted(written)
+
+
+def _recorded(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    real: bool,
+    closed: Callable[[nn.Module], bool] | None,
+    held: Set[int],
+) -> Program:
+    """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
+    bound = arguments(model, args, kwargs)
+    fake = None if real else FakeMode(allow_non_fake_inputs=True)
+    for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
+        recorder = Recorder(model, fake, closed, held)
+        uses.live = lambda: recorder.live
+        for name, value in bound.arguments.items():
+            star = _STARS.get(bound.signature.parameters[name].kind, "")
+            bound.arguments[name] = recorder.placeholder(star + name, value)
+        with explained(model, (args, kwargs)), recorder:
+            output = model(*bound.args, **bound.kwargs)
+        recorder.output(output)
+        for name in recorder.assigned():
+            recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
+    return Program(
+        model,
+        recorder.graph,
+        recorder.constants,
+        tuple(recorder.notes),
+        frozenset(uses.computed),
+        recorder.obstacle,
+        recorder.unrolled,
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch logs about operations that need values."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises TraceError for parameters that have no shape yet."""
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise TraceError(f"Parameters {lazy} have no shape yet. Run one batch through the model first.")
+
+
+_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
+_SHAPELESS = {
+    "relu",
+    "relu_",
+    "tanh",
+    "sigmoid",
+    "gelu",
+    "silu",
+    "elu",
+    "selu",
+    "leaky_relu",
+    "softplus",
+    "mish",
+    "hardtanh",
+    "relu6",
+    "dropout",
+    "flatten",
+    "float",
+    "contiguous",
+    "view",
+    "reshape",
+}
+
+
+class _Tracer(fx.Tracer):
+    """`torch.fx` with our leaf rule; parameters of forward that have a default are fixed at it."""
+
+    def __init__(self, closed: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.closed = closed
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m) or self.closed(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = source()
+        return node
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, fx.Proxy) and arg.node.args:
+                args[i] = arg.node.args[0]
+                self.graph.erase_node(arg.node)
+        return function, args
+
+
+def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = lambda _module: False) -> Program:
+    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input.
+
+    Modules that are ``closed`` are not looked into."""
+    refuse_lazy(model)
+    with preserve_state(model, weights=True):
+        try:
+            tracer = _Tracer(closed)
+            with attribute_ints(model) as uses:
+                graph = tracer.trace(model)
+        except Exception as error:
+            raise TraceError(f"torch.fx cannot follow {type(model).__name__}.forward: {error} {_ASK}") from error
+        constants = _named_constants(model, graph)
+    result = graph.output_node()
+    count = itertools.count()
+    result.meta["structure"] = mapped(lambda _: next(count), _thawed(result.args[0]))
+    program = Program(model, graph, constants, (), frozenset(uses.computed))
+    example = _example(model, graph)
+    fake = FakeMode(allow_non_fake_inputs=True)
+    with preserve_state(model, weights=True), fake, torch.no_grad(), explained(model, example):
+        _Propagator(program).run(fake.from_tensor(example))
+    return verify(program, example)
+
+
+class _Propagator(Executor):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = mapped(snapshot, value)
+        return value
+
+
+def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    """Rename the tensors that are neither parameters nor buffers; fx hangs some of them on the model."""
+    known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    constants: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in known:
+            name = f"_constant{len(constants)}"
+            node.target, constants[name] = name, attrgetter(node.target)(model)
+    return constants
+
+
+def _thawed(tree: Any) -> Any:
+    """fx's immutable containers as plain ones."""
+    if isinstance(tree, list):
+        return [_thawed(child) for child in tree]
+    if isinstance(tree, dict):
+        return {key: _thawed(child) for key, child in tree.items()}
+    if isinstance(tree, tuple):
+        children = [_thawed(child) for child in tree]
+        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
+    return tree
+
+
+def _example(model: nn.Module, graph: fx.Graph) -> Tensor:
+    """A batch of two for the only input, its width read off the linear layer that it reaches first."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise TraceError(f"{type(model).__name__}.forward has {len(inputs)} inputs of unknown shape. {_ASK}")
+    weights = list(_first_weights(model, inputs[0]))
+    if len({w.shape[1] for w in weights}) != 1:
+        raise TraceError(f"The first layers of {type(model).__name__} leave the input's shape open. {_ASK}")
+    first = weights[0]
+    line = torch.linspace(-1, 1, 2 * first.shape[1], device=first.device)
+    return line.reshape(2, -1).to(first.dtype)
+
+
+def _first_weights(model: nn.Module, node: fx.Node) -> Iterator[Tensor]:
+    """The weights of the linear layers that read `node`, through what keeps the last dimension."""
+    for user in node.users:
+        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
+        name = getattr(user.target, "__name__", user.target)
+        if isinstance(module, nn.Linear):
+            yield module.weight
+        elif module is None and (name in ("size", "dim", "getattr") or user.op == "output"):
+            continue
+        elif _keeps_width(module) if module is not None else name in _SHAPELESS:
+            yield from _first_weights(model, user)
+        else:
+            raise TraceError(f"The input first reaches {user.target}, which leaves its shape open. {_ASK}")
+
+
+def _keeps_width(module: nn.Module) -> bool:
+    home = type(module).__module__.rpartition(".")[2]
+    plain = not any(True for _ in module.parameters()) and not isinstance(module, nn.GLU)
+    return plain and (home in ("activation", "dropout") or isinstance(module, (nn.Identity, nn.Flatten)))

@@ -1,0 +1,136 @@
+"""Sizes that remember where in a graph they come from."""
+
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import fx
+
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+
+
+class Writer(Protocol):
+    """What a size tells that it was used."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the user's code runs now."""
+
+    def note(self, text: str) -> None:
+        """Something that the graph cannot follow."""
+
+    def computed(self, function: Callable[..., int], operands: tuple[Any, ...], value: int) -> "TracedInt":
+        """Arithmetic on sizes."""
+
+
+def described(node: Any, depth: int = 4) -> str:
+    """A size as it was computed, for messages; of long computations the last steps."""
+    if not isinstance(node, fx.Node):
+        return int.__repr__(node) if isinstance(node, int) else str(node)
+    if not depth:
+        return node.name
+    given = [described(arg, depth - 1) for arg in node.args]
+    if node.target is operator.getitem:
+        return f"{given[0]}[{given[1]}]"
+    if node.target is getattr:
+        return f"{given[0]}.{given[1]}"
+    if node.op == "call_method":
+        return f"{given[0]}.{node.target}({', '.join(given[1:])})"
+    sign = _SIGNS.get(getattr(node.target, "__name__", ""))
+    return f"({given[0]} {sign} {given[1]})" if sign and len(given) == 2 else node.name
+
+
+def mark_baked(size: Any) -> None:
+    """Something was read from a size that the graph does not follow."""
+    if isinstance(size, fx.Node):
+        size.meta["baked"] = True
+
+
+def guard(left: fx.Node, sign: str, right: Any, holds: Any) -> None:
+    """The graph holds only where a comparison of sizes comes out as it did."""
+    if not isinstance(holds, bool):
+        return
+    for size in (left, right):
+        mark_baked(size)
+    left.meta.setdefault("guards", {})[sign, int.__int__(right) if isinstance(right, int) else right] = holds
+
+
+def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
+    def method(self: "TracedInt", *others: Any) -> Any:
+        if not all(isinstance(other, int) for other in others):
+            self.bake(*others)
+            return NotImplemented
+        operands = (*others, self) if swapped else (self, *others)
+        value = function(*(int.__int__(o) for o in operands))
+        return self.recorder.computed(function, operands, value) if self.recorder.live else value
+
+    return method
+
+
+def _guarding(name: str, sign: str) -> Callable[..., Any]:
+    def method(self: "TracedInt", *others: Any) -> Any:
+        result = getattr(int, name)(self, *others)
+        other = others[0] if others else 0
+        if isinstance(other, (int, float)) and self.recorder.live:
+            right = other.node if isinstance(other, TracedInt) else other
+            if right is not self.node:
+                guard(self.node, sign, right, result)
+                self.recorder.note(f"{described(self.node)} {sign} {described(right)} is {result}")
+        return result
+
+    return method
+
+
+def _baking(name: str) -> Callable[..., Any]:
+    def method(self: "TracedInt", *others: Any) -> Any:
+        self.bake(*others)
+        return getattr(int, name)(self, *others)
+
+    return method
+
+
+class TracedInt(int):
+    """A size that remembers its node: whole-number arithmetic on it is recorded, comparisons become guards.
+
+    What leaves the whole numbers (`int(n)`, `float(n)`, `n / 2`, `n ** 2`) is baked in and noted. It hashes
+    by identity, not by value: a cache keyed by size must miss, or numbers of an earlier call would get in.
+    """
+
+    node: fx.Node
+    recorder: Writer
+
+    def __new__(cls, value: int, node: fx.Node, recorder: Writer) -> "TracedInt":
+        self = super().__new__(cls, value)
+        self.node, self.recorder = node, recorder
+        return self
+
+    def bake(self, *others: Any) -> None:
+        if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
+            guard(self.node, "==", int.__int__(self), True)
+            self.recorder.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
+
+    __hash__ = object.__hash__
+    __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)
+    __sub__, __rsub__ = _arithmetic(operator.sub), _arithmetic(operator.sub, True)
+    __mul__, __rmul__ = _arithmetic(operator.mul), _arithmetic(operator.mul, True)
+    __floordiv__, __rfloordiv__ = _arithmetic(operator.floordiv), _arithmetic(operator.floordiv, True)
+    __mod__, __rmod__ = _arithmetic(operator.mod), _arithmetic(operator.mod, True)
+    __neg__ = _arithmetic(operator.neg)
+    __eq__, __ne__ = _guarding("__eq__", "=="), _guarding("__ne__", "!=")
+    __lt__, __le__ = _guarding("__lt__", "<"), _guarding("__le__", "<=")
+    __gt__, __ge__ = _guarding("__gt__", ">"), _guarding("__ge__", ">=")
+    __bool__ = _guarding("__bool__", "!=")
+    __int__, __float__, __trunc__ = _baking("__int__"), _baking("__float__"), _baking("__trunc__")
+    __truediv__, __rtruediv__ = _baking("__truediv__"), _baking("__rtruediv__")
+    __pow__, __rpow__, __abs__ = _baking("__pow__"), _baking("__rpow__"), _baking("__abs__")
+    __divmod__, __rdivmod__, __round__ = _baking("__divmod__"), _baking("__rdivmod__"), _baking("__round__")
+    __and__, __or__, __xor__ = _baking("__and__"), _baking("__or__"), _baking("__xor__")
+    __lshift__, __rshift__, __ceil__, __floor__ = map(_baking, ("__lshift__", "__rshift__", "__ceil__", "__floor__"))

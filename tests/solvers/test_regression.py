@@ -1,0 +1,301 @@
+"""The closed forms on moments against the slow truths on samples."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import reference as truth
+import torch
+
+from dagrow.solvers import (
+    Moments,
+    Regression,
+    best_move,
+    directions,
+    fan_out,
+    validate_directions,
+    validate_fan_out,
+    validate_move,
+)
+from dagrow.solvers._linalg import spread, whitening
+from dagrow.statistics import Feature, InputFeatures, OutputGoal
+
+B, P, V, W = InputFeatures("b"), InputFeatures("p"), OutputGoal("v"), OutputGoal("w")
+VARIANTS = {"none": "raw", "constant": "centred", "all": "residual"}
+EPS = torch.finfo(torch.float64).eps
+
+
+class Data(NamedTuple):
+    """Rows ``[n, s, .]``: b with the constant last, candidates p, goals v."""
+
+    b: np.ndarray
+    p: np.ndarray
+    v: np.ndarray
+
+
+def data(n: int = 40, s: int = 1, i: int = 4, p: int = 5, o: int = 3, *, twins: int = 0, seed: int = 0) -> Data:
+    """Candidates overlap with b, goals depend on both; ``twins`` features of each are repeated."""
+    rng = np.random.default_rng(seed)
+    b, c = rng.normal(size=(n, s, i)), rng.normal(size=(n, s, p))
+    c[..., 0] += b[..., 0] + 0.7
+    v = b @ rng.normal(size=(i, o)) + np.tanh(c @ rng.normal(size=(p, o))) + rng.normal(size=(n, s, o))
+    b = np.concatenate([b, b[..., :twins] * 3.0, np.ones_like(b[..., :1])], -1)
+    return Data(b, np.concatenate([c, c[..., :twins] * -2.0], -1), v)
+
+
+def moments(rows: dict[Feature, np.ndarray], folds: int = 1) -> Moments:
+    """Samples go round-robin into folds."""
+    features = list(rows)
+    n, s = rows[features[0]].shape[:2]
+    sums = {}
+    for a in range(len(features)):
+        for c in range(a, len(features)):
+            x, y = (torch.from_numpy(rows[features[j]]) for j in (a, c))
+            parts = [torch.einsum("nsx,nsy->xy", x[f::folds], y[f::folds]) for f in range(folds)]
+            sums[features[a], features[c]] = torch.stack(parts)
+    counts = torch.tensor([len(range(f, n, folds)) for f in range(folds)])
+    return Moments(counts, sums, {f: float(s) for f in features}, EPS)
+
+
+def of(d: Data, folds: int = 1) -> Moments:
+    return moments({B: d.b, P: d.p, V: d.v}, folds)
+
+
+def near(actual: object, expected: object, rtol: float = 1e-8) -> None:
+    """Entries apart by a part of the largest one."""
+    a, e = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
+    np.testing.assert_allclose(a, e, rtol=0, atol=rtol * max(float(np.abs(e).max()), 1e-300))
+
+
+CASES = {
+    "plain": data(),
+    "positions": data(n=20, s=3, seed=1),
+    "one output": data(o=1, seed=2),
+    "rank deficient": data(twins=2, seed=3),
+    "fewer samples than features": data(n=6, i=9, p=8, seed=4),
+    "wide goal": data(o=9, p=3, seed=5),
+}
+case = pytest.mark.parametrize("d", CASES.values(), ids=CASES)
+
+
+@case
+def test_best_move(d: Data) -> None:
+    move, dw = best_move(of(d), B, V), truth.best_move(d.b, d.v)
+    near(d.b @ move.weights.numpy().T, d.b @ dw.T, 1e-7)
+    near(move.goal, truth.energy(d.v))
+    near(move.gain, -truth.move_slope(d.b, d.v, dw))
+    assert abs(move.bottleneck - truth.bottleneck(d.b, d.v)) <= 1e-8 * move.goal
+
+
+def test_features_that_are_mostly_dead_and_depend_on_each_other() -> None:
+    """In single precision, where LAPACK's eigenvalues of such a matrix do not converge."""
+    generator = torch.Generator().manual_seed(0)
+    x, alive = torch.randn(400, 160, generator=generator), torch.randperm(785, generator=generator)[:160]
+    x[:, 1] = x[:, 0]
+    p = torch.zeros(785, 785)
+    p[alive[:, None], alive] = x.T @ x / 400
+    found = whitening(p)
+    near(found.whiten(found.whiten(p).T), torch.eye(159), 1e-3)
+    assert found.note == "rank cut from 785 to 159"
+
+
+def test_a_ridge_is_relative_to_each_feature() -> None:
+    d, ridge = data(seed=6), 0.3
+    size = np.sqrt((truth.flat(d.b) ** 2).mean(0))
+    expected = truth.regress(d.b / size, d.v, ridge) / size
+    near(best_move(of(d), B, V, ridge).weights, expected)
+    left = truth.energy(d.v - d.b @ expected.T)
+    near(best_move(of(d), B, V, ridge).bottleneck, left)
+
+
+@case
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["none", "all"])
+def test_directions_are_those_of_the_singular_value_decomposition(d: Data, k: int, solver: str) -> None:
+    block = Regression(P, B, V, solver, constant=True)
+    found = directions(of(d), [block], k)
+    neurons = (truth.neurons_sequential if solver == "none" else truth.neurons_joint)(d.b, d.p, d.v, k)
+    energy = truth.energy(d.v) ** 0.5
+    values = np.zeros(len(neurons.values))
+    values[: len(found.values)] = found.values.numpy()
+    assert np.abs(values - neurons.values).max() <= 1e-7 * energy
+    real = neurons.values > 1e-6 * energy
+    new = d.p if solver == "none" else truth.residual(d.b, d.p)
+    wrote = new @ found.alpha.numpy()[:, real[: len(found.values)]] * np.sqrt(neurons.values[real])
+    wanted = new @ neurons.fan_in[:, real]
+    signs = np.sign((wrote * wanted).sum((0, 1)))
+    if real.any():
+        near(wrote * signs, wanted, 1e-6)
+
+
+def test_the_residual_falls_by_the_squared_singular_values() -> None:
+    d = data(seed=7)
+    for solver in ("none", "all"):
+        block = Regression(P, B, V, solver, constant=True)
+        found = directions(of(d), [block], 2)
+        fit = fan_out(of(d), block, found.alpha)
+        near(fit.drop, float(found.values.square().sum()))
+
+
+@case
+@pytest.mark.parametrize("compensation", VARIANTS)
+def test_fan_out_is_the_regression_of_what_is_left(d: Data, compensation: str) -> None:
+    h = np.maximum(d.p @ np.random.default_rng(8).normal(size=(d.p.shape[-1], 2)), 0)
+    m, block = moments({B: d.b, P: h, V: d.v}), Regression(P, B, V, compensation, constant=True)
+    fit, expected = (
+        fan_out(m, block, torch.eye(2, dtype=torch.float64)),
+        truth.explained(d.b, h, d.v, VARIANTS[compensation]),
+    )
+    wrote = h @ fit.weights.numpy().T
+    if fit.compensation is not None:
+        wrote = wrote + d.b @ fit.compensation.numpy().T
+    energy = truth.energy(d.v)
+    assert truth.energy(wrote - h @ expected.weight.T - d.b @ expected.compensation.T) <= 1e-12 * energy
+    assert abs(fit.gain - expected.gain) <= 1e-8 * energy
+    fall = truth.bottleneck(d.b, d.v) - truth.energy(expected.residual)
+    assert abs(fit.drop - fall) <= 1e-8 * energy
+
+
+@case
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("compensation", VARIANTS)
+def test_indices_stand_for_the_features_with_them(d: Data, compensation: str, ridge: float) -> None:
+    m, block, chosen = of(d, 2), Regression(P, B, V, compensation, constant=True), torch.tensor([2, 0])
+    choices = (chosen, torch.eye(d.p.shape[-1], dtype=torch.float64)[:, chosen])
+    fit, expected = (fan_out(m, block, choice, ridge) for choice in choices)
+    near(fit.weights, expected.weights)
+    near((fit.gain, fit.drop), (expected.gain, expected.drop))
+    held, expected = (validate_fan_out(m.split(), block, choice, (ridge,)) for choice in choices)
+    near(held.gain, expected.gain)
+    near(spread(fit.weights, chosen, d.p.shape[-1]), spread(fit.weights, choices[1], d.p.shape[-1]))
+    every = torch.arange(d.p.shape[-1])
+    near(fan_out(m, block, None, ridge).weights, fan_out(m, block, every, ridge).weights)
+
+
+def test_fan_out_with_ridge() -> None:
+    d, ridge = data(seed=9), 0.2
+    h = d.p[..., :2] / np.sqrt((truth.flat(d.p[..., :2]) ** 2).mean(0))
+    m = moments({B: d.b, P: h, V: d.v})
+    fit = fan_out(m, Regression(P, B, V), torch.eye(2, dtype=torch.float64), ridge)
+    expected = truth.explained(d.b, h, d.v, "raw", ridge)
+    near(fit.weights, expected.weight)
+    near(fit.gain, expected.gain)
+    near(fit.drop, truth.bottleneck(d.b, d.v) - truth.energy(expected.residual))
+
+
+def test_the_gain_of_neurons_knows_that_the_features_overlap_with_what_is_read() -> None:
+    """gain = E <v, X h>, not E <v_perp, X h>: the cross term ``tr(dW C^T X^T)`` is far from zero here."""
+    d = data(seed=10)
+    fit = fan_out(of(d), Regression(P, B, V), torch.eye(5, dtype=torch.float64))
+    x = fit.weights.numpy()
+    near(fit.gain, truth.product(d.v, d.p @ x.T))
+    assert abs(truth.product(d.b @ truth.best_move(d.b, d.v).T, d.p @ x.T)) > 0.01 * fit.gain
+
+
+def test_the_constant_is_one_of_the_features() -> None:
+    """A goal that is constant is followed by the bias alone; new features with a mean explain none of it."""
+    d = data(seed=11)
+    constant = Data(d.b, d.p + 1.0, np.ones_like(d.v) * [1.0, -2.0, 3.0])
+    move = best_move(of(constant), B, V)
+    near(move.weights[:, -1], [1.0, -2.0, 3.0])
+    assert abs(move.bottleneck) < 1e-12 * move.goal
+    assert (
+        fan_out(of(constant), Regression(P, B, V, "constant", constant=True), torch.eye(5, dtype=torch.float64)).drop
+        < 1e-12
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_features_that_are_read_already_bring_nothing(seed: int) -> None:
+    """What is left of them is rounding; it must not be mistaken for a direction."""
+    d = data(seed=seed)
+    read = d._replace(p=d.b @ np.random.default_rng(seed).normal(size=(5, 5)))
+    fit = fan_out(of(read), Regression(P, B, V, "all"), torch.eye(5, dtype=torch.float64))
+    assert not fit.weights.any()
+    assert fit.drop == fit.gain == 0
+    assert not len(directions(of(read), [Regression(P, B, V, "all")], 2).values)
+
+
+def test_consumers_side_by_side() -> None:
+    d, other = data(seed=12), data(seed=13)
+    m = moments({B: d.b, P: d.p, V: d.v, W: other.v})
+    found = directions(m, [Regression(P, B, V), Regression(P, B, W)], 3)
+    near(found.values, truth.neurons_sequential(d.b, d.p, np.concatenate([d.v, other.v], -1), 3).values)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_nothing_depends_on_units(factor: float) -> None:
+    """Goals, and single features, in another unit: the same move, neurons and choices."""
+    d = data(n=120, twins=2, seed=14)
+    unit = np.where(np.arange(d.p.shape[-1]) == 1, factor, 1.0)
+    b = d.b.copy()
+    b[..., 1] *= factor
+    scaled = Data(b, d.p * unit, d.v * factor)
+    block = Regression(P, B, V)
+    near(best_move(of(scaled), B, V).gain, best_move(of(d), B, V).gain * factor**2, 1e-7)
+    here, there = directions(of(d), [block], 2), directions(of(scaled), [block], 2)
+    near(there.values, here.values.numpy() * factor, 1e-7)
+    near(fan_out(of(scaled), block, there.alpha).drop, fan_out(of(d), block, here.alpha).drop * factor**2, 1e-7)
+    chosen = [validate_directions(of(x, 4).split(), [block], None, (1e-3, 0.1)) for x in (d, scaled)]
+    assert min(held.gain for held in chosen) > 0
+    assert (chosen[0].k, chosen[0].ridge) == (chosen[1].k, chosen[1].ridge)
+    near(chosen[1].gain, chosen[0].gain * factor**2, 1e-6)
+
+
+# ---------------------------------------------------------------- held out
+
+
+def folds_of(d: Data, folds: int) -> list[tuple[Data, Data]]:
+    at = np.arange(len(d.b)) % folds
+    return [(Data(*(x[at != f] for x in d)), Data(*(x[at == f] for x in d))) for f in range(folds)]
+
+
+def left_over(train: Data, test: Data) -> tuple[np.ndarray, np.ndarray]:
+    """v_perp of both, with the move that was fitted on the training folds."""
+    dw = truth.best_move(train.b, train.v)
+    return train.v - train.b @ dw.T, test.v - test.b @ dw.T
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_held_out_directions(k: int, ridge: float) -> None:
+    d, drops = data(n=43, seed=16), []
+    for train, test in folds_of(d, 4):
+        seen, unseen = left_over(train, test)
+        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
+        x = truth.ridge_rank(train.p / size, seen, ridge, k) / size
+        drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
+    found = validate_directions(of(d, 4).split(), [Regression(P, B, V)], k, (ridge,))
+    near(found.gain, np.mean(drops))
+    assert found.k == k
+    for (train, _), (alpha, (omega,)) in zip(folds_of(d, 4), found.fits, strict=True):
+        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
+        x = truth.ridge_rank(train.p / size, left_over(train, train)[0], ridge, k) / size
+        near(omega.numpy() @ alpha.numpy().T, x, 1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_held_out_fan_out(ridge: float) -> None:
+    d, drops = data(n=43, seed=17), []
+    for train, test in folds_of(d, 4):
+        seen, unseen = left_over(train, test)
+        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
+        x = truth.regress(train.p / size, seen, ridge) / size
+        drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
+    found = validate_fan_out(of(d, 4).split(), Regression(P, B, V), torch.eye(5, dtype=torch.float64), (ridge,))
+    near(found.gain, np.mean(drops))
+
+
+def test_held_out_move() -> None:
+    d, drops = data(n=43, seed=18), []
+    for train, test in folds_of(d, 4):
+        drops.append(truth.energy(test.v) - truth.energy(left_over(train, test)[1]))
+    near(validate_move(of(d, 4).split(), B, V, (0.0,)).gain, np.mean(drops))
+
+
+def test_the_ridge_that_explains_most_of_the_other_folds_is_chosen() -> None:
+    d, ridges = data(n=16, i=8, p=6, seed=19), (1e-4, 1e-2, 1.0)
+    alone = [validate_move(of(d, 4).split(), B, V, (ridge,)) for ridge in ridges]
+    best = max(alone, key=lambda held: held.gain)
+    found = validate_move(of(d, 4).split(), B, V, ridges)
+    assert (found.ridge, found.gain) == (best.ridge, best.gain)

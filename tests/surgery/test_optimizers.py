@@ -1,0 +1,261 @@
+"""Optimizer state follows its parameters: old entries bit-equal, new ones zero."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import dagrow
+from dagrow import AddNeurons, OptimizerError
+from dagrow.surgery._optimizers import _log
+
+X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].abs()], 1)
+BATCHES = [(X, Y)]
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, nesterov=True, foreach=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+    "adam-foreach": lambda p: torch.optim.Adam(p, 0.01, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "adadelta": lambda p: torch.optim.Adadelta(p, 0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
+    "radam": lambda p: torch.optim.RAdam(p, 0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, 0.01),
+}
+
+
+def net(hidden: int = 3) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    functional.mse_loss(model(X), Y).backward()
+    optimizer.step()
+
+
+def grow(dag: Any, k: int = 2, **kwargs: Any) -> dagrow.Receipt:
+    growth = dagrow.propose(dag, BATCHES, functional.mse_loss, [AddNeurons(k=k, init="zero")])[0]
+    return growth.apply(1.0, **kwargs)
+
+
+def trained(make: Callable[[Any], torch.optim.Optimizer], hidden: int = 3) -> Any:
+    model = net(hidden)
+    optimizer = make(model.parameters())
+    step(model, optimizer)
+    step(model, optimizer)
+    return model, optimizer, dagrow.trace(model, X)
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    found = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+    return {name: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for name, s in found.items()}
+
+
+def expected(state: Tensor, shape: torch.Size) -> Tensor:
+    """New entries come last in this model."""
+    padded = torch.zeros(shape, dtype=state.dtype)
+    padded[tuple(slice(0, size) for size in state.shape)] = state
+    return padded
+
+
+def assert_padded(before: dict[str, dict[str, Any]], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for name, parameter in model.named_parameters():
+        after = optimizer.state[parameter]
+        assert after.keys() == before[name].keys()
+        for key, old in before[name].items():
+            if isinstance(old, Tensor) and old.ndim:
+                assert torch.equal(after[key], expected(old, parameter.shape)), (name, key)
+            else:
+                assert after[key] == old, (name, key)
+
+
+@pytest.mark.parametrize("hidden", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_that_is_passed_is_padded_at_once(name: str, hidden: int) -> None:
+    model, optimizer, dag = trained(OPTIMIZERS[name], hidden)
+    before = states(model, optimizer)
+    receipt = grow(dag, optimizer=optimizer)
+    assert_padded(before, model, optimizer)
+    step(model, optimizer)
+    receipt.undo()
+    assert states(model, optimizer).keys() == before.keys()
+    for parameter in receipt.parameters:
+        state, after = before[parameter], states(model, optimizer)[parameter]
+        assert all(torch.equal(after[k], v) if isinstance(v, Tensor) else after[k] == v for k, v in state.items())
+    step(model, optimizer)
+
+
+def gradless(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step that moves nothing, but lets the optimizer's state be brought along."""
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("hidden", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_nobody_passed_is_carried_at_its_next_step(name: str, hidden: int) -> None:
+    model, optimizer, dag = trained(OPTIMIZERS[name], hidden)
+    before = states(model, optimizer)
+    grow(dag)
+    grow(dag, 1).undo()
+    grow(dag, 3)
+    gradless(model, optimizer)
+    assert_padded(before, model, optimizer)
+    step(model, optimizer)
+
+
+def test_state_of_an_undone_growth_goes_with_it() -> None:
+    """Momentum of neurons that were undone must not be inherited by others that take their places."""
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    receipt = grow(dag)
+    step(model, optimizer)
+    before = {name: {k: v for k, v in state.items()} for name, state in states(model, optimizer).items()}
+    receipt.undo()
+    grow(dag)
+    gradless(model, optimizer)
+    momentum = optimizer.state[model[0].weight]["exp_avg"]
+    assert torch.equal(momentum[:3], before["0.weight"]["exp_avg"][:3])
+    assert not momentum[3:].any()
+
+
+def test_state_follows_an_undo_after_a_step() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    receipt = grow(dag)
+    step(model, optimizer)
+    after = states(model, optimizer)
+    receipt.undo()
+    gradless(model, optimizer)
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], after["0.weight"]["exp_avg"][:3])
+    assert torch.equal(optimizer.state[model[2].weight]["exp_avg"], after["2.weight"]["exp_avg"][:, :3])
+    step(model, optimizer)
+
+
+def test_training_goes_on_like_an_optimizer_with_padded_state() -> None:
+    """The reference: the same weights and padded state in a model that was built wide."""
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    before = states(model, optimizer)
+    grow(dag)
+    wide = net(5)
+    wide.load_state_dict(model.state_dict())
+    reference = torch.optim.Adam(wide.parameters(), 0.01)
+    for name, parameter in wide.named_parameters():
+        state = {k: expected(v, parameter.shape) if v.ndim else v.clone() for k, v in before[name].items()}
+        reference.state[parameter] = state
+    for _ in range(3):
+        step(model, optimizer)
+        step(wide, reference)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wide.parameters(), strict=True))
+
+
+def test_groups_and_schedulers_go_on() -> None:
+    model = net()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.2}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    step(model, optimizer)
+    scheduler.step()
+    ids = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    grow(dagrow.trace(model, X), optimizer=optimizer)
+    step(model, optimizer)
+    scheduler.step()
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == ids
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.05]
+
+
+@pytest.mark.parametrize("hidden", [1, 3])
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_state_that_cannot_follow_is_refused_before_anything_changes(make: Any, hidden: int) -> None:
+    model = net(hidden)
+    optimizer = make(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(X), Y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    dag = dagrow.trace(model, X)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptimizerError, match=f"{make.__name__} keeps"):
+        grow(dag, optimizer=optimizer)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    grow(dag)
+    grown = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptimizerError, match="Make a new optimizer"):
+        optimizer.step(closure)
+    assert all(torch.equal(grown[k], v) for k, v in model.state_dict().items())
+    fresh = make(model.parameters())
+    optimizer = fresh
+    fresh.step(closure)
+    fresh.step(closure)
+
+
+def test_an_optimizer_of_another_model_is_left_alone() -> None:
+    other = nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(other.parameters())
+    other(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    before = states(other, optimizer)
+    _, _, dag = trained(OPTIMIZERS["adam"])
+    grow(dag)
+    gradless(other, optimizer)
+    assert all(torch.equal(v, states(other, optimizer)[p][k]) for p, s in before.items() for k, v in s.items())
+
+
+def test_an_optimizer_made_or_loaded_after_growth_steps() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    grow(dag, optimizer=optimizer)
+    other = torch.optim.Adam(model.parameters(), 0.01)
+    other.load_state_dict(optimizer.state_dict())
+    before = states(model, other)
+    gradless(model, other)
+    assert all(torch.equal(v, states(model, other)[p][k]) for p, s in before.items() for k, v in s.items())
+    made = torch.optim.Adagrad(model.parameters())
+    grow(dag)
+    step(model, made)
+    step(model, other)
+
+
+def test_parameters_that_change_places_after_a_growth_are_carried_too() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    (group,), (first, last) = optimizer.param_groups, (list(model[i].parameters()) for i in (0, 2))
+    before = states(model, optimizer)
+    grow(dag)
+    group["params"] = last
+    step(model, optimizer)
+    group["params"] = first
+    step(model, optimizer)
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == model[0].weight.shape
+    assert optimizer.state[model[0].weight]["step"] == before["0.weight"]["step"] + 1
+
+
+def test_the_log_does_not_grow_with_growths_that_are_undone() -> None:
+    model, _, dag = trained(OPTIMIZERS["sgd"])
+    for k in (1, 2, 1, 2, 1, 2):
+        grow(dag, k).undo()
+    assert max(len(_log[p].stages) for p in model.parameters() if p in _log) <= 6
+
+
+def test_a_receipt_that_is_gone_keeps_nothing() -> None:
+    _, _, dag = trained(OPTIMIZERS["sgd"])
+    for _ in range(3):
+        grow(dag)
+    kept = grow(dag)
+    assert [undo is None for undo in dag.applied[:-2]] == [True, True]
+    kept.undo()
