@@ -23,7 +23,7 @@ from dagrow.operators.paths import (
     residual_sites,
     screened,
 )
-from dagrow.solvers import FoldView, Moments, MomentView, Pair, Regression, directions, neuron_ridges, selected
+from dagrow.solvers import FoldView, Moments, MomentView, Pair, Regression, directions, forward_selection, neuron_ridges
 from dagrow.statistics import Hidden, Objective
 
 OFFERED = 64  #: random directions that units are chosen from, at least
@@ -128,7 +128,7 @@ class LayerCandidate(Candidate):
         """Of directions that were found with the moments at hand, or drawn without any."""
         own = m.fold if isinstance(m, FoldView) else ALL
         offered = torch.nonzero((owners == own) | (owners == DRAWN)).flatten()
-        return selected(m, block, self.operator.k, ridge, offered)
+        return forward_selection(m, block, self.operator.k, ridge, offered)
 
     def _offered(self, m: Moments) -> tuple[Tensor, Tensor]:
         """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random.

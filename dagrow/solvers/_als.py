@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dagrow.solvers._linalg import whitening
 
-SWEEPS = 30
-ENOUGH = 1e-4  #: relative gain of a sweep at which turns end
+MAX_SWEEPS = 30
+TOLERANCE = 1e-4  #: relative gain of a sweep at which turns end
 
 
 @dataclass(frozen=True, eq=False)
-class Slotted:
+class SlotMoments:
     """A consumer's exact moments of features z in slots.
 
     Attributes:
@@ -31,8 +31,18 @@ class Slotted:
     cross: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, cross: Tensor, slots: int, ridge: float) -> "Slotted":
-        """From ``[q e, q e]`` and ``[q e, o]``; ridge relative to each feature's second moment."""
+    def of(cls, gram: Tensor, cross: Tensor, slots: int, ridge: float) -> "SlotMoments":
+        """From moments in which a feature's slots are neighbours.
+
+        Args:
+            gram: ``[q e, q e]``.
+            cross: ``[q e, o]``.
+            slots: e.
+            ridge: relative to each feature's second moment.
+
+        Returns:
+            The moments by feature and slot.
+        """
         damped = gram + torch.diag(ridge * gram.diagonal())
         q = len(gram) // slots
         return cls(damped.view(q, slots, q, slots), cross.view(q, slots, -1))
@@ -45,30 +55,42 @@ class Slotted:
         return whitening(gram, 0.0, resolution).solve(cross).view(k, slots, -1)
 
     def drop(self, alpha: Tensor, omega: Tensor) -> float:
-        """``2 tr(X N) - tr(X P X^T)``."""
+        """``2 tr(X N) - tr(X P X^T)`` for ``alpha [q, k]`` and ``omega [k, e, o]``."""
         written = torch.einsum("qk, keo -> qeo", alpha, omega)
         return float((written * (2 * self.cross - torch.einsum("qerf, rfo -> qeo", self.gram, written))).sum())
 
-    def normal(self, alpha: Tensor, omega: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """The normal equations ``H alpha_k = r`` of one neuron's fan-in, the others being as they are."""
-        others = torch.einsum("qk, keo -> qeo", alpha, omega) - alpha[:, at, None, None] * omega[at]
-        left = self.cross - torch.einsum("qerf, rfo -> qeo", self.gram, others)
-        h = torch.einsum("qerf, ef -> qr", self.gram, omega[at] @ omega[at].T)
-        return h, torch.einsum("qeo, eo -> q", left, omega[at])
+    def normal_equations(self, alpha: Tensor, omega: Tensor, neuron: int) -> tuple[Tensor, Tensor]:
+        """``H [q, q]`` and ``r [q]`` of ``H alpha_k = r`` for one neuron's fan-in, the others being as they are."""
+        others = torch.einsum("qk, keo -> qeo", alpha, omega) - alpha[:, neuron, None, None] * omega[neuron]
+        remaining = self.cross - torch.einsum("qerf, rfo -> qeo", self.gram, others)
+        h = torch.einsum("qerf, ef -> qr", self.gram, omega[neuron] @ omega[neuron].T)
+        return h, torch.einsum("qeo, eo -> q", remaining, omega[neuron])
 
 
-def alternated(parts: Sequence[Slotted], alpha: Tensor, resolution: float) -> Tensor:
-    """Fan-in ``alpha [q, k]`` that explains at least as much as the one given, each with its best fan-out."""
-    best, reached = alpha, float("-inf")
-    for _ in range(SWEEPS):
-        omegas = [part.fan_out(alpha, resolution) for part in parts]
-        drop = sum(part.drop(alpha, omega) for part, omega in zip(parts, omegas, strict=True))
-        if drop <= reached + ENOUGH * abs(reached):
-            return alpha if drop > reached else best
-        best, reached = alpha, drop
+def alternating_least_squares(consumers: Sequence[SlotMoments], alpha: Tensor, resolution: float) -> Tensor:
+    """Fan-in that explains at least as much as the one at the start, each with its best fan-out.
+
+    Args:
+        consumers: moments at each of them.
+        alpha: the start ``[q, k]``.
+        resolution: relative precision of the moments.
+
+    Returns:
+        ``alpha [q, k]``.
+    """
+    best, best_drop = alpha, float("-inf")
+    for _ in range(MAX_SWEEPS):
+        omegas = [consumer.fan_out(alpha, resolution) for consumer in consumers]
+        drop = sum(consumer.drop(alpha, omega) for consumer, omega in zip(consumers, omegas, strict=True))
+        if drop <= best_drop + TOLERANCE * abs(best_drop):
+            return alpha if drop > best_drop else best
+        best, best_drop = alpha, drop
         alpha = alpha.clone()
-        for at in range(alpha.shape[1]):
-            pairs = [part.normal(alpha, omega, at) for part, omega in zip(parts, omegas, strict=True)]
-            h, r = (torch.stack(list(side)).sum(0) for side in zip(*pairs, strict=True))
-            alpha[:, at] = whitening(h, 0.0, resolution).solve(r[:, None])[:, 0]
+        for neuron in range(alpha.shape[1]):
+            equations = [
+                consumer.normal_equations(alpha, omega, neuron)
+                for consumer, omega in zip(consumers, omegas, strict=True)
+            ]
+            h, r = (torch.stack(sides).sum(0) for sides in zip(*equations, strict=True))
+            alpha[:, neuron] = whitening(h, 0.0, resolution).solve(r[:, None])[:, 0]
     return best

@@ -11,87 +11,106 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dagrow.solvers._linalg import Whitening, leading_svd, spread
+from dagrow.solvers._linalg import Whitening, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, MomentView
-from dagrow.solvers._regression import OVERSAMPLED, Regression, Residual, StackedResidual, best_move, fan_out
+from dagrow.solvers._regression import OVERSAMPLING, best_move, fit
+from dagrow.solvers._residual import Regression, Residual, StackedResidual
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
 RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 #: ridges that are tried for new neurons: smaller ones explain more at first order and train worse (docs/mnist.md)
 NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-FEW = 32  #: combinations of goals by which a layer's own ridge is chosen
-MOST = 64  #: neurons considered at once when their number is open
+SKETCHED_GOALS = 32  #: combinations of goals by which a layer's own ridge is chosen
+MAX_RANK = 64  #: neurons considered at once when their number is open
 
 
 def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
-    """The ridges to choose from: the one that is given; several, if there are folds to choose by; or none at all."""
+    """The ridges to choose from for new neurons.
+
+    Args:
+        ridge: the one that was asked for; None for one by cross-validation.
+        folds: of the cross-validation; 1 for none.
+
+    Returns:
+        The one that was asked for; several, if there are folds to choose by; or 0 alone.
+    """
     if ridge is not None:
         return (ridge,)
     return NEURON_RIDGES if folds > 1 else (0.0,)
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What a fit on the other folds explains of each fold, mean over folds, and the ridge for which it is most."""
+class HeldOutDrop:
+    """What fits on the other folds explain of each fold, for the ridge for which that is most.
+
+    Attributes:
+        ridge: the best.
+        gain: the drop of the bottleneck on samples that the fit has not seen, mean over folds.
+    """
 
     ridge: float
     gain: float
 
 
-def with_cross_validated_ridge(split: FoldSplit, block: Regression) -> Regression:
-    """The block with the ridge of its regression on ``b`` chosen by cross-validation."""
-    if block.reads is None or len(split) == 1:
-        return block
-    reads, goal = block.reads, block.goal
-    some = _sketch(split[0][0][reads, goal])
-
-    @functools.cache
-    def drop(ridge: float) -> float:
-        """Held out, on a few random combinations of the goals: the ridge needs no more."""
-        total = 0.0
-        for train, test in split:
-            dw = train.whitening(reads, ridge).solve(train[reads, goal] @ some)
-            total += _drop(dw, test[reads, goal] @ some, test[reads, reads])
-        return total
-
-    return replace(block, ridge=_best_ridge(RIDGES, drop))
-
-
-def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
-    """``2 tr(X N) - tr(X P X^T)`` for ``X^T [p, o]``."""
-    return float(2 * (xt * n).sum() - (xt * (p @ xt)).sum())
-
-
-def _sketch(side: Tensor) -> Tensor:
-    """Random combinations of goals, or all of them if they are few."""
-    outputs = side.shape[1]
-    if outputs <= FEW:
-        return torch.eye(outputs).to(side)
-    return torch.randn(outputs, FEW, generator=torch.Generator().manual_seed(0)).to(side)
-
-
 @dataclass(frozen=True, eq=False)
-class Directed(HeldOut):
+class HeldOutDirections(HeldOutDrop):
     """With the rank for which it is most, and the fits on the other folds.
 
     Attributes:
-        fits: for each fold ``alpha [p, k]``, and for each block its ``omega [o, k]``.
+        k: the best rank.
+        fits: for each fold ``alpha [p, k]``, and for each target its ``omega [o, k]``.
     """
 
     k: int
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]]
 
 
+def with_cross_validated_ridge(split: FoldSplit, regression: Regression) -> Regression:
+    """Chooses the ridge of the regression on what the target reads.
+
+    Args:
+        split: for each fold the moments of all others and its own.
+        regression: features and target.
+
+    Returns:
+        The same with the ridge that explains most of the other folds; as it was if there is one fold only.
+    """
+    if regression.reads is None or len(split) == 1:
+        return regression
+    b, v = regression.reads, regression.goal
+    sketch = _sketch(split[0][0][b, v])
+
+    @functools.cache
+    def drop(ridge: float) -> float:
+        """Held out, on a few random combinations of the goals: the ridge needs no more."""
+        total = 0.0
+        for train, test in split:
+            dW = train.whitening(b, ridge).solve(train[b, v] @ sketch)
+            total += _drop(dW, test[b, v] @ sketch, test[b, b])
+        return total
+
+    return replace(regression, ridge=_best_ridge(RIDGES, drop))
+
+
 def validate_directions(
-    split: FoldSplit, blocks: Sequence[Regression], k: int | None, ridges: Sequence[float]
-) -> Directed:
+    split: FoldSplit, regressions: Sequence[Regression], k: int | None, ridges: Sequence[float]
+) -> HeldOutDirections:
     """Chooses ridge and rank by what directions from the other folds explain of each fold.
 
     The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Whether it is more
-    than chance is not seen from moments: see :class:`dagrow.scores.Verdict`.
+    than chance is not seen from moments: see :class:`dagrow.solvers.Verdict`.
+
+    Args:
+        split: for each fold the moments of all others and its own.
+        regressions: of the same new features at each of their targets.
+        k: the rank; None for the best.
+        ridges: to choose from, in increasing order.
+
+    Returns:
+        Ridge, rank, held-out drop and the fits of all folds.
     """
-    most = MOST if k is None else k
-    trials = [_Trial.of(train, test, blocks, most, ridges[len(ridges) // 2]) for train, test in split]
+    most = MAX_RANK if k is None else k
+    trials = [_Trial.of(train, test, regressions, most, ridges[len(ridges) // 2]) for train, test in split]
 
     @functools.cache
     def drops(ridge: float) -> Tensor:
@@ -105,74 +124,104 @@ def validate_directions(
     ridge = _best_ridge(ridges, lambda ridge: float(mean_drop(ridge).max()))
     rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
     fits = [trial.fit(rank + 1, ridge) for trial in trials]
-    return Directed(ridge, float(drops(ridge)[:, rank].mean()), rank + 1, fits)
+    return HeldOutDirections(ridge, float(drops(ridge)[:, rank].mean()), rank + 1, fits)
 
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """What all folds but one leave to explain, seen in the goals' leading directions ``goals [o, q]``."""
+    """What all folds but one leave to explain, seen in the goals' leading directions.
+
+    Attributes:
+        test: moments of the one fold.
+        stack: of the others.
+        goals: ``G [o, q]``.
+        cross: ``N G [p, q]``.
+        whiten: by ridge.
+    """
 
     test: FoldView
     stack: StackedResidual
     goals: Tensor
-    side: Tensor  #: ``N G [p, q]``
+    cross: Tensor
     whiten: Callable[[float], Whitening]
 
     @classmethod
-    def of(cls, train: FoldView, test: FoldView, blocks: Sequence[Regression], k: int, ridge: float) -> "_Trial":
+    def of(cls, train: FoldView, test: FoldView, regressions: Sequence[Regression], k: int, ridge: float) -> "_Trial":
         """The leading directions are those for a middle ridge, with room for the others'."""
-        stack = StackedResidual.of(train, blocks)
+        stack = StackedResidual.of(train, regressions)
         whiten = functools.cache(stack.whitening)
-        goals = stack.leading_goals(whiten(ridge), k + OVERSAMPLED, iterations=2)
-        return cls(test, stack, goals, stack.times(goals), whiten)
+        goals = stack.leading_goals(whiten(ridge), k + OVERSAMPLING, iterations=2)
+        return cls(test, stack, goals, stack.cross_of(goals), whiten)
 
     def fit(self, k: int, ridge: float) -> tuple[Tensor, Sequence[Tensor]]:
-        """``alpha [p, k]`` and each block's ``omega [o, k]``."""
+        """``alpha [p, k]`` and each target's ``omega [o, k]``."""
         white = self.whiten(ridge)
-        u, values, v = leading_svd(white.whiten(self.side), k)
+        u, values, v = leading_svd(white.whiten(self.cross), k)
         return white.back(u), (self.goals @ (v * values)).split(self.stack.widths)
 
     def held_out(self, k: int, ridge: float) -> Tensor:
         """The held-out drop by rank ``[k]``."""
         alpha, omegas = self.fit(k, ridge)
         drop = alpha.new_zeros(alpha.shape[1])
-        for part, out in zip(self.stack.parts, omegas, strict=True):
-            explained = part.times(out, alpha, self.test).diagonal().cumsum(0)
-            drop += 2 * explained - _by_rank(part.gram(alpha, self.test) * (out.T @ out))
+        for part, omega in zip(self.stack.parts, omegas, strict=True):
+            neurons = part.restricted(alpha)
+            explained = neurons.cross_on(self.test, omega).diagonal().cumsum(0)
+            drop += 2 * explained - _by_rank(neurons.gram_on(self.test) * (omega.T @ omega))
         return _padded(drop, k).double()
 
 
-def _by_rank(products: Tensor) -> Tensor:
-    """For each r the sum over all pairs of the first r directions: ``[k, k]`` to ``[k]``."""
-    return products.cumsum(0).cumsum(1).diagonal()
+def validate_fan_out(
+    split: FoldSplit, regression: Regression, choice: Tensor | None, ridges: Sequence[float]
+) -> HeldOutDrop:
+    """Chooses the ridge of :func:`dagrow.solvers.fan_out` by what the fit on the other folds explains of each fold.
+
+    Args:
+        split: for each fold the moments of all others and its own.
+        regression: features and target.
+        choice: which features, or which sums of them, see :func:`dagrow.solvers.fan_out`.
+        ridges: to choose from, in increasing order.
+
+    Returns:
+        The best ridge, and the held-out drop with it.
+    """
+    trials = []
+    for train, test in split:
+        residual = Residual.of(train, regression, choice)
+        trials.append((residual, residual.gram_on(test), test))
+
+    def drop(residual: Residual, gram: Tensor, test: MomentView, ridge: float) -> float:
+        x = fit(residual, ridge).weights
+        return float(2 * residual.cross_on(test, x).trace() - (x @ gram * x).sum())
+
+    return _best(ridges, lambda ridge: [drop(*trial, ridge) for trial in trials])
 
 
-def validate_fan_out(split: FoldSplit, block: Regression, choice: Tensor | None, ridges: Sequence[float]) -> HeldOut:
-    """Chooses the ridge of :func:`dagrow.solvers.fan_out` by what the fit on the other folds explains of each fold."""
+def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Sequence[float]) -> HeldOutDrop:
+    """Chooses the ridge of :func:`dagrow.solvers.best_move` in the same way.
 
-    def drop(train: MomentView, test: MomentView, ridge: float) -> float:
-        x, fitted = fan_out(train, block, choice, ridge).weights, Residual(train, block)
-        return float(2 * fitted.times(x, choice, test).trace() - (x @ fitted.gram(choice, test) * x).sum())
+    Args:
+        split: for each fold the moments of all others and its own.
+        reads: the features ``b``.
+        goal: the goal ``v``.
+        ridges: to choose from, in increasing order.
 
-    return _validated(split, ridges, drop)
-
-
-def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Sequence[float]) -> HeldOut:
-    """Chooses the ridge of :func:`dagrow.solvers.best_move` in the same way."""
+    Returns:
+        The best ridge, and the held-out drop with it.
+    """
 
     def drop(train: MomentView, test: MomentView, ridge: float) -> float:
         return _drop(best_move(train, reads, goal, ridge).weights.T, test[reads, goal], test[reads, reads])
 
-    return _validated(split, ridges, drop)
+    return _best(ridges, lambda ridge: [drop(train, test, ridge) for train, test in split])
 
 
 @dataclass(frozen=True)
 class FoldFit:
-    """A fit on all folds but one: ``X p - D b`` is to explain ``v - dW b``.
+    """A fit on all folds but one: ``X (p - D^T b)`` is to explain ``v - dW b``.
 
     Attributes:
         weights: ``X [o, p]``.
-        taken: ``D [o, i]``, or ``[o]`` where only the constant is taken out of the features, or None for nothing.
+        taken: ``X D^T [o, i]``, or ``[o]`` where only the constant is taken out of the features, or None for nothing.
         move: ``dW [o, i]``, or None where nothing is taken out of the goals.
     """
 
@@ -182,35 +231,51 @@ class FoldFit:
 
 
 def fan_out_fits(
-    split: FoldSplit, block: Regression, basis: Callable[[MomentView], Tensor], ridge: float
+    split: FoldSplit, regression: Regression, basis: Callable[[MomentView], Tensor], ridge: float
 ) -> list[FoldFit]:
-    """:func:`dagrow.solvers.fan_out` on all folds but one, for each fold.
+    """:func:`dagrow.solvers.fan_out` on all folds but one.
 
     Args:
+        split: for each fold the moments of all others and its own.
+        regression: features and target.
         basis: from moments of the other folds the combinations ``[p, k]``, or the indices ``[k]``, that are fitted.
+        ridge: relative to each feature's second moment.
+
+    Returns:
+        A fit for each fold.
     """
     fits = []
     for train, _ in split:
-        some, left = basis(train), Residual(train, block)
-        x, taken = fan_out(train, block, some, ridge).weights, left.taken(some)
-        move = left.moved(torch.eye(len(x)).to(x))
-        if taken is not None:  # of the constant its last row is all there is
-            taken = x @ (taken[-1] if block.compensation == "constant" else taken.T)
-        fits.append(FoldFit(spread(x, some, len(left.unit)), taken, None if move is None else move.T))
+        residual = Residual.of(train, regression, basis(train))
+        x, taken = fit(residual, ridge).weights, None
+        move = residual.best_moves(torch.eye(len(x)).to(x))
+        if residual.D is not None:  # of the constant its last row is all there is
+            taken = x @ (residual.D[-1] if regression.compensation == "constant" else residual.D.T)
+        features = len(train[regression.features, regression.features])
+        fits.append(FoldFit(residual.basis.spread(x, features), taken, None if move is None else move.T))
     return fits
 
 
 def move_fits(split: FoldSplit, reads: Hashable, goal: Hashable, ridge: float) -> list[FoldFit]:
-    """:func:`dagrow.solvers.best_move` on all folds but one, for each fold."""
+    """:func:`dagrow.solvers.best_move` on all folds but one.
+
+    Args:
+        split: for each fold the moments of all others and its own.
+        reads: the features ``b``.
+        goal: the goal ``v``.
+        ridge: relative to each feature's second moment.
+
+    Returns:
+        A fit for each fold.
+    """
     return [FoldFit(best_move(train, reads, goal, ridge).weights) for train, _ in split]
 
 
-def _validated(
-    split: FoldSplit, ridges: Sequence[float], drop: Callable[[MomentView, MomentView, float], float]
-) -> HeldOut:
-    drops = functools.cache(lambda ridge: torch.tensor([drop(*fold, ridge) for fold in split], dtype=torch.float64))
-    ridge = _best_ridge(ridges, lambda ridge: float(drops(ridge).mean()))
-    return HeldOut(ridge, float(drops(ridge).mean()))
+def _best(ridges: Sequence[float], drop: Callable[[float], list[float]]) -> HeldOutDrop:
+    """By the mean over folds of what ``drop`` gives for a ridge."""
+    mean = functools.cache(lambda ridge: float(torch.tensor(drop(ridge), dtype=torch.float64).mean()))
+    ridge = _best_ridge(ridges, mean)
+    return HeldOutDrop(ridge, mean(ridge))
 
 
 def _best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> float:
@@ -222,6 +287,24 @@ def _best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> flo
         if at != start:
             break
     return ridges[at]
+
+
+def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
+    """``2 tr(X N) - tr(X P X^T)`` for ``X^T [p, o]``."""
+    return float(2 * (xt * n).sum() - (xt * (p @ xt)).sum())
+
+
+def _sketch(cross: Tensor) -> Tensor:
+    """Random combinations of goals, or all of them if they are few."""
+    goals = cross.shape[1]
+    if goals <= SKETCHED_GOALS:
+        return torch.eye(goals).to(cross)
+    return torch.randn(goals, SKETCHED_GOALS, generator=torch.Generator().manual_seed(0)).to(cross)
+
+
+def _by_rank(products: Tensor) -> Tensor:
+    """For each r the sum over all pairs of the first r directions: ``[k, k]`` to ``[k]``."""
+    return products.cumsum(0).cumsum(1).diagonal()
 
 
 def _padded(values: Tensor, length: int) -> Tensor:

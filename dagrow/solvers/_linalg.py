@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALL = 192  #: up to this width subspaces are not worth iterating for
-_HALVED = 256  #: Grams from this width on are computed by blocks, without the redundant one
+_ITERATED = 192  #: up to this width subspaces are not worth iterating for
+_BLOCKED = 256  #: Grams from this width on are computed by blocks, without the redundant one
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
     """Adds ``x^T x`` ``[d, d]`` by halves, without the lower one, which :func:`complete` fills in: fewer products."""
     d = x.shape[1]
-    if d < _HALVED:
+    if d < _BLOCKED:
         total += x.T @ x
         return
     left, right = slice(d // 2), slice(d // 2, d)
@@ -29,28 +29,11 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 def complete(total: Tensor) -> None:
     """Fills in what :func:`add_gram` left out of ``[..., d, d]``."""
     d = total.shape[-1]
-    if d >= _HALVED:
+    if d >= _BLOCKED:
         left, right = slice(d // 2), slice(d // 2, d)
         complete(total[..., left, left])
         complete(total[..., right, right])
         total[..., right, left] = total[..., left, right].mT
-
-
-def combine_columns(a: Tensor, basis: Tensor | None) -> Tensor:
-    """``A B``: combinations of columns; those with some indices, if ``basis`` holds indices; or all."""
-    if basis is None:
-        return a
-    return a @ basis.to(a) if basis.is_floating_point() else a[:, basis]
-
-
-def combine_rows(a: Tensor, basis: Tensor | None) -> Tensor:
-    """``B^T A``: combinations of rows, some of them, or all."""
-    return combine_columns(a.T, basis).T
-
-
-def spread(x: Tensor, basis: Tensor, size: int) -> Tensor:
-    """``X B^T [o, size]``: what weights of combinations are for the features that are combined."""
-    return x @ basis.to(x).T if basis.is_floating_point() else x.new_zeros(len(x), size).index_copy(1, basis, x)
 
 
 @dataclass(frozen=True)
@@ -128,7 +111,7 @@ def leading_subspace(
     Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; the identity where the matrix has
     few columns anyway.
     """
-    if width <= max(q, _SMALL):
+    if width <= max(q, _ITERATED):
         return torch.eye(width).to(like)
     columns = torch.randn(width, q, generator=torch.Generator().manual_seed(0)).to(like)
     for _ in range(iterations):

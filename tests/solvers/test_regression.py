@@ -17,7 +17,8 @@ from dagrow.solvers import (
     validate_fan_out,
     validate_move,
 )
-from dagrow.solvers._linalg import spread, whitening
+from dagrow.solvers._basis import Basis
+from dagrow.solvers._linalg import whitening
 from dagrow.statistics import Feature, InputFeatures, OutputGoal
 
 B, P, V, W = InputFeatures("b"), InputFeatures("p"), OutputGoal("v"), OutputGoal("w")
@@ -167,7 +168,7 @@ def test_indices_stand_for_the_features_with_them(d: Data, compensation: str, ri
     near((fit.gain, fit.drop), (expected.gain, expected.drop))
     held, expected = (validate_fan_out(m.split(), block, choice, (ridge,)) for choice in choices)
     near(held.gain, expected.gain)
-    near(spread(fit.weights, chosen, d.p.shape[-1]), spread(fit.weights, choices[1], d.p.shape[-1]))
+    near(*(Basis(choice).spread(fit.weights, d.p.shape[-1]) for choice in choices))
     every = torch.arange(d.p.shape[-1])
     near(fan_out(m, block, None, ridge).weights, fan_out(m, block, every, ridge).weights)
 

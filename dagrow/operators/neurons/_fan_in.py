@@ -18,12 +18,12 @@ from dagrow.operators.neurons._fan_out import Proposal, WidenCandidate
 from dagrow.operators.neurons._places import Place
 from dagrow.solvers import (
     Compensation,
-    Directed,
+    HeldOutDirections,
     Moments,
     Pair,
     Regression,
-    Slotted,
-    alternated,
+    SlotMoments,
+    alternating_least_squares,
     directions,
     validate_directions,
     with_cross_validated_ridge,
@@ -159,7 +159,7 @@ class OptimalCandidate(Candidate):
         return self.place.packed(self.place.scaled(alpha, m)) if self.place.alike else alpha
 
     def _explained(
-        self, m: Moments, held: Directed, blocks: Mapping[str, Regression], left: Mapping[str, ResidualGoal]
+        self, m: Moments, held: HeldOutDirections, blocks: Mapping[str, Regression], left: Mapping[str, ResidualGoal]
     ) -> SampleScores:
         """What directions from the other folds explain of each sample: whether that is more than chance."""
         targets, consumers = [], {consumer.name: consumer for consumer in self.place.linear()}
@@ -214,11 +214,11 @@ class Alternating(Candidate):
 
     def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
         parts = [
-            Slotted.of(moments[z, z], moments[z, goal], z.arrival.index.shape[1], self.ridge)
+            SlotMoments.of(moments[z, z], moments[z, goal], z.arrival.index.shape[1], self.ridge)
             for z, goal in self.parts.values()
         ]
         start = torch.eye(self.basis.shape[1], self.proposal.alpha.shape[1]).to(self.basis)
-        turned = self.basis @ alternated(parts, start, moments.resolution)
+        turned = self.basis @ alternating_least_squares(parts, start, moments.resolution)
         return self.origin.completed(replace(self.proposal, alpha=turned, other=self.proposal.alpha), self.first)
 
 

@@ -28,8 +28,8 @@ from dagrow.solvers import (
     Pair,
     Regression,
     Verdict,
-    explained_alone,
     fan_out,
+    marginal_drops,
     upper_tail,
     validate_fan_out,
     with_cross_validated_ridge,
@@ -197,7 +197,7 @@ class FanOutStage(Stage):
             return torch.cat([torch.eye(k), -torch.eye(k)]).double()
         explained = torch.zeros(2 * k, dtype=torch.float64)
         for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
-            explained += explained_alone(m, block, self.slots(consumer), self.origin.ridges[0])
+            explained += marginal_drops(m, block, self.slots(consumer), self.origin.ridges[0])
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
