@@ -1,72 +1,22 @@
 """The closed forms on moments against the slow truths on samples."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import reference as truth
 import torch
+from regressions import B, Data, P, V, W, data, moments, near, of
 
 from dagrow.solvers import (
-    Moments,
     Regression,
     best_move,
     directions,
     fan_out,
     validate_directions,
     validate_fan_out,
-    validate_move,
 )
 from dagrow.solvers._basis import Basis
-from dagrow.solvers._linalg import whitening
-from dagrow.statistics import Feature, InputFeatures, OutputGoal
 
-B, P, V, W = InputFeatures("b"), InputFeatures("p"), OutputGoal("v"), OutputGoal("w")
 VARIANTS = {"none": "raw", "constant": "centred", "all": "residual"}
-EPS = torch.finfo(torch.float64).eps
-
-
-class Data(NamedTuple):
-    """Rows ``[n, s, .]``: b with the constant last, candidates p, goals v."""
-
-    b: np.ndarray
-    p: np.ndarray
-    v: np.ndarray
-
-
-def data(n: int = 40, s: int = 1, i: int = 4, p: int = 5, o: int = 3, *, twins: int = 0, seed: int = 0) -> Data:
-    """Candidates overlap with b, goals depend on both; ``twins`` features of each are repeated."""
-    rng = np.random.default_rng(seed)
-    b, c = rng.normal(size=(n, s, i)), rng.normal(size=(n, s, p))
-    c[..., 0] += b[..., 0] + 0.7
-    v = b @ rng.normal(size=(i, o)) + np.tanh(c @ rng.normal(size=(p, o))) + rng.normal(size=(n, s, o))
-    b = np.concatenate([b, b[..., :twins] * 3.0, np.ones_like(b[..., :1])], -1)
-    return Data(b, np.concatenate([c, c[..., :twins] * -2.0], -1), v)
-
-
-def moments(rows: dict[Feature, np.ndarray], folds: int = 1) -> Moments:
-    """Samples go round-robin into folds."""
-    features = list(rows)
-    n, s = rows[features[0]].shape[:2]
-    sums = {}
-    for a in range(len(features)):
-        for c in range(a, len(features)):
-            x, y = (torch.from_numpy(rows[features[j]]) for j in (a, c))
-            parts = [torch.einsum("nsx,nsy->xy", x[f::folds], y[f::folds]) for f in range(folds)]
-            sums[features[a], features[c]] = torch.stack(parts)
-    counts = torch.tensor([len(range(f, n, folds)) for f in range(folds)])
-    return Moments(counts, sums, {f: float(s) for f in features}, EPS)
-
-
-def of(d: Data, folds: int = 1) -> Moments:
-    return moments({B: d.b, P: d.p, V: d.v}, folds)
-
-
-def near(actual: object, expected: object, rtol: float = 1e-8) -> None:
-    """Entries apart by a part of the largest one."""
-    a, e = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
-    np.testing.assert_allclose(a, e, rtol=0, atol=rtol * max(float(np.abs(e).max()), 1e-300))
-
 
 CASES = {
     "plain": data(),
@@ -86,18 +36,6 @@ def test_best_move(d: Data) -> None:
     near(move.goal, truth.energy(d.v))
     near(move.gain, -truth.move_slope(d.b, d.v, dw))
     assert abs(move.bottleneck - truth.bottleneck(d.b, d.v)) <= 1e-8 * move.goal
-
-
-def test_features_that_are_mostly_dead_and_depend_on_each_other() -> None:
-    """In single precision, where LAPACK's eigenvalues of such a matrix do not converge."""
-    generator = torch.Generator().manual_seed(0)
-    x, alive = torch.randn(400, 160, generator=generator), torch.randperm(785, generator=generator)[:160]
-    x[:, 1] = x[:, 0]
-    p = torch.zeros(785, 785)
-    p[alive[:, None], alive] = x.T @ x / 400
-    found = whitening(p)
-    near(found.whiten(found.whiten(p).T), torch.eye(159), 1e-3)
-    assert found.note == "rank cut from 785 to 159"
 
 
 def test_a_ridge_is_relative_to_each_feature() -> None:
@@ -241,62 +179,3 @@ def test_nothing_depends_on_units(factor: float) -> None:
     assert min(held.gain for held in chosen) > 0
     assert (chosen[0].k, chosen[0].ridge) == (chosen[1].k, chosen[1].ridge)
     near(chosen[1].gain, chosen[0].gain * factor**2, 1e-6)
-
-
-# ---------------------------------------------------------------- held out
-
-
-def folds_of(d: Data, folds: int) -> list[tuple[Data, Data]]:
-    at = np.arange(len(d.b)) % folds
-    return [(Data(*(x[at != f] for x in d)), Data(*(x[at == f] for x in d))) for f in range(folds)]
-
-
-def left_over(train: Data, test: Data) -> tuple[np.ndarray, np.ndarray]:
-    """v_perp of both, with the move that was fitted on the training folds."""
-    dw = truth.best_move(train.b, train.v)
-    return train.v - train.b @ dw.T, test.v - test.b @ dw.T
-
-
-@pytest.mark.parametrize("ridge", [0.0, 0.1])
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_held_out_directions(k: int, ridge: float) -> None:
-    d, drops = data(n=43, seed=16), []
-    for train, test in folds_of(d, 4):
-        seen, unseen = left_over(train, test)
-        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
-        x = truth.ridge_rank(train.p / size, seen, ridge, k) / size
-        drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
-    found = validate_directions(of(d, 4).split(), [Regression(P, B, V)], k, (ridge,))
-    near(found.gain, np.mean(drops))
-    assert found.k == k
-    for (train, _), (alpha, (omega,)) in zip(folds_of(d, 4), found.fits, strict=True):
-        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
-        x = truth.ridge_rank(train.p / size, left_over(train, train)[0], ridge, k) / size
-        near(omega.numpy() @ alpha.numpy().T, x, 1e-6)
-
-
-@pytest.mark.parametrize("ridge", [0.0, 0.1])
-def test_held_out_fan_out(ridge: float) -> None:
-    d, drops = data(n=43, seed=17), []
-    for train, test in folds_of(d, 4):
-        seen, unseen = left_over(train, test)
-        size = np.sqrt((truth.flat(train.p) ** 2).mean(0))
-        x = truth.regress(train.p / size, seen, ridge) / size
-        drops.append(truth.energy(unseen) - truth.energy(unseen - test.p @ x.T))
-    found = validate_fan_out(of(d, 4).split(), Regression(P, B, V), torch.eye(5, dtype=torch.float64), (ridge,))
-    near(found.gain, np.mean(drops))
-
-
-def test_held_out_move() -> None:
-    d, drops = data(n=43, seed=18), []
-    for train, test in folds_of(d, 4):
-        drops.append(truth.energy(test.v) - truth.energy(left_over(train, test)[1]))
-    near(validate_move(of(d, 4).split(), B, V, (0.0,)).gain, np.mean(drops))
-
-
-def test_the_ridge_that_explains_most_of_the_other_folds_is_chosen() -> None:
-    d, ridges = data(n=16, i=8, p=6, seed=19), (1e-4, 1e-2, 1.0)
-    alone = [validate_move(of(d, 4).split(), B, V, (ridge,)) for ridge in ridges]
-    best = max(alone, key=lambda held: held.gain)
-    found = validate_move(of(d, 4).split(), B, V, ridges)
-    assert (found.ridge, found.gain) == (best.ridge, best.gain)
