@@ -15,7 +15,12 @@ _BLOCKED = 256  #: Grams from this width on are computed by blocks, without the 
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Adds ``x^T x`` ``[d, d]`` by halves, without the lower one, which :func:`complete` fills in: fewer products."""
+    """Adds ``x^T x`` by halves, without the lower one, which :func:`complete` fills in: fewer products.
+
+    Args:
+        total: ``[d, d]``, changed in place.
+        x: ``[rows, d]``.
+    """
     d = x.shape[1]
     if d < _BLOCKED:
         total += x.T @ x
@@ -27,7 +32,11 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def complete(total: Tensor) -> None:
-    """Fills in what :func:`add_gram` left out of ``[..., d, d]``."""
+    """Fills in what :func:`add_gram` left out.
+
+    Args:
+        total: ``[..., d, d]``, changed in place.
+    """
     d = total.shape[-1]
     if d >= _BLOCKED:
         left, right = slice(d // 2), slice(d // 2, d)
@@ -43,6 +52,7 @@ class Whitening:
     Attributes:
         factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular.
         scale: the diagonal D ``[p]``.
+        triangular: whether the factor is that of Cholesky.
         note: what had to be done to a singular matrix, or "".
     """
 
@@ -70,13 +80,17 @@ class Whitening:
 
 
 def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, unit: Tensor | None = None) -> Whitening:
-    """A whitening of a positive semidefinite matrix ``p [p, p]``.
+    """A whitening of a positive semidefinite matrix.
 
     Args:
+        p: ``[p, p]``.
         ridge: added to the diagonal, relative to ``unit``.
         resolution: relative precision of the entries; directions below it are noise and are cut.
         unit: what counts as large, per feature ``[p]``: by default the diagonal of ``p``. If ``p`` is what is left of
             features once others are regressed out, the second moment that they had before.
+
+    Returns:
+        By Cholesky, or by an eigendecomposition with a relative cut-off if the matrix is singular.
     """
     d = len(p)
     resolution = max(resolution or 0.0, torch.finfo(p.dtype).eps)
@@ -108,8 +122,19 @@ def leading_subspace(
 ) -> Tensor:
     """Orthonormal columns ``[width, q]`` that hold the leading right singular vectors of a matrix, known by products.
 
-    Subspace iteration (Halko, Martinsson and Tropp, 2011) from a fixed random start; the identity where the matrix has
-    few columns anyway.
+    Subspace iteration from a fixed random start; the identity where the matrix has few columns anyway. Source: Halko,
+    Martinsson and Tropp 2011.
+
+    Args:
+        times: the matrix times columns ``[width, q]``.
+        transposed: the matrix' transpose times columns ``[rows, q]``.
+        width: columns of the matrix.
+        q: columns to be found.
+        like: a tensor of the same dtype and device.
+        iterations: of the subspace.
+
+    Returns:
+        ``[width, q]``, or the identity ``[width, width]``.
     """
     if width <= max(q, _ITERATED):
         return torch.eye(width).to(like)
@@ -120,6 +145,14 @@ def leading_subspace(
 
 
 def leading_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k leading singular triples ``u [m, k], s [k], v [n, k]``, largest first."""
+    """The k leading singular triples, largest first.
+
+    Args:
+        matrix: ``[m, n]``.
+        k: how many, at most.
+
+    Returns:
+        ``u [m, k], s [k], v [n, k]``.
+    """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :k], s[:k], vh[:k].T

@@ -19,12 +19,19 @@ Pair = tuple[Hashable, Hashable]
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
-    """Each pair once, in one order only."""
-    kept: dict[Pair, None] = {}
+    """Each pair once, in one order only.
+
+    Args:
+        pairs: of features, in any order.
+
+    Returns:
+        The pairs in the order and the direction in which they came first.
+    """
+    unique: dict[Pair, None] = {}
     for x, y in pairs:
-        if (y, x) not in kept:
-            kept[x, y] = None
-    return list(kept)
+        if (y, x) not in unique:
+            unique[x, y] = None
+    return list(unique)
 
 
 class MomentView(ABC):
@@ -69,7 +76,15 @@ class MomentView(ABC):
         return self._means[pair]
 
     def whitening(self, feature: Hashable, ridge: float = 0.0) -> Whitening:
-        """Of ``E x x^T``, with a ridge relative to each feature's second moment."""
+        """A whitening of ``E x x^T``.
+
+        Args:
+            feature: x.
+            ridge: relative to each feature's second moment.
+
+        Returns:
+            The same for every call.
+        """
         if (feature, ridge) not in self._whitenings:
             self._whitenings[feature, ridge] = whitening(self[feature, feature], ridge, self.resolution)
         return self._whitenings[feature, ridge]
@@ -118,13 +133,24 @@ class Moments(MomentView):
         return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward)
 
     def joined(self, other: "Moments") -> "Moments":
-        """These moments and others of the same samples."""
+        """These moments and others of the same samples.
+
+        Args:
+            other: with the same counts.
+
+        Returns:
+            All pairs of both.
+        """
         positions = {**self.positions, **other.positions}
         sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
         return Moments(self.counts, sums, positions, self.resolution, self.loss, forward)
 
     def split(self) -> "FoldSplit":
-        """For each fold the moments of all others and its own, no more precise than the activations were."""
+        """For each fold the moments of all others and its own, no more precise than the activations were.
+
+        Returns:
+            Pairs of views ``(others, own)``; nothing is summed before it is asked for.
+        """
         return [
             (FoldView(self, fold, True, self.resolution), FoldView(self, fold, False, self.resolution))
             for fold in range(self.folds)
@@ -133,7 +159,13 @@ class Moments(MomentView):
 
 @dataclass(eq=False)
 class FoldView(MomentView):
-    """Moments of one fold, or of all others."""
+    """Moments of one fold, or of all others.
+
+    Attributes:
+        whole: the moments of all folds.
+        fold: its index.
+        others: whether the view is of all folds but this one.
+    """
 
     whole: Moments
     fold: int
@@ -149,15 +181,15 @@ class FoldView(MomentView):
         return self.whole.holds(pair)
 
     def mean(self, pair: Pair) -> Tensor:
-        enough = torch.float32 if self.resolution > torch.finfo(torch.float64).eps else torch.float64
+        dtype = torch.float32 if self.resolution > torch.finfo(torch.float64).eps else torch.float64
         folds = self.whole.sums[pair]
         if not self.others:
-            return (folds[self.fold] / self.samples).to(enough)
+            return (folds[self.fold] / self.samples).to(dtype)
         first, *rest = [total for fold, total in enumerate(folds) if fold != self.fold]
         total = first / self.samples
         for other in rest:  # what is zero in all of them stays so, as it would not if the fold were subtracted
             total.add_(other, alpha=1 / self.samples)
-        return total.to(enough)
+        return total.to(dtype)
 
 
 FoldSplit = list[tuple[FoldView, FoldView]]

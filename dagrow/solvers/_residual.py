@@ -165,7 +165,7 @@ class Residual:
     def note(self) -> str:
         """What had to be done to S, if it was inverted."""
         regression = self.regression
-        inverted = regression.reads and (regression.project or regression.compensation == "all")
+        inverted = regression.reads is not None and (regression.project or regression.compensation == "all")
         return self.m.whitening(regression.reads, regression.ridge).note if inverted else ""
 
 

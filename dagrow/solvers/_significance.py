@@ -11,7 +11,7 @@ LEVEL = 0.05  #: of all tests of a call together
 
 @dataclass(frozen=True)
 class Verdict:
-    """What scores say.
+    """What the scores of samples say of a fit that has not seen them (equation 7).
 
     Attributes:
         samples: how many.
@@ -29,17 +29,31 @@ class Verdict:
 
     @classmethod
     def of(cls, sums: Tensor) -> "Verdict":
-        """From the sums over samples of products of ``(d, c, 1)`` ``[3, 3]``."""
+        """From sums of scores.
+
+        Args:
+            sums: over samples, of products of ``(d, c, 1)`` ``[3, 3]``.
+
+        Returns:
+            The gain with its error, and z.
+        """
         n = float(sums[2, 2])
         gain = float(sums[0, 2]) / n
         variance = max(float(sums[0, 0]) / n - gain**2, 0.0)
-        spread = sqrt(2 * float(sums[1, 1]))
+        deviation = sqrt(2 * float(sums[1, 1]))
         error = sqrt(variance / (n - 1)) if n > 1 else float("inf")
-        return cls(int(n), gain, error, float(sums[1, 2]) / spread if spread else 0.0)
+        return cls(int(n), gain, error, float(sums[1, 2]) / deviation if deviation else 0.0)
 
 
 def upper_tail(z: float) -> float:
-    """The probability that a standard normal variable is at least z."""
+    """One minus the distribution function of a standard normal variable.
+
+    Args:
+        z: the threshold.
+
+    Returns:
+        The probability of at least z.
+    """
     return erfc(z / sqrt(2)) / 2
 
 
@@ -54,6 +68,9 @@ def holm(p_values: Sequence[float], tests: int, families: int = 1) -> list[float
         p_values: of one test each.
         tests: how many there were, those that gave no p-value among them.
         families: how many such calls share the 5 % (Bonferroni).
+
+    Returns:
+        Adjusted p-values, in the order of ``p_values``.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     count, largest, adjusted = max(tests, len(order)), 0.0, [0.0] * len(order)
