@@ -1,6 +1,8 @@
 """What a convolution reads at each position of its output.
 
-A patch is one row of features: for every input channel the entries of the image under the kernel's taps.
+A patch is one row of features: for every input channel the entries of the image under the kernel's taps. Images are
+``[n, c, *space]``, outputs ``[n, o, *positions]``, kernels ``[o, c, *taps]``; of each there are one, two or three
+dimensions, those of space.
 """
 
 from collections.abc import Sequence
@@ -8,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,28 +36,31 @@ class Geometry:
 
     @property
     def space(self) -> int:
+        """How many dimensions space has."""
         return len(self.kernel)
+
+    @property
+    def _space_dims(self) -> tuple[int, ...]:
+        """The last dimensions of a tensor."""
+        return tuple(range(-self.space, 0))
 
     def plain(self, image: Tensor) -> tuple[Tensor, "Geometry"]:
         """The same patches from an image with nothing but zeros around it, and nothing in between."""
-        spread = image if self.stuffing is None else stuffed(image, self.stuffing)
+        image = image if self.stuffing is None else stuffed(image, self.stuffing)
         if self.mode == "zeros":
-            return spread, replace(self, stuffing=None)
-        flat = [margin for sides in reversed(self.margins) for margin in sides]
-        padded = functional.pad(spread, flat, mode=self.mode)
+            return image, replace(self, stuffing=None)
+        padded = functional.pad(image, _flat(self.margins), mode=self.mode)
         return padded, replace(self, margins=((0, 0),) * self.space, mode="zeros", stuffing=None)
 
     def patches(self, image: Tensor) -> Tensor:
         """``[n, c, *space]`` to ``[n, positions, c taps]``."""
-        spread, plain = self.plain(image)
-        found = plain.padded(spread)
-        for dim in range(self.space):
-            span = self.dilation[dim] * (self.kernel[dim] - 1) + 1
-            found = found.unfold(2 + dim, span, self.stride[dim])[..., :: self.dilation[dim]]
-        if self.stuffing is not None:
-            found = found.flip(tuple(range(2 + self.space, found.ndim)))
-        found = found.movedim(1, 1 + self.space)
-        return found.reshape(len(image), found.shape[1 : 1 + self.space].numel(), -1)
+        image, plain = self.plain(image)
+        windows = plain.padded(image)
+        for dim, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), start=2):
+            windows = windows.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+        windows = windows if self.stuffing is None else windows.flip(self._space_dims)
+        positions, taps = (" ".join(f"{axis}{d}" for d in range(self.space)) for axis in ("position", "tap"))
+        return rearrange(windows, f"n c {positions} {taps} -> n ({positions}) (c {taps})")
 
     @property
     def trivial(self) -> bool:
@@ -73,29 +79,29 @@ class Geometry:
 
     def convolved(self, image: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """``W b`` at every position: ``weight [G o, c taps]``."""
-        spread, plain = self.plain(image)
         kernel = weight.view(len(weight), image.shape[1] // groups, *self.kernel)
-        kernel = kernel if self.stuffing is None else kernel.flip(tuple(range(2, kernel.ndim)))
+        kernel = kernel if self.stuffing is None else kernel.flip(self._space_dims)
+        image, plain = self.plain(image)
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[self.space - 1]
         if any(before != behind or before < 0 for before, behind in plain.margins):
-            spread, margins = plain.padded(spread), [0] * self.space
+            image, margins = plain.padded(image), [0] * self.space
         else:
             margins = [before for before, _ in plain.margins]
-        return convolve(spread, kernel, stride=self.stride, padding=margins, dilation=self.dilation, groups=groups)
+        return convolve(image, kernel, stride=self.stride, padding=margins, dilation=self.dilation, groups=groups)
 
     def crossed(self, image: Tensor, goals: Tensor, groups: int = 1) -> Tensor:
-        """The sum over samples and positions of patches times goals ``[n, G o, *out]``: ``[G, c taps, o]``.
+        """The sum over samples and positions of patches times goals ``[n, G o, *positions]``: ``[G, c taps, o]``.
 
         That is a convolution's weight gradient.
         """
-        spread, plain = self.plain(image)
-        sums = weight_gradient(spread, goals, plain.margins, self.kernel, self.dilation, groups, self.stride)
-        sums = sums if self.stuffing is None else sums.flip(tuple(range(2, sums.ndim)))
-        return sums.unflatten(0, (groups, -1)).flatten(2).mT
+        image, plain = self.plain(image)
+        sums = weight_gradient(image, goals, plain.margins, self.kernel, self.dilation, groups, self.stride)
+        sums = sums if self.stuffing is None else sums.flip(self._space_dims)
+        return rearrange(sums, "(g o) c ... -> g (c ...) o", g=groups)
 
     def summed(self, image: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
         """Weighted sums of patches over positions: ``[..., *space]`` to ``[..., taps]``."""
-        first = image.ndim - self.space
+        first = image.ndim - self.space  # each dimension of space is taken from the front, and its taps come last
         for table, line in zip(self.tables(image.shape[first:]), weights, strict=True):
             read = functional.one_hot(table + 1, image.shape[first] + 1)[..., 1:].to(image)
             image = torch.tensordot(image, torch.tensordot(image.new_tensor(line), read, 1), ([first], [1]))
@@ -103,23 +109,22 @@ class Geometry:
 
     def padded(self, image: Tensor) -> Tensor:
         """The image with its margins of zeros."""
-        return functional.pad(image, [margin for sides in reversed(self.margins) for margin in sides])
+        return functional.pad(image, _flat(self.margins))
 
     def tables(self, sizes: Sequence[int]) -> list[Tensor]:
         """Which entry of the image each tap reads, by dimension of space: ``[out, kernel]``, -1 where there is none."""
-        found = []
-        for d, size in enumerate(sizes):
-            line = replace(
-                self,
-                kernel=self.kernel[d : d + 1],
-                stride=self.stride[d : d + 1],
-                dilation=self.dilation[d : d + 1],
-                margins=self.margins[d : d + 1],
-                stuffing=self.stuffing and self.stuffing[d : d + 1],
-            )
-            entries = torch.arange(1, size + 1, dtype=torch.float64).view(1, 1, -1)
-            found.append(line.patches(entries)[0].long() - 1)
-        return found
+        return [self._along(d)._table(size) for d, size in enumerate(sizes)]
+
+    def _along(self, d: int) -> "Geometry":
+        """One dimension of space alone."""
+        only = slice(d, d + 1)
+        margins, stuffing = self.margins[only], None if self.stuffing is None else self.stuffing[only]
+        return Geometry(self.kernel[only], self.stride[only], self.dilation[only], margins, self.mode, stuffing)
+
+    def _table(self, size: int) -> Tensor:
+        """Of the only dimension of space: the entries' numbers, which start at 1, are the image."""
+        numbers = torch.arange(1, size + 1, dtype=torch.float64)
+        return self.patches(rearrange(numbers, "entries -> 1 1 entries"))[0].long() - 1
 
     def sizes(self, image: Sequence[int]) -> list[int]:
         """The output's size for an image's, by dimension of space."""
@@ -137,9 +142,14 @@ def stuffed(image: Tensor, stuffing: Sequence[int]) -> Tensor:
     if all(step == 1 for step in stuffing):
         return image
     for dim, step in enumerate(stuffing, start=2):
-        spread = torch.stack([image, *[torch.zeros_like(image)] * (step - 1)], dim + 1).flatten(dim, dim + 1)
-        image = spread.narrow(dim, 0, spread.shape[dim] - step + 1)
+        apart = torch.stack([image, *[torch.zeros_like(image)] * (step - 1)], dim + 1).flatten(dim, dim + 1)
+        image = apart.narrow(dim, 0, apart.shape[dim] - step + 1)
     return image
+
+
+def _flat(margins: Sequence[tuple[int, int]]) -> list[int]:
+    """As ``functional.pad`` takes them: the last dimension first."""
+    return [margin for sides in reversed(margins) for margin in sides]
 
 
 def weight_gradient(
@@ -151,12 +161,26 @@ def weight_gradient(
     groups: int,
     stride: Sequence[int] | None = None,
 ) -> Tensor:
-    """``sum over n and t of goals(t) image(t stride + k dilation - margin)^T``: ``[G o, c, *kernel]``."""
+    """``sum over n and t of goals(t) image(t stride + k dilation - margin)^T``.
+
+    Args:
+        image: ``[n, G c, *space]``.
+        goals: ``[n, G o, *positions]``.
+        margins: zeros before and behind each dimension of space.
+        kernel: its size.
+        dilation: of the kernel.
+        groups: ``G``.
+        stride: 1 by default.
+
+    Returns:
+        ``[G o, c, *kernel]``.
+    """
     common = [max(0, min(sides)) for sides in margins]  # what the convolution adds by itself need not be copied
-    rest = [side - shared for sides, shared in reversed(list(zip(margins, common, strict=True))) for side in sides]
+    rest = _flat([(before - both, behind - both) for (before, behind), both in zip(margins, common, strict=True)])
     image = functional.pad(image, rest) if any(rest) else image
-    weight, ones = image.new_empty(goals.shape[1], image.shape[1] // groups, *kernel), [1] * len(kernel)
-    mask = [False, True, False]
+    weight = image.new_empty(goals.shape[1], image.shape[1] // groups, *kernel)
+    step, no_output_padding = stride or [1] * len(kernel), [0] * len(kernel)
+    only_weight = [False, True, False]
     return torch.ops.aten.convolution_backward(
-        goals, image, weight, None, stride or ones, common, dilation, False, [0] * len(kernel), groups, mask
+        goals, image, weight, None, step, common, dilation, False, no_output_padding, groups, only_weight
     )[1]
