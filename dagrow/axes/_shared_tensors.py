@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dagrow.axes._channel_labels import Labelling, Rider, label
-from dagrow.layers import THIN, BlockConvolutionRule, EdgeRule, GroupedRule, LayerSite, op_name, parameter_of
+from dagrow.layers import UNIT_DIM_OPS, BlockConvolutionRule, EdgeRule, GroupedRule, LayerSite, op_name, parameter_of
 from dagrow.tracing import tensor_at
 
 
@@ -93,7 +93,7 @@ def _uses(node: fx.Node, held: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, 
         value = waiting.pop()
         for user in value.users:
             origin = parameter_of(user, held)
-            if op_name(user) in THIN or (origin is not None and origin.node is node):
+            if op_name(user) in UNIT_DIM_OPS or (origin is not None and origin.node is node):
                 waiting.append(user)
             elif not _reads_no_width(user, value.meta["val"].shape, node.meta["val"].shape):
                 yield value, user

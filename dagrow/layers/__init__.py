@@ -3,7 +3,7 @@
 from dagrow.layers._contractions import ATTENTION, ATTENTION_ARGUMENTS, Contraction, contraction
 from dagrow.layers._convolutions import BlockConvolutionRule, GroupedRule
 from dagrow.layers._defaults import DEFAULT_RULES
-from dagrow.layers._functional_layers import THIN, parameter_of
+from dagrow.layers._functional_layers import UNIT_DIM_OPS, parameter_of
 from dagrow.layers._geometry import Geometry, weight_gradient
 from dagrow.layers._linear import LinearRule, Product
 from dagrow.layers._op_tables import (
@@ -46,8 +46,8 @@ __all__ = [
     "REDUCTIONS",
     "REFUSALS",
     "SIZES",
-    "THIN",
     "UNIFORM",
+    "UNIT_DIM_OPS",
     "ZERO_KEEPING",
     "BlockConvolutionRule",
     "Contraction",

@@ -20,7 +20,7 @@ def _margins(module: Any) -> tuple[tuple[int, int], ...]:
     if module.padding == "valid":
         return ((0, 0),) * len(module.kernel_size)
     if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        totals = [gap * (size - 1) for gap, size in zip(module.dilation, module.kernel_size, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((int(size), int(size)) for size in module.padding)
 
@@ -30,7 +30,7 @@ def _geometry(module: Any) -> Geometry:
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if not isinstance(module, _TRANSPOSED):
         return Geometry(kernel, stride, dilation, _margins(module), module.padding_mode)
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    spans = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
     margins = tuple(
         (span - before, span - before + behind)
         for span, before, behind in zip(spans, module.padding, module.output_padding, strict=True)
@@ -39,8 +39,8 @@ def _geometry(module: Any) -> Geometry:
 
 
 @dataclass(frozen=True)
-class _Sliding(LayerRule):
-    """What convolutions have in common."""
+class _AnyConvolutionRule(LayerRule):
+    """What convolutions have in common: channels stand before the dimensions of space, and samples may be missing."""
 
     space: int
     transposed: bool = False
@@ -52,12 +52,16 @@ class _Sliding(LayerRule):
     def channel_dim(self, ndim: int) -> int:
         return ndim - self.space - 1
 
+    def batched(self, image: Tensor) -> Tensor:
+        """``[n, c, *space]``, also of an image without the dimension of samples."""
+        return image if image.ndim == self.space + 2 else image[None]
+
     def positions(self, inputs: Tensor, outputs: Tensor) -> int:
         return super().positions(inputs, inputs if self.transposed else outputs)
 
 
 @dataclass(frozen=True)
-class ConvolutionRule(_Sliding, EdgeRule):
+class ConvolutionRule(_AnyConvolutionRule, EdgeRule):
     """``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and their transposes, without groups: a row for each output position.
 
     The features are the patches, channel by channel and tap by tap, as in ``weight.flatten(1)``.
@@ -74,12 +78,10 @@ class ConvolutionRule(_Sliding, EdgeRule):
         return _geometry(module)
 
     def features(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        batched = inputs if inputs.ndim == self.space + 2 else inputs[None]
-        return self.geometry(module).patches(batched).flatten(0, 1)
+        return rearrange(self.geometry(module).patches(self.batched(inputs)), "n positions i -> (n positions) i")
 
     def rows(self, module: nn.Module, outputs: Tensor) -> Tensor:
-        batched = outputs if outputs.ndim == self.space + 2 else outputs[None]
-        return rearrange(batched, "n o ... -> (n ...) o")
+        return rearrange(self.batched(outputs), "n o ... -> (n ...) o")
 
     def widths(self, module: Any) -> tuple[int, int]:
         o, i = self.dims["weight"]
@@ -91,7 +93,7 @@ class ConvolutionRule(_Sliding, EdgeRule):
 
 
 @dataclass(frozen=True)
-class GroupedRule(_Sliding, RiderRule):
+class GroupedRule(_AnyConvolutionRule, RiderRule):
     """Convolutions with groups, depthwise ones among them: a new group's channels pass through its kernels' middle.
 
     Where a group writes more channels than it reads, or fewer, the kernels of the others start at random.
@@ -124,14 +126,13 @@ class GroupedRule(_Sliding, RiderRule):
         weight[: len(passed), : len(passed)] = 0
         weight[(passed, passed, *middle)] = 1
         weight = (weight.transpose(0, 1) if self.transposed else weight).to(module.weight)
-        found = {"weight": weight}
-        return found if module.bias is None else {**found, "bias": module.bias.new_zeros(())}
+        return {"weight": weight} | ({} if module.bias is None else {"bias": module.bias.new_zeros(())})
 
     def source(self, module: nn.Module, sizes: Sequence[int]) -> list[Tensor]:
         """The tap in the middle."""
         geometry = _geometry(module)
         middle = [size // 2 for size in geometry.kernel]
-        return [table[:, at : at + 1] for table, at in zip(geometry.tables(sizes), middle, strict=True)]
+        return [table[:, tap : tap + 1] for table, tap in zip(geometry.tables(sizes), middle, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -15,44 +15,60 @@ from dagrow.layers._linear import Product
 from dagrow.layers._op_tables import op_name
 
 ENTRIES = ("weight", "bias", "running_mean", "running_var")  #: of layers, that functions take as arguments
-THIN = frozenset({"squeeze", "unsqueeze"})  #: operations that add or drop dimensions of one entry
+UNIT_DIM_OPS = frozenset({"squeeze", "unsqueeze"})  #: operations that add or drop dimensions of one entry
+_TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
+Tensors = Mapping[str, Tensor]  #: a model's parameters and buffers by their paths, or a layer's by their names
 
 
 @dataclass(frozen=True)
 class ParameterSource:
-    """The parameter or buffer that an argument is, or whose transpose it is."""
+    """The parameter or buffer that an argument is, or whose transpose it is.
+
+    Attributes:
+        node: that reads it.
+        turned: whether the argument is its transpose.
+        squeezed: whether dimensions of one entry came and went.
+    """
 
     node: fx.Node
     turned: bool = False
-    thin: bool = False  #: whether dimensions of one entry came and went
+    squeezed: bool = False
 
     @property
     def path(self) -> str:
+        """The model's name of it."""
         return str(self.node.target)
 
-    def serves(self, entry: str, held: Mapping[str, Tensor]) -> bool:
+    def serves(self, entry: str, tensors: Tensors) -> bool:
         """Whether it may be this entry of a layer: weights are parameters, and grow along dimensions that stay."""
-        tensor = held[self.path]
-        stays = not self.thin or (tensor.ndim > 2 and tensor.shape[0] > 1) or 1 not in tensor.shape
+        tensor = tensors[self.path]
+        stays = not self.squeezed or (tensor.ndim > 2 and tensor.shape[0] > 1) or 1 not in tensor.shape
         return stays and (isinstance(tensor, nn.Parameter) or entry not in ("weight", "bias"))
 
 
-def parameter_of(value: Any, held: Mapping[str, Tensor]) -> ParameterSource | None:
-    """The parameter or buffer of the model that an argument is: itself, after dimensions of one entry came and went,
-    or, of a matrix, transposed; or None."""
+def parameter_of(value: Any, tensors: Tensors) -> ParameterSource | None:
+    """The parameter or buffer of the model that an argument is.
+
+    Args:
+        value: the argument.
+        tensors: the model's parameters and buffers by their paths.
+
+    Returns:
+        Itself, also after dimensions of one entry came and went, or, of a matrix, transposed; or None.
+    """
     node = value
-    while isinstance(node, fx.Node) and op_name(node) in THIN:
+    while isinstance(node, fx.Node) and op_name(node) in UNIT_DIM_OPS:
         node = node.args[0] if node.args else None
-    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in held:
-        same = held[str(node.target)].shape == value.meta["val"].shape
-        return ParameterSource(node, thin=node is not value) if same else None
-    if not isinstance(value, fx.Node) or op_name(value) not in _TURNS or not value.args or value.kwargs:
+    if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in tensors:
+        same = tensors[str(node.target)].shape == value.meta["val"].shape
+        return ParameterSource(node, squeezed=node is not value) if same else None
+    if not isinstance(value, fx.Node) or op_name(value) not in _TRANSPOSES or not value.args or value.kwargs:
         return None
     matrix, dims = value.args[0], [dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)]
-    if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or matrix.target not in held:
+    if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or matrix.target not in tensors:
         return None
     swapped = dims == [1, 0] if op_name(value) == "permute" else len(set(dims)) in (0, 2)
-    return ParameterSource(matrix, turned=True) if swapped and held[str(matrix.target)].ndim == 2 else None
+    return ParameterSource(matrix, turned=True) if swapped and tensors[str(matrix.target)].ndim == 2 else None
 
 
 @dataclass(frozen=True)
@@ -72,49 +88,52 @@ class FunctionalLayer:
     names: tuple[str, ...]
 
 
-def functional_layers(node: fx.Node, held: Mapping[str, Tensor]) -> Iterator[FunctionalLayer]:
+def functional_layers(node: fx.Node, tensors: Tensors) -> Iterator[FunctionalLayer]:
     """The layers that a call of a function may stand for."""
     function = node.target if node.op == "call_function" else getattr(torch, str(node.target), None)
-    for call in _CALLS.get(function, ()):
-        given = call.arguments(node)
-        origins = {} if given is None else _origins(given, held)
-        settings = {} if given is None else _settings(given)
-        if given is not None and origins and settings is not None and isinstance(given.get("input"), fx.Node):
-            paths = {entry: origin.path for entry, origin in origins.items()}
-            turned = any(origin.turned for origin in origins.values())
-            module = call.make({entry: held[path] for entry, path in paths.items()}, settings, turned)
-            if module is not None and not _untold(given, origins, settings, held):
-                yield FunctionalLayer(module, given["input"], paths, call.names)
+    for signature in _SIGNATURES.get(function, ()):
+        arguments = signature.bind(node)
+        inputs = arguments.get("input")
+        sources, settings = _sources(arguments, tensors), _settings(arguments)
+        if not isinstance(inputs, fx.Node) or not sources or settings is None:
+            continue
+        paths = {entry: source.path for entry, source in sources.items()}
+        turned = any(source.turned for source in sources.values())
+        module = signature.build({entry: tensors[path] for entry, path in paths.items()}, settings, turned)
+        if module is not None and not _ambiguous_groups(arguments, sources, settings, tensors):
+            yield FunctionalLayer(module, inputs, paths, signature.names)
 
 
-def _origins(given: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, ParameterSource]:
+def _sources(arguments: Mapping[str, Any], tensors: Tensors) -> dict[str, ParameterSource]:
     """The parameters that a function was called with; empty if one of its entries is something else."""
-    wanted = {entry: parameter_of(given[entry], held) for entry in ENTRIES if given.get(entry) is not None}
-    found = {entry: origin for entry, origin in wanted.items() if origin is not None and origin.serves(entry, held)}
-    whole = len(found) == len(wanted) and {entry for entry, origin in found.items() if origin.turned} <= {"weight"}
-    return found if whole else {}
+    entries = [entry for entry in ENTRIES if arguments.get(entry) is not None]
+    sources = {entry: parameter_of(arguments[entry], tensors) for entry in entries}
+    serving = {entry: source for entry, source in sources.items() if source and source.serves(entry, tensors)}
+    only_weight_is_turned = {entry for entry, source in serving.items() if source.turned} <= {"weight"}
+    return serving if len(serving) == len(entries) and only_weight_is_turned else {}
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """The other arguments, with numbers for nodes that follow from the sizes of parameters and for a count of groups;
     None if one is computed from the input."""
-    found = {}
-    for name, value in given.items():
+    settings = {}
+    for name, value in arguments.items():
         if name not in ("input", *ENTRIES):
-            counted = isinstance(value, fx.Node) and (name == "groups" or _of_parameters(value))
-            found[name] = value.meta["val"] if counted and isinstance(value.meta["val"], int) else value
-    return None if any(isinstance(part, fx.Node) for value in found.values() for part in _each(value)) else found
+            is_known = isinstance(value, fx.Node) and (name == "groups" or _of_parameters(value))
+            settings[name] = value.meta["val"] if is_known and isinstance(value.meta["val"], int) else value
+    is_computed = any(isinstance(part, fx.Node) for value in settings.values() for part in _as_sequence(value))
+    return None if is_computed else settings
 
 
-def _untold(
-    given: Mapping[str, Any],
-    origins: Mapping[str, ParameterSource],
+def _ambiguous_groups(
+    arguments: Mapping[str, Any],
+    sources: Mapping[str, ParameterSource],
     settings: Mapping[str, Any],
-    held: Mapping[str, Tensor],
+    tensors: Tensors,
 ) -> bool:
-    """Whether there is one group, or as many as there are channels, of which there is one."""
-    thin = any(origin.thin and held[origin.path].shape[1:2] == (1,) for origin in origins.values())
-    return settings.get("groups", 1) == 1 and (thin or isinstance(given.get("groups"), fx.Node))
+    """Whether there is one group, or as many as there are channels, of which there is one: nobody can say which."""
+    single = any(source.squeezed and tensors[source.path].shape[1:2] == (1,) for source in sources.values())
+    return settings.get("groups", 1) == 1 and (single or isinstance(arguments.get("groups"), fx.Node))
 
 
 def _of_parameters(node: fx.Node) -> bool:
@@ -122,24 +141,24 @@ def _of_parameters(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Signature:
     """How a function takes its arguments, and the layer that does the same.
 
     Attributes:
         names: of its arguments, in their order.
-        make: a layer of given tensors and settings, and of the transpose of the weight if it is turned; or None.
+        build: a layer of given tensors and settings, and of the transpose of the weight if it is turned; or None.
     """
 
     names: tuple[str, ...]
-    make: Callable[[Mapping[str, Tensor], Mapping[str, Any], bool], nn.Module | None]
+    build: Callable[[Tensors, Mapping[str, Any], bool], nn.Module | None]
 
-    def arguments(self, node: fx.Node) -> dict[str, Any] | None:
-        """By their names; None for a call that gives others."""
-        given = {**dict(zip(self.names, node.args, strict=False)), **node.kwargs}
-        return given if len(node.args) <= len(self.names) and set(given) <= set(self.names) else None
+    def bind(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments by their names; empty for a call with others."""
+        arguments = {**dict(zip(self.names, node.args, strict=False)), **node.kwargs}
+        return arguments if len(node.args) <= len(self.names) and set(arguments) <= set(self.names) else {}
 
 
-def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _linear(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or settings:
         return None
@@ -148,92 +167,83 @@ def _linear(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: 
     if turned:
         return Product(weight, bias, turned=True)
     outputs, inputs = weight.shape
-    return _holding(nn.Linear(inputs, outputs, device="meta"), tensors)
+    return _with_tensors(nn.Linear(inputs, outputs, device="meta"), tensors)
 
 
-def _product(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _product(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     return _linear(tensors, settings, not turned)
 
 
-def _left(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _left_product(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     weight = tensors["weight"]
     return Product(weight, turned=turned, columns=True) if weight.ndim == 2 else None
 
 
 def _convolution(
-    kind: type[nn.Module], tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool
+    kind: type[nn.Module], tensors: Tensors, settings: Mapping[str, Any], turned: bool
 ) -> nn.Module | None:
     weight, groups = tensors["weight"], settings.get("groups", 1)
     if weight.ndim < 3:
         return None
-    inputs, outputs = (0, 1) if issubclass(kind, _TRANSPOSED) else (1, 0)
-    sizes = list(weight.shape[:2])
-    sizes[1] *= groups  # the second dimension is that of one group
-    given = {
-        key: value if key == "groups" or isinstance(value, str) else _of(value, weight.ndim - 2)
+    first, second = weight.shape[0], weight.shape[1] * groups  # the second dimension is that of one group
+    inputs, outputs = (first, second) if issubclass(kind, _TRANSPOSED) else (second, first)
+    options = {
+        key: value if key == "groups" or isinstance(value, str) else _per_dimension(value, weight.ndim - 2)
         for key, value in settings.items()
     }
-    module = kind(sizes[inputs], sizes[outputs], tuple(weight.shape[2:]), device="meta", **given)
-    return _holding(module, tensors)
+    return _with_tensors(kind(inputs, outputs, tuple(weight.shape[2:]), device="meta", **options), tensors)
 
 
-def _batch_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
-    width = len(next(iter(tensors.values())))
-    module = nn.BatchNorm2d(
-        width,
-        settings.get("eps", 1e-5),
-        affine="weight" in tensors,
-        track_running_stats="running_mean" in tensors,
-        device="meta",
-    )
-    return _holding(module, tensors) if len(tensors) == 4 else None
+def _batch_norm(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    width, eps = len(next(iter(tensors.values()))), settings.get("eps", 1e-5)
+    affine, tracks = "weight" in tensors, "running_mean" in tensors
+    module = nn.BatchNorm2d(width, eps, affine=affine, track_running_stats=tracks, device="meta")
+    return _with_tensors(module, tensors) if len(tensors) == 4 else None
 
 
-def _group_norm(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _group_norm(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
     groups, width = settings["num_groups"], len(next(iter(tensors.values())))
     module = nn.GroupNorm(groups, width, settings.get("eps", 1e-5), device="meta")
-    return _holding(module, tensors) if len(tensors) == 2 else None
+    return _with_tensors(module, tensors) if len(tensors) == 2 else None
 
 
-def _slopes(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
-    return _holding(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
+def _prelu(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+    return _with_tensors(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ORDER_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_TURNS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"}
-_PRODUCTS = (_Call(("input", "weight"), _product), _Call(("weight", "input"), _left))
-_CALLS: dict[Any, tuple[_Call, ...]] = {
-    functional.linear: (_Call(("input", "weight", "bias"), _linear),),
+_ORDER_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_PRODUCTS = (_Signature(("input", "weight"), _product), _Signature(("weight", "input"), _left_product))
+_SIGNATURES: dict[Any, tuple[_Signature, ...]] = {
+    functional.linear: (_Signature(("input", "weight", "bias"), _linear),),
     torch.matmul: _PRODUCTS,
     torch.mm: _PRODUCTS,
     matmul: _PRODUCTS,
-    torch.addmm: (_Call(("bias", "input", "weight"), _product),),
-    functional.batch_norm: (
-        _Call(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
-    ),
-    functional.group_norm: (_Call(("input", "num_groups", "weight", "bias", "eps"), _group_norm),),
-    functional.prelu: (_Call(("input", "weight"), _slopes),),
+    torch.addmm: (_Signature(("bias", "input", "weight"), _product),),
+    functional.batch_norm: (_Signature(_ORDER_BATCH_NORM, _batch_norm),),
+    functional.group_norm: (_Signature(("input", "num_groups", "weight", "bias", "eps"), _group_norm),),
+    functional.prelu: (_Signature(("input", "weight"), _prelu),),
 } | {
-    getattr(space, f"{name}{d}d"): (_Call(order, partial(_convolution, getattr(nn, f"{kind}{d}d"))),)
-    for space in (functional, torch)
+    getattr(namespace, f"{name}{d}d"): (_Signature(order, partial(_convolution, getattr(nn, f"{kind}{d}d"))),)
+    for namespace in (functional, torch)
     for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
     for d in (1, 2, 3)
 }
 
 
-def _each(value: Any) -> Sequence[Any]:
+def _as_sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else [value]
 
 
-def _of(value: Any, count: int) -> tuple[int, ...]:
+def _per_dimension(value: Any, count: int) -> tuple[int, ...]:
     """A setting for each dimension of space."""
-    given = _each(value)
-    return tuple(given) * count if len(given) == 1 else tuple(given)
+    values = _as_sequence(value)
+    return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
-def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
     """The layer with the very tensors, and no other."""
     for entry in ENTRIES:
         if entry in module._parameters:

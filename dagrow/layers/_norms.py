@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from dagrow.layers._rules import RiderRule
 
 
-def _held(module: Any, *names: str) -> tuple[str, ...]:
-    return tuple(name for name in names if getattr(module, name, None) is not None)
+def _present(module: Any, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the entries that the module has."""
+    return {name: entry for name, entry in entries.items() if getattr(module, name, None) is not None}
+
+
+def _affine_identity(module: Any) -> dict[str, Tensor]:
+    return _present(module, {"weight": torch.ones(()), "bias": torch.zeros(())})
 
 
 @dataclass(frozen=True)
-class _Tracking(RiderRule):
+class _TrackingNormRule(RiderRule):
     """A norm that may keep statistics. With running mean m, variance s^2, weight sqrt(s^2 + eps) and bias m it is the
     identity in eval mode."""
 
@@ -25,19 +30,18 @@ class _Tracking(RiderRule):
     def passing(self, module: Any) -> dict[str, Tensor]:
         if module.track_running_stats:
             return self.calibrated(module, *torch.tensor([0.0, 1.0], dtype=torch.float64))
-        entries = {"weight": torch.ones(()), "bias": torch.zeros(())}
-        return {name: entries[name] for name in _held(module, *entries)}
+        return _affine_identity(module)
 
     def calibrated(self, module: Any, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
         if not module.track_running_stats:
             return {}
         deviation = (variance + module.eps).sqrt()
-        entries = {"weight": deviation, "bias": mean, "running_mean": mean, "running_var": variance}
-        return {name: entries[name] for name in _held(module, *entries)}
+        statistics = {"running_mean": mean, "running_var": variance}
+        return _present(module, {"weight": deviation, "bias": mean, **statistics})
 
 
 @dataclass(frozen=True)
-class BatchNormRule(_Tracking):
+class BatchNormRule(_TrackingNormRule):
     """``nn.BatchNorm1d``, ``nn.BatchNorm2d``, ``nn.BatchNorm3d`` and ``nn.SyncBatchNorm``."""
 
     types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -54,7 +58,7 @@ class BatchNormRule(_Tracking):
 
 
 @dataclass(frozen=True)
-class InstanceNormRule(_Tracking):
+class InstanceNormRule(_TrackingNormRule):
     """``nn.InstanceNorm1d``, ``nn.InstanceNorm2d`` and ``nn.InstanceNorm3d``, which norm every channel by itself."""
 
     space: int
@@ -88,8 +92,7 @@ class GroupNormRule(RiderRule):
         return {"num_channels": width, "num_groups": width // self.group(module)[0]}
 
     def passing(self, module: Any) -> dict[str, Tensor]:
-        entries = {"weight": torch.ones(()), "bias": torch.zeros(())}
-        return {name: entries[name] for name in _held(module, *entries)}
+        return _affine_identity(module)
 
 
 @dataclass(frozen=True)

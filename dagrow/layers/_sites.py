@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from dagrow.layers._functional_layers import ENTRIES, functional_layers
+from dagrow.layers._functional_layers import ENTRIES, Tensors, functional_layers
 from dagrow.layers._rules import LayerRule, rule_for
 
 
@@ -38,49 +37,59 @@ class LayerSite:
 
 
 def layer_sites(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -> dict[fx.Node, LayerSite]:
-    """The layers of a graph that a rule knows, by their nodes."""
+    """The layers of a graph that a rule knows.
+
+    Args:
+        graph: of the model's forward.
+        model: whose modules and parameters the graph calls.
+        rules: the first that fits a layer speaks for it.
+
+    Returns:
+        Layers by the nodes at which they act.
+    """
     modules = dict(model.named_modules())
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    known = {name: rule_for(module, rules) for name, module in modules.items()}
-    found: dict[fx.Node, LayerSite] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    rule_of = {name: rule_for(module, rules) for name, module in modules.items()}
+    sites: dict[fx.Node, LayerSite] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            name, rule, inputs = str(node.target), known[str(node.target)], _only(node)
+            name, inputs = str(node.target), _only_argument(node)
+            rule = rule_of[name]
             if rule is not None and inputs is not None:
-                found[node] = LayerSite(name, modules[name], rule, inputs, owner=name)
+                sites[node] = LayerSite(name, modules[name], rule, inputs, owner=name)
         elif node.op in ("call_function", "call_method"):
-            layer = _functional(node, held, rules)
-            if layer is not None:
-                found[node] = layer
-    return _told_apart(found)
+            site = _functional_site(node, tensors, rules)
+            if site is not None:
+                sites[node] = site
+    return _with_unique_names(sites)
 
 
-def _told_apart(found: Mapping[fx.Node, LayerSite]) -> dict[fx.Node, LayerSite]:
+def _with_unique_names(sites: Mapping[fx.Node, LayerSite]) -> dict[fx.Node, LayerSite]:
     """Functions that use a layer's tensors otherwise than the layer does get names of their own."""
-    uses: dict[str, list[Any]] = {}
-    for layer in sorted(found.values(), key=lambda layer: bool(layer.paths)):  # modules keep their names
-        use = type(layer.module), dict(layer.paths)
-        if use not in uses.setdefault(layer.name, []):
-            uses[layer.name].append(use)
-    place = {node: uses[layer.name].index((type(layer.module), dict(layer.paths))) for node, layer in found.items()}
+    uses: dict[str, list[tuple[type[nn.Module], dict[str, str]]]] = {}
+    for site in sorted(sites.values(), key=lambda site: bool(site.paths)):  # modules keep their names
+        use = type(site.module), dict(site.paths)
+        if use not in uses.setdefault(site.name, []):
+            uses[site.name].append(use)
+    numbers = {node: uses[site.name].index((type(site.module), dict(site.paths))) for node, site in sites.items()}
     return {
-        node: replace(layer, name=f"{layer.name}[{place[node]}]") if place[node] else layer
-        for node, layer in found.items()
+        node: replace(site, name=f"{site.name}[{numbers[node]}]") if numbers[node] else site
+        for node, site in sites.items()
     }
 
 
-def _only(node: fx.Node) -> fx.Node | None:
+def _only_argument(node: fx.Node) -> fx.Node | None:
     """The one thing that a module is called with."""
-    given: list[Any] = [*node.args, *node.kwargs.values()]
-    return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None
+    arguments = [*node.args, *node.kwargs.values()]
+    return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], fx.Node) else None
 
 
-def _functional(node: fx.Node, held: Mapping[str, Tensor], rules: Sequence[LayerRule]) -> LayerSite | None:
-    for call in functional_layers(node, held):
-        rule = rule_for(call.module, rules)
-        if rule is not None and rule.channel_dim(call.inputs.meta["val"].ndim) >= 0:
-            first = next(iter(call.paths.values()))
+def _functional_site(node: fx.Node, tensors: Tensors, rules: Sequence[LayerRule]) -> LayerSite | None:
+    for layer in functional_layers(node, tensors):
+        rule = rule_for(layer.module, rules)
+        if rule is not None and rule.channel_dim(layer.inputs.meta["val"].ndim) >= 0:
+            first = next(iter(layer.paths.values()))
             owner, _, leaf = first.rpartition(".")
             name = owner if leaf in ENTRIES and owner else first
-            return LayerSite(name, call.module, rule, call.inputs, call.paths, owner, call.names)
+            return LayerSite(name, layer.module, rule, layer.inputs, layer.paths, owner, layer.names)
     return None

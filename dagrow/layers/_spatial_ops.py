@@ -8,6 +8,7 @@ from math import ceil, floor
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 Tables = Callable[[Sequence[int]], list[Tensor]]  #: sizes of the last dimensions -> tables ``[out, taps]``, -1 for none
 _POOLS = {f"{kind}_pool{d}d": d for kind in ("max", "avg", "lp") for d in (1, 2, 3)}
 _ADAPTIVE = {f"adaptive_{kind}_pool{d}d": d for kind in ("max", "avg") for d in (1, 2, 3)}
-_FIELDS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "output_size", "size", "scale_factor", "mode")
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "output_size", "size", "scale_factor", "mode")
 #: positional arguments behind the input
 _ORDERS: dict[str, tuple[str, ...]] = {
     "max": ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -53,21 +54,30 @@ _PADDING: dict[type[nn.Module], str] = {
 def tables_of(
     name: str | None, module: nn.Module | None, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Tables | None:
-    """The tables of an operation on ``args[0]``, or of a leaf module; None if it is none of space."""
+    """The tables of an operation, or of a leaf module.
+
+    Args:
+        name: of the operation.
+        module: the leaf module, whose name and arguments do not matter then.
+        args: of the operation, ``args[0]`` its input.
+        kwargs: of the operation.
+
+    Returns:
+        From sizes of the last dimensions to their tables; None if it is no operation on space.
+    """
     if module is not None:
-        name, given = _module_call(module)
+        name, settings = _module_call(module)
     else:
-        order = _ORDERS.get(_family(name), ())
-        given = {**dict(zip(order, args[1:], strict=False)), **(kwargs or {})}
-    if name is None or given.get("return_indices") or any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
+        settings = {**dict(zip(_ORDERS.get(_family(name), ()), args[1:], strict=False)), **(kwargs or {})}
+    if name is None or settings.get("return_indices") or any(isinstance(x, Tensor) for x in tree_leaves(settings)):
         return None
     if name in _POOLS:
-        return lambda sizes: _pool(given, sizes[-_POOLS[name] :])
+        return lambda sizes: _pool(settings, sizes[-_POOLS[name] :])
     if name in _ADAPTIVE:
-        return lambda sizes: _adaptive(given["output_size"], sizes[-_ADAPTIVE[name] :])
+        return lambda sizes: _adaptive_pool(settings["output_size"], sizes[-_ADAPTIVE[name] :])
     if name == "interpolate":
-        return lambda sizes: _interpolation(given, sizes[2:])
-    return (lambda sizes: _padding(given, sizes)) if name == "pad" else None
+        return lambda sizes: _interpolation(settings, sizes[2:])
+    return (lambda sizes: _padding(settings, sizes)) if name == "pad" else None
 
 
 def _family(name: str | None) -> str:
@@ -77,61 +87,65 @@ def _family(name: str | None) -> str:
 
 
 def _module_call(module: nn.Module) -> tuple[str | None, Mapping[str, Any]]:
+    """The operation that a module does, and its settings."""
     for kinds in (_MODULES, _PADDING):
         for kind, name in kinds.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
                 if kinds is _PADDING:
                     return "pad", {"pad": module.padding, "mode": name}
-                return name, {field: getattr(module, field) for field in _FIELDS if hasattr(module, field)}
+                return name, {field: getattr(module, field) for field in _SETTINGS if hasattr(module, field)}
     return None, {}
 
 
-def _each(value: Any, count: int) -> list[Any]:
+def _per_dimension(value: Any, count: int) -> list[Any]:
     if not isinstance(value, (tuple, list)):
         return [value] * count
     return list(value) * count if len(value) == 1 else list(value)
 
 
-def _pool(given: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+def _pool(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
     d = len(sizes)
-    kernel = _each(given["kernel_size"], d)
-    stride = _each(given.get("stride") or kernel, d)
-    padding, dilation = _each(given.get("padding", 0), d), _each(given.get("dilation", 1), d)
-    rounded = ceil if given.get("ceil_mode") else floor
-    found = []
-    for size, k, step, margin, spread in zip(sizes, kernel, stride, padding, dilation, strict=True):
-        out = rounded((size + 2 * margin - spread * (k - 1) - 1) / step) + 1
-        if (out - 1) * step >= size + margin:  # the last window must start inside
-            out -= 1
-        table = torch.arange(out)[:, None] * step - margin + torch.arange(k) * spread
-        found.append(table.where((table >= 0) & (table < size), -1))
-    return found
+    kernel = _per_dimension(settings["kernel_size"], d)
+    stride = _per_dimension(settings.get("stride") or kernel, d)
+    padding = _per_dimension(settings.get("padding", 0), d)
+    dilation = _per_dimension(settings.get("dilation", 1), d)
+    rounded = ceil if settings.get("ceil_mode") else floor
+    tables = []
+    for size, taps, step, margin, gap in zip(sizes, kernel, stride, padding, dilation, strict=True):
+        windows = rounded((size + 2 * margin - gap * (taps - 1) - 1) / step) + 1
+        if (windows - 1) * step >= size + margin:  # the last window must start inside
+            windows -= 1
+        table = torch.arange(windows)[:, None] * step - margin + torch.arange(taps) * gap
+        tables.append(table.where((table >= 0) & (table < size), -1))
+    return tables
 
 
-def _adaptive(wanted: Any, sizes: Sequence[int]) -> list[Tensor]:
-    found = []
-    for size, out in zip(sizes, _each(wanted, len(sizes)), strict=True):
-        out = size if out is None else out
-        starts, ends = torch.arange(out) * size // out, -(-(torch.arange(1, out + 1) * size) // out)
+def _adaptive_pool(output_size: Any, sizes: Sequence[int]) -> list[Tensor]:
+    tables = []
+    for size, windows in zip(sizes, _per_dimension(output_size, len(sizes)), strict=True):
+        windows = size if windows is None else windows
+        starts, ends = torch.arange(windows) * size // windows, -(-(torch.arange(1, windows + 1) * size) // windows)
         table = starts[:, None] + torch.arange(int((ends - starts).max()))
-        found.append(table.where(table < ends[:, None], -1))
-    return found
+        tables.append(table.where(table < ends[:, None], -1))
+    return tables
 
 
-def _interpolation(given: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+def _interpolation(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
     """The nearest entry, whatever the mode."""
-    d = len(sizes)
-    size, scale = given.get("size"), given.get("scale_factor")
-    outs = _each(size, d) if size is not None else [floor(s * f) for s, f in zip(sizes, _each(scale, d), strict=True)]
-    return [(torch.arange(out) * s // out)[:, None] for s, out in zip(sizes, outs, strict=True)]
+    d, outputs, scale = len(sizes), settings.get("size"), settings.get("scale_factor")
+    if outputs is None:
+        outputs = [floor(size * factor) for size, factor in zip(sizes, _per_dimension(scale, d), strict=True)]
+    outputs = _per_dimension(outputs, d)
+    return [(torch.arange(output) * size // output)[:, None] for size, output in zip(sizes, outputs, strict=True)]
 
 
-def _padding(given: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
-    pad, mode = list(given["pad"]), given.get("mode", "constant")
-    count = len(pad) // 2
-    found = []
-    for index, size in enumerate(sizes[-count:]):
-        sides = pad[2 * (count - 1 - index) :][:2]
-        line = torch.arange(1, size + 1, dtype=torch.float64).view(1, 1, -1)
-        found.append(functional.pad(line, sides, mode=mode).view(-1, 1).long() - 1)
-    return found
+def _padding(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
+    """The last dimensions are padded, and their margins come last dimension first."""
+    margins, mode = list(settings["pad"]), settings.get("mode", "constant")
+    padded = sizes[len(sizes) - len(margins) // 2 :]
+    tables = []
+    for size, sides in zip(padded, reversed([*zip(margins[::2], margins[1::2], strict=True)]), strict=True):
+        numbers = torch.arange(1, size + 1, dtype=torch.float64)
+        line = functional.pad(rearrange(numbers, "entries -> 1 1 entries"), sides, mode=mode)
+        tables.append(rearrange(line, "1 1 entries -> entries 1").long() - 1)
+    return tables
