@@ -99,6 +99,10 @@ class GroupedRule(_AnyConvolutionRule, RiderRule):
     Where a group writes more channels than it reads, or fewer, the kernels of the others start at random.
 
     Within a group every output reads every input, so that groups grow as a whole; other groups never see a new one.
+
+    Args:
+        space: dimensions of space.
+        transposed: whether it is of a transposed convolution.
     """
 
     def covers(self, module: Any) -> bool:
@@ -137,8 +141,15 @@ class GroupedRule(_AnyConvolutionRule, RiderRule):
 
 @dataclass(frozen=True)
 class BlockConvolutionRule(ConvolutionRule):
-    """A convolution with groups as an edge: every group has weights of its own, and a new channel in each grows it
-    within the groups. Where whole groups cannot be added, these can."""
+    """A convolution with groups as an edge, where whole groups cannot be added.
+
+    Every group has weights of its own, and a new channel in each grows it within the groups.
+
+    Args:
+        space: dimensions of space.
+        transposed: whether it is of a transposed convolution.
+        groups: how many.
+    """
 
     groups: int = 1
 

@@ -114,8 +114,10 @@ def _sources(arguments: Mapping[str, Any], tensors: Tensors) -> dict[str, Parame
 
 
 def _settings(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The other arguments, with numbers for nodes that follow from the sizes of parameters and for a count of groups;
-    None if one is computed from the input."""
+    """The other arguments; None if one is computed from the input.
+
+    Nodes that follow from the sizes of parameters, and a count of groups, are given as numbers.
+    """
     settings = {}
     for name, value in arguments.items():
         if name not in ("input", *ENTRIES):

@@ -45,7 +45,14 @@ class Geometry:
         return tuple(range(-self.space, 0))
 
     def plain(self, image: Tensor) -> tuple[Tensor, "Geometry"]:
-        """The same patches from an image with nothing but zeros around it, and nothing in between."""
+        """The same patches from an image with nothing but zeros around it, and nothing in between.
+
+        Args:
+            image: ``[n, c, *space]``.
+
+        Returns:
+            Such an image, and the geometry of its patches.
+        """
         image = image if self.stuffing is None else stuffed(image, self.stuffing)
         if self.mode == "zeros":
             return image, replace(self, stuffing=None)
@@ -53,7 +60,14 @@ class Geometry:
         return padded, replace(self, margins=((0, 0),) * self.space, mode="zeros", stuffing=None)
 
     def patches(self, image: Tensor) -> Tensor:
-        """``[n, c, *space]`` to ``[n, positions, c taps]``."""
+        """What each position of the output reads.
+
+        Args:
+            image: ``[n, c, *space]``.
+
+        Returns:
+            ``[n, positions, c taps]``.
+        """
         image, plain = self.plain(image)
         windows = plain.padded(image)
         for dim, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), start=2):
@@ -74,11 +88,27 @@ class Geometry:
         return all(step == 1 for step in self.stride) and prod(self.kernel) > 1
 
     def offsets(self, dim: int) -> tuple[int, ...]:
-        """Where each tap reads, relative to the output position, at stride 1."""
+        """Where each tap reads, relative to the output position, at stride 1.
+
+        Args:
+            dim: of space.
+
+        Returns:
+            An offset for each tap.
+        """
         return tuple(tap * self.dilation[dim] - self.margins[dim][0] for tap in range(self.kernel[dim]))
 
     def convolved(self, image: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-        """``W b`` at every position: ``weight [G o, c taps]``."""
+        """``W b`` at every position.
+
+        Args:
+            image: ``[n, G c, *space]``.
+            weight: ``[G o, c taps]``.
+            groups: ``G``.
+
+        Returns:
+            ``[n, G o, *positions]``.
+        """
         kernel = weight.view(len(weight), image.shape[1] // groups, *self.kernel)
         kernel = kernel if self.stuffing is None else kernel.flip(self._space_dims)
         image, plain = self.plain(image)
@@ -90,9 +120,15 @@ class Geometry:
         return convolve(image, kernel, stride=self.stride, padding=margins, dilation=self.dilation, groups=groups)
 
     def crossed(self, image: Tensor, goals: Tensor, groups: int = 1) -> Tensor:
-        """The sum over samples and positions of patches times goals ``[n, G o, *positions]``: ``[G, c taps, o]``.
+        """The sum over samples and positions of patches times goals: a convolution's weight gradient.
 
-        That is a convolution's weight gradient.
+        Args:
+            image: ``[n, G c, *space]``.
+            goals: ``[n, G o, *positions]``.
+            groups: ``G``.
+
+        Returns:
+            ``[G, c taps, o]``.
         """
         image, plain = self.plain(image)
         sums = weight_gradient(image, goals, plain.margins, self.kernel, self.dilation, groups, self.stride)
@@ -100,7 +136,15 @@ class Geometry:
         return rearrange(sums, "(g o) c ... -> g (c ...) o", g=groups)
 
     def summed(self, image: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
-        """Weighted sums of patches over positions: ``[..., *space]`` to ``[..., taps]``."""
+        """Weighted sums of patches over positions.
+
+        Args:
+            image: ``[..., *space]``.
+            weights: for each dimension of space those of its positions, which multiply.
+
+        Returns:
+            ``[..., taps]``.
+        """
         first = image.ndim - self.space  # each dimension of space is taken from the front, and its taps come last
         for table, line in zip(self.tables(image.shape[first:]), weights, strict=True):
             read = functional.one_hot(table + 1, image.shape[first] + 1)[..., 1:].to(image)
@@ -108,11 +152,25 @@ class Geometry:
         return image.flatten(first)
 
     def padded(self, image: Tensor) -> Tensor:
-        """The image with its margins of zeros."""
+        """The image with its margins of zeros.
+
+        Args:
+            image: ``[n, c, *space]``.
+
+        Returns:
+            ``[n, c, *space]``, larger.
+        """
         return functional.pad(image, _flat(self.margins))
 
     def tables(self, sizes: Sequence[int]) -> list[Tensor]:
-        """Which entry of the image each tap reads, by dimension of space: ``[out, kernel]``, -1 where there is none."""
+        """Which entry of the image each tap reads.
+
+        Args:
+            sizes: of the image, by dimension of space.
+
+        Returns:
+            By dimension of space ``[out, kernel]``, -1 where there is none.
+        """
         return [self._along(d)._table(size) for d, size in enumerate(sizes)]
 
     def _along(self, d: int) -> "Geometry":
@@ -127,7 +185,14 @@ class Geometry:
         return self.patches(rearrange(numbers, "entries -> 1 1 entries"))[0].long() - 1
 
     def sizes(self, image: Sequence[int]) -> list[int]:
-        """The output's size for an image's, by dimension of space."""
+        """The output's size.
+
+        Args:
+            image: sizes of the image, by dimension of space.
+
+        Returns:
+            By dimension of space.
+        """
         stuffing = self.stuffing or (1,) * self.space
         return [
             (stuffing[d] * (size - 1) + 1 + sum(self.margins[d]) - self.dilation[d] * (self.kernel[d] - 1) - 1)

@@ -12,8 +12,14 @@ from dagrow.layers._rules import EdgeRule
 
 
 class Product(nn.Module):
-    """A product with a parameter: ``x W + b``, or ``W x`` where features are columns. ``W`` is ``[o, i]``, or the
-    parameter is its transpose."""
+    """A product with a parameter: ``x W^T + b``, or ``W x`` where features are columns.
+
+    Args:
+        weight: ``W [o, i]``, or its transpose.
+        bias: ``[o]``, or None.
+        turned: whether the weight is the transpose.
+        columns: whether features are columns ``[..., i, s]`` instead of rows ``[..., s, i]``.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, turned: bool, columns: bool = False) -> None:
         super().__init__()
@@ -21,6 +27,14 @@ class Product(nn.Module):
         self.out_features, self.in_features = reversed(weight.shape) if turned else weight.shape
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The product.
+
+        Args:
+            inputs: rows ``[..., i]`` or columns ``[..., i, s]``.
+
+        Returns:
+            ``[..., o]``, or ``[..., o, s]``.
+        """
         weight = self.weight.T if self.turned else self.weight
         product = weight @ inputs if self.columns else inputs @ weight.T
         return product if self.bias is None else product + self.bias

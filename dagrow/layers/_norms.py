@@ -1,5 +1,7 @@
-"""Layers with entries of their own for each channel: norms and PReLU. New channels are calibrated where norms keep
-statistics, so that they pass unchanged."""
+"""Layers with entries of their own for each channel: norms and PReLU.
+
+New channels are calibrated where norms keep statistics, so that they pass unchanged.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,10 @@ def _affine_identity(module: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _TrackingNormRule(RiderRule):
-    """A norm that may keep statistics. With running mean m, variance s^2, weight sqrt(s^2 + eps) and bias m it is the
-    identity in eval mode."""
+    """A norm that may keep statistics.
+
+    With running mean m, variance s^2, weight sqrt(s^2 + eps) and bias m it is the identity in eval mode.
+    """
 
     def attributes(self, module: nn.Module, width: int) -> dict[str, int]:
         return {"num_features": width}

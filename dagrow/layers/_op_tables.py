@@ -1,6 +1,6 @@
 """What torch operations do to channels, by class of operation. No operation is assumed harmless: unknown freezes."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
 
@@ -85,38 +85,21 @@ UNIFORM = frozenset(
     zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full
     """.split()
 )
-_POINTWISE_MODULES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.RReLU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Softsign,
-    nn.Tanhshrink,
-    nn.LogSigmoid,
-    nn.Hardtanh,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardshrink,
-    nn.Softshrink,
-    nn.Threshold,
-    nn.PReLU,  # one with a slope for each channel has a rule of its own
+#: a PReLU with a slope for each channel has a rule of its own
+_POINTWISE_MODULES = tuple(
+    getattr(nn, name)
+    for name in """
+    Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout ReLU ReLU6 LeakyReLU RReLU ELU CELU
+    SELU GELU SiLU Mish Tanh Sigmoid Softplus Softsign Tanhshrink LogSigmoid Hardtanh Hardsigmoid Hardswish Hardshrink
+    Softshrink Threshold PReLU
+    """.split()
 )
+#: those of them that make something else of 0
+_SHIFTING_MODULES = (
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Sigmoid, nn.Softplus, nn.LogSigmoid),
+    *(nn.Hardsigmoid, nn.Hardtanh, nn.Threshold),
+)
+_MOVE_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 #: modules that are known not to grow
 REFUSALS: dict[type[nn.Module], str] = {
     nn.RNNBase: "is recurrent: its state would have to grow along",
@@ -124,39 +107,60 @@ REFUSALS: dict[type[nn.Module], str] = {
     nn.Embedding: "is a table, which no rule widens",
     nn.EmbeddingBag: "is a table, which no rule widens",
 }
-_MOVE_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+
+
+def _is_one_of(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Of a type, or of a subclass that keeps its forward."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_move_module(module: nn.Module) -> bool:
-    """Whether the module only moves entries."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _MOVE_MODULES)
+    """Whether the module only moves entries.
+
+    Args:
+        module: of any class.
+
+    Returns:
+        Whether it is of such a type with the type's own forward.
+    """
+    return _is_one_of(module, _MOVE_MODULES)
 
 
 def is_pointwise_module(module: nn.Module) -> bool:
-    """Whether the module computes each entry from itself alone, in the same way for every channel."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _POINTWISE_MODULES)
+    """Whether the module computes each entry from itself alone, in the same way for every channel.
+
+    Args:
+        module: of any class.
+
+    Returns:
+        Whether it is of such a type with the type's own forward.
+    """
+    return _is_one_of(module, _POINTWISE_MODULES)
 
 
 def keeps_zero(module: nn.Module) -> bool:
-    """Whether a module that computes each entry from itself alone makes 0 of 0."""
-    return is_pointwise_module(module) and not isinstance(
-        module,
-        (
-            nn.AlphaDropout,
-            nn.FeatureAlphaDropout,
-            nn.Sigmoid,
-            nn.Softplus,
-            nn.LogSigmoid,
-            nn.Hardsigmoid,
-            nn.Hardtanh,
-            nn.Threshold,
-        ),
-    )
+    """Whether the module computes each entry from itself alone and makes 0 of 0.
+
+    Args:
+        module: of any class.
+
+    Returns:
+        False where that is not known.
+    """
+    return is_pointwise_module(module) and not isinstance(module, _SHIFTING_MODULES)
 
 
 def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] | None:
-    """The dimensions along which entries meet in an operation that keeps the shape, as in a norm or softmax. Else
-    None."""
+    """The dimensions along which entries meet in an operation that keeps the shape, as in a norm or softmax.
+
+    Args:
+        node: the operation.
+        module: that it calls, if it calls one.
+        ndim: of its input.
+
+    Returns:
+        None for any other operation.
+    """
     name = op_name(node)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return list(range(ndim - len(module.normalized_shape), ndim))
@@ -176,16 +180,32 @@ def mixed_dims(node: fx.Node, module: nn.Module | None, ndim: int) -> list[int] 
 
 
 def reduced_dims(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The dimensions over which a reduction takes its input."""
-    ndim, at = args[0].ndim, 2 if op_name(node) in {"norm", "linalg_vector_norm"} else 1
-    dims = args[at] if len(args) > at else kwargs.get("dim", kwargs.get("axis"))
+    """The dimensions over which a reduction takes its input.
+
+    Args:
+        node: the reduction.
+        args: its arguments, the input first.
+        kwargs: its keyword arguments.
+
+    Returns:
+        From 0 on; all of them where none are named.
+    """
+    ndim, place = args[0].ndim, 2 if op_name(node) in {"norm", "linalg_vector_norm"} else 1
+    dims = args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis"))
     if dims is None or isinstance(dims, bool):
         return tuple(range(ndim))
     return tuple(d % ndim for d in ((dims,) if isinstance(dims, int) else dims))
 
 
 def op_name(node: fx.Node) -> str | None:
-    """The operation's plain name: ``add`` for ``torch.add``, ``Tensor.add_``, ``operator.iadd`` and ``+``."""
+    """The operation's plain name.
+
+    Args:
+        node: a call of a function or a method.
+
+    Returns:
+        ``add`` for ``torch.add``, ``Tensor.add_``, ``operator.iadd`` and ``+``; None for a function of others.
+    """
     if node.target is getattr and len(node.args) > 1:
         return str(node.args[1])
     return _plain_name(node.op, node.target)
@@ -221,28 +241,40 @@ _FROM_ONE = frozenset(
     abs absolute log log10 log2 reciprocal rsqrt sqrt square
     """.split()
 )
+#: the same numbers, elsewhere
+_COPIES = MOVES | {"to", "contiguous", "clone", "float", "double", "type", "data", "detach"}
 
 
-def identity_of(name: str | None) -> float:
+def _identity_of(name: str | None) -> float:
     """The entry of a per-channel operand that leaves the channel as it is: 1 for products, 0 otherwise."""
     return 1.0 if name in _PRODUCTS_OF_TWO else 0.0
 
 
 def neutral_entries(node: fx.Node) -> set[float]:
-    """What leaves a channel as it is, at each operation that computes with a tensor used directly."""
-    found: set[float] = set()
+    """What leaves a channel as it is, at each operation that computes with a tensor used directly.
+
+    Args:
+        node: that reads the tensor.
+
+    Returns:
+        The entries, one if all operations agree.
+    """
+    entries: set[float] = set()
     for user in node.users:
         name = op_name(user)
-        moved = name in MOVES or name in {"to", "contiguous", "clone", "float", "double", "type", "data", "detach"}
-        found |= neutral_entries(user) if moved else {1.0 if name in _FROM_ONE else identity_of(name)}
-    return found
+        entries |= neutral_entries(user) if name in _COPIES else {1.0 if name in _FROM_ONE else _identity_of(name)}
+    return entries
 
 
 def binds(node: fx.Node, live: Set[fx.Node]) -> bool:
     """Whether a tensor used directly meets activations entry by entry, rather than in what is computed from it.
 
     Args:
+        node: that reads the tensor, or computes from it.
         live: nodes that depend on an input of the model.
+
+    Returns:
+        Whether any of its users does.
     """
     for user in node.users:
         name = op_name(user)
@@ -255,7 +287,14 @@ def binds(node: fx.Node, live: Set[fx.Node]) -> bool:
 
 
 def executor(node: fx.Node) -> Callable[..., object]:
-    """A callable that runs the node's operation."""
+    """What runs a node's operation.
+
+    Args:
+        node: a call of a function or a method.
+
+    Returns:
+        A callable that takes the node's arguments.
+    """
     if node.op == "call_method":
         return _method(str(node.target))
     assert callable(node.target)

@@ -19,6 +19,9 @@ class OperationRule:
             tensors, or module classes.
         kind: ``"pointwise"``, entry by entry of its tensors after broadcasting, in the same way for each channel; or
             ``"moves"``, entries are moved, repeated or dropped but never computed with: it is run on whole numbers.
+
+    Raises:
+        TraceError: the kind is another one, or targets are no tuple of such.
     """
 
     targets: tuple[Any, ...]
@@ -34,7 +37,15 @@ class OperationRule:
             )
 
     def covers(self, node: fx.Node, module: nn.Module | None) -> bool:
-        """Whether the rule speaks for a node of the graph, which calls the module if it calls one."""
+        """Whether the rule speaks for a node of the graph.
+
+        Args:
+            node: of any kind.
+            module: that the node calls, if it calls one.
+
+        Returns:
+            Whether it is one of the targets.
+        """
         if module is not None:
             return type(module) in self.targets
         return any(node.target is target or node.target == target for target in self.targets)

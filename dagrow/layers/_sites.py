@@ -32,7 +32,14 @@ class LayerSite:
     names: tuple[str, ...] = ()
 
     def path(self, entry: str) -> str:
-        """The model's name of a parameter or buffer."""
+        """The model's name of a parameter or buffer.
+
+        Args:
+            entry: its name in the rule.
+
+        Returns:
+            Its path in the model.
+        """
         return self.paths.get(entry) or f"{self.name}.{entry}"
 
 
