@@ -1,4 +1,4 @@
-"""FLOPs counted from the graph are those that torch counts while the model runs."""
+"""FLOPs counted from the graph are those that torch counts while the model runs; coverage counts parameters."""
 
 from typing import Any
 
@@ -141,3 +141,12 @@ def test_the_cost_of_a_growth_counts_all_calls_and_all_windows() -> None:
     growth.apply()
     assert dag.flop_count() - before == growth.cost.flops
     assert dag.flop_count() == counted(model, x)
+
+
+def test_coverage_counts_every_parameter_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    coverage = dagrow.trace(model, torch.randn(2, 3, 8, 8)).coverage()
+    assert coverage.parameters == sum(p.numel() for p in model.parameters())
+    assert coverage.growable == {"0": 112, "1": 8, "2": 40, "3": 10}
+    assert coverage.share == 1
+    assert "100.0% of 170 parameters" in str(coverage).replace("\n", " ").replace("  ", " ")

@@ -1,89 +1,60 @@
-"""Rules of a user's own, and what a dag says of what it cannot grow."""
+"""A rule for a type of layer of a user's own: it is asked before those that dagrow has, and only of its own forward."""
 
-import copy
-from typing import Any
+from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.layers import OperationRule
-from dagrow.testing._axis_trial import try_axis
+from dagrow.layers import DEFAULT_RULES, RiderRule, rule_for, with_constant
 
 
-class Mystery(nn.Module):
-    """Looked into, it sorts; the user knows that it is to be taken as a function of each entry."""
+class Scale(nn.Module):
+    """A Bessel function, which no rule knows, so that nothing but its own rule lets channels through."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sort(-1).values * 0 + x
-
-
-class Net(nn.Module):
-    def __init__(self, between: Any) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.a, self.between, self.b = nn.Linear(4, 6), between, nn.Linear(6, 2)
+        self.width, self.weight = width, nn.Parameter(torch.rand(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.between(self.a(x)))
+        return torch.special.i0(x) * self.weight
 
 
-class Function(nn.Module):
+class Shifted(Scale):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.i0(x)
+        return super().forward(x) + 1
 
 
-class Reversed(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.fliplr(x)
+@dataclass(frozen=True)
+class ScaleRule(RiderRule):
+    types = (Scale,)
+
+    def channel_dim(self, ndim: int) -> int:
+        return ndim - 1
+
+    def attributes(self, module: nn.Module, width: int) -> dict[str, int]:
+        return {"width": width}
+
+    def passing(self, module: nn.Module) -> dict[str, Tensor]:
+        return {"weight": torch.ones(())}
 
 
-def dag_of(between: nn.Module, *rules: OperationRule) -> dagrow.Dag:
+def test_an_axis_grows_through_a_layer_with_a_rule_of_its_own() -> None:
     torch.manual_seed(0)
-    return dagrow.trace(Net(between).double(), torch.randn(4, 4, dtype=torch.float64), rules=rules)
+    model, x = nn.Sequential(nn.Linear(3, 4), Scale(4), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    assert not dagrow.trace(model, x).axis("0").growable
+    dag, before = dagrow.trace(model, x, rules=[ScaleRule()]), model(x)
+    loss = nn.MSELoss()
+    (growth,) = dagrow.propose(dag, [(x, torch.randn(5, 2).double())], loss, [dagrow.AddNeurons(k=2, folds=1)])
+    growth.apply(0.0)
+    assert model[1].width == 6
+    assert model[1].weight.tolist()[4:] == [1.0, 1.0]
+    torch.testing.assert_close(model(x), before)
 
 
-@pytest.mark.parametrize(
-    ("between", "rule"),
-    [
-        (Mystery(), OperationRule((Mystery,), "pointwise")),
-        (Function(), OperationRule((torch.special.i0,), "pointwise")),
-        (Reversed(), OperationRule((torch.fliplr,), "moves")),
-    ],
-)
-def test_a_rule_for_an_operation_lets_an_axis_grow(between: nn.Module, rule: OperationRule) -> None:
-    axis = dag_of(between).axis("a")
-    assert not axis.growable
-    dag = dag_of(between, rule)
-    assert dag.axis("a").growable
-    inputs = [torch.randn(n, 4, dtype=torch.float64) for n in (4, 3)]
-    if not isinstance(between, Mystery):
-        assert try_axis(dag, "a", inputs) is None
-    assert copy.deepcopy(dag).axis("a").growable
-
-
-def test_bad_rules_are_refused() -> None:
-    with pytest.raises(dagrow.DagrowError, match="neither 'pointwise' nor 'moves'"):
-        OperationRule((torch.relu,), "mixes")  # type: ignore[arg-type]
-    with pytest.raises(dagrow.DagrowError, match="give a tuple of functions"):
-        OperationRule((3,), "moves")
-    with pytest.raises(dagrow.DagrowError, match="EdgeRule, RiderRule or OperationRule"):
-        dagrow.trace(nn.Linear(2, 2), torch.ones(1, 2), rules=[torch.relu])  # type: ignore[list-item]
-
-
-def test_what_no_rule_knows_is_told_with_its_line_and_the_layers_that_it_freezes() -> None:
-    coverage = dag_of(Function()).coverage()
-    assert coverage.share == 0
-    assert coverage.frozen == {"a": 30, "b": 14}
-    reason = next(why for why in coverage.reasons if "operation special_i0 has no rule [test_rules.py:" in why)
-    assert "a" in coverage.reasons[reason] or "b" in coverage.reasons[reason]
-    assert "operation special_i0 has no rule" in str(coverage).replace("\n", " ")
-
-
-def test_coverage_counts_every_parameter_once() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
-    coverage = dagrow.trace(model, torch.randn(2, 3, 8, 8)).coverage()
-    assert coverage.parameters == sum(p.numel() for p in model.parameters())
-    assert coverage.growable == {"0": 112, "1": 8, "2": 40, "3": 10}
-    assert coverage.share == 1
-    assert "100.0% of 170 parameters" in str(coverage).replace("\n", " ").replace("  ", " ")
+def test_rules_speak_for_a_class_and_for_subclasses_that_keep_its_forward() -> None:
+    rules = (ScaleRule(), *DEFAULT_RULES)
+    assert rule_for(Scale(2), rules) is rules[0]
+    assert rule_for(Shifted(2), rules) is None
+    assert rule_for(nn.Linear(2, 2), DEFAULT_RULES) is DEFAULT_RULES[0]
+    assert with_constant(torch.zeros(3, 2), True).tolist() == [[0.0, 0.0, 1.0]] * 3
