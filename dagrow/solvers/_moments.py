@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dagrow.solvers._linalg import Whitening, whitening
 
-Pair = tuple[Hashable, Hashable]
+Pair = tuple[Hashable, Hashable]  #: of features
 
 
 def distinct(pairs: Iterable[Pair]) -> list[Pair]:
@@ -192,4 +192,4 @@ class FoldView(MomentView):
         return total.to(dtype)
 
 
-FoldSplit = list[tuple[FoldView, FoldView]]
+FoldSplit = list[tuple[FoldView, FoldView]]  #: for each fold the moments of all others and its own
