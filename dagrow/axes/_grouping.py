@@ -1,5 +1,7 @@
-"""Axes: channels that were written, read and carried by the same things grow together. In comes a labelling, out go
-layouts of axes."""
+"""Axes: channels that were written, read and carried by the same things grow together.
+
+In comes a labelling, out go layouts of axes.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

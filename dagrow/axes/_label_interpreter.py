@@ -50,6 +50,10 @@ class LabelInterpreter(ABC):
     Nodes have ``meta["module"]``, the module that they call or None, and ``meta["kind"]``, what a user's rule says.
     Besides the abstract methods, a subclass may define the hooks ``comparable``, ``call_arguments``,
     ``check_taken_together`` and ``check_product``, and what becomes of a class of operations.
+
+    Attributes:
+        model: the model.
+        layers: the nodes of layers that a rule knows.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> None:
@@ -107,7 +111,7 @@ class LabelInterpreter(ABC):
             return False
         return not bool((self.comparable(entries) == self.comparable(first)).all())
 
-    def run(self, nodes: Iterable[fx.Node], values: Values) -> Values:
+    def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
         """Adds the nodes' values to ``values``."""
         for node in nodes:
             try:
@@ -115,7 +119,6 @@ class LabelInterpreter(ABC):
             except _FAILURES:
                 touched = [values[source] for source in node.all_input_nodes]
                 values[node] = self.unknown(node, touched, f"operation {op_name(node)} cannot run on labels")
-        return values
 
     def evaluate(self, node: fx.Node, values: Values) -> Any:
         """The node's value, from those of the nodes before it."""

@@ -1,5 +1,8 @@
-"""Tensors of labels. Most are repeated along most of their dimensions, and stay so: a repeated (stride 0) dimension
-costs nothing. In come tensors of whole numbers, out go others."""
+"""Tensors of labels: what is repeated along a dimension stays repeated.
+
+In come tensors of whole numbers, out go others. Most are the same along most of their dimensions, which have stride 0
+then and cost nothing.
+"""
 
 import math
 from collections.abc import Sequence

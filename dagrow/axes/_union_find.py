@@ -1,5 +1,6 @@
-"""Which labels are one class: union-find over whole tensors at a time. In come tensors of labels that meet, out go
-their representatives and why a class is frozen.
+"""Which labels are one class: union-find over whole tensors at a time.
+
+In come tensors of labels that meet, out go their representatives and why a class is frozen.
 
 Tensors of labels are small and there are many of them, so that numpy's arrays, which share their memory, serve here.
 """

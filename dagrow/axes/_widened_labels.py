@@ -134,9 +134,7 @@ class WidenedLabeller(ChannelLabeller):
         waiting, seen = sorted(starts), set(starts)
         while waiting:
             node = heapq.heappop(waiting)
-            layer = self.layers.get(node)
-            is_passed = node in starts or layer is None or layer.name not in self.before.rows
-            if self._changes(node) and is_passed:
+            if self._changes(node):
                 self.reached.append(node)
                 for user in node.users:
                     if user not in seen:
@@ -154,9 +152,10 @@ class WidenedLabeller(ChannelLabeller):
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             name = op_name(node) or str(node.target)
             raise CannotWidenError(located(node, f"{name} does not accept the wider axis")) from error
-        before = self.before.values[node]
-        check_numbers(node, node in self.layers, self.values, self.before.values, self.sizes)
-        if self._is_unchanged(value, before):
+        layer, before = self.layers.get(node), self.before.values[node]
+        check_numbers(node, layer is not None, self.values, self.before.values, self.sizes)
+        only_reads = layer is not None and layer.name in self.before.rows and layer.name not in self.row_maps
+        if only_reads or self._is_unchanged(value, before):
             return False
         if not self._is_checked(node, value, before):
             if node.meta.get("baked") and value != before:
@@ -188,8 +187,7 @@ class WidenedLabeller(ChannelLabeller):
             self.literals[node] = node.args[:end], {**node.kwargs, "scale": width**-0.5}
 
     def _is_checked(self, node: fx.Node, value: Any, before: Any) -> bool:
-        """Whether a node gives out the very tensor of labels that it got, now and before, and that was checked as the
-        classes are now."""
+        """Whether a node gives out the labels that it got, now and before, checked as the classes are now."""
         return isinstance(value, Tensor) and any(
             self._checked.get(source) == self.classes.unions
             and value is self.values[source]

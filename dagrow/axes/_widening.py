@@ -113,8 +113,10 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
 
 
 def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLayout, k: int) -> WidenedLabeller:
-    """A run in which a number that a module states changes wherever it is used, if there is one that fits; else one
-    in which sizes change only where they must."""
+    """A run in which a number that a module states changes wherever it is used, if there is one that fits.
+
+    Else one in which sizes change only where they must.
+    """
     sizes: dict[AttributePath, int] = {}
     fitting, first_error = None, None
     while True:

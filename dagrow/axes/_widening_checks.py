@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -70,8 +71,8 @@ def check_order(node: fx.Node, classes: UnionFind, first_new: int, labels: Tenso
     """Old labels stay where they were among themselves."""
     if [s == 0 for s in labels.stride()] == [s == 0 for s in before.stride()]:
         labels, before = unexpanded(labels), unexpanded(before)
-    roots = classes.roots(labels).flatten()
-    if not torch.equal(roots[roots < first_new], classes.roots(before).flatten()):
+    roots = classes.roots(labels).numpy().ravel()
+    if not np.array_equal(roots[roots < first_new], classes.roots(before).numpy().ravel()):
         raise CannotWidenError(located(node, f"{_name(node)} would take other channels than before"))
 
 
