@@ -201,7 +201,7 @@ class LabelInterpreter(ABC):
     def created(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """A constant, whose shape may follow a width. Channels stay apart in one that is the same everywhere."""
         name = str(op_name(node))
-        shaping = {name: value for name, value in kwargs.items() if name not in ("device", "dtype", "generator")}
+        shaping = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "generator")}
         constant = executor(node)(*args, **shaping, **_NOWHERE)
         assert isinstance(constant, Tensor)
         if name in UNIFORM:

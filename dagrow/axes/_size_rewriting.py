@@ -41,7 +41,7 @@ def rewritten_arguments(
     values: Values,
     before: Values,
     shapes: Shapes,
-    is_old: Callable[[Tensor], Tensor],
+    is_new: Callable[[Tensor], Tensor],
 ) -> Arguments | None:
     """The node's arguments with the sizes that its results need, or None.
 
@@ -51,14 +51,14 @@ def rewritten_arguments(
         values: of nodes in the grown network.
         before: their labels of channels before.
         shapes: of the results.
-        is_old: which labels are not of new channels.
+        is_new: which labels are of new channels.
     """
     name, (args, kwargs) = op_name(node), arguments
     if name in ("split", "split_with_sizes"):
         return _split(node, args, kwargs, shapes)
     (shape,) = shapes if len(shapes) == 1 else (None,)
     if name == "getitem" and shape is not None and isinstance(values[args[0]], Tensor):
-        return _sliced(args, values[args[0]], before[args[0]], shape, is_old)
+        return _sliced(args, values[args[0]], before[args[0]], shape, is_new)
     if shape is None or kwargs or name not in ("view", "reshape", "expand", "unflatten"):
         return None
     result = node.meta["val"].shape
@@ -120,7 +120,7 @@ def _split(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], shap
 
 
 def _sliced(
-    args: tuple[Any, ...], grown: Tensor, before: Tensor, shape: torch.Size, is_old: Callable[[Tensor], Tensor]
+    args: tuple[Any, ...], grown: Tensor, before: Tensor, shape: torch.Size, is_new: Callable[[Tensor], Tensor]
 ) -> Arguments | None:
     """A slice from the same old channel on, of the wanted length; None if it is cut by anything but numbers."""
     index = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
@@ -137,7 +137,7 @@ def _sliced(
         if not all(bound is None or isinstance(bound, int) for bound in (cut.start, cut.stop)):
             return None
         first = cut.indices(before.shape[dim])[0]
-        old = torch.nonzero(is_old(unexpanded(grown)).movedim(dim, 0).flatten(1).all(1)).flatten()
+        old = torch.nonzero(~is_new(unexpanded(grown)).movedim(dim, 0).flatten(1).any(1)).flatten()
         start = int(old[first]) if first else 0
         end = start + shape[dim]
         index[dim] = slice(start if cut.start else cut.start, None if cut.stop is None else end)

@@ -20,19 +20,12 @@ from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap, arrived_units, insert_along, insert_units
 from dagrow.axes._label_interpreter import located, moved
 from dagrow.axes._label_tensors import NO_CHANNEL, tensors_in, unexpanded
-from dagrow.axes._size_rewriting import (
-    Arguments,
-    Shapes,
-    expected_shape,
-    rewritten_arguments,
-    unflattened_sizes,
-)
+from dagrow.axes._size_rewriting import Arguments, Shapes, expected_shape, rewritten_arguments, unflattened_sizes
 from dagrow.axes._widening_checks import (
     check_arrivals,
     check_new_labels,
     check_numbers,
     check_order,
-    check_product_size,
     check_read,
     check_size,
     check_split,
@@ -169,8 +162,7 @@ class WidenedLabeller(ChannelLabeller):
     def _prepare(self, node: fx.Node) -> None:
         """What is to be known of a node before it runs."""
         layer = self.layers.get(node)
-        inputs = self.values[layer.inputs] if layer is not None else None
-        if layer is not None and isinstance(inputs, Tensor):
+        if layer is not None and isinstance(inputs := self.values[layer.inputs], Tensor):
             check_read(layer, inputs.shape, self.layout)
             if isinstance(layer.rule, EdgeRule):
                 self.reads[layer.name] += 1
@@ -227,7 +219,8 @@ class WidenedLabeller(ChannelLabeller):
     def check_product(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> None:
         before = [labels for n in node.all_input_nodes if isinstance(labels := self.before.values[n], Tensor)]
         if len(before) == 2 and not any(bool(self.is_new(unexpanded(side)).any()) for side in (left, right)):
-            check_product_size(node, product, (left, right), before)
+            shape, shape_before = (product.aligned(*sides)[0].shape for sides in ((left, right), before))
+            check_size(node, shape, shape_before, range(len(product.out), len(shape)))
 
     def sum_products(self, node: fx.Node, left: Tensor, right: Tensor) -> None:
         """New channels are summed with old ones: those of one side will have to be zero."""
@@ -251,25 +244,19 @@ class WidenedLabeller(ChannelLabeller):
         except (RuntimeError, IndexError):
             if not is_known:
                 raise
-        return self._moved_otherwise(node, args[0], shapes if is_known else None)
+        return self._moved_otherwise(node, args, shapes if is_known else None)
 
-    def _moved_otherwise(self, node: fx.Node, inputs: Any, shapes: Shapes | None) -> Any:
+    def _moved_otherwise(self, node: fx.Node, args: tuple, shapes: Shapes | None) -> Any:
         """What the operation gives with other sizes; None instead of the shapes if they are not known."""
         module = node.meta["module"]
         if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes and shapes[0] is not None:
             sizes = unflattened_sizes(module.dim, module.unflattened_size, node, shapes[0])
             self.attributes[str(node.target)] = {"unflattened_size": sizes}
-            return inputs.unflatten(module.dim, sizes)
-        arguments = None
+            return args[0].unflatten(module.dim, sizes)
+        arguments, before = None, self.before.values
         if shapes is not None:
-            arguments = rewritten_arguments(
-                node,
-                self.call_arguments(node),
-                self.values,
-                self.before.values,
-                shapes,
-                lambda labels: ~self.is_new(labels),
-            )
+            call = self.call_arguments(node)
+            arguments = rewritten_arguments(node, call, self.values, before, shapes, self.is_new)
         if arguments is None:
             name = op_name(node) or node.target
             raise CannotWidenError(located(node, f"what {name} gives does not follow the axis"))

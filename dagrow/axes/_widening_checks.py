@@ -21,7 +21,7 @@ from dagrow.axes._index_map import CannotWidenError
 from dagrow.axes._label_interpreter import Values, located
 from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._union_find import UnionFind
-from dagrow.layers import ATTENTION, CREATION, CUTS, MOVES, UNIFORM, Contraction, EdgeRule, LayerSite, op_name
+from dagrow.layers import ATTENTION, CREATION, CUTS, MOVES, UNIFORM, EdgeRule, LayerSite, op_name
 from dagrow.tracing import AttributeInt, AttributePath
 
 _FILLING = {"full", "full_like", "new_full"}
@@ -93,15 +93,6 @@ def check_size(node: fx.Node, shape: torch.Size, before: torch.Size, dims: Itera
     """A constant as wide as an axis, whose entries are taken together, would change."""
     if any(shape[d] != before[d] for d in dims):
         raise CannotWidenError(located(node, f"{_name(node)} takes all channels together"))
-
-
-def check_product_size(
-    node: fx.Node, product: Contraction, operands: Sequence[Tensor], before: Sequence[Tensor]
-) -> None:
-    """What a product of two operands without new channels sums over is as long as before."""
-    shape, shape_before = (product.aligned(*sides)[0].shape for sides in (operands, before))
-    if shape[len(product.out) :] != shape_before[len(product.out) :]:
-        raise CannotWidenError(located(node, f"{op_name(node)} takes all channels together"))
 
 
 def check_split(node: fx.Node, inputs: Any, before: Any, parts: Sequence[Any], parts_before: Sequence[Any]) -> None:
