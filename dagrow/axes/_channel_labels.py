@@ -1,8 +1,8 @@
-"""Running a graph on labels instead of numbers.
+"""Running a graph on labels instead of numbers. In comes a graph, out goes a :class:`Labelling`.
 
 Every output channel of every weighted layer gets a fresh integer, and integer tensors of the activations' own
 shapes go through the graph. Operations that move data are executed as they are; where two operands meet, their
-labels are united; what nobody understands freezes what it touches, and the cause is kept. Channels whose labels
+labels are united; what nobody understands freezes what it touches, and the reason is kept. Channels whose labels
 are one class at the end must grow together.
 """
 
@@ -14,21 +14,31 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from dagrow.axes._label_interpreter import LabelInterpreter, Values
-from dagrow.axes._union_find import NO_CHANNEL, UnionFind, narrow
+from dagrow.axes._label_interpreter import LabelInterpreter, Values, located, moved
+from dagrow.axes._label_tensors import NO_CHANNEL, expanded_along, unexpanded
+from dagrow.axes._union_find import UnionFind
 from dagrow.layers import SIZES, EdgeRule, LayerSite, RiderRule, binds, neutral_entries, op_name
 
 
 @dataclass(frozen=True)
 class Rider:
-    """Something that carries one entry per channel of an axis: a norm layer, or a parameter used directly."""
+    """Something that carries one entry per channel of an axis: a norm layer, or a parameter used directly.
+
+    Attributes:
+        name: the layer's or tensor's path in the model.
+        rule: what dagrow knows of the layer; None for a parameter or buffer used directly.
+        neutral: for a tensor used directly: the entry that leaves a channel unchanged.
+        paths: the layer's parameters and buffers that carry entries, and their names in the model.
+        module: the layer.
+        owner: the module whose attributes state the width.
+    """
 
     name: str
-    rule: RiderRule | None  #: None for a parameter or buffer used directly
-    neutral: float = 0.0  #: for a tensor used directly: the entry that leaves a channel unchanged
-    paths: tuple[tuple[str, str], ...] = ()  #: the layer's parameters and buffers that carry entries, and their names
+    rule: RiderRule | None
+    neutral: float = 0.0
+    paths: tuple[tuple[str, str], ...] = ()
     module: nn.Module | None = field(default=None, repr=False, compare=False)
-    owner: str = ""  #: the module whose attributes state the width
+    owner: str = ""
 
     @property
     def tensors(self) -> list[str]:
@@ -41,16 +51,17 @@ class Labelling:
     """What a run on labels found out.
 
     Attributes:
+        classes: which labels are one.
         values: every node's labels (or plain value).
         rows: edge -> labels of its output channels.
         columns: edge -> labels of its input channels.
         entries: rider -> labels of its entries.
-        shared: edge -> why its weights do not act once on each sample.
-        aside: labels that were broadcast over channels of others, and so met none of them.
-        riders: the layers among those, by their names.
-        joined: node -> the dimension along which channels stay apart; those along all others are one.
+        shared: edge or rider -> why its weights do not act once on each sample.
+        broadcast: labels that were broadcast over channels of others, and so met none of them.
+        riders: the layers among the riders, by their names.
+        unit_dims: node -> the dimension along which channels stay apart; those along all others are one.
         channels: smaller labels are channels of layers.
-        named: parameters and buffers of the model.
+        tensor_names: parameters and buffers of the model.
     """
 
     classes: UnionFind
@@ -59,36 +70,52 @@ class Labelling:
     columns: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[Rider, Tensor] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
-    aside: list[Tensor] = field(default_factory=list)
+    broadcast: list[Tensor] = field(default_factory=list)
     riders: dict[str, Rider] = field(default_factory=dict)
-    joined: Mapping[fx.Node, int] = field(default_factory=dict)
+    unit_dims: Mapping[fx.Node, int] = field(default_factory=dict)
     channels: int = 0
-    named: frozenset[str] = frozenset()
+    tensor_names: frozenset[str] = frozenset()
 
 
 class ChannelLabeller(LabelInterpreter):
-    """Labels are channels: they unite where they meet."""
+    """Labels are channels: they unite where they meet.
 
-    def __init__(self, model: nn.Module, layers: Mapping[fx.Node, LayerSite], found: Labelling) -> None:
+    Attributes:
+        labelling: what has been found out so far.
+        live: nodes that depend on an input of the model.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[fx.Node, LayerSite], labelling: Labelling) -> None:
         super().__init__(model, layers)
-        self.found, self.classes = found, found.classes
-        self.live: set[fx.Node] = set()  #: nodes that depend on an input of the model
-
-    def same(self, entries: Tensor) -> Tensor:
-        return self.classes.roots(entries)
+        self.labelling, self.classes = labelling, labelling.classes
+        self.live: set[fx.Node] = set()
 
     def is_channel(self, labels: Tensor) -> Tensor:
-        """Which labels are one class with a layer's channel."""
+        """A hook: which labels are one class with a layer's channel."""
         roots = self.classes.roots(labels)
-        return (roots >= 0) & (roots < self.found.channels)
+        return (roots >= 0) & (roots < self.labelling.channels)
 
-    def node(self, node: fx.Node, values: Values) -> Any:
-        value = super().node(node, values)
-        dim = self.found.joined.get(node)
-        if dim is not None:
-            together = narrow(value).movedim(dim, 0).flatten(1)
-            self.classes.unite(together[:, :1], together)
-        return value
+    def sum_products(self, node: fx.Node, left: Tensor, right: Tensor) -> None:
+        """A hook: channels of two operands meet in a sum of products."""
+        self.classes.unite(left, right)
+
+    def moved(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """A hook: what an operation that only moves entries gives."""
+        return moved(node, args, kwargs)
+
+    def comparable(self, entries: Tensor) -> Tensor:
+        return self.classes.roots(entries)
+
+    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        labels = self.moved(node, args, kwargs)
+        if node in self.labelling.unit_dims:
+            self.unite_units(labels, self.labelling.unit_dims[node])
+        return labels
+
+    def unite_units(self, labels: Tensor, dim: int) -> None:
+        """Makes channels one along all dimensions but one."""
+        by_unit = unexpanded(labels).movedim(dim, 0).flatten(1)
+        self.classes.unite(by_unit[:, :1], by_unit)
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         shape = tensors[0].shape
@@ -96,8 +123,8 @@ class ChannelLabeller(LabelInterpreter):
             shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         merged, *others = [self._meeting(t, tensors, shape) for t in tensors]
         for other in others:
-            self.classes.unite(narrow(merged), narrow(other))
-            merged = _either(narrow(merged), narrow(other))
+            self.classes.unite(unexpanded(merged), unexpanded(other))
+            merged = _fewer_labels(unexpanded(merged), unexpanded(other))
         return merged.expand(shape)
 
     def _meeting(self, tensor: Tensor, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
@@ -107,89 +134,88 @@ class ChannelLabeller(LabelInterpreter):
         missing = len(shape) - tensor.ndim
         stretched = [d for d, size in enumerate(shape) if size > 1 and (d < missing or tensor.shape[d - missing] == 1)]
         for other in tensors if stretched else ():
-            if other is not tensor and any(self._tells_apart(other.expand(shape), d) for d in stretched):
-                self.found.aside.append(narrow(tensor).flatten())
+            if other is not tensor and any(self._has_channels(other.expand(shape), d) for d in stretched):
+                self.labelling.broadcast.append(unexpanded(tensor).flatten())
                 return tensor.new_full((), NO_CHANNEL).expand(tensor.shape)
         return tensor
 
-    def _tells_apart(self, tensor: Tensor, dim: int) -> bool:
+    def _has_channels(self, tensor: Tensor, dim: int) -> bool:
         """Whether a dimension holds several channels of layers."""
         if not self.varies(tensor, dim):
             return False
-        entries = narrow(tensor)
+        entries = unexpanded(tensor)
         return self.varies(torch.where(self.is_channel(entries), entries, NO_CHANNEL), dim)
 
     def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
         dims = range(left.ndim - summed, left.ndim)
         if any(left.shape[d] != right.shape[d] for d in dims):
             raise RuntimeError("the sizes of the dimension that a product sums over differ")
-        apart = [any(self._tells_apart(side, d) for d in dims) for side in (left, right)]
-        if any(apart):
-            self.summed(node, narrow(left), narrow(right))
-        parts = []
-        for side, many in zip((left, right), apart, strict=True):
-            one = side.flatten(left.ndim - summed)[..., 0] if summed else side
-            if not many and any(self.varies(side, d) for d in dims):  # entries of a tensor used directly
-                self.freeze([side], self.located(node, f"is summed over in {op_name(node)}"))
-                many = True
-            parts.append(one.new_full((), NO_CHANNEL).expand(one.shape) if many else one)
-        return self.merge(parts)
+        sums_channels = [any(self._has_channels(side, d) for d in dims) for side in (left, right)]
+        if any(sums_channels):
+            self.sum_products(node, unexpanded(left), unexpanded(right))
+        factors = []
+        for side, is_summed in zip((left, right), sums_channels, strict=True):
+            factor = side.flatten(left.ndim - summed)[..., 0] if summed else side
+            if not is_summed and any(self.varies(side, d) for d in dims):  # entries of a tensor used directly
+                self.freeze([side], located(node, f"is summed over in {op_name(node)}"))
+                is_summed = True
+            factors.append(factor.new_full((), NO_CHANNEL).expand(factor.shape) if is_summed else factor)
+        return self.merge(factors)
 
-    def summed(self, node: fx.Node, left: Tensor, right: Tensor) -> None:
-        """Channels of two operands meet in a sum of products."""
-        self.classes.unite(left, right)
-
-    def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
+    def freeze(self, tensors: Iterable[Tensor], reason: str) -> None:
         for tensor in tensors:
-            self.classes.freeze(tensor, cause)
+            self.classes.freeze(tensor, reason)
 
-    def opaque(self, node: fx.Node, cause: str) -> Any:
+    def opaque(self, node: fx.Node, reason: str) -> Any:
         def frozen(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
             label = self.classes.fresh(1)
-            self.classes.freeze(label, cause)
+            self.classes.freeze(label, reason)
             return label.expand(value.shape) if value.ndim else torch.tensor(NO_CHANNEL)
 
         return tree_map(frozen, node.meta.get("val"))
 
-    def table(self, node: fx.Node, cause: str) -> Any:
+    def table(self, node: fx.Node, reason: str) -> Any:
         shape = node.meta["val"].shape
         labels = self.classes.fresh(shape[-1])
-        self.classes.freeze(labels, self.located(node, cause))
+        self.classes.freeze(labels, located(node, reason))
         return labels.expand(shape)
 
     def source(self, node: fx.Node) -> Any:
-        if node.op == "placeholder" or node.target not in self.found.named:
-            return self.opaque(node, "is an input of the model" if node.op == "placeholder" else "is a constant")
+        if node.op == "placeholder":
+            return self.opaque(node, "is an input of the model")
+        if node.target not in self.labelling.tensor_names:
+            return self.opaque(node, "is a constant")
         if not node.meta["val"].is_floating_point():
             return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
-        shape = node.meta["val"].shape
-        known = next((t for r, t in self.found.entries.items() if r.name == node.target), None)
-        if known is None and not binds(node, self.live):
+        known = next((labels for rider, labels in self.labelling.entries.items() if rider.name == node.target), None)
+        if known is not None:
+            return known
+        if not binds(node, self.live):
             return self.opaque(node, f"is computed from {node.target}")
-        if known is None:
-            known = self.classes.fresh(shape.numel()).reshape(shape) if shape else torch.tensor(NO_CHANNEL)
-            neutral = neutral_entries(node)
-            if len(neutral) > 1:
-                self.freeze([known], f"is bound to {node.target}, which is used in sums and in products")
-            self.found.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = known
-        return known
+        shape = node.meta["val"].shape
+        labels = self.classes.fresh(shape.numel()).reshape(shape) if shape else torch.tensor(NO_CHANNEL)
+        neutral = neutral_entries(node)
+        if len(neutral) > 1:
+            self.freeze([labels], f"is bound to {node.target}, which is used in sums and in products")
+        self.labelling.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = labels
+        return labels
 
     def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
-        name, rule = layer.name, layer.rule
+        name, rule, labelling = layer.name, layer.rule, self.labelling
         assert isinstance(rule, EdgeRule)
-        if name not in self.found.rows:
+        if name not in labelling.rows:
             return self.unknown(node, inputs, f"{name} cannot run on labels")
-        dim, rows = rule.channel_dim(inputs.ndim), self.found.rows[name]
-        columns = self._folded(self._per_channel(inputs, dim), rule.blocks(layer.module))
-        if name in self.found.columns:
-            self.found.shared[name] = f"{name} is called more than once"
-            columns = self.merge([self.found.columns[name], columns])
-        self.found.columns[name] = columns
+        dim, rows = rule.channel_dim(inputs.ndim), labelling.rows[name]
+        columns = self._fold(self._per_channel(inputs, dim), rule.blocks(layer.module))
+        if name in labelling.columns:
+            labelling.shared[name] = f"{name} is called more than once"
+            columns = self.merge([labelling.columns[name], columns])
+        labelling.columns[name] = columns
         if dim == 0 and inputs.ndim > 1:
             self.freeze([inputs, rows], f"{name} reads channels along the first dimension, that of the samples")
-        return _along(rows, rule, node)
+        return _written(rows, rule, node)
 
     def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
         name, rule, module = layer.name, layer.rule, layer.module
@@ -204,42 +230,49 @@ class ChannelLabeller(LabelInterpreter):
         groups = labels.view(-1, read)
         if read > 1:
             self.classes.unite(groups[:, :1], groups)
-        if (read, written) != (1, 1):
+        is_grouped = (read, written) != (1, 1)
+        if is_grouped:
             labels = groups.amax(1, keepdim=True).expand(-1, written).reshape(-1)
-        if name not in self.found.riders:
-            paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
-            self.found.riders[name] = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
-        rider = self.found.riders[name]
-        if rider in self.found.entries:
-            self.found.shared[name] = f"{name} is called more than once"
-            self.merge([self.found.entries[rider], labels])
-        self.found.entries[rider] = labels
-        same = (read, written) == (1, 1) and inputs.shape[:dim] == node.meta["val"].shape[:dim]
-        if same and inputs.shape[dim + 1 :] == node.meta["val"].shape[dim + 1 :]:
+        self._carry(layer, labels)
+        shape = node.meta["val"].shape
+        if not is_grouped and inputs.shape[:dim] == shape[:dim] and inputs.shape[dim + 1 :] == shape[dim + 1 :]:
             return inputs
-        return _along(labels, rule, node)
+        return _written(labels, rule, node)
 
-    def _folded(self, channels: Tensor, blocks: int) -> Tensor:
+    def _carry(self, layer: LayerSite, labels: Tensor) -> None:
+        """Notes that a layer has entries for these channels."""
+        name, rule, module, labelling = layer.name, layer.rule, layer.module, self.labelling
+        assert isinstance(rule, RiderRule)
+        if name not in labelling.riders:
+            paths = tuple((entry, layer.path(entry)) for entry in rule.passing(module))
+            labelling.riders[name] = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
+        rider = labelling.riders[name]
+        if rider in labelling.entries:
+            labelling.shared[name] = f"{name} is called more than once"
+            self.merge([labelling.entries[rider], labels])
+        labelling.entries[rider] = labels
+
+    def _fold(self, channels: Tensor, blocks: int) -> Tensor:
         """One label for the channels that the same weights' column reads, one in each block."""
         if blocks == 1:
             return channels
-        folded = channels.view(blocks, -1)
-        self.classes.unite(folded[:1], folded)
-        return folded[0]
+        by_block = channels.view(blocks, -1)
+        self.classes.unite(by_block[:1], by_block)
+        return by_block[0]
 
     def _per_channel(self, inputs: Tensor, dim: int) -> Tensor:
         """One label per channel; labels that share a channel at different positions are united."""
-        entries = narrow(inputs.movedim(dim, 0)).flatten(1)
+        entries = unexpanded(inputs.movedim(dim, 0)).flatten(1)
         if len(entries) == 1:
             entries = entries.expand(inputs.shape[dim], -1)
         elif entries.shape[1] == 1:
             return entries[:, 0]
-        found = entries.amax(1)
-        self.classes.unite(found[:, None], entries)
-        return found
+        labels = entries.amax(1)
+        self.classes.unite(labels[:, None], entries)
+        return labels
 
 
-def _either(a: Tensor, b: Tensor) -> Tensor:
+def _fewer_labels(a: Tensor, b: Tensor) -> Tensor:
     """What two operands that have met are together: labels that are repeated in one of them can stand for all."""
     few, many = (a, b) if a.numel() <= b.numel() else (b, a)
     if not bool((few == NO_CHANNEL).any()):
@@ -247,45 +280,40 @@ def _either(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(few == NO_CHANNEL, many, few)
 
 
-def _along(labels: Tensor, rule: EdgeRule | RiderRule, node: fx.Node) -> Tensor:
-    """Labels along the channels of a node's value, whatever the positions."""
-    shape = list(node.meta["val"].shape)
-    dim = rule.channel_dim(len(shape))
-    shape[dim] = len(labels)
-    return labels.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+def _written(labels: Tensor, rule: EdgeRule | RiderRule, node: fx.Node) -> Tensor:
+    """A node's value, which has these labels along its channels, whatever the positions."""
+    shape = node.meta["val"].shape
+    return expanded_along(labels, rule.channel_dim(len(shape)), shape)
 
 
-def label(
-    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite], joined: Mapping[fx.Node, int] | None = None
-) -> Labelling:
-    """Runs the whole graph on fresh labels; ``joined`` as in :class:`Labelling`."""
-    named = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
-    found = Labelling(UnionFind(), joined=joined or {}, named=named)
-    for layer in layers.values():
-        if isinstance(layer.rule, EdgeRule) and layer.name not in found.rows:
-            rows = found.rows[layer.name] = found.classes.fresh(layer.rule.widths(layer.module)[1])
-            by_block = rows.view(layer.rule.blocks(layer.module), -1)
-            found.classes.unite(by_block[:1], by_block)
-    found.channels = len(found.classes)
-    runner = ChannelLabeller(model, layers, found)
-    runner.live = _live(graph)
-    runner.run(graph.nodes, found.values)
-    for name in [name for name in found.rows if name not in found.columns]:
-        del found.rows[name]
-    for layer in layers.values():
-        if isinstance(layer.rule, EdgeRule) and layer.inputs not in runner.live:
-            found.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
-        elif isinstance(layer.rule, EdgeRule) and layer.rule.blocks(layer.module) > 1:
-            found.shared[layer.name] = f"{layer.name} has weights of its own for every group"
-    return found
+def label(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
+    """Runs the whole graph on fresh labels."""
+    tensor_names = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    labelling = Labelling(UnionFind(), tensor_names=tensor_names)
+    edges = [(layer, layer.rule) for layer in layers.values() if isinstance(layer.rule, EdgeRule)]
+    for layer, rule in edges:
+        if layer.name not in labelling.rows:
+            rows = labelling.rows[layer.name] = labelling.classes.fresh(rule.widths(layer.module)[1])
+            by_block = rows.view(rule.blocks(layer.module), -1)
+            labelling.classes.unite(by_block[:1], by_block)
+    labelling.channels = len(labelling.classes)
+    labeller = ChannelLabeller(model, layers, labelling)
+    labeller.live = _live(graph)
+    labeller.run(graph.nodes, labelling.values)
+    labelling.rows = {name: rows for name, rows in labelling.rows.items() if name in labelling.columns}
+    for layer, rule in edges:
+        if layer.inputs not in labeller.live:
+            labelling.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
+        elif rule.blocks(layer.module) > 1:
+            labelling.shared[layer.name] = f"{layer.name} has weights of its own for every group"
+    return labelling
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on the values of an input of the model, not on its sizes alone."""
     live: set[fx.Node] = set()
     for node in graph.nodes:
-        if op_name(node) not in SIZES and (
-            node.op == "placeholder" or any(source in live for source in node.all_input_nodes)
-        ):
+        is_live = node.op == "placeholder" or any(source in live for source in node.all_input_nodes)
+        if is_live and op_name(node) not in SIZES:
             live.add(node)
     return live

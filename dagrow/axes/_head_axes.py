@@ -1,20 +1,20 @@
 """Heads: where a width is laid out over several dimensions, it can grow along one of them at a time.
 
-A projection of h heads of d channels does not take a channel more, but one more channel in every head, or one more
-head. So channels that differ along the other dimensions only are made one unit, and everything that follows is labelled
-again. The same holds for the groups of a shuffle, and for parts of one projection that are cut apart.
+In come axes that take no single channel more, out go those that stand for them. A projection of h heads of d channels
+does not take a channel more, but one more channel in every head, or one more head. So channels that differ along the
+other dimensions only are made one unit, and everything that follows is labelled again. The same holds for the groups of
+a shuffle, and for parts of one projection that are cut apart.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dagrow.axes._channel_labels import ChannelLabeller, Labelling
 from dagrow.axes._grouping import AxisLayout, group
-from dagrow.axes._size_rewriting import carrying
-from dagrow.axes._union_find import narrow
+from dagrow.axes._label_tensors import distinguishing_dims, unexpanded
 from dagrow.layers import CUTS, LayerSite, op_name
 from dagrow.tracing import Program
 
@@ -31,96 +31,93 @@ def head_axes(
     """The axes of heads, head widths and parts that can grow, and those among ``layouts`` that they stand for.
 
     Args:
+        program: the graph of the model's forward.
+        layers: its layers.
         layouts: axes of one labelling that take no single channel more.
         obstacle: why an axis cannot widen, or None.
+
+    Returns:
+        Axes of another labelling, and those that they stand for.
     """
-    found, labels = layouts[0].found, torch.cat([layout.labels for layout in layouts])
-    spread = dict(_spread(program.graph, found, labels))
-    grown: list[AxisLayout] = []
+    labelling = layouts[0].labelling
+    dims = dict(_laid_out(program.graph, labelling, _labels_of(layouts)))
+    growable: list[AxisLayout] = []
     replaced: dict[AxisLayout, None] = {}
     for rank in range(1, _RANKS + 1):
-        joined = {node: dims[-rank] for node, dims in spread.items() if rank <= len(dims)}
-        left = list(layouts) if joined or rank == 1 else []
-        for together in (False, True):
-            cuts = list(_cut(program.graph, found, torch.cat([at.labels for at in left]))) if left and together else []
-            if not left or not (cuts if together else joined):
+        unit_dims = {node: node_dims[-rank] for node, node_dims in dims.items() if rank <= len(node_dims)}
+        remaining = list(layouts) if unit_dims or rank == 1 else []
+        for is_split in (False, True):
+            splits = list(_equal_splits(program.graph, labelling, _labels_of(remaining))) if is_split else []
+            if not remaining or not (splits if is_split else unit_dims):
                 continue
-            runner = _HeadLabeller(program.model, layers, replace(found, joined=joined))
-            runner.join(program.graph, cuts)
-            parts = group(runner.found, torch.cat([layout.labels for layout in left]))
-            able = [part for part in parts if obstacle(part) is None]
-            grown += able
-            held = runner.classes.chosen(torch.cat([part.labels for part in able]) if able else labels[:0])
-            done = [layout for layout in left if bool(held[runner.classes.roots(layout.labels)].any())]
-            replaced |= dict.fromkeys(done)
-            left = [layout for layout in left if layout not in replaced]
-    return grown, list(replaced)
+            merged = _merged(program, layers, replace(labelling, unit_dims=unit_dims), splits)
+            fitting = [part for part in group(merged, _labels_of(remaining)) if obstacle(part) is None]
+            growable += fitting
+            grows = merged.classes.membership(_labels_of(fitting))
+            replaced |= {layout: None for layout in remaining if bool(grows[merged.classes.roots(layout.labels)].any())}
+            remaining = [layout for layout in remaining if layout not in replaced]
+    return growable, list(replaced)
 
 
-def _spread(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[tuple[fx.Node, list[int]]]:
+def _labels_of(layouts: Iterable[AxisLayout]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.long), *(layout.labels for layout in layouts)])
+
+
+def _laid_out(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iterator[tuple[fx.Node, list[int]]]:
     """Where channels are laid out over several dimensions, and which."""
-    chosen = found.classes.chosen(labels)
+    is_member = labelling.classes.membership(labels)
     for node in graph.nodes:
-        value = found.values.get(node)
-        if op_name(node) not in _LAYOUTS or not isinstance(value, Tensor):
-            continue
-        thin = found.classes.roots(narrow(value))
-        members = chosen[thin]
-        if bool(members.any()):
-            dims = carrying(thin, members)
+        value = labelling.values.get(node)
+        if op_name(node) in _LAYOUTS and isinstance(value, Tensor):
+            roots = labelling.classes.roots(unexpanded(value))
+            dims = distinguishing_dims(roots, is_member[roots])
             if len(dims) > 1:
                 yield node, dims
 
 
-def _cut(graph: fx.Graph, found: Labelling, labels: Tensor) -> Iterator[list[Tensor]]:
+def _equal_splits(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iterator[list[Tensor]]:
     """Parts of the same shape that channels are cut into."""
-    chosen = found.classes.chosen(labels)
+    is_member = labelling.classes.membership(labels)
     for node in graph.nodes:
-        pieces = found.values.get(node)
-        if op_name(node) in CUTS and isinstance(pieces, (tuple, list)):
-            inside = all(bool(chosen[found.classes.roots(narrow(p))].any()) for p in pieces)
-            if inside and len({piece.shape for piece in pieces}) == 1:
-                yield list(pieces)
+        parts = labelling.values.get(node)
+        if op_name(node) in CUTS and isinstance(parts, (tuple, list)):
+            hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
+            if hold and len({part.shape for part in parts}) == 1:
+                yield list(parts)
 
 
-class _HeadLabeller(ChannelLabeller):
-    """Labels again what follows nodes where channels became one."""
+def _merged(
+    program: Program, layers: Mapping[fx.Node, LayerSite], before: Labelling, splits: Iterable[Sequence[Tensor]]
+) -> Labelling:
+    """A labelling in which channels are one along all but the unit dimensions, and equal parts among each other.
 
-    def __init__(self, model: nn.Module, layers: Mapping[fx.Node, LayerSite], before: Labelling) -> None:
-        found = replace(
-            before,
-            classes=before.classes.copy(),
-            values=dict(before.values),
-            columns=dict(before.columns),
-            entries=dict(before.entries),
-            aside=list(before.aside),
-        )
-        super().__init__(model, layers, found)
-        self.arrived: set[str] = set()
-
-    def join(self, graph: fx.Graph, cuts: Iterable[Sequence[Tensor]]) -> None:
-        """Makes channels one along all but the chosen dimensions, and parts among each other."""
-        values = self.found.values
-        for first, *others in cuts:
-            for other in others:
-                self.classes.unite(narrow(first), narrow(other))
-        for node, dim in self.found.joined.items():
-            together = narrow(values[node]).movedim(dim, 0).flatten(1)
-            self.classes.unite(together[:, :1], together)
-        dirty = set(self.found.joined)
-        for node in graph.nodes:
-            if any(source in dirty for source in node.all_input_nodes):
-                layer = self.layers.get(node)
-                if layer is not None and layer.name in self.found.rows:
-                    self._arrive(node, layer)
-                else:
-                    self.run([node], values)
-                    dirty.add(node)
-
-    def _arrive(self, node: fx.Node, layer: LayerSite) -> None:
-        """The edge's own output is what it was."""
-        if isinstance(self.found.values[layer.inputs], Tensor):
-            if layer.name not in self.arrived:
-                del self.found.columns[layer.name]
-            self.arrived.add(layer.name)
-            self.edge(node, layer, self.found.values[layer.inputs])
+    What follows them is labelled again.
+    """
+    labelling = replace(
+        before,
+        classes=before.classes.copy(),
+        values=dict(before.values),
+        columns=dict(before.columns),
+        entries=dict(before.entries),
+        broadcast=list(before.broadcast),
+    )
+    labeller, values = ChannelLabeller(program.model, layers, labelling), labelling.values
+    for first, *others in splits:
+        for other in others:
+            labelling.classes.unite(unexpanded(first), unexpanded(other))
+    for node, dim in labelling.unit_dims.items():
+        labeller.unite_units(values[node], dim)
+    changed, arrived = set(labelling.unit_dims), set()
+    for node in program.graph.nodes:
+        if not any(source in changed for source in node.all_input_nodes):
+            continue
+        layer = layers.get(node)
+        if layer is None or layer.name not in labelling.rows:
+            labeller.run([node], values)
+            changed.add(node)
+        elif isinstance(values[layer.inputs], Tensor):
+            if layer.name not in arrived:
+                del labelling.columns[layer.name]
+            arrived.add(layer.name)
+            labeller.edge(node, layer, values[layer.inputs])  # what it writes is what it was
+    return labelling

@@ -1,4 +1,4 @@
-"""Where old and new entries lie along a dimension that grows."""
+"""Where old and new entries lie along a dimension that grows. In come the units of its entries, out goes a map."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dagrow.axes._size_rewriting import carrying
-from dagrow.axes._union_find import NO_CHANNEL
+from dagrow.axes._label_tensors import NO_CHANNEL, distinguishing_dims
 
 
 class CannotWidenError(Exception):
@@ -19,6 +18,7 @@ class IndexMap:
     """Along one dimension of a tensor: where old entries go and where new ones are.
 
     Attributes:
+        dim: the dimension.
         size: the grown size of the dimension.
         old: positions of the old entries, in their old order ``[size before]``.
         new: positions of the new units' entries ``[k, slots]``.
@@ -52,15 +52,35 @@ def insert_units(units: Tensor, width: int, k: int, dim: int, name: str) -> Inde
 
 def insert_along(units: Tensor, width: int, k: int, name: str) -> IndexMap:
     """The same for a tensor that carries the axis along one of its dimensions."""
-    members = units != NO_CHANNEL
-    dims = carrying(units, members)
-    if width == 1:
-        dims = [units.ndim - 1]
+    dims = [units.ndim - 1] if width == 1 else distinguishing_dims(units, units != NO_CHANNEL)
     if len(dims) != 1:
         raise CannotWidenError(f"the axis lies across several dimensions of {name}")
     dim = dims[0]
-    flat = units.movedim(dim, 0).reshape(units.shape[dim], -1)
-    flat = flat[:, (flat != NO_CHANNEL).any(0)]  # positions that no activation reached carry nothing
-    if not bool((flat == flat[:, :1]).all()):
+    by_position = units.movedim(dim, 0).reshape(units.shape[dim], -1)
+    by_position = by_position[:, (by_position != NO_CHANNEL).any(0)]  # those that no activation reached carry nothing
+    if not bool((by_position == by_position[:, :1]).all()):
         raise CannotWidenError(f"the axis does not lie along one dimension of {name}")
-    return insert_units(flat[:, 0], width, k, dim, name)
+    return insert_units(by_position[:, 0], width, k, dim, name)
+
+
+def arrived_units(grown: Tensor, before: Tensor, units: Tensor, k: int, dim: int, name: str) -> IndexMap:
+    """Where new units arrived among the channels that a layer reads or carries.
+
+    Args:
+        grown: representatives of the channels' labels in the wider network.
+        before: the same before it became wider.
+        units: the new unit of each of ``grown``; NO_CHANNEL for old channels.
+        k: how many new units there are.
+        dim: the layer's dimension of these channels.
+        name: the layer.
+
+    Raises:
+        CannotWidenError: old channels changed their order, or new ones did not arrive as the old ones did.
+    """
+    old = torch.nonzero(units == NO_CHANNEL).flatten()
+    new = [torch.nonzero(units == unit).flatten() for unit in range(k)]
+    if not torch.equal(grown[old], before):
+        raise CannotWidenError(f"the channels that {name} reads would change their order")
+    if len(set(map(len, new))) != 1 or not len(new[0]):
+        raise CannotWidenError(f"new channels do not arrive at {name} as the old ones do")
+    return IndexMap(dim, len(grown), old, torch.stack(new))

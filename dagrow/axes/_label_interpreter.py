@@ -1,6 +1,10 @@
-"""Running a graph on integers instead of numbers: what every operation does to the entries of a tensor."""
+"""Running a graph on integers instead of numbers: what every operation does to the entries of a tensor.
 
-import math
+In come the nodes of a graph and the integers of those before them, out go those of each node. Operations that move
+entries are executed as they are; the others are told apart by name, and a subclass says what becomes of integers that
+meet.
+"""
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow._pytree import arguments_of
-from dagrow.axes._union_find import NO_CHANNEL, narrow
+from dagrow.axes._label_tensors import NO_CHANNEL, concatenated, is_repeated, reshaped, tensors_in, unexpanded
 from dagrow.layers import (
     ATTENTION,
     ATTENTION_ARGUMENTS,
@@ -38,13 +41,19 @@ from dagrow.layers import (
 
 Values = dict[fx.Node, Any]
 _NOWHERE = {"device": torch.device("meta"), "dtype": torch.float32}
-FAILURES = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
 
 
 class LabelInterpreter(ABC):
     """Executes nodes on integer tensors; what integers mean and how they meet is up to the subclass.
 
     Nodes have ``meta["module"]``, the module that they call or None, and ``meta["kind"]``, what a user's rule says.
+    Besides the abstract methods, a subclass may define the hooks ``comparable``, ``call_arguments``,
+    ``check_taken_together`` and ``check_product``, and what becomes of a class of operations.
+
+    Attributes:
+        model: the model.
+        layers: the nodes of layers that a rule knows.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> None:
@@ -55,11 +64,11 @@ class LabelInterpreter(ABC):
         """Tensors that meet entry by entry after broadcasting."""
 
     @abstractmethod
-    def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
+    def freeze(self, tensors: Iterable[Tensor], reason: str) -> None:
         """Marks all channels in the tensors as not growable."""
 
     @abstractmethod
-    def opaque(self, node: fx.Node, cause: str) -> Any:
+    def opaque(self, node: fx.Node, reason: str) -> Any:
         """The value of a node that nothing is known of."""
 
     @abstractmethod
@@ -78,31 +87,41 @@ class LabelInterpreter(ABC):
     def contract(self, node: fx.Node, left: Tensor, right: Tensor, summed: int) -> Tensor:
         """A product summed over the last dimensions, of operands that are aligned over all dimensions."""
 
-    def same(self, entries: Tensor) -> Tensor:
-        """Entries as they compare."""
+    def comparable(self, entries: Tensor) -> Tensor:
+        """A hook: entries as they compare."""
         return entries
+
+    def call_arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        """A hook: what the node is called with, nodes among it."""
+        return node.args, node.kwargs
+
+    def check_taken_together(self, node: fx.Node, inputs: Tensor, dims: Iterable[int]) -> None:  # noqa: B027
+        """A hook: the node takes together what lies along some dimensions of its input."""
+
+    def check_product(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> None:  # noqa: B027
+        """A hook: the node multiplies two operands and sums."""
 
     def varies(self, tensor: Tensor, dim: int) -> bool:
         """Whether entries differ along a dimension."""
         if tensor.shape[dim] < 2 or tensor.stride(dim) == 0 or not tensor.numel():
             return False
-        entries = narrow(tensor)
+        entries = unexpanded(tensor)
         first = entries.select(dim, 0).unsqueeze(dim)
-        return not torch.equal(entries, first.expand_as(entries)) and not bool(
-            (self.same(entries) == self.same(first)).all()
-        )
+        if torch.equal(entries, first.expand_as(entries)):
+            return False
+        return not bool((self.comparable(entries) == self.comparable(first)).all())
 
-    def run(self, nodes: Iterable[fx.Node], values: Values) -> Values:
+    def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
         """Adds the nodes' values to ``values``."""
         for node in nodes:
             try:
-                values[node] = self.node(node, values)
-            except FAILURES:
+                values[node] = self.evaluate(node, values)
+            except _FAILURES:
                 touched = [values[source] for source in node.all_input_nodes]
                 values[node] = self.unknown(node, touched, f"operation {op_name(node)} cannot run on labels")
-        return values
 
-    def node(self, node: fx.Node, values: Values) -> Any:
+    def evaluate(self, node: fx.Node, values: Values) -> Any:
+        """The node's value, from those of the nodes before it."""
         if node.op in ("placeholder", "get_attr"):
             return self.source(node)
         layer = self.layers.get(node)
@@ -123,7 +142,7 @@ class LabelInterpreter(ABC):
 
     def arguments(self, node: fx.Node, values: Values) -> tuple[Any, Any]:
         """What the node is called with."""
-        return fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        return fx.map_arg(self.call_arguments(node), lambda n: values[n])
 
     def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         module = node.meta["module"]
@@ -142,9 +161,9 @@ class LabelInterpreter(ABC):
                 return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
         if isinstance(module, nn.Embedding):
             return self.table(node, f"Embedding ({node.target}) {REFUSALS[nn.Embedding]}")
-        unknown = "has no rule" if len(args) + len(kwargs) == 1 else "has no rule for several arguments"
-        why = next((why for kind, why in REFUSALS.items() if isinstance(module, kind)), unknown)
-        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {why}")
+        no_rule = "has no rule" if len(args) + len(kwargs) == 1 else "has no rule for several arguments"
+        reason = next((why for kind, why in REFUSALS.items() if isinstance(module, kind)), no_rule)
+        return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {reason}")
 
     def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name, tensors = op_name(node), tensors_in((args, kwargs))
@@ -153,9 +172,7 @@ class LabelInterpreter(ABC):
         if name in SIZES or not (tensors or name in CREATION | UNIFORM):
             return executor(node)(*args, **kwargs)
         if name in CREATION | UNIFORM:
-            return self.created(
-                node, args, {k: v for k, v in kwargs.items() if k not in ("device", "dtype", "generator")}
-            )
+            return self.created(node, args, kwargs)
         if name in MOVES and not (name == "getitem" and tensors_in(args[1:])):  # labels are no indices
             return self.move(node, args, kwargs)
         if name in POINTWISE and isinstance(args[0], Tensor):
@@ -184,11 +201,12 @@ class LabelInterpreter(ABC):
     def created(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """A constant, whose shape may follow a width. Channels stay apart in one that is the same everywhere."""
         name = str(op_name(node))
-        made = executor(node)(*args, **kwargs, **_NOWHERE)
-        assert isinstance(made, Tensor)
+        shaping = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "generator")}
+        constant = executor(node)(*args, **shaping, **_NOWHERE)
+        assert isinstance(constant, Tensor)
         if name in UNIFORM:
-            return torch.tensor(NO_CHANNEL).expand(made.shape)
-        if made.shape != node.meta["val"].shape:
+            return torch.tensor(NO_CHANNEL).expand(constant.shape)
+        if constant.shape != node.meta["val"].shape:
             raise RuntimeError(f"the size of what {name} makes follows a width")
         return self.opaque(node, f"is a constant made by {name}")
 
@@ -200,16 +218,17 @@ class LabelInterpreter(ABC):
 
     def multiply(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> Tensor:
         """A product of two activations."""
+        self.check_product(node, product, left, right)
         return self.contract(node, *product.aligned(left, right), len(product.summed))
 
     def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """Scaled dot-product attention: scores are summed over the width of a head, and values over positions."""
-        given = {**dict(zip(ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
-        query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
+        arguments = {**dict(zip(ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
+        query, key, value, mask = (arguments.get(name) for name in ("query", "key", "value", "attn_mask"))
         assert isinstance(query, Tensor)
         assert isinstance(key, Tensor)
         assert isinstance(value, Tensor)
-        if given.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
+        if arguments.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
         scores = self.multiply(node, Contraction.over("...td,...sd->...ts", query.ndim, key.ndim), query, key)
         if isinstance(mask, Tensor):
@@ -217,33 +236,29 @@ class LabelInterpreter(ABC):
         return self.multiply(node, Contraction.over("...ts,...sd->...td", scores.ndim, value.ndim), scores, value)
 
     def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        """Executes an operation that only moves entries. A hook for rewriting literals."""
-        name = op_name(node)
-        if name in ("view", "reshape"):
-            return _laid_out(args[0], torch.empty_like(args[0], device="meta").reshape(*args[1:], **kwargs).shape)
-        if name in ("cat", "concat", "concatenate"):
-            return _joined(*args, **kwargs)
-        if name in ("roll", "flip") and not kwargs and _repeated(args[0], args[-1]):
-            return args[0]
-        if node.op == "call_module":
-            return node.meta["module"](args[0].contiguous())
-        return executor(node)(*args, **kwargs)
+        """An operation that only moves entries."""
+        return moved(node, args, kwargs)
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """Entries along the reduced dimensions meet; different channels must not."""
         inputs, dims = args[0], reduced_dims(node, args, kwargs)
+        self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
             return self.unknown(node, inputs, f"{op_name(node)} mixes channels")
         index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
-        given = node.meta["val"]
-        value = given if isinstance(given, Tensor) else given[0]
-        found = inputs[index] if value.ndim == inputs.ndim else inputs[index].squeeze(dims)
-        return found if given is value else type(given)([found, torch.tensor(NO_CHANNEL).expand(found.shape)])
+        result = node.meta["val"]
+        value = result if isinstance(result, Tensor) else result[0]
+        reduced = inputs[index] if value.ndim == inputs.ndim else inputs[index].squeeze(dims)
+        if result is value:
+            return reduced
+        return type(result)([reduced, torch.tensor(NO_CHANNEL).expand(reduced.shape)])  # values and their indices
 
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
         """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
-        found = tables(inputs.shape)
-        for dim, table in zip(range(inputs.ndim - len(found), inputs.ndim), found, strict=True):
+        taps = tables(inputs.shape)
+        dims = range(inputs.ndim - len(taps), inputs.ndim)
+        self.check_taken_together(node, inputs, (dim for dim in dims if not self.varies(inputs, dim)))
+        for dim, table in zip(dims, taps, strict=True):
             if not self.varies(inputs, dim):
                 sizes = [len(table) if d == dim else -1 for d in range(inputs.ndim)]
                 inputs = inputs.narrow(dim, 0, 1).expand(sizes)
@@ -256,61 +271,38 @@ class LabelInterpreter(ABC):
 
     def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
         """A norm or softmax over some dimensions, which must not hold different channels."""
+        self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, dim) for dim in dims):
-            cause = f"{name} mixes all channels, so that a new one would change the others"
-            self.freeze([inputs], self.located(node, cause))
+            reason = f"{name} mixes all channels, so that a new one would change the others"
+            self.freeze([inputs], located(node, reason))
         return inputs
 
-    def table(self, node: fx.Node, cause: str) -> Any:
+    def table(self, node: fx.Node, reason: str) -> Any:
         """What is looked up in a table, whose width is not known to change."""
-        return self.opaque(node, self.located(node, cause))
+        return self.opaque(node, located(node, reason))
 
-    def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
+    def unknown(self, node: fx.Node, touched: object, reason: str) -> Any:
         """Unknown never means pointwise: all that the operation touches freezes."""
-        cause = self.located(node, cause)
-        self.freeze(tensors_in(touched), cause)
-        return self.opaque(node, cause)
-
-    @staticmethod
-    def located(node: fx.Node, cause: str) -> str:
-        """A cause with the user's line."""
-        where = node.meta.get("source")
-        return f"{cause} [{where}]" if where else cause
+        reason = located(node, reason)
+        self.freeze(tensors_in(touched), reason)
+        return self.opaque(node, reason)
 
 
-def _repeated(tensor: Tensor, dims: Any) -> bool:
-    """Whether entries are the same along some dimensions, to be seen without looking."""
-    return all(tensor.stride(d) == 0 for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
+def located(node: fx.Node, reason: str) -> str:
+    """A reason with the user's line."""
+    line = node.meta.get("source")
+    return f"{reason} [{line}]" if line else reason
 
 
-def tensors_in(tree: object) -> list[Tensor]:
-    """Every tensor in a nest of containers, bounds of slices included."""
-    return [leaf for leaf in arguments_of(tree) if isinstance(leaf, Tensor)]
-
-
-def _laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A reshape that keeps repeated what is repeated along dimensions that stay as they are."""
-    same = _same_dims(tensor.shape, shape) if tensor.numel() else {}
-    kept = {d: e for d, e in same.items() if tensor.stride(d) == 0}
-    thin = tensor[tuple(slice(0, 1) if d in kept else slice(None) for d in range(tensor.ndim))]
-    return thin.reshape([1 if e in kept.values() else size for e, size in enumerate(shape)]).expand(torch.Size(shape))
-
-
-def _same_dims(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
-    """Dimensions of a shape, none of them empty, that are dimensions of what it is reshaped to."""
-    starts = {math.prod(after[:e]): e for e in range(len(after))}
-    found = {d: starts.get(math.prod(before[:d])) for d in range(len(before))}
-    return {d: e for d, e in found.items() if e is not None and after[e] == before[d] != 1}
-
-
-def _joined(parts: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
-    """A concatenation that keeps what is repeated in all parts repeated."""
-    dim = kwargs.get("axis", dim) % parts[0].ndim
-    sizes = parts[0].shape
-    repeated = [
-        d for d in range(len(sizes)) if d != dim and all(p.ndim == len(sizes) and p.stride(d) == 0 for p in parts)
-    ]
-    if any(part.shape[d] != sizes[d] for part in parts for d in repeated):
-        raise RuntimeError("sizes of tensors must match except in the dimension of the concatenation")
-    thin = [part[tuple(slice(0, 1) if d in repeated else slice(None) for d in range(len(sizes)))] for part in parts]
-    return torch.cat(thin, dim).expand([size if d in repeated else -1 for d, size in enumerate(sizes)])
+def moved(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """What an operation that only moves entries gives."""
+    name = op_name(node)
+    if name in ("view", "reshape"):
+        return reshaped(args[0], torch.empty_like(args[0], device="meta").reshape(*args[1:], **kwargs).shape)
+    if name in ("cat", "concat", "concatenate"):
+        return concatenated(*args, **kwargs)
+    if name in ("roll", "flip") and not kwargs and is_repeated(args[0], args[-1]):
+        return args[0]
+    if node.op == "call_module":
+        return node.meta["module"](args[0].contiguous())
+    return executor(node)(*args, **kwargs)

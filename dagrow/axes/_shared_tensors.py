@@ -1,12 +1,12 @@
-"""Labels of a graph in which tensors act at several places, or whose convolutions have groups.
+"""Labels of a graph in which tensors act at several places: label once, freeze what is shared, label again.
 
-Tensors that act at several places cannot grow at one of them. Convolutions with groups are read in one of two ways:
-they grow by whole groups, or by a channel in each group.
+In come a graph and its layers, out go the layers as they grow, and a labelling. Tensors that act at several places
+cannot grow at one of them. Convolutions with groups grow by whole groups; where these are frozen, the graph is labelled
+again with such a convolution as an edge, which grows by a channel in each group.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,80 +19,117 @@ from dagrow.tracing import tensor_at
 def labelled(
     graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]
 ) -> tuple[dict[fx.Node, LayerSite], Labelling]:
-    """The graph run on labels. Convolutions whose groups are frozen are taken as edges, within whose groups what is
-    around them may still grow."""
-    found = _run(graph, model, layers)
-    rules = {
-        rider.name: BlockConvolutionRule(rider.rule.space, groups=int(rider.module.groups))  # type: ignore[arg-type]
-        for rider in found.entries
-        if isinstance(rider.rule, GroupedRule)
-        and rider.module is not None
-        and not rider.rule.transposed
-        and rider.rule.group(rider.module)[0] > 1
-        and _frozen(found, rider)
-    }
+    """Runs a graph on labels, and freezes what shared tensors write, read or carry.
+
+    Args:
+        graph: of the model's forward.
+        model: the model.
+        layers: those that a rule knows, by their nodes.
+
+    Returns:
+        The layers, convolutions whose groups are frozen as edges, within whose groups what is around them may still
+        grow; and the labelling.
+    """
+    labelling = _label_and_freeze(graph, model, layers)
+    rules = {rider.name: rule for rider in labelling.entries if (rule := _rule_within_groups(labelling, rider))}
     if not rules:
-        return dict(layers), found
-    read = {node: replace(layer, rule=rules.get(layer.name, layer.rule)) for node, layer in layers.items()}
-    return read, _run(graph, model, read)
+        return dict(layers), labelling
+    layers = {node: replace(layer, rule=rules.get(layer.name, layer.rule)) for node, layer in layers.items()}
+    return layers, _label_and_freeze(graph, model, layers)
 
 
-def _run(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
-    found = label(graph, model, layers)
-    freeze_shared(graph, model, layers, found)
-    return found
+def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
+    """The rule of a convolution that grows within its groups, if it cannot grow by a group."""
+    rule, module = rider.rule, rider.module
+    if not isinstance(rule, GroupedRule) or module is None or rule.transposed or rule.group(module)[0] == 1:
+        return None
+    roots = labelling.classes.roots(labelling.entries[rider])
+    is_frozen = bool((labelling.classes.reason_numbers(roots) > 0).any())
+    return BlockConvolutionRule(rule.space, groups=int(module.groups)) if is_frozen else None  # type: ignore[arg-type]
 
 
-def _frozen(found: Labelling, rider: Rider) -> bool:
-    return bool((found.classes.numbers(found.classes.roots(found.entries[rider])) > 0).any())
-
-
-def freeze_shared(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite], found: Labelling) -> None:
-    """Freezes what the tensors of a layer write, read or carry if they do not belong to the layer alone."""
-    owners: dict[int, list[str]] = {}
-    for name, owned in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        owners.setdefault(id(owned), []).append(name)
-    readers = _readers(graph, model, layers)
-    for layer in {layer.name: layer for layer in layers.values() if layer.name in found.rows}.values():
+def _label_and_freeze(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
+    labelling = label(graph, model, layers)
+    sharing = _Sharing.of(graph, model, layers)
+    for layer in {layer.name: layer for layer in layers.values() if layer.name in labelling.rows}.values():
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
-        paths = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
-        cause = _sharing(layer.name, paths, model, owners, readers) or rule.refusal(layer.module)
-        if cause:
-            found.shared.setdefault(layer.name, cause)
-            found.classes.freeze(found.rows[layer.name], cause)
-            found.classes.freeze(found.columns[layer.name], cause)
-    for rider, labels in found.entries.items():
-        user = None if rider.rule is None else rider.name
-        cause = _sharing(user, rider.tensors, model, owners, readers)
-        if cause:
-            found.classes.freeze(labels, cause)
+        names = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
+        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module)
+        if reason:
+            labelling.shared.setdefault(layer.name, reason)
+            labelling.classes.freeze(labelling.rows[layer.name], reason)
+            labelling.classes.freeze(labelling.columns[layer.name], reason)
+    for rider, labels in labelling.entries.items():
+        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors)
+        if reason:
+            labelling.classes.freeze(labels, reason)
+    return labelling
 
 
-def _readers(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> dict[str, set[str | None]]:
-    """For each parameter and buffer the layers that it is of; None for other uses."""
-    found: dict[str, set[str | None]] = {}
-    held = dict(model.named_parameters(remove_duplicate=False))
+@dataclass(frozen=True)
+class _Sharing:
+    """Who uses the parameters and buffers of a model.
+
+    Attributes:
+        model: the model.
+        names: id of a parameter or buffer -> all its names.
+        readers: name -> the layers that it is of; None for other uses.
+    """
+
+    model: nn.Module
+    names: Mapping[int, list[str]]
+    readers: Mapping[str, set[str | None]]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> "_Sharing":
+        names: dict[int, list[str]] = {}
+        buffers = model.named_buffers(remove_duplicate=False)
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
+            names.setdefault(id(tensor), []).append(name)
+        readers: dict[str, set[str | None]] = {}
+        for name, reader in _reads(graph, model, layers):
+            readers.setdefault(name, set()).add(reader)
+        return cls(model, names, readers)
+
+    def reason(self, user: str | None, paths: Iterable[str]) -> str | None:
+        """Why one of the tensors of a layer, or one used directly, does not belong to it alone, or None."""
+        for path in paths:
+            name = path.removeprefix(".")
+            names = self.names.get(id(tensor_at(self.model, name)), [])
+            if not names:
+                return f"{name} is computed, not a parameter"
+            if len(names) > 1:
+                return f"{name} is shared with {', '.join(other for other in names if other != name)}"
+            if any(reader != user for reader in self.readers.get(name, ())):
+                return f"{name} is also used elsewhere"
+        return None
+
+
+def _reads(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Iterator[tuple[str, str | None]]:
+    """The uses of parameters and buffers: names, and the layer that each is of, or None."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for node in graph.nodes:
         if node.op == "get_attr":
-            for value, user in _uses(node, held):
+            name = str(node.target)
+            for value, user in _uses(node, parameters):
                 layer = layers.get(user)
-                own = layer is not None and layer.inputs is not value and str(node.target) in layer.paths.values()
-                found.setdefault(str(node.target), set()).add(layer.name if layer is not None and own else None)
+                is_own = layer is not None and layer.inputs is not value and name in layer.paths.values()
+                yield name, layer.name if layer is not None and is_own else None
         elif node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            for name, _ in (*module.named_parameters(str(node.target)), *module.named_buffers(str(node.target))):
-                found.setdefault(name, set()).add(layers[node].name if node in layers else None)
-    return found
+            path = str(node.target)
+            module = model.get_submodule(path)
+            for name, _ in (*module.named_parameters(path), *module.named_buffers(path)):
+                yield name, layers[node].name if node in layers else None
 
 
-def _uses(node: fx.Node, held: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _uses(node: fx.Node, parameters: Mapping[str, Tensor]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Who uses a parameter, or what is the same parameter laid out otherwise."""
     waiting = [node]
     while waiting:
         value = waiting.pop()
         for user in value.users:
-            origin = parameter_of(user, held)
+            origin = parameter_of(user, parameters)
             if op_name(user) in UNIT_DIM_OPS or (origin is not None and origin.node is node):
                 waiting.append(user)
             elif not _reads_no_width(user, value.meta["val"].shape, node.meta["val"].shape):
@@ -103,36 +140,19 @@ def _reads_no_width(node: fx.Node, shape: torch.Size, whole: torch.Size) -> bool
     """Whether a node reads a fact about a parameter that is the same however wide it is, such as the size of a kernel.
 
     Args:
-        shape, whole: of what it reads, and of the parameter itself.
+        node: the reader.
+        shape: of what it reads.
+        whole: the shape of the parameter itself.
     """
-    if op_name(node) in ("dtype", "device", "ndim", "dim", "is_floating_point"):
+    name = op_name(node)
+    if name in ("dtype", "device", "ndim", "dim", "is_floating_point"):
         return True
-    if op_name(node) == "size":
-        taken: list[Any] = list(node.args[1:])
-    else:
-        read = op_name(node) == "shape" and all(op_name(user) == "getitem" for user in node.users)
-        taken = [user.args[1] for user in node.users] if read else []
-    if not taken or not all(isinstance(index, int) for index in taken):
+    indices: list[object] = []
+    if name == "size":
+        indices = list(node.args[1:])
+    elif name == "shape" and all(op_name(user) == "getitem" for user in node.users):
+        indices = [user.args[1] for user in node.users]
+    ends = [index % len(shape) - len(shape) for index in indices if isinstance(index, int)]  # -1 is the last, always
+    if not ends or len(ends) < len(indices):
         return False
-    ends = [index % len(shape) - len(shape) for index in taken]  # -1 is the last, whatever came and went before it
     return all(2 - len(whole) <= end and shape[end:] == whole[end:] for end in ends)
-
-
-def _sharing(
-    user: str | None,
-    paths: Iterable[str],
-    model: nn.Module,
-    owners: Mapping[int, list[str]],
-    readers: Mapping[str, set[str | None]],
-) -> str | None:
-    """Why one of a layer's tensors does not belong to it alone, or None."""
-    for path in paths:
-        name = path.removeprefix(".")
-        names = owners.get(id(tensor_at(model, name)), [])
-        if not names:
-            return f"{name} is computed, not a parameter"
-        if len(names) > 1:
-            return f"{name} is shared with {', '.join(other for other in names if other != name)}"
-        if any(reader != user for reader in readers.get(name, ())):
-            return f"{name} is also used elsewhere"
-    return None

@@ -89,7 +89,7 @@ class Axis:
     def shared(self) -> str | None:
         """Why no closed form holds for it: a layer beside it does not act once on each sample; or None."""
         names = [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
-        return next((why for name in names if (why := self.layout.found.shared.get(name))), None)
+        return next((why for name in names if (why := self.layout.labelling.shared.get(name))), None)
 
 
 def edges_of(
@@ -106,7 +106,7 @@ def edges_of(
         growable = any(why is None for _, why in around)
         causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
-            causes.insert(0, f"its input: {labels.classes.cause(int(labels.columns[name][0]))}")
+            causes.insert(0, f"its input: {labels.classes.reason(int(labels.columns[name][0]))}")
         reason = None if growable else "; ".join(dict.fromkeys(causes))
         yield Edge(name, by_name[name], growable, reason, labels.shared.get(name))
 

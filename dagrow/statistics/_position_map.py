@@ -172,7 +172,7 @@ class _PositionTracker(LabelInterpreter):
             layer = self.layers.get(node)
             start = layer is not None and layer.name == self.producer.name
             if start or any(source in reached for source in node.all_input_nodes):
-                values[node] = self.node(node, values)
+                values[node] = self.evaluate(node, values)
                 through = start or layer is None or layer.name not in self.dag.labels.rows
                 if through and _carries(values[node]):  # not so sizes
                     reached.add(node)
