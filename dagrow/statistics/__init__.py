@@ -9,10 +9,10 @@ from dagrow.statistics._features import (
     ResidualGoal,
     Stacked,
 )
-from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, agreement, move_agreement
+from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
-from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, samples_of
+from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
@@ -43,10 +43,10 @@ __all__ = [
     "Stacked",
     "Step",
     "TapFeatures",
-    "agreement",
+    "fan_out_score",
     "measure",
-    "move_agreement",
+    "move_score",
     "per_channel",
     "position_map",
-    "samples_of",
+    "sample_count",
 ]

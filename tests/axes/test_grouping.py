@@ -41,7 +41,7 @@ def test_a_residual_stream_is_one_axis_of_many() -> None:
     assert summary(dag)["ups.0"] == (3, ("downs.0",), True)
     last = next(p for p in stream.producers if p.name == "downs.1")
     assert position_map(dag, stream, last, dag.edge("ups.0")) is None
-    assert position_map(dag, stream, last, dag.edge("head")).aligned
+    assert position_map(dag, stream, last, dag.edge("head")).is_identity
 
 
 def test_several_producers_and_consumers() -> None:

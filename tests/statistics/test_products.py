@@ -17,9 +17,10 @@ import dagrow
 from dagrow import AddNeurons
 from dagrow.errors import NoPlaceError
 from dagrow.layers import rule_for
-from dagrow.statistics import Feature, InputFeatures, Objective, PulledGoal, ResidualGoal, measure
+from dagrow.statistics import Feature, Objective, PulledGoal, ResidualGoal, measure
 from dagrow.statistics._captures import Batch
-from dagrow.statistics._measure import _BatchHooks
+from dagrow.statistics._features import LayerInputs
+from dagrow.statistics._measure import CaptureHooks
 from dagrow.statistics._products import _from_rows, product
 
 DRAWN = settings(
@@ -59,9 +60,9 @@ def captured(case, candidates) -> Batch:
     dag = candidates[0].place.dag if hasattr(candidates[0], "place") else candidates[0].origin.place.dag
     objective = Objective(dag.model.eval(), case.batches, case.loss)
     objective.probe()
-    with _BatchHooks(dag, {f for c in candidates for pair in c.pairs() for f in pair}, {}, {}) as watch:
+    with CaptureHooks(dag, {f for c in candidates for pair in c.pairs() for f in pair}, {}, {}) as watch:
         batch, n = next(iter(objective))
-        captures = watch.harvest(objective.value(batch), -1.0)
+        captures = watch.captures(objective.value(batch), -1.0)
     return Batch(captures, n, seen=1, folds=3)
 
 
@@ -70,7 +71,7 @@ def norm(feature: Feature, batch: Batch) -> float:
     if isinstance(feature, ResidualGoal):
         return max(norm(feature.goal, batch), float((feature.goal.rows(batch) - feature.rows(batch)).norm()))
     if isinstance(feature, PulledGoal):
-        return norm(feature.goal, batch) * feature.arrival.index.shape[1]
+        return norm(feature.goal, batch) * feature.position_map.index.shape[1]
     return float(feature.rows(batch).norm())
 
 
@@ -89,7 +90,7 @@ def test_sums_from_images_are_those_from_rows(plan: Plan, solver: str) -> None:
         batch = captured(case, waiting)
         for x, y in {pair for c in waiting for pair in c.pairs()}:
             expected = _from_rows(x, y, batch)
-            if isinstance(x, InputFeatures):
+            if isinstance(x, LayerInputs):
                 basis = torch.randn(x.rows(batch).shape[1], 2).double()
                 torch.testing.assert_close(x.projected(batch, basis), x.rows(batch) @ basis, rtol=1e-10, atol=1e-10)
             size = norm(x, batch) * norm(y, batch)
