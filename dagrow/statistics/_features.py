@@ -45,14 +45,22 @@ class Feature(ABC):
 
     @abstractmethod
     def rows(self, batch: Batch) -> Tensor:
-        """The rows ``[n s, d]`` of a batch of n samples."""
+        """The rows ``[n s, d]`` of a batch of n samples with s positions."""
 
     def image(self, batch: Batch) -> Tensor | None:
         """Rows without a constant as an image ``[n, d, *space]``, where they lie in memory as one; else None."""
         return None
 
     def projected(self, batch: Batch, basis: Tensor) -> Tensor:
-        """The rows times ``basis [d, k]``."""
+        """The rows times a basis.
+
+        Args:
+            batch: n samples.
+            basis: ``[d, k]``.
+
+        Returns:
+            The products ``[n s, k]``.
+        """
         rows = self.rows(batch)
         return rows @ basis.to(rows)
 

@@ -31,6 +31,10 @@ def measure(
 ) -> Moments:
     """Runs the model on every batch, forward and back to pre-activations, and sums products of features.
 
+    What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes than
+    the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that does not
+    depend on the model or is not finite (LossError).
+
     Args:
         dag: the model's.
         objective: the loss and the batches.
@@ -45,11 +49,6 @@ def measure(
     Returns:
         The moments; they know whether the model's own forward ran on every batch: a step may run its layers in another
         way.
-
-    Raises:
-        BatchError: samples are not the first dimension, are fewer than folds, or have other sizes than the example.
-        GrowthError: the model takes another way than when it was traced.
-        LossError: the loss does not depend on the model, or what it gives is not finite.
     """
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
@@ -118,6 +117,13 @@ class CaptureHooks(LayerHooks):
         Args:
             loss: of the batch.
             scale: from its gradient to the goals of single samples.
+
+        Returns:
+            Layer -> what was left there.
+
+        Raises:
+            GrowthError: some layers did not run.
+            LossError: none of them ran.
         """
         missing = set(self._layers) - set(self._captures)
         if missing and not self._captures:

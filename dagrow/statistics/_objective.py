@@ -69,11 +69,26 @@ class Objective:
         self._reduction: str | None = None
 
     def with_batches(self, batches: Iterable[Any], name: str = "batches") -> "Objective":
-        """The same loss on other batches."""
+        """The same loss on other batches.
+
+        Args:
+            batches: a re-iterable, of what the batches were.
+            name: what messages call them.
+
+        Returns:
+            An objective of its own.
+        """
         return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Batches with their numbers of samples, in the same order each time: passes agree on who is in which fold."""
+        """Batches, in the same order each time: passes agree on who is in which fold.
+
+        Yields:
+            A batch and its number of samples.
+
+        Raises:
+            BatchError: there are none.
+        """
         empty = True
         states = [(generator, generator.get_state()) for generator in _generators(self.batches)]
         try:
@@ -102,7 +117,15 @@ class Objective:
             raise
 
     def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
+        """The user's own scalar for one batch.
+
+        Args:
+            batch: one of the batches, or another like them.
+            tensors: parameters or buffers to replace, by name.
+
+        Returns:
+            A tensor without dimensions.
+        """
         with self._naming_batches():
             return self._value(batch, tensors)
 
@@ -140,7 +163,14 @@ class Objective:
         )
 
     def scale(self, samples: int) -> float:
-        """The factor from the user's scalar for a batch to a mean over its samples."""
+        """The factor from the user's scalar for a batch to a mean over its samples.
+
+        Args:
+            samples: of the batch.
+
+        Returns:
+            1 for a mean, 1 / samples for a sum.
+        """
         return 1.0 if self.reduction == "mean" else 1.0 / samples
 
     @property
@@ -181,7 +211,14 @@ class Objective:
         return "mean"
 
     def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
-        """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
+        """The loss, in eval mode unless asked otherwise.
+
+        Args:
+            tensors: parameters or buffers to replace, by name.
+
+        Returns:
+            A mean over all samples of all batches.
+        """
         self.probe()
         total, count = 0.0, 0
         with preserve_state(self.model), torch.no_grad():

@@ -75,7 +75,14 @@ class PositionMap:
         return _sparse(entries, shares, len(self.cells), self.positions * self.channels)
 
     def mean_of(self, written: Tensor) -> Tensor:
-        """What the cells hold of a unit's channels ``[n, positions, channels k]``: ``[n, cells, k]``."""
+        """What the cells hold of a unit's channels.
+
+        Args:
+            written: by the producer ``[n, positions, channels k]``.
+
+        Returns:
+            Means of entries ``[n, cells, k]``.
+        """
         if self.is_whole:
             return written
         entries = rearrange(written, "n s (r k) -> (s r) (n k)", r=self.channels)
