@@ -13,11 +13,10 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 >>> from dagrow.statistics import InputFeatures, Objective, OutputGoal, measure
 >>> x = torch.linspace(-1, 1, 40).double()[:, None]
 >>> model = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)).double()
->>> nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)  # doctest: +ELLIPSIS
-(...)
->>> dag = dagrow.trace(model, x)
+>>> _ = nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
+>>> objective = Objective(model, [(x, x.abs())], nn.functional.mse_loss)
 >>> reads, goal = InputFeatures("2"), OutputGoal("2")  # of the last layer
->>> m = measure(dag, Objective(model, [(x, x.abs())], nn.functional.mse_loss), [(reads, reads), (reads, goal), (goal, goal)])
+>>> m = measure(dagrow.trace(model, x), objective, [(reads, reads), (reads, goal), (goal, goal)])
 >>> m.samples, m.folds, m[reads, goal].shape
 (40, 4, torch.Size([2, 1]))
 >>> move = torch.linalg.solve(m[reads, reads], m[reads, goal])  # the best move of its weights

@@ -31,9 +31,9 @@ def measure(
 ) -> Moments:
     """Runs the model on every batch, forward and back to pre-activations, and sums products of features.
 
-    What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes than
-    the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that does not
-    depend on the model or is not finite (LossError).
+    What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes
+    than the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that
+    does not depend on the model or is not finite (LossError).
 
     Args:
         dag: the model's.
