@@ -107,9 +107,8 @@ class MomentAccumulator:
     def _sums_of(self, x: Feature, y: Feature, x_rows: Tensor, y_rows: Tensor) -> Tensor:
         """The sums of a pair ``[F, dx, dy]``, which begin at zero."""
         if (x, y) not in self.sums:
-            self.sums[x, y] = torch.zeros(
-                self.folds, x_rows.shape[1], y_rows.shape[1], dtype=self.dtype, device=x_rows.device
-            )
+            shape = self.folds, x_rows.shape[1], y_rows.shape[1]
+            self.sums[x, y] = torch.zeros(shape, dtype=self.dtype, device=x_rows.device)
         return self.sums[x, y]
 
     def moments(self, forward: bool) -> Moments:
@@ -124,8 +123,7 @@ class MomentAccumulator:
             _check_finite(x, y, sums)
         counts = torch.tensor([len(range(fold, self.samples, self.folds)) for fold in range(self.folds)])
         positions: dict[Hashable, float] = {feature: rows / self.samples for feature, rows in self.positions.items()}
-        sums_of: dict[Pair, Tensor] = dict(self.sums.items())
-        return Moments(counts, sums_of, positions, self.resolution, self.loss / self.samples, forward)
+        return Moments(counts, dict(self.sums.items()), positions, self.resolution, self.loss / self.samples, forward)
 
 
 def _features_of(pair: Pair) -> FeaturePair:

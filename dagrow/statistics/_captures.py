@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -61,8 +62,7 @@ class Capture:
     @property
     def positions(self) -> int:
         """Of its output, for all samples together."""
-        channels = self.rule.channel_dim(len(self.output_shape))
-        return prod(self.output_shape) // max(1, self.output_shape[channels])
+        return prod(self.output_shape) // max(1, self.output_shape[self.rule.channel_dim(len(self.output_shape))])
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -112,18 +112,15 @@ class Capture:
                 "samples must come first."
             )
 
-        def select(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (count, -1))[samples].flatten(0, 1).contiguous()
-
-        inputs = select(self.inputs)
-        return replace(
-            self,
-            inputs=inputs,
-            version=inputs._version,
-            output_shape=(self.output_shape[0] // len(self.inputs) * len(inputs), *self.output_shape[1:]),
-            output_goal=None if self.output_goal is None else select(self.output_goal),
-            input_goal=None if self.input_goal is None else select(self.input_goal),
-        )
+        tensors = {"inputs": self.inputs, "output_goal": self.output_goal, "input_goal": self.input_goal}
+        selected: dict[str, Any] = {
+            name: tensor.unflatten(0, (count, -1))[samples].flatten(0, 1).contiguous()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        inputs = selected["inputs"]
+        shape = (self.output_shape[0] // len(self.inputs) * len(inputs), *self.output_shape[1:])
+        return replace(self, version=inputs._version, output_shape=shape, **selected)
 
 
 class _Subsets(dict[str, Capture]):
@@ -172,14 +169,10 @@ class Batch:
         return [(fold, slice(i, None, len(groups))) for i, fold in enumerate(groups)]
 
     def subset(self, samples: slice, only: int | None = None) -> "Batch":
-        """Some of the samples: one after another, or those of one fold only."""
-        return Batch(
-            _Subsets(self.captures, samples, self.samples),
-            len(range(self.samples)[samples]),
-            self.seen + samples.start,
-            self.folds,
-            self.only if only is None else only,
-        )
+        """Some of the samples: one after another, or ``only`` those of one fold."""
+        captures, count = _Subsets(self.captures, samples, self.samples), len(range(self.samples)[samples])
+        only = self.only if only is None else only
+        return replace(self, captures=captures, samples=count, seen=self.seen + samples.start, only=only)
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
         """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""

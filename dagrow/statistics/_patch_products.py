@@ -176,10 +176,17 @@ def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -
 def patch_gram(
     left: Tensor, right: Tensor, geometry: Geometry, weights: Sequence[Sequence[float]], groups: int = 1
 ) -> Tensor:
-    """The weighted sum over samples and positions of products of two images' patches ``[G, c, *taps, c', *taps]``.
+    """The weighted sum over samples and positions of products of two images' patches.
 
     Args:
+        left: images ``[n, G c, *space]``.
+        right: the same ones, or others of the same sizes ``[n, G c', *space]``.
+        geometry: how patches are cut out, at stride 1.
         weights: for each dimension of the output; their products are the weights of positions.
+        groups: of samples, each with channels of its own.
+
+    Returns:
+        The sums ``[G, c, *taps, c', *taps]``.
     """
     same = left is right
     left, plain = geometry.plain(left)
