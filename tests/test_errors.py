@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
 
 import dagrow
 from dagrow import (
@@ -43,65 +42,6 @@ def setting() -> tuple[nn.Module, Any]:
     return model, dagrow.trace(model, X)
 
 
-class Once:
-    """Can be read only once, but does not say so."""
-
-    def __init__(self) -> None:
-        self.source = iter(BATCHES)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.source
-
-
-def broken(output: Tensor, target: Tensor) -> Tensor:
-    raise KeyError("a bug in the loss")
-
-
-BAD_BATCHES: dict[str, tuple[Any, type[DagrowError], str]] = {
-    "generator": ((b for b in BATCHES), BatchError, "read only once; give a list"),
-    "iterator": (iter(BATCHES), BatchError, "read only once; give a list"),
-    "secretly once": (Once(), BatchError, "read only once"),
-    "empty list": ([], BatchError, "is empty"),
-    "empty loader": (DataLoader(TensorDataset(X[:0], Y[:0]), batch_size=4), BatchError, "is empty"),
-    "dataset": (TensorDataset(X, Y), BatchError, "DataLoader"),
-    "one batch": ((X, Y), BatchError, r"\[\(inputs, target\)\]"),
-    "tensor": (X, BatchError, "list of"),
-    "none": (None, BatchError, "list of"),
-    "number": (3, BatchError, "list of"),
-    "dict": ({"x": X}, BatchError, "list of"),
-    "string": ("data", BatchError, "list of"),
-    "triples": ([(X, Y, Y)], BatchError, "step="),
-    "inputs only": ([X], BatchError, "step="),
-    "no samples": ([(X[:0], Y[:0])], BatchError, "no samples"),
-    "numpy": ([(X.numpy(), Y.numpy())], BatchError, "tensor"),
-    "inputs too wide": ([(torch.cat([X, X], 1), Y)], BatchError, r"\(8, 8\) float32"),
-    "fewer targets": ([(X, Y[:5])], BatchError, "8 inputs and 5 targets"),
-    "targets too wide": ([(X, X)], BatchError, r"\(8, 4\) float32"),
-    "double inputs": ([(X.double(), Y.double())], BatchError, "parameters are float32"),
-    "integer inputs": ([(X.long(), Y)], BatchError, "int64"),
-    "nan inputs": ([(X * math.nan, Y)], LossError, "finite"),
-    "infinite targets": ([(X, Y * math.inf)], LossError, "finite"),
-    "meta": ([(X.to("meta"), Y)], BatchError, "device"),
-    "second batch bad": ([(X, Y), (X[:, :2], Y)], BatchError, r"\(8, 2\)"),
-    "wrong keyword": ([({"inputs": X}, Y)], BatchError, "inputs"),
-    "set": ([({1, 2}, Y)], DagrowError, "set"),
-}
-
-BAD_LOSSES: dict[str, tuple[Any, str]] = {
-    "none": (None, "either loss="),
-    "a number": (0.5, "cannot be called"),
-    "vector": (lambda o, t: ((o - t) ** 2).mean(1), "one number"),
-    "python float": (lambda o, t: 1.0, "float"),
-    "nothing": (lambda o, t: None, "NoneType"),
-    "nan": (lambda o, t: MSE(o, t) * math.nan, "finite"),
-    "inf": (lambda o, t: MSE(o, t) / 0, "finite"),
-    "independent": (lambda o, t: (t**2).mean(), "does not depend on the model"),
-    "detached": (lambda o, t: MSE(o.detach(), t), "does not depend on the model"),
-    "neither mean nor sum": (lambda o, t: MSE(o, t, reduction="sum") ** 0.5, "a sum gives 2"),
-    "constant in the model": (lambda o, t: (o * 0 + t).detach().mean().requires_grad_(), "does not depend"),
-}
-
-
 def unchanged(model: nn.Module, before: dict[str, Tensor], hooks: list[int]) -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -122,42 +62,6 @@ def refused(error: type[DagrowError], message: str, call: Callable[[Any], Any]) 
     receipt = dagrow.grow(dag, BATCHES, MSE, OPERATORS)
     assert receipt.neurons == 1
     assert receipt.loss_after < receipt.loss_before
-
-
-@pytest.mark.parametrize("case", BAD_BATCHES)
-def test_batches(case: str) -> None:
-    batches, error, message = BAD_BATCHES[case]
-    refused(error, message, lambda dag: dagrow.grow(dag, batches, MSE, OPERATORS))
-
-
-@pytest.mark.parametrize("verb", [dagrow.bottlenecks, dagrow.propose, dagrow.grow])
-@pytest.mark.parametrize("case", ["empty list", "one batch", "double inputs", "second batch bad", "nan inputs"])
-def test_batches_of_every_verb(verb: Any, case: str) -> None:
-    batches, error, message = BAD_BATCHES[case]
-    refused(error, message, lambda dag: verb(dag, batches, MSE))
-
-
-@pytest.mark.parametrize("case", BAD_LOSSES)
-def test_losses(case: str) -> None:
-    loss, message = BAD_LOSSES[case]
-    refused(LossError, message, lambda dag: dagrow.grow(dag, BATCHES, loss, OPERATORS))
-
-
-def test_a_bug_in_the_loss_is_told_with_its_cause() -> None:
-    refused(BatchError, "KeyError: 'a bug in the loss'", lambda dag: dagrow.grow(dag, BATCHES, broken, OPERATORS))
-
-
-def test_step_and_loss() -> None:
-    def step(model: nn.Module, batch: Any) -> Tensor:
-        return MSE(model(batch[0]), batch[1])
-
-    refused(LossError, "either loss=", lambda dag: dagrow.grow(dag, BATCHES, MSE, OPERATORS, step=step))
-    refused(LossError, "cannot be called", lambda dag: dagrow.grow(dag, BATCHES, step=3, operators=OPERATORS))  # type: ignore[arg-type]
-    refused(
-        LossError,
-        "does not depend",
-        lambda dag: dagrow.bottlenecks(dag, BATCHES, step=lambda m, b: MSE(b[1] * 2, b[1])),
-    )
 
 
 @pytest.mark.parametrize(
@@ -322,24 +226,6 @@ def test_unknown_names_list_the_known_ones() -> None:
         dag.edge("hidden")
     with pytest.raises(GrowthError, match="cannot grow by 1"):
         dag.widening(dag.axis("2"), 1)
-
-
-def test_a_model_that_takes_another_way_than_when_it_was_traced() -> None:
-    class Fickle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c, self.skip = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2), False
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.a(x))
-            return self.c(h if self.skip else torch.tanh(self.b(h)))
-
-    model = Fickle()
-    dag = dagrow.trace(model, X)
-    model.skip = True
-    with pytest.raises(GrowthError, match="another way than when it was traced"):
-        dagrow.bottlenecks(dag, BATCHES, MSE)
-    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_all_errors_are_of_one_family() -> None:

@@ -17,7 +17,7 @@ from dagrow.growing._planning import Budget
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step, samples_of
+from dagrow.statistics import Loss, Objective, Step, sample_count
 from dagrow.surgery import check_steps
 
 
@@ -134,7 +134,7 @@ def _epoch(objective: Objective, optimizer: Optimizer) -> float:
                 )
             value.backward()
             optimizer.step()
-            n = samples_of(batch)
+            n = sample_count(batch)
             total += float(value.detach()) * objective.scale(n) * n
             count += n
     return total / count

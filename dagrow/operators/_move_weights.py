@@ -7,7 +7,7 @@ from dagrow.errors import GrowthError
 from dagrow.graph import Dag, Edge
 from dagrow.operators._base import Candidate, Judged, Operator, check_names
 from dagrow.solvers import RIDGES, Moments, Move, Pair, Regression, best_move, validate_move
-from dagrow.statistics import InputFeatures, Objective, OutputGoal, SampleScores, move_agreement
+from dagrow.statistics import InputFeatures, Objective, OutputGoal, SampleScores, move_score
 from dagrow.surgery import Cost, Draft, Growth
 
 
@@ -71,7 +71,7 @@ class MoveCandidate(Candidate):
         split, ridge = moments.split(), self.operator.ridge
         held = validate_move(split, reads, goal, RIDGES if ridge is None else (ridge,))
         growth = self._growth(best_move(moments, reads, goal, held.ridge), objective)
-        return Judged(growth, SampleScores([move_agreement(split, reads, goal, held.ridge)]))
+        return Judged(growth, SampleScores([move_score(split, reads, goal, held.ridge)]))
 
     def _growth(self, move: Move, objective: Objective) -> Growth:
         draft = Draft(self.dag)

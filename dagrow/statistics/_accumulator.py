@@ -3,19 +3,127 @@
 import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dagrow.errors import BatchError, LossError
-from dagrow.solvers import Moments, Pair, add_gram, complete, distinct
+from dagrow.solvers import Moments, Pair, complete, distinct
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
-from dagrow.statistics._products import product
+from dagrow.statistics._products import add_product, product
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
 ALIGNED = 16  #: rows start at multiples of so many entries, which makes products faster
 FeaturePair = tuple[Feature, Feature]
+
+
+@dataclass(frozen=True)
+class _BufferedRows:
+    """The rows of a batch by sample ``[n, s, d]``, and the samples of each fold."""
+
+    rows: dict[Feature, Tensor]
+    samples: dict[int, slice]
+
+    def of_fold(self, feature: Feature, fold: int) -> Tensor:
+        return self.rows[feature][self.samples.get(fold, slice(0))]
+
+
+class MomentAccumulator:
+    """Adds up products of features, batch after batch.
+
+    Rows of layers without space wait in a buffer, so that products are large and few; images are products enough.
+    """
+
+    def __init__(self, pairs: Iterable[Pair], folds: int, dtype: torch.dtype) -> None:
+        self.pairs = [_features_of(pair) for pair in distinct(pairs)]
+        self.features = list(dict.fromkeys(feature for pair in self.pairs for feature in pair))
+        self.folds, self.dtype = folds, dtype
+        self.sums: dict[FeaturePair, Tensor] = {}
+        self.positions: dict[Feature, int] = defaultdict(int)
+        self.loss, self.samples, self.resolution = 0.0, 0, 0.0
+        self.buffer: list[_BufferedRows] = []
+        self.buffered_rows = 0
+
+    def add(self, batch: Batch, loss: float) -> None:
+        """Adds a batch, and the sum of its samples' losses."""
+        for feature in self.features:
+            self.positions[feature] += _checked_count(feature, batch)
+        self._check_positions(batch)
+        for capture in batch.captures.values():
+            self.resolution = max(self.resolution, torch.finfo(_product_type(capture.inputs.dtype)).eps)
+        self.loss, self.samples = self.loss + loss, self.samples + batch.samples
+        without_space = []
+        for x, y in self.pairs:
+            if not any(batch[edge].is_image for feature in (x, y) for edge in feature.edges):
+                without_space.append((x, y))
+            elif (x, y) in self.sums:  # many rows a batch: products enough, and kept as they come
+                self.sums[x, y] += product(x, y, batch)
+            else:
+                self.sums[x, y] = product(x, y, batch)
+        if without_space:
+            self._collect(without_space, batch)
+
+    def _check_positions(self, batch: Batch) -> None:
+        n = batch.samples
+        for x, y in self.pairs:
+            if x.count(batch) != y.count(batch):
+                raise BatchError(
+                    f"layer {', '.join(x.edges)} has {x.count(batch) // n} positions in a sample of this batch, layer "
+                    f"{', '.join(y.edges)} {y.count(batch) // n}, otherwise than in the example; trace with such a "
+                    "batch."
+                )
+
+    def _collect(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
+        """Puts the rows of pairs into the buffer, all in one type, and empties it when it is full."""
+        rows = {feature: feature.rows(batch) for pair in pairs for feature in pair}
+        dtype = _product_type(*(values.dtype for values in rows.values()))
+        by_sample = {f: values.to(dtype).view(batch.samples, -1, values.shape[1]) for f, values in rows.items()}
+        self.buffer.append(_BufferedRows(by_sample, dict(batch.fold_slices)))
+        self.buffered_rows += max(values.shape[:2].numel() for values in by_sample.values())
+        if self.buffered_rows >= FLUSH_ROWS * self.folds:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Multiplies what is in the buffer."""
+        for fold in range(self.folds):
+            rows = {feature: self._rows_of(feature, fold) for feature in self.buffer[0].rows}
+            for x, y in self.pairs:
+                if x in rows and y in rows:
+                    add_product(self._sums_of(x, y, rows[x], rows[y])[fold], rows[x], rows[y])
+            del rows  # before the next fold's
+        self.buffer, self.buffered_rows = [], 0
+
+    def _rows_of(self, feature: Feature, fold: int) -> Tensor:
+        """The fold's rows of all batches in the buffer ``[n s, d]``."""
+        parts = [batch.of_fold(feature, fold) for batch in self.buffer]
+        counts, width = [part.shape[:2].numel() for part in parts], parts[0].shape[2]
+        rows = parts[0].new_empty(sum(counts), -(-width // ALIGNED) * ALIGNED)[:, :width]
+        for part, target in zip(parts, rows.split(counts), strict=True):
+            target.unflatten(0, part.shape[:2]).copy_(part)
+        return rows
+
+    def _sums_of(self, x: Feature, y: Feature, x_rows: Tensor, y_rows: Tensor) -> Tensor:
+        """The sums of a pair ``[F, dx, dy]``, which begin at zero."""
+        if (x, y) not in self.sums:
+            shape = self.folds, x_rows.shape[1], y_rows.shape[1]
+            self.sums[x, y] = torch.zeros(shape, dtype=self.dtype, device=x_rows.device)
+        return self.sums[x, y]
+
+    def moments(self, forward: bool) -> Moments:
+        """The moments of all samples; ``forward`` tells whether the model's own forward ran on every batch."""
+        if self.samples < self.folds:
+            raise BatchError(f"there are {self.samples} samples for {self.folds} folds; give more samples, or folds=1.")
+        if self.buffer:
+            self._flush()
+        for (x, y), sums in self.sums.items():
+            if x == y:
+                complete(sums)
+            _check_finite(x, y, sums)
+        counts = torch.tensor([len(range(fold, self.samples, self.folds)) for fold in range(self.folds)])
+        positions: dict[Hashable, float] = {feature: rows / self.samples for feature, rows in self.positions.items()}
+        return Moments(counts, dict(self.sums.items()), positions, self.resolution, self.loss / self.samples, forward)
 
 
 def _features_of(pair: Pair) -> FeaturePair:
@@ -26,123 +134,27 @@ def _features_of(pair: Pair) -> FeaturePair:
     return x, y
 
 
-def _kind(values: Tensor) -> torch.dtype:
+def _product_type(*dtypes: torch.dtype) -> torch.dtype:
     """The type that products are taken in: at least single precision."""
-    return torch.promote_types(values.dtype, torch.float32)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
-class MomentAccumulator:
-    """Accumulators. Rows of layers without space wait in a buffer, so that products are large and few; images are
-    products enough."""
+def _checked_count(feature: Feature, batch: Batch) -> int:
+    """The rows of a feature, which are as many for each sample."""
+    feature.check_sizes(batch)
+    count, n = feature.count(batch), batch.samples
+    captures = [batch[edge] for edge in feature.edges]
+    if count % n or any(capture.is_image and len(capture.inputs) % n for capture in captures):
+        raise BatchError(f"a layer sees {count} rows for {n} samples; samples must be the first dimension.")
+    return count
 
-    def __init__(self, pairs: Iterable[Pair], folds: int, dtype: torch.dtype) -> None:
-        self.pairs = [_features_of(pair) for pair in distinct(pairs)]
-        self.folds, self.dtype = folds, dtype
-        self.loss, self.seen = 0.0, 0
-        self.totals: dict[FeaturePair, Tensor] = {}
-        self.waiting: list[tuple[int, dict[Feature, Tensor]]] = []
-        self.rows = 0
-        self.positions: dict[Feature, int] = defaultdict(int)
-        self.resolution = 0.0
 
-    def add(self, batch: Batch, loss: float) -> None:
-        """A batch of n samples."""
-        for feature in dict.fromkeys(f for pair in self.pairs for f in pair):
-            feature.check(batch)
-            count = feature.count(batch)
-            if count % batch.samples or any(
-                batch[e].spatial and len(batch[e].inputs) % batch.samples for e in feature.edges
-            ):
-                raise BatchError(
-                    f"a layer sees {count} rows for {batch.samples} samples; samples must be the first dimension."
-                )
-            self.positions[feature] += count
-        self.check_rows(batch)
-        for capture in batch.captures.values():
-            self.resolution = max(self.resolution, torch.finfo(_kind(capture.inputs)).eps)
-        self.loss, self.seen = self.loss + loss, self.seen + batch.samples
-        images = [pair for pair in self.pairs if any(batch[edge].spatial for f in pair for edge in f.edges)]
-        for pair in images:  # many rows a batch: products enough, and kept as they come
-            found = product(*pair, batch)
-            if pair in self.totals:
-                self.totals[pair] += found
-            else:
-                self.totals[pair] = found
-        self.wait([pair for pair in self.pairs if pair not in images], batch)
-
-    def check_rows(self, batch: Batch) -> None:
-        for x, y in self.pairs:
-            if x.count(batch) != y.count(batch):
-                n = batch.samples
-                raise BatchError(
-                    f"layer {', '.join(x.edges)} has {x.count(batch) // n} positions in a sample of this batch, layer "
-                    f"{', '.join(y.edges)} {y.count(batch) // n}, otherwise than in the example; trace with such a "
-                    "batch."
-                )
-
-    def total(self, pair: FeaturePair, dx: int, dy: int, device: torch.device) -> Tensor:
-        """The sums of a pair ``[F, dx, dy]``."""
-        if pair not in self.totals:
-            self.totals[pair] = torch.zeros(self.folds, dx, dy, dtype=self.dtype, device=device)
-        return self.totals[pair]
-
-    def wait(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
-        """Puts the rows ``[n s, d]`` of pairs into the buffer."""
-        found = {f: f.rows(batch) for pair in pairs for f in pair}
-        kind = functools.reduce(torch.promote_types, (values.dtype for values in found.values()), torch.float32)
-        rows = {f: values.to(kind).view(batch.samples, -1, values.shape[1]) for f, values in found.items()}
-        if rows:
-            self.waiting.append((batch.seen, rows))
-            self.rows += max(values.shape[:2].numel() for values in rows.values())
-        if self.rows >= FLUSH_ROWS * self.folds:
-            self.flush()
-
-    def flush(self) -> None:
-        """Multiplies what is waiting."""
-        features = list(self.waiting[0][1])
-        for fold in range(self.folds):
-            joined = {f: self.joined(f, fold) for f in features}
-            for x, y in self.pairs:
-                if x not in joined or y not in joined:
-                    continue
-                total = self.total((x, y), joined[x].shape[1], joined[y].shape[1], joined[x].device)[fold]
-                if x == y:
-                    add_gram(total, joined[x])
-                else:
-                    total += joined[x].T @ joined[y]
-            del joined  # before the next fold's
-        self.waiting, self.rows = [], 0
-
-    def joined(self, feature: Feature, fold: int) -> Tensor:
-        """The fold's rows of all waiting batches; samples go round-robin into folds."""
-        parts = [rows[feature][(fold - start) % self.folds :: self.folds] for start, rows in self.waiting]
-        counts, width = [part.shape[:2].numel() for part in parts], parts[0].shape[2]
-        out = parts[0].new_empty(sum(counts), -(-width // ALIGNED) * ALIGNED)[:, :width]
-        for part, rows in zip(parts, out.split(counts), strict=True):
-            rows.unflatten(0, part.shape[:2]).copy_(part)
-        return out
-
-    def moments(self, forward: bool) -> Moments:
-        if self.seen < self.folds:
-            raise BatchError(f"there are {self.seen} samples for {self.folds} folds; give more samples, or folds=1.")
-        if self.waiting:
-            self.flush()
-        for (x, y), total in self.totals.items():
-            if x == y:
-                complete(total)
-            self.check(x, y, total)
-        counts = torch.tensor([len(range(fold, self.seen, self.folds)) for fold in range(self.folds)])
-        positions: dict[Hashable, float] = {f: count / self.seen for f, count in self.positions.items()}
-        sums: dict[Pair, Tensor] = {(x, y): total for (x, y), total in self.totals.items()}
-        return Moments(counts, sums, positions, self.resolution, self.loss / self.seen, forward)
-
-    @staticmethod
-    def check(x: Feature, y: Feature, total: Tensor) -> None:
-        """A number that is none shows in the first row or column, one that is too large on the diagonal."""
-        seen = [total[:, :1], total[:, :, :1], total.diagonal(dim1=1, dim2=2)]
-        if not all(bool(torch.isfinite(part).all()) for part in seen):
-            raise LossError(
-                f"what layers {', '.join(dict.fromkeys((*x.edges, *y.edges)))} read, or the gradients there, are not "
-                "finite, or too large for their type when squared, although the loss is finite. Look for infinite "
-                "inputs, for square roots and norms of zero in the loss, and scale large inputs."
-            )
+def _check_finite(x: Feature, y: Feature, sums: Tensor) -> None:
+    """A number that is none shows in the first row or column, one that is too large on the diagonal."""
+    entries = [sums[:, :1], sums[:, :, :1], sums.diagonal(dim1=1, dim2=2)]
+    if not all(bool(torch.isfinite(part).all()) for part in entries):
+        raise LossError(
+            f"what layers {', '.join(dict.fromkeys((*x.edges, *y.edges)))} read, or the gradients there, are not "
+            "finite, or too large for their type when squared, although the loss is finite. Look for infinite "
+            "inputs, for square roots and norms of zero in the loss, and scale large inputs."
+        )

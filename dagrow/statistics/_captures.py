@@ -6,29 +6,43 @@ from math import prod
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dagrow.axes import IndexMap
 from dagrow.errors import BatchError, GrowthError
-from dagrow.layers import EdgeRule, Geometry
+from dagrow.layers import EdgeRule, Geometry, LayerRule
 
 
 @dataclass
 class Capture:
-    """What one forward and backward pass of a batch left at one layer."""
+    """What one forward and backward pass of a batch left at one layer.
+
+    Attributes:
+        input_map, output_map: which channels are new in a preview; None where none is.
+        version: of the input, when the layer read it; a change in place counts it up.
+        input_gradient, output_gradient: where autograd finds them.
+        input_goal, output_goal: minus the gradient of each sample's loss.
+    """
 
     module: torch.nn.Module
-    rule: Any
-    new_read: IndexMap | None
-    new_written: IndexMap | None
+    rule: LayerRule
+    input_map: IndexMap | None
+    output_map: IndexMap | None
     inputs: Tensor
     version: int
-    shape: Sequence[int]  #: of its output
-    written: GradientEdge | None = None  #: where the gradient of its output is found
-    goal: Tensor | None = None
-    arrived: GradientEdge | None = None  #: where the gradient of its input is found
-    wish: Tensor | None = None
+    output_shape: Sequence[int]
+    output_gradient: GradientEdge | None = None
+    output_goal: Tensor | None = None
+    input_gradient: GradientEdge | None = None
+    input_goal: Tensor | None = None
+
+    @property
+    def edge_rule(self) -> EdgeRule:
+        """The rule of a weighted layer."""
+        assert isinstance(self.rule, EdgeRule)
+        return self.rule
 
     @property
     def geometry(self) -> Geometry | None:
@@ -36,84 +50,107 @@ class Capture:
         return self.rule.geometry(self.module) if isinstance(self.rule, EdgeRule) else None
 
     @property
-    def positions(self) -> int:
-        """Of its output, for all samples together."""
-        channels = self.rule.channel_dim(len(self.shape))
-        return prod(self.shape) // max(1, self.shape[channels])
+    def channel_dim(self) -> int:
+        """The dimension of its input that holds the channels."""
+        return self.rule.channel_dim(self.inputs.ndim)
 
     @property
-    def spatial(self) -> bool:
+    def is_image(self) -> bool:
         """Whether channels lie before the positions, so that each sample is an image."""
-        return self.rule.channel_dim(self.inputs.ndim) != self.inputs.ndim - 1
+        return self.channel_dim != self.inputs.ndim - 1
 
-    def read(self, new: bool = False) -> Tensor:
-        """The layer's input, restricted to its old or new channels."""
-        if self.inputs._version != self.version:
-            raise GrowthError(
-                "the input of a layer was changed in place after the layer read it; measure a model that does not."
-            )
-        if self.new_read is None:
-            return self.inputs
-        return self._select(self.inputs, self.new_read.new.flatten() if new else self.new_read.old)
-
-    def wanted(self) -> Tensor:
-        """The goal at the layer's old output channels."""
-        assert self.goal is not None
-        return self.goal if self.new_written is None else self._select(self.goal, self.new_written.old)
-
-    def wanted_of_inputs(self) -> Tensor:
-        """The goal at the layer's input."""
-        assert self.wish is not None
-        return self.wish if self.new_read is None else self._select(self.wish, self.new_read.old)
-
-    def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
-        return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
+    @property
+    def positions(self) -> int:
+        """Of its output, for all samples together."""
+        return prod(self.output_shape) // max(1, self.output_shape[self.rule.channel_dim(len(self.output_shape))])
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Its output's sizes but for the first dimension and the channels."""
-        channels = self.rule.channel_dim(len(self.shape))
-        return tuple(size for dim, size in enumerate(self.shape) if dim not in (0, channels))
+        channels = self.rule.channel_dim(len(self.output_shape))
+        return tuple(size for dim, size in enumerate(self.output_shape) if dim not in (0, channels))
 
-    def part(self, samples: slice, of: int) -> "Capture":
-        """Some of the samples, each of which may be several entries of the first dimension."""
-        if len(self.inputs) % of:
+    def old_inputs(self) -> Tensor:
+        """The layer's input, without the new channels of a preview."""
+        inputs = self._unchanged_inputs()
+        return inputs if self.input_map is None else self._select(inputs, self.input_map.old)
+
+    def new_inputs(self) -> Tensor:
+        """The new channels of the layer's input in a preview."""
+        inputs = self._unchanged_inputs()
+        return inputs if self.input_map is None else self._select(inputs, self.input_map.new.flatten())
+
+    def goal_at_outputs(self) -> Tensor:
+        """The goal at the layer's old output channels."""
+        assert self.output_goal is not None
+        return self.output_goal if self.output_map is None else self._select(self.output_goal, self.output_map.old)
+
+    def goal_at_inputs(self) -> Tensor:
+        """The goal at the layer's old input channels."""
+        assert self.input_goal is not None
+        return self.input_goal if self.input_map is None else self._select(self.input_goal, self.input_map.old)
+
+    def channels_last(self, tensor: Tensor) -> Tensor:
+        """An input, or the goal there, as rows ``[n s, c]``."""
+        return tensor.movedim(self.rule.channel_dim(tensor.ndim), -1).flatten(0, -2)
+
+    def _unchanged_inputs(self) -> Tensor:
+        if self.inputs._version != self.version:
+            raise GrowthError(
+                "the input of a layer was changed in place after the layer read it; measure a model that does not."
+            )
+        return self.inputs
+
+    def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
+        return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
+
+    def subset(self, samples: slice, count: int) -> "Capture":
+        """Some of ``count`` samples, each of which may be several entries of the first dimension."""
+        if len(self.inputs) % count:
             raise BatchError(
-                f"a layer reads a first dimension of {len(self.inputs)}, which is no multiple of the {of} samples; "
+                f"a layer reads a first dimension of {len(self.inputs)}, which is no multiple of the {count} samples; "
                 "samples must come first."
             )
 
-        def cut(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.unflatten(0, (of, -1))[samples].flatten(0, 1).contiguous()
+        tensors = {"inputs": self.inputs, "output_goal": self.output_goal, "input_goal": self.input_goal}
+        selected: dict[str, Any] = {
+            name: tensor.unflatten(0, (count, -1))[samples].flatten(0, 1).contiguous()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        inputs = selected["inputs"]
+        shape = (self.output_shape[0] // len(self.inputs) * len(inputs), *self.output_shape[1:])
+        return replace(self, version=inputs._version, output_shape=shape, **selected)
 
-        inputs = cut(self.inputs)
-        shape = (self.shape[0] // len(self.inputs) * len(inputs), *self.shape[1:])
-        return replace(
-            self, inputs=inputs, goal=cut(self.goal), wish=cut(self.wish), version=inputs._version, shape=shape
-        )
 
-
-class _Parts(dict[str, Capture]):
+class _Subsets(dict[str, Capture]):
     """Captures of some samples, each cut out when it is first asked for."""
 
-    def __init__(self, whole: Mapping[str, Capture], samples: slice, of: int) -> None:
+    def __init__(self, captures: Mapping[str, Capture], samples: slice, count: int) -> None:
         super().__init__()
-        self.whole, self.samples, self.of = whole, samples, of
+        self.captures, self.samples, self.count = captures, samples, count
 
     def __missing__(self, name: str) -> Capture:
-        self[name] = self.whole[name].part(self.samples, self.of)
+        self[name] = self.captures[name].subset(self.samples, self.count)
         return self[name]
 
 
 @dataclass
 class Batch:
-    """What one batch left at all layers. Samples go round-robin into folds."""
+    """What one batch left at all layers. Samples go round-robin into folds.
+
+    Attributes:
+        captures: layer -> what was left there.
+        samples: how many.
+        seen: samples before this batch.
+        only: the fold that all samples are of, if they are those of one fold.
+    """
 
     captures: dict[str, Capture]
     samples: int
-    seen: int = 0  #: samples before this batch
+    seen: int = 0
     folds: int = 1
-    only: int | None = None  #: the fold that all samples are of, if they are those of one fold
+    only: int | None = None
 
     def __getitem__(self, edge: str) -> Capture:
         return self.captures[edge]
@@ -125,22 +162,25 @@ class Batch:
             return [self.only]
         return [(self.seen + i) % self.folds for i in range(min(self.folds, self.samples))]
 
-    def part(self, samples: slice) -> "Batch":
-        """Some of the samples, one after another."""
-        return replace(self._of(samples), seen=self.seen + samples.start)
+    @property
+    def fold_slices(self) -> list[tuple[int, slice]]:
+        """The folds that there are, each with its samples."""
+        groups = self.groups
+        return [(fold, slice(i, None, len(groups))) for i, fold in enumerate(groups)]
 
-    def _of(self, samples: slice) -> "Batch":
-        found = _Parts(self.captures, samples, self.samples)
-        return replace(self, captures=found, samples=len(range(self.samples)[samples]))
+    def subset(self, samples: slice, only: int | None = None) -> "Batch":
+        """Some of the samples: one after another, or ``only`` those of one fold."""
+        captures, count = _Subsets(self.captures, samples, self.samples), len(range(self.samples)[samples])
+        only = self.only if only is None else only
+        return replace(self, captures=captures, samples=count, seen=self.seen + samples.start, only=only)
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
         """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""
-        groups = self.groups
-        parts = [replace(self._of(slice(i, None, len(groups))), only=fold) for i, fold in enumerate(groups)]
-        found = [rows(part, fold) for part, fold in zip(parts, groups, strict=True)]
-        total = found[0].new_empty(self.samples, sum(map(len, found)) // self.samples, found[0].shape[1])
-        for i, part in enumerate(found):
-            total[i :: len(groups)] = part.view(-1, *total.shape[1:])
+        slices = self.fold_slices
+        parts = [rows(self.subset(samples, fold), fold) for fold, samples in slices]
+        total = parts[0].new_empty(self.samples, sum(map(len, parts)) // self.samples, parts[0].shape[1])
+        for (_, samples), part in zip(slices, parts, strict=True):
+            total[samples] = part.view(-1, *total.shape[1:])
         return total.flatten(0, 1)
 
     def grouped(self, image: Tensor) -> Tensor:
@@ -148,16 +188,14 @@ class Batch:
 
         A sample may be r images.
         """
-        groups, each = len(self.groups), len(image) // self.samples
+        groups, images = len(self.groups), len(image) // self.samples
         missing = -self.samples % groups
         if missing:
-            image = torch.cat([image, image.new_zeros(missing * each, *image.shape[1:])])
-        image = image.unflatten(0, (-1, groups, each))
-        return image.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            image = torch.cat([image, image.new_zeros(missing * images, *image.shape[1:])])
+        return rearrange(image, "(m g r) c ... -> (m r) (g c) ...", g=groups, r=images)
 
     def ungrouped(self, image: Tensor) -> Tensor:
         """The inverse of :meth:`grouped`."""
         groups = len(self.groups)
-        each = len(image) // -(-self.samples // groups)
-        image = image.unflatten(1, (groups, -1)).unflatten(0, (-1, each))
-        return image.transpose(1, 2).flatten(0, 2)[: self.samples * each]
+        images = len(image) // -(-self.samples // groups)
+        return rearrange(image, "(m r) (g c) ... -> (m g r) c ...", g=groups, r=images)[: self.samples * images]

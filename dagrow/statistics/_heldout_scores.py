@@ -21,7 +21,7 @@ from torch import Tensor
 from dagrow.layers import with_constant
 from dagrow.solvers import FoldFit, FoldSplit, MomentView, Regression, fan_out_fits, move_fits
 from dagrow.statistics._captures import Batch
-from dagrow.statistics._features import Feature, InputFeatures, OutputGoal, ResidualGoal, Stacked
+from dagrow.statistics._features import Derived, Feature, InputFeatures, OutputGoal, ResidualGoal, Stacked
 from dagrow.statistics._position_map import PositionMap
 from dagrow.statistics._shifted_features import TapFeatures
 
@@ -31,7 +31,7 @@ class SampleScore(ABC):
 
     @property
     @abstractmethod
-    def read(self) -> Sequence[Feature]:
+    def features(self) -> Sequence[Feature]:
         """The features that it is computed from."""
 
     @abstractmethod
@@ -40,30 +40,18 @@ class SampleScore(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class SampleScores(Feature):
-    """Several scores added up, sample by sample, with the constant 1: rows ``(d, c, 1) [n, 3]``."""
+class SampleScores(Derived):
+    """Several scores added up, sample by sample, with the constant 1: rows ``(d, c, 1) [n, 3]``.
+
+    Attributes:
+        parts: the scores.
+    """
 
     parts: Sequence[SampleScore]
 
     @property
-    def _read(self) -> list[Feature]:
-        return [feature for part in self.parts for feature in part.read]
-
-    @property
-    def edges(self) -> tuple[str, ...]:
-        return tuple(edge for feature in self._read for edge in feature.edges)
-
-    @property
-    def goals(self) -> tuple[str, ...]:
-        return tuple(edge for feature in self._read for edge in feature.goals)
-
-    @property
-    def wishes(self) -> tuple[str, ...]:
-        return tuple(edge for feature in self._read for edge in feature.wishes)
-
-    @property
-    def arrivals(self) -> Sequence[PositionMap]:
-        return [arrival for feature in self._read for arrival in feature.arrivals]
+    def sources(self) -> Sequence[Feature]:
+        return [feature for part in self.parts for feature in part.features]
 
     def count(self, batch: Batch) -> int:
         return batch.samples
@@ -92,7 +80,7 @@ class FitScore(SampleScore):
     fits: Sequence[FoldFit] = field(repr=False)
 
     @property
-    def read(self) -> Sequence[Feature]:
+    def features(self) -> Sequence[Feature]:
         return [self.source, self.goal, *([] if self.reads is None else [self.reads])]
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
@@ -100,11 +88,11 @@ class FitScore(SampleScore):
         explained, goals = self.source.projected(batch, fit.weights.T), self.goal.rows(batch)
         if fit.taken is not None and fit.taken.ndim == 1:
             explained = explained - fit.taken.to(explained)
-        used = [part for part in (fit.taken, fit.move) if part is not None and part.ndim == 2]
-        if self.reads is not None and used:
-            out = self.reads.projected(batch, torch.cat(used).T).split(len(fit.weights), 1)
-            explained = explained - out[0] if used[0] is fit.taken else explained
-            goals = goals if fit.move is None else goals - out[-1]
+        weights = [part for part in (fit.taken, fit.move) if part is not None and part.ndim == 2]
+        if self.reads is not None and weights:
+            outputs = self.reads.projected(batch, torch.cat(weights).T).split(len(fit.weights), 1)
+            explained = explained - outputs[0] if weights[0] is fit.taken else explained
+            goals = goals if fit.move is None else goals - outputs[-1]
         return _scores(explained, goals, batch.samples)
 
 
@@ -121,18 +109,22 @@ class DirectionScore(SampleScore):
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = field(repr=False)
 
     @property
-    def read(self) -> Sequence[Feature]:
-        alpha = self.fits[0][0]
-        found = [(TapFeatures(source, arrival, alpha, goal.edges[0]), goal) for source, arrival, goal in self.targets]
-        return [feature for pair in found for feature in pair]
+    def features(self) -> Sequence[Feature]:
+        taps = self._taps(self.fits[0][0])
+        return [feature for (_, _, goal), read in zip(self.targets, taps, strict=True) for feature in (read, goal)]
+
+    def _taps(self, alpha: Tensor) -> list[TapFeatures]:
+        """What each consumer reads of the directions."""
+        return [TapFeatures(source, position_map, alpha, goal.edges[0]) for source, position_map, goal in self.targets]
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
-        (alpha, omegas), total = self.fits[fold], []
-        for (source, arrival, goal), omega in zip(self.targets, omegas, strict=True):
-            read = TapFeatures(source, arrival, alpha, goal.edges[0]).rows(batch)
-            out = rearrange(omega, "(e o) k -> (k e) o", e=arrival.index.shape[1]).to(read)
-            total.append(_scores(read @ out, goal.rows(batch), batch.samples))
-        return torch.stack(total).sum(0)
+        alpha, omegas = self.fits[fold]
+        scores = []
+        for (_, position_map, goal), taps, omega in zip(self.targets, self._taps(alpha), omegas, strict=True):
+            rows = taps.rows(batch)
+            weights = rearrange(omega, "(e o) k -> (k e) o", e=position_map.slots).to(rows)
+            scores.append(_scores(rows @ weights, goal.rows(batch), batch.samples))
+        return torch.stack(scores).sum(0)
 
 
 def _scores(explained: Tensor, goals: Tensor, samples: int) -> Tensor:
@@ -142,11 +134,17 @@ def _scores(explained: Tensor, goals: Tensor, samples: int) -> Tensor:
     return torch.stack([2 * c - square, c], 1)
 
 
-def agreement(split: FoldSplit, block: Regression, basis: Callable[[MomentView], Tensor], ridge: float) -> FitScore:
+def fan_out_score(split: FoldSplit, block: Regression, basis: Callable[[MomentView], Tensor], ridge: float) -> FitScore:
     """What :func:`dagrow.solvers.fan_out`, fitted on the other folds, explains of each sample.
 
     Args:
+        split: moments of each fold and of the others.
+        block: what is fitted to what.
         basis: from moments of the other folds the combinations ``[p, k]``, or the indices ``[k]``, that are fitted.
+        ridge: of the fit.
+
+    Returns:
+        The score.
     """
     source, reads, goal = block.features, block.reads, block.goal
     assert isinstance(source, Feature)
@@ -155,6 +153,16 @@ def agreement(split: FoldSplit, block: Regression, basis: Callable[[MomentView],
     return FitScore(source, reads, goal, fan_out_fits(split, block, basis, ridge))
 
 
-def move_agreement(split: FoldSplit, reads: InputFeatures, goal: OutputGoal, ridge: float) -> FitScore:
-    """What :func:`dagrow.solvers.best_move`, fitted on the other folds, explains of each sample."""
+def move_score(split: FoldSplit, reads: InputFeatures, goal: OutputGoal, ridge: float) -> FitScore:
+    """What :func:`dagrow.solvers.best_move`, fitted on the other folds, explains of each sample.
+
+    Args:
+        split: moments of each fold and of the others.
+        reads: what the layer reads.
+        goal: the goal at its output.
+        ridge: of the fit.
+
+    Returns:
+        The score.
+    """
     return FitScore(reads, None, goal, move_fits(split, reads, goal, ridge))

@@ -1,4 +1,4 @@
-"""Watching layers while a model runs."""
+"""Hooks that see what layers read and write while a model runs."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -11,24 +11,30 @@ from torch.utils._pytree import tree_leaves
 from dagrow.layers import LayerSite
 from dagrow.tracing import run_opened, tensor_at
 
-#: what a watched layer was called with, and what it gave: to be kept, and possibly replaced
-Catch = Callable[[str, Tensor, Tensor], Tensor | None]
+#: is called with a layer's name, its input and its output; what it returns, if anything, replaces the output
+Observer = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
 class LayerHooks:
-    """Inside, ``catch(name, inputs, output)`` sees every call of the layers; what it returns replaces the output."""
+    """A context in which an observer sees every call of some layers.
 
-    def __init__(self, model: nn.Module, layers: Iterable[LayerSite], catch: Catch) -> None:
-        self.catch, layers = catch, list(layers)
+    Args:
+        model: the model that the layers are part of.
+        layers: modules, or functions called with a parameter of the model.
+        observer: is called as ``observer(name, inputs, output)``; what it returns, if anything, replaces the output.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[LayerSite], observer: Observer) -> None:
+        self.observer, layers = observer, list(layers)
         self.modules = {layer.name: layer.module for layer in layers if not layer.paths}
         functions = [layer for layer in layers if layer.paths]
-        self.mode = _FunctionHooks(model, functions, catch) if functions else None
-        self.before = {name: set(module._forward_hooks) for name, module in self.modules.items()}
+        self.mode = _FunctionHooks(model, functions, observer) if functions else None
+        self.others = {name: set(module._forward_hooks) for name, module in self.modules.items()}
 
     def __enter__(self) -> "LayerHooks":
         for name, module in self.modules.items():
             module.register_forward_hook(
-                lambda _m, args, kwargs, output, name=name: self.catch(name, [*args, *kwargs.values()][0], output),
+                lambda _m, args, kwargs, output, name=name: self.observer(name, [*args, *kwargs.values()][0], output),
                 prepend=True,
                 with_kwargs=True,  # before the user's
             )
@@ -46,8 +52,9 @@ class LayerHooks:
             raise
 
     def remove(self) -> None:
+        """Removes all hooks but those that others registered before."""
         for name, module in self.modules.items():
-            for key in set(module._forward_hooks) - self.before[name]:
+            for key in set(module._forward_hooks) - self.others[name]:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
 
@@ -57,47 +64,47 @@ class ForwardProbe:
 
     def __init__(self, model: nn.Module) -> None:
         self.attributes, self.forward, self.ran = vars(model), model.forward, False
-        self.own = self.attributes.get("forward")
+        self.own_forward = self.attributes.get("forward")  # of this very object, beside that of its class
 
     def __enter__(self) -> "ForwardProbe":
         @functools.wraps(self.forward)
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def probed(*args: Any, **kwargs: Any) -> Any:
             self.ran = True
             return self.forward(*args, **kwargs)
 
-        self.attributes["forward"] = noted
+        self.attributes["forward"] = probed
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.own is None:
+        if self.own_forward is None:
             self.attributes.pop("forward", None)
         else:
-            self.attributes["forward"] = self.own
+            self.attributes["forward"] = self.own_forward
 
 
 class _FunctionHooks(TorchFunctionMode):
     """Sees functions that are called with a layer's own parameter."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[LayerSite], catch: Catch) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[LayerSite], observer: Observer) -> None:
         super().__init__()
-        self.model, self.layers, self.catch = model, list(layers), catch
+        self.model, self.layers, self.observer = model, list(layers), observer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        opened_up = run_opened(self, func, args, kwargs)
-        if opened_up is not None:
-            return opened_up[0]
-        result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        opened = run_opened(self, func, args, kwargs)
+        if opened is not None:
+            return opened[0]
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            return output
+        arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for layer in self.layers:
-            held = {entry: tensor_at(self.model, path) for entry, path in layer.paths.items()}  # as they are now
-            others = [tensor for tensor in given if not any(_is(tensor, own) for own in held.values())]
-            if others and any(_is(tensor, held["weight"]) for tensor in given):
-                replaced = self.catch(layer.name, others[0], result)
-                return result if replaced is None else replaced
-        return result
+            parameters = {entry: tensor_at(self.model, path) for entry, path in layer.paths.items()}  # as they are now
+            inputs = [tensor for tensor in arguments if not any(_is(tensor, own) for own in parameters.values())]
+            if inputs and any(_is(tensor, parameters["weight"]) for tensor in arguments):
+                replacement = self.observer(layer.name, inputs[0], output)
+                return output if replacement is None else replacement
+        return output
 
 
 def _is(tensor: Tensor, parameter: Tensor) -> bool:

@@ -34,9 +34,11 @@ class Objective:
         loss: ``loss(output, target) -> scalar``, a mean or a sum over samples.
         step: ``step(model, batch) -> scalar``, instead of ``loss``.
         mode: ``"eval"`` or ``"train"``, the mode that the model runs in.
+        name: what messages call the batches.
 
     Raises:
-        BatchError, LossError: see the messages.
+        BatchError: the batches cannot be read, or not twice.
+        LossError: the loss cannot be called, or there is none, or there are two.
     """
 
     def __init__(
@@ -54,9 +56,9 @@ class Objective:
                 "give either loss=, called as loss(output, target), or step=, called as step(model, batch)."
             )
         if not callable(loss if step is None else step):
-            given = type(loss if step is None else step).__name__
+            kind = type(loss if step is None else step).__name__
             raise LossError(
-                f"the {'loss' if step is None else 'step'} is a {given}, which cannot be called; give loss=, called as "
+                f"the {'loss' if step is None else 'step'} is a {kind}, which cannot be called; give loss=, called as "
                 "loss(output, target), such as torch.nn.functional.mse_loss, or step=, called as step(model, batch)."
             )
         if mode not in ("eval", "train"):
@@ -67,18 +69,33 @@ class Objective:
         self._reduction: str | None = None
 
     def with_batches(self, batches: Iterable[Any], name: str = "batches") -> "Objective":
-        """The same loss on other batches."""
+        """The same loss on other batches.
+
+        Args:
+            batches: a re-iterable, of what the batches were.
+            name: what messages call them.
+
+        Returns:
+            An objective of its own.
+        """
         return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Batches with their numbers of samples, in the same order each time: passes agree on who is in which fold."""
+        """Batches, in the same order each time: passes agree on who is in which fold.
+
+        Yields:
+            A batch and its number of samples.
+
+        Raises:
+            BatchError: there are none.
+        """
         empty = True
         states = [(generator, generator.get_state()) for generator in _generators(self.batches)]
         try:
             for batch in self.batches:
                 empty = False
-                with self._named():
-                    samples = samples_of(batch)
+                with self._naming_batches():
+                    samples = sample_count(batch)
                 yield batch, samples
         finally:
             for generator, state in states:
@@ -90,7 +107,7 @@ class Objective:
             )
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming_batches(self) -> Iterator[None]:
         """Errors say which batches they are about, where there are others beside those that are measured."""
         try:
             yield
@@ -100,44 +117,60 @@ class Objective:
             raise
 
     def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The user's own scalar for one batch, with some parameters or buffers replaced by ``tensors``."""
-        with self._named():
+        """The user's own scalar for one batch.
+
+        Args:
+            batch: one of the batches, or another like them.
+            tensors: parameters or buffers to replace, by name.
+
+        Returns:
+            A tensor without dimensions.
+        """
+        with self._naming_batches():
             return self._value(batch, tensors)
 
     def _value(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
         try:
             if tensors:
                 replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
-                result = functional_call(_Evaluation(self.model, self.function), replaced, (batch,), tie_weights=False)
+                evaluation = _Evaluation(self.model, self.function)
+                value = functional_call(evaluation, replaced, (batch,), tie_weights=False)
             else:
-                result = self.function(self.model, batch)
+                value = self.function(self.model, batch)
         except DagrowError:
             raise
         except Exception as error:
-            raise BatchError(self._failed(batch, error)) from error
-        if not isinstance(result, Tensor) or result.numel() != 1:
-            given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise BatchError(self._failure(batch, error)) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
-                f"the loss returned {given}; it must return a tensor with one number, the mean or the sum over the "
+                f"the loss returned {kind}; it must return a tensor with one number, the mean or the sum over the "
                 "samples of the batch."
             )
-        if not torch.isfinite(result):
+        if not torch.isfinite(value):
             raise NotFiniteError(
-                f"the loss is {result.item()} on a batch of {describe(batch)}; growth needs finite losses. Look for "
+                f"the loss is {value.item()} on a batch of {_description(batch)}; growth needs finite losses. Look for "
                 "such values in the batch and in the model's parameters, or lower the learning rate."
             )
-        return result.reshape(())
+        return value.reshape(())
 
-    def _failed(self, batch: Any, error: Exception) -> str:
+    def _failure(self, batch: Any, error: Exception) -> str:
         kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
         return (
-            f"the model or the loss failed on a batch of {describe(batch)} ({type(error).__name__}: {error}). The "
+            f"the model or the loss failed on a batch of {_description(batch)} ({type(error).__name__}: {error}). The "
             f"model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device that "
             "the model takes and the loss compares."
         )
 
     def scale(self, samples: int) -> float:
-        """The factor from the user's scalar for a batch to a mean over its samples."""
+        """The factor from the user's scalar for a batch to a mean over its samples.
+
+        Args:
+            samples: of the batch.
+
+        Returns:
+            1 for a mean, 1 / samples for a sum.
+        """
         return 1.0 if self.reduction == "mean" else 1.0 / samples
 
     @property
@@ -152,20 +185,20 @@ class Objective:
         if self._reduction is None:
             with preserve_state(self.model, weights=True), torch.no_grad():
                 self.model.eval()
-                self._reduction = self._probed()
+                self._reduction = self._probe_reduction()
 
-    def _probed(self) -> str:
+    def _probe_reduction(self) -> str:
         for batch, n in self:
-            before = [parameter._version for parameter in self.model.parameters()]
-            one = float(self.value(batch))
-            if before != [parameter._version for parameter in self.model.parameters()]:
+            versions = [parameter._version for parameter in self.model.parameters()]
+            value = float(self.value(batch))
+            if versions != [parameter._version for parameter in self.model.parameters()]:
                 raise LossError(
                     "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
                     "leaves backward() and optimizer.step() to the training loop."
                 )
-            if one == 0:
+            if value == 0:
                 continue
-            ratio = float(self.value(_repeated(batch, n))) / one
+            ratio = float(self.value(_doubled(batch, n))) / value
             if abs(ratio - 1) < 1e-3:
                 return "mean"
             if abs(ratio - 2) < 1e-3:
@@ -178,7 +211,14 @@ class Objective:
         return "mean"
 
     def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
-        """The loss, a mean over all samples of all batches. In eval mode unless asked otherwise."""
+        """The loss, in eval mode unless asked otherwise.
+
+        Args:
+            tensors: parameters or buffers to replace, by name.
+
+        Returns:
+            A mean over all samples of all batches.
+        """
         self.probe()
         total, count = 0.0, 0
         with preserve_state(self.model), torch.no_grad():
@@ -217,8 +257,8 @@ def _check_batches(batches: object, name: str) -> None:
 
 def _generators(batches: Any) -> list[torch.Generator]:
     """The random generators of a loader's own."""
-    found = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    generators = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+    return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
 
 def _supervised(loss: Loss | None) -> Step:
@@ -227,13 +267,13 @@ def _supervised(loss: Loss | None) -> Step:
     def step(model: nn.Module, batch: Any) -> Tensor:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise BatchError(
-                f"a batch is {describe(batch)}; it must be (inputs, target). One batch alone goes into a list, "
+                f"a batch is {_description(batch)}; it must be (inputs, target). One batch alone goes into a list, "
                 "[(inputs, target)]; for other batches, give step=, called as step(model, batch)."
             )
-        n, target = samples_of(batch), batch[1]
+        n, target = sample_count(batch), batch[1]
         if isinstance(target, Tensor) and target.ndim and len(target) % n:
             raise BatchError(
-                f"a batch has {n} inputs and {len(target)} targets: {describe(batch)}. Give as many of each."
+                f"a batch has {n} inputs and {len(target)} targets: {_description(batch)}. Give as many of each."
             )
         args, kwargs = bind(batch[0])
         return loss(model(*args, **kwargs), target)
@@ -241,31 +281,41 @@ def _supervised(loss: Loss | None) -> Step:
     return step
 
 
-def samples_of(batch: Any) -> int:
-    """The size of the first dimension of a batch's first tensor."""
+def sample_count(batch: Any) -> int:
+    """The size of the first dimension of a batch's first tensor.
+
+    Args:
+        batch: any nest of tensors.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        BatchError: there are none, or no tensor to tell.
+    """
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             if not len(leaf):
-                raise BatchError(f"a batch has no samples: {describe(batch)}.")
+                raise BatchError(f"a batch has no samples: {_description(batch)}.")
             return len(leaf)
-    raise BatchError(f"a batch holds no tensor with a sample dimension: {describe(batch)}.")
+    raise BatchError(f"a batch holds no tensor with a sample dimension: {_description(batch)}.")
 
 
-def _repeated(batch: Any, n: int) -> Any:
+def _doubled(batch: Any, n: int) -> Any:
+    """The batch followed by itself."""
+
     def twice(leaf: object) -> object:
         return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
 
     return tree_map(twice, batch)
 
 
-def describe(batch: Any) -> str:
+def _description(batch: Any) -> str:
     """Shapes and types of a batch, for messages."""
 
-    def leaf(value: object) -> object:
-        return (
-            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-            if isinstance(value, Tensor)
-            else type(value).__name__
-        )
+    def describe(leaf: object) -> str:
+        if not isinstance(leaf, Tensor):
+            return type(leaf).__name__
+        return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
 
-    return str(tree_map(leaf, batch))
+    return str(tree_map(describe, batch))

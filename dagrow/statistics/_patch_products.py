@@ -7,8 +7,9 @@ channels of its own, ``[n, G c, *space]``, as in a grouped convolution.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd, prod
 
 import torch
@@ -16,6 +17,23 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.layers import Geometry, weight_gradient
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One position s along a dimension where the weight is not 1, and what meets there.
+
+    Attributes:
+        factor: the weight, minus 1.
+        first, second: the offsets e and d for which the images have a line there.
+        left, right: these lines, ``s - e`` and ``s + d``.
+    """
+
+    factor: float
+    first: slice
+    second: slice
+    left: list[int]
+    right: list[int]
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Offsets:
     second: tuple[int, ...]
     weights: tuple[float, ...]
 
-    @property
+    @cached_property
     def lags(self) -> range:
         """All lags ``e + d``, by their common step."""
         sums = sorted({e + d for e in self.first for d in self.second})
@@ -39,93 +57,101 @@ class Offsets:
 
     def window(self, i: int) -> slice:
         """Which of the lags belong to the i-th offset e and to all d, evenly spaced."""
-        lags = self.lags
-        at = [lags.index(self.first[i] + d) for d in self.second]
-        return slice(at[0], at[-1] + 1, at[1] - at[0] if len(at) > 1 else 1)
+        lags = [self.lags.index(self.first[i] + d) for d in self.second]
+        return slice(lags[0], lags[-1] + 1, lags[1] - lags[0] if len(lags) > 1 else 1)
 
-    def strips(self, left: int, right: int) -> "list[_Strip]":
+    def strips(self, left: int, right: int) -> list[Strip]:
         """Where the weight is not 1, for images of these sizes."""
-        found = []
+        strips = []
         for s in range(min(self.first) - 1 - left, len(self.weights) + left + max(self.first) + 1):
             weight = self.weights[s] if 0 <= s < len(self.weights) else 0.0
-            rows = [i for i, e in enumerate(self.first) if 0 <= s - e < left]
-            columns = [j for j, d in enumerate(self.second) if 0 <= s + d < right]
-            if weight != 1 and rows and columns:
-                found.append(
-                    _Strip(
-                        weight - 1,
-                        rows,
-                        columns,
-                        [s - self.first[i] for i in rows],
-                        [s + self.second[j] for j in columns],
-                    )
-                )
-        return found
-
-
-@dataclass(frozen=True)
-class _Strip:
-    """One s: the offsets e and d for which both images have a line there, and these lines."""
-
-    factor: float
-    first: list[int]
-    second: list[int]
-    left: list[int]
-    right: list[int]
+            first = [i for i, e in enumerate(self.first) if 0 <= s - e < left]
+            second = [j for j, d in enumerate(self.second) if 0 <= s + d < right]
+            if weight != 1 and first and second:
+                lines = [s - self.first[i] for i in first], [s + self.second[j] for j in second]
+                spans = slice(first[0], first[-1] + 1), slice(second[0], second[-1] + 1)
+                strips.append(Strip(weight - 1, *spans, *lines))
+        return strips
 
 
 def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1) -> Tensor:
     """``sum over n and u of w(u + e) left(u) right(u + e + d)^T``, ``[G, a, *E, b, *D]``, of ``[n, G a, *space]``.
 
-    Images are zero outside; weights are products over the dimensions. Where all weights are 1 the sum depends on the
-    lag ``e + d`` alone; strips ``s = u + e`` make up for the rest, dimension by dimension.
+    Images are zero outside; weights are products over the dimensions. With ``s = u + e`` each of them is
+    ``w(s) = 1 + (w(s) - 1)``. The product of these sums has a term for every choice, dimension by dimension, of the 1,
+    where the sum over u depends on the lag ``e + d`` alone, or of one strip s, where a line of each image is left.
+
+    Example:
+        A kernel of two taps slides over the entries 1, 2, 3: the patches are (1, 2) and (2, 3), and their products sum
+        up to ``[[1 + 4, 2 + 6], [2 + 6, 4 + 9]]``.
+
+        >>> image = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> taps = Offsets(first=(0, -1), second=(0, 1), weights=(1.0, 1.0))  # a patch at s = 0, one at s = 1
+
+        At lag 0, where a tap meets itself, all entries give ``1 + 4 + 9 = 14``; at lags -1 and 1 neighbours give
+        ``2 + 6 = 8``, which is right for the two taps already.
+
+        >>> by_lag = _by_lag(image, image, [taps], 1)
+        >>> list(taps.lags), by_lag.flatten().tolist()
+        ([-1, 0, 1], [8.0, 14.0, 8.0])
+
+        But no patch begins at s = -1 or s = 2: the second tap never reads the 1, nor the first tap the 3.
+
+        >>> [(strip.factor, strip.left, strip.right) for strip in taps.strips(3, 3)]
+        [(-1.0, [0], [0]), (-1.0, [2], [2])]
+        >>> lagged(image, image, [taps]).view(2, 2)  # 14 - 9 and 14 - 1 on the diagonal
+        tensor([[ 5.,  8.],
+                [ 8., 13.]])
     """
-    offsets = [*(len(o.first) for o in dims), *(len(o.second) for o in dims)]
-    total = left.new_zeros(*offsets, groups, left.shape[1] // groups, right.shape[1] // groups)
-    strips = [[None, *o.strips(*sizes)] for o, *sizes in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
-    for chosen in itertools.product(*strips):
-        lines = [(d, strip) for d, strip in enumerate(chosen) if strip is not None]
-        kept = [d for d, strip in enumerate(chosen) if strip is None]
-        x = _lines_first(left, [(d, strip.left) for d, strip in lines], kept, groups)
-        same = left is right and all(strip.left == strip.right for _, strip in lines)
-        y = x if same else _lines_first(right, [(d, strip.right) for d, strip in lines], kept, groups)
-        sums = _by_lag(x, y, [dims[d] for d in kept], groups)
-        sums = sums.unflatten(-1, (*(len(strip.second) for _, strip in lines), -1))
-        sums = sums.unflatten(1 + len(kept), (*(len(strip.first) for _, strip in lines), -1))
-        _add(total, sums, dims, chosen)
-    space = len(dims)
-    return total.permute(2 * space, 2 * space + 1, *range(space), 2 * space + 2, *range(space, 2 * space))
+    sizes = [*(len(offsets.first) for offsets in dims), *(len(offsets.second) for offsets in dims)]
+    total = left.new_zeros(*sizes, groups, left.shape[1] // groups, right.shape[1] // groups)
+    strips = [[None, *o.strips(*lines)] for o, *lines in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
+    for term in itertools.product(*strips):
+        _add_term(total, left, right, dims, term, groups)
+    e, d = axis_names("e", range(len(dims))), axis_names("d", range(len(dims)))
+    return rearrange(total, f"{e} {d} g a b -> g a {e} b {d}")
 
 
-def _add(total: Tensor, sums: Tensor, dims: Sequence[Offsets], chosen: "Sequence[_Strip | None]") -> None:
-    """Adds sums ``[*lags, G, *E of strips, a, *D of strips, b]`` to those by offset ``[*E, *D, G, a, b]``."""
-    kept, count = sum(strip is None for strip in chosen), sum(strip is not None for strip in chosen)
-    by_lag, by_strip = iter(range(kept)), iter(range(kept + 2 + count, sums.ndim - 1))
-    columns = [next(by_lag if strip is None else by_strip) for strip in chosen]
-    order = [*range(kept + 1, kept + 1 + count), *columns, kept, kept + 1 + count, sums.ndim - 1]
-    factor = prod(strip.factor for strip in chosen if strip is not None)
-    second = [slice(None) if strip is None else _span(strip.second) for strip in chosen]
-    firsts: list[Sequence[int | _Strip]] = [
-        range(len(o.first)) if strip is None else [strip] for o, strip in zip(dims, chosen, strict=True)
-    ]
-    for first in itertools.product(*firsts):
-        rows = [_span(e.first) if isinstance(e, _Strip) else e for e in first]
-        windows = [o.window(e) for o, e in zip(dims, first, strict=True) if isinstance(e, int)]
-        total[(*rows, *second)].add_(sums[tuple(windows)].permute(order), alpha=factor)
+def axis_names(letter: str, dims: Iterable[int]) -> str:
+    """A name for each dimension of space, as in ``e0 e1``."""
+    return " ".join(f"{letter}{dim}" for dim in dims)
 
 
-def _span(taps: Sequence[int]) -> slice:
-    return slice(taps[0], taps[-1] + 1)
+def _add_term(
+    total: Tensor, left: Tensor, right: Tensor, dims: Sequence[Offsets], term: Sequence[Strip | None], groups: int
+) -> None:
+    """Adds one term of :func:`lagged` to ``[*E, *D, G, a, b]``: of a strip, or of all positions, in each dimension."""
+    strips = {dim: strip for dim, strip in enumerate(term) if strip is not None}
+    whole = [dim for dim, strip in enumerate(term) if strip is None]
+    x = _lines_as_channels(left, {dim: strip.left for dim, strip in strips.items()}, groups)
+    same = left is right and all(strip.left == strip.right for strip in strips.values())
+    y = x if same else _lines_as_channels(right, {dim: strip.right for dim, strip in strips.items()}, groups)
+    lines = {f"e{dim}": len(strip.left) for dim, strip in strips.items()}
+    lines |= {f"d{dim}": len(strip.right) for dim, strip in strips.items()}
+    e, d = axis_names("e", strips), axis_names("d", strips)
+    by_lag = rearrange(
+        _by_lag(x, y, [dims[dim] for dim in whole], groups),
+        f"{axis_names('d', whole)} g ({e} a) ({d} b) -> {e} {axis_names('d', range(len(dims)))} g a b",
+        **lines,
+    )
+    factor = prod(strip.factor for strip in strips.values())
+    second = [slice(None) if strip is None else strip.second for strip in term]
+    for taps in itertools.product(*(range(len(dims[dim].first)) for dim in whole)):
+        tap = dict(zip(whole, taps, strict=True))
+        first = [tap[dim] if strip is None else strip.first for dim, strip in enumerate(term)]
+        windows = [dims[dim].window(tap[dim]) if dim in tap else slice(None) for dim in range(len(dims))]
+        total[(*first, *second)].add_(by_lag[(*[slice(None)] * len(strips), *windows)], alpha=factor)
 
 
-def _lines_first(image: Tensor, lines: Sequence[tuple[int, list[int]]], kept: Sequence[int], groups: int) -> Tensor:
-    """Some lines of some dimensions as channels: ``[n, G lines c, *kept]``."""
+def _lines_as_channels(image: Tensor, lines: Mapping[int, list[int]], groups: int) -> Tensor:
+    """Some lines of some dimensions as channels: ``[n, G lines c, *others]``."""
     if not lines:
         return image
-    for d, chosen in lines:
-        image = image.index_select(2 + d, torch.tensor(chosen, device=image.device))
-    image = image.unflatten(1, (groups, -1))
-    return image.permute(0, 1, *(3 + d for d, _ in lines), 2, *(3 + d for d in kept)).flatten(1, 2 + len(lines))
+    for dim, chosen in lines.items():
+        image = image.index_select(2 + dim, torch.tensor(chosen, device=image.device))
+    space = range(image.ndim - 2)
+    s, others = axis_names("s", space), axis_names("s", (dim for dim in space if dim not in lines))
+    return rearrange(image, f"n (g c) {s} -> n (g {axis_names('s', lines)} c) {others}", g=groups)
 
 
 def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -> Tensor:
@@ -135,12 +161,13 @@ def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -
     lags = [offsets.lags for offsets in dims]
     mirrored = left is right and all(line[0] == -line[-1] for line in lags)
     used = [lags[0][len(lags[0]) // 2 :], *lags[1:]] if mirrored else lags
-    sides = [
+    margins = [
         (-line[0], before + line[-1] - size)
         for line, before, size in zip(used, left.shape[2:], right.shape[2:], strict=True)
     ]
-    sums = weight_gradient(right, left, sides, [len(line) for line in used], [line.step for line in used], groups)
-    sums = sums.unflatten(0, (groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
+    kernel, steps = [len(line) for line in used], [line.step for line in used]
+    sums = weight_gradient(right, left, margins, kernel, steps, groups)
+    sums = rearrange(sums, "(g a) b ... -> ... g a b", g=groups)
     if not mirrored:
         return sums
     return torch.cat([sums[1:].flip(tuple(range(len(dims)))).mT, sums])
@@ -149,19 +176,31 @@ def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -
 def patch_gram(
     left: Tensor, right: Tensor, geometry: Geometry, weights: Sequence[Sequence[float]], groups: int = 1
 ) -> Tensor:
-    """The weighted sum over samples and positions of products of two images' patches ``[G, c, *taps, c', *taps]``.
+    """The weighted sum over samples and positions of products of two images' patches.
 
     Args:
+        left: images ``[n, G c, *space]``.
+        right: the same ones, or others of the same sizes ``[n, G c', *space]``.
+        geometry: how patches are cut out, at stride 1.
         weights: for each dimension of the output; their products are the weights of positions.
+        groups: of samples, each with channels of its own.
+
+    Returns:
+        The sums ``[G, c, *taps, c', *taps]``.
     """
     same = left is right
     left, plain = geometry.plain(left)
     right = left if same else geometry.plain(right)[0]  # of one image with itself, half of the lags are enough
     dims = []
-    for d, line in enumerate(weights):
-        offsets = plain.offsets(d)
+    for dim, line in enumerate(weights):
+        offsets = plain.offsets(dim)
         dims.append(Offsets(tuple(-offset for offset in offsets), offsets, tuple(line)))
-    sums, space = lagged(left, right, dims, groups), geometry.space
-    if geometry.stuffing is None:
-        return sums
-    return sums.flip((*range(2, 2 + space), *range(3 + space, 3 + 2 * space)))  # taps are counted from behind
+    sums = lagged(left, right, dims, groups)
+    return sums if geometry.stuffing is None else flip_taps(sums, "ed")
+
+
+def flip_taps(sums: Tensor, sides: str) -> Tensor:
+    """Sums ``[G, a, *E, b, *D]`` with taps counted from behind, those of the sides that are named."""
+    space = (sums.ndim - 3) // 2
+    axes = ["g", "a", *["e"] * space, "b", *["d"] * space]
+    return sums.flip([axis for axis, name in enumerate(axes) if name in sides])

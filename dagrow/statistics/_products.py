@@ -2,7 +2,7 @@
 
 Rows of a convolution are patches, which repeat every entry of an image for every tap. Where all layers involved slide
 over the same grid, the sums are taken from images instead: weight gradients and sums by lag, see
-:mod:`dagrow.layers`. Everything else goes by rows, a few samples at a time.
+:mod:`dagrow.statistics._patch_products`. Everything else goes by rows, a few samples at a time.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch import Tensor
 from dagrow.layers import Geometry
 from dagrow.solvers import add_gram, complete
 from dagrow.statistics._captures import Batch
-from dagrow.statistics._features import Feature, InputFeatures
-from dagrow.statistics._patch_products import Offsets, lagged, patch_gram
+from dagrow.statistics._features import Feature, LayerInputs
+from dagrow.statistics._patch_products import Offsets, axis_names, flip_taps, lagged, patch_gram
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 
 ENTRIES = 2**20  #: of rows that are held at once
@@ -25,39 +25,46 @@ ENTRIES = 2**20  #: of rows that are held at once
 def product(x: Feature, y: Feature, batch: Batch) -> Tensor:
     """The sums over samples and positions of ``x y^T`` in each fold ``[F, dx, dy]``."""
     for first, second, turned in ((x, y, False), (y, x, True)):
-        found = _from_images(first, second, batch)
-        if found is not None:
-            return _in_order(found.mT if turned else found, batch)
+        sums = _from_images(first, second, batch)
+        if sums is not None:
+            return _by_fold(sums.mT if turned else sums, batch)
     return _from_rows(x, y, batch)
 
 
-def _in_order(found: Tensor, batch: Batch) -> Tensor:
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds ``x^T y`` ``[dx, dy]``; where y is x, without what :func:`complete` fills in."""
+    if x is y:
+        add_gram(total, x)
+    else:
+        total += x.T @ y
+
+
+def _by_fold(sums: Tensor, batch: Batch) -> Tensor:
     """Sums by group as sums by fold."""
     if batch.groups == list(range(batch.folds)):
-        return found
-    total = found.new_zeros(batch.folds, *found.shape[1:])
-    total[batch.groups] = found
+        return sums
+    total = sums.new_zeros(batch.folds, *sums.shape[1:])
+    total[batch.groups] = sums
     return total
 
 
 def _from_rows(x: Feature, y: Feature, batch: Batch) -> Tensor:
     total, start, step = None, 0, 1
     while start < batch.samples:
-        part = batch.part(slice(start, start + step))
-        rows = _exact(x.rows(part))
-        others = rows if x == y else _exact(y.rows(part))
-        kind = torch.promote_types(rows.dtype, others.dtype)
+        part = batch.subset(slice(start, start + step))
+        left = _exact(x.rows(part))
+        right = left if x == y else _exact(y.rows(part))
+        dtype = torch.promote_types(left.dtype, right.dtype)
         if total is None:
-            total = rows.new_zeros(batch.folds, rows.shape[1], others.shape[1], dtype=kind)
-        left, right = (values.to(kind).view(part.samples, -1, values.shape[1]) for values in (rows, others))
-        for i, fold in enumerate(part.groups):
-            own = slice(i, None, len(part.groups))
-            if x == y:
-                add_gram(total[fold], left[own].flatten(0, 1))
-            else:
-                total[fold] += left[own].flatten(0, 1).T @ right[own].flatten(0, 1)
+            total = left.new_zeros(batch.folds, left.shape[1], right.shape[1], dtype=dtype)
+        entries = left.numel() + right.numel()
+        left = left.to(dtype).view(part.samples, -1, left.shape[1])
+        right = left if x == y else right.to(dtype).view(part.samples, -1, right.shape[1])
+        for fold, samples in part.fold_slices:
+            rows = left[samples].flatten(0, 1)
+            add_product(total[fold], rows, rows if x == y else right[samples].flatten(0, 1))
         start += part.samples
-        step = max(1, ENTRIES * part.samples // max(1, rows.numel() + others.numel()))
+        step = max(1, ENTRIES * part.samples // max(1, entries))
     assert total is not None
     if x == y:
         complete(total)
@@ -74,17 +81,17 @@ def _from_images(x: Feature, y: Feature, batch: Batch) -> Tensor | None:
     if isinstance(x, MovedFeatures):
         if isinstance(y, MovedFeatures):
             return _weighted_gram(x, batch) if x is y else None
-        return _pulled_by_lag(x, y, batch) if isinstance(y, PulledGoal) and x.arrival is y.arrival else None
+        return _pulled_by_lag(x, y, batch) if isinstance(y, PulledGoal) and x.position_map is y.position_map else None
     patches = _Patches.of(x, batch)
     if patches is None:
         return None
     others = patches if x == y else _Patches.of(y, batch)
     if others is not None and (others.edge, others.geometry) == (patches.edge, patches.geometry):
-        return patches.with_patches(others)
-    picture = y.picture(batch)
-    if picture is None:
+        return patches.times_patches(others, patches.lines)
+    image = y.image(batch)
+    if image is None:
         return None
-    return patches.with_picture(batch.grouped(_exact(picture)), isinstance(y, InputFeatures) and y.bias)
+    return patches.times_image(batch.grouped(_exact(image)), isinstance(y, LayerInputs) and y.bias)
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,9 @@ class _Patches:
     @classmethod
     def of(cls, x: Feature, batch: Batch) -> "_Patches | None":
         if isinstance(x, TapFeatures):
-            edge, image, bias, geometry = x.consumer, x.image(batch), False, batch[x.consumer].geometry
-        elif isinstance(x, InputFeatures):
-            edge, image, bias, geometry = x.edge, x.image(batch), x.bias, x.slides(batch)
+            edge, image, bias, geometry = x.consumer, x.inputs(batch), False, batch[x.consumer].geometry
+        elif isinstance(x, LayerInputs):
+            edge, image, bias, geometry = x.edge, x.inputs(batch), x.bias, x.geometry_in(batch)
         else:
             return None
         if geometry is None or image is None:
@@ -118,96 +125,100 @@ class _Patches:
         """The weight 1 for every position of the output."""
         return [[1.0] * size for size in self.geometry.sizes(self.image.shape[2:])]
 
-    def with_patches(self, other: "_Patches", lines: list[list[float]] | None = None) -> Tensor | None:
-        """By lag, with weights for positions."""
+    def times_patches(self, other: "_Patches", lines: list[list[float]]) -> Tensor | None:
+        """By lag, with weights for positions: for each dimension a line, whose products they are."""
         if not self.geometry.dense:
             return None
-        lines = self.lines if lines is None else lines
-        sums = patch_gram(self.image, other.image, self.geometry, lines, self.groups)
-        found, core = self.framed(other.sums(lines), other.bias, lines)
+        gram = patch_gram(self.image, other.image, self.geometry, lines, self.groups)
+        products, core = self._with_constants(other.sums(lines), other.bias, lines)
         taps = (-1, *self.geometry.kernel)
-        core.unflatten(2, taps).unflatten(1, taps).copy_(sums)
-        return found
+        core.unflatten(2, taps).unflatten(1, taps).copy_(gram)
+        return products
 
-    def with_picture(self, picture: Tensor, bias: bool) -> Tensor | None:
-        """A weight gradient, where the picture lies on the grid that the layer writes."""
-        if list(picture.shape[2:]) != self.geometry.sizes(self.image.shape[2:]):
+    def times_image(self, image: Tensor, bias: bool) -> Tensor | None:
+        """A weight gradient, where the image lies on the grid that the layer writes."""
+        if list(image.shape[2:]) != self.geometry.sizes(self.image.shape[2:]):
             return None
-        picture = picture.to(self.image)
-        crossed = self.geometry.crossed(self.image, picture, self.groups)
-        sums = picture.sum((0, *range(2, picture.ndim))).unflatten(0, (self.groups, -1))
-        found, core = self.framed(sums, bias, self.lines)
+        image = image.to(self.image)
+        crossed = self.geometry.crossed(self.image, image, self.groups)
+        sums = image.sum((0, *range(2, image.ndim))).unflatten(0, (self.groups, -1))
+        products, core = self._with_constants(sums, bias, self.lines)
         core.copy_(crossed)
-        return found
+        return products
 
     def sums(self, lines: list[list[float]]) -> Tensor:
         """Weighted sums of patches over samples and positions ``[G, c taps]``."""
         return self.geometry.summed(self.image.sum(0).unflatten(0, (self.groups, -1)), lines).flatten(1)
 
-    def framed(self, columns: Tensor, bias: bool, lines: list[list[float]]) -> tuple[Tensor, Tensor]:
-        """Room for sums of products, and the same with those with the constant 1 beside it, where there is one."""
+    def _with_constants(self, columns: Tensor, bias: bool, lines: list[list[float]]) -> tuple[Tensor, Tensor]:
+        """Room for products, in which those with the constant 1 are there already; and the part without them.
+
+        Args:
+            columns: sums of what patches are multiplied with ``[G, d]``.
+            bias: whether that has the constant 1, too.
+            lines: weights of positions.
+        """
         rows = self.sums(lines)
-        found = rows.new_empty(self.groups, rows.shape[1] + self.bias, columns.shape[1] + bias)
-        core = found[:, : rows.shape[1], : columns.shape[1]]
+        products = rows.new_empty(self.groups, rows.shape[1] + self.bias, columns.shape[1] + bias)
+        core = products[:, : rows.shape[1], : columns.shape[1]]
         if bias:
-            found[:, : rows.shape[1], -1] = rows
+            products[:, : rows.shape[1], -1] = rows
         if self.bias:
-            found[:, -1, : columns.shape[1]] = columns
+            products[:, -1, : columns.shape[1]] = columns
         if bias and self.bias:
             samples = torch.tensor([len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)])
-            each = len(self.image) // int(samples[0])  # images of a sample
-            found[:, -1, -1] = samples.to(found) * each * prod(map(sum, lines))
-        return found, core
+            images = len(self.image) // int(samples[0])  # of a sample
+            products[:, -1, -1] = samples.to(products) * images * prod(map(sum, lines))
+        return products, core
 
 
 def _weighted_gram(x: MovedFeatures, batch: Batch) -> Tensor | None:
     """``E w p p^T`` of a convolution whose output another one reads as it is."""
-    if x.arrival.image is None:
+    if x.position_map.image is None:
         return None
-    lines, patches = _lines(x.arrival.weights.view(x.arrival.image)), _Patches.of(x.source, batch)
-    return None if lines is None or patches is None else patches.with_patches(patches, lines)
+    lines, patches = _lines(x.position_map.weights.view(x.position_map.image)), _Patches.of(x.source, batch)
+    return None if lines is None or patches is None else patches.times_patches(patches, lines)
 
 
 def _pulled_by_lag(x: MovedFeatures, y: PulledGoal, batch: Batch) -> Tensor | None:
     """``sum over t of p(t + e) v(t)^T``, for every tap e of a convolution that reads what another one writes."""
-    goals, reader = y.goal.picture(batch), batch[y.goal.edges[0]].geometry
-    patches = _Patches.of(x.source, batch)
-    if patches is None or x.arrival.image is None or goals is None or reader is None or reader.stuffing is not None:
+    goals, reader = y.goal.image(batch), batch[y.goal.edges[0]].geometry
+    patches, sizes = _Patches.of(x.source, batch), x.position_map.image
+    if patches is None or sizes is None or goals is None or reader is None or reader.stuffing is not None:
         return None
     writer = patches.geometry
     if any(step != 1 for step in (*writer.stride, *reader.stride)) or reader.mode != "zeros":
         return None
     goals = batch.grouped(_exact(goals)).to(patches.image)
     image, plain = writer.plain(patches.image)
-    dims = [Offsets(reader.offsets(d), plain.offsets(d), (1.0,) * size) for d, size in enumerate(x.arrival.image)]
-    groups, space = patches.groups, writer.space
-    sums = lagged(goals, image, dims, groups)
-    if writer.stuffing is not None:  # taps are counted from behind
-        sums = sums.flip(tuple(range(sums.ndim - space, sums.ndim)))
-    rows, columns = sums.shape[2 + space :], (*sums.shape[2 : 2 + space], sums.shape[1])
-    found = image.new_empty(groups, prod(rows) + patches.bias, prod(columns))
-    core = found[:, : prod(rows)].unflatten(2, columns).unflatten(1, rows)
-    core.copy_(sums.permute(0, *range(2 + space, sums.ndim), *range(2, 2 + space), 1))
+    dims = [Offsets(reader.offsets(dim), plain.offsets(dim), (1.0,) * size) for dim, size in enumerate(sizes)]
+    sums = lagged(goals, image, dims, patches.groups)
+    sums = sums if writer.stuffing is None else flip_taps(sums, "d")
+    e, d = axis_names("e", range(writer.space)), axis_names("d", range(writer.space))
+    sums = rearrange(sums, f"g o {e} c {d} -> g c {d} {e} o")
+    rows, columns = sums.shape[1 : 2 + writer.space], sums.shape[2 + writer.space :]
+    products = image.new_empty(patches.groups, rows.numel() + patches.bias, columns.numel())
+    products[:, : rows.numel()].unflatten(2, columns).unflatten(1, rows).copy_(sums)
     if patches.bias:
-        total = goals.sum(0).flatten(1)
-        last = torch.stack([total[:, read >= 0].sum(1) for read in x.arrival.index.T])
-        found[:, -1] = rearrange(last, "e (g o) -> g (e o)", g=groups)
-    return found
-
-
-def _outer(lines: list[list[float]]) -> Tensor:
-    found = torch.ones((), dtype=torch.float64)
-    for line in lines:
-        found = found[..., None] * torch.tensor(line, dtype=torch.float64)
-    return found
+        by_position = goals.sum(0).flatten(1)
+        by_tap = torch.stack([by_position[:, cell >= 0].sum(1) for cell in x.position_map.index.T])
+        products[:, -1] = rearrange(by_tap, "e (g o) -> g (e o)", g=patches.groups)
+    return products
 
 
 def _lines(weights: Tensor) -> list[list[float]] | None:
     """Weights as products over the dimensions; None if they are not, or if few of them are 1."""
-    middle = [size // 2 for size in weights.shape]
     lines = []
-    for d in range(weights.ndim):
-        at = tuple(slice(None) if d == other else middle[other] for other in range(weights.ndim))
-        lines.append(weights[at].tolist())
+    for dim in range(weights.ndim):
+        middle = tuple(slice(None) if dim == other else size // 2 for other, size in enumerate(weights.shape))
+        lines.append(weights[middle].tolist())
     usual = all(2 * sum(weight == 1 for weight in line) > len(line) for line in lines)
     return lines if usual and torch.allclose(_outer(lines), weights.double(), rtol=1e-6) else None
+
+
+def _outer(lines: list[list[float]]) -> Tensor:
+    """The products of one entry of each line."""
+    products = torch.ones((), dtype=torch.float64)
+    for line in lines:
+        products = products[..., None] * torch.tensor(line, dtype=torch.float64)
+    return products

@@ -37,75 +37,8 @@ def mean(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target) ** 2).sum(1).mean()
 
 
-def summed(output: Tensor, target: Tensor) -> Tensor:
-    return ((output - target) ** 2).sum()
-
-
-def step(model: nn.Module, batch: Any) -> Tensor:
-    return mean(model(batch["x"]), batch["y"])
-
-
-def gains(batches: Any, loss: Any = None, example: Any = X, **kwargs: Any) -> Tensor:
-    growths = dagrow.propose(traced(example), batches, loss, OPERATORS, **kwargs)
-    return torch.tensor([growth.gain for growth in sorted(growths, key=lambda g: (g.where, g.neurons))])
-
-
-@pytest.fixture(scope="module")
-def reference() -> Tensor:
-    return gains(BATCHES, mean)
-
-
 def split(size: int, x: Tensor = X, y: Tensor = Y) -> list[Any]:
     return list(zip(x.split(size), y.split(size), strict=True))
-
-
-def test_gains_do_not_depend_on_the_reduction(reference: Tensor) -> None:
-    torch.testing.assert_close(gains(BATCHES, summed), reference, rtol=1e-9, atol=0)
-    torch.testing.assert_close(gains(split(7), summed), reference, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("size", [1, 7, 60])
-def test_gains_do_not_depend_on_the_batch_size(size: int, reference: Tensor) -> None:
-    torch.testing.assert_close(gains(split(size), mean), reference, rtol=1e-9, atol=0)
-
-
-def test_a_step_gives_the_same_gains(reference: Tensor) -> None:
-    batches = [{"x": x, "y": y} for x, y in split(20)]
-    torch.testing.assert_close(gains(batches, step=step), reference, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("form", ["tuple", "keywords", "two"])
-def test_inputs_in_every_form(form: str, reference: Tensor) -> None:
-    ones = torch.ones(60, 2).double()
-    inputs: Any = {"tuple": (X,), "keywords": {"x": X}, "two": {"x": X, "scale": ones}}[form]
-    torch.testing.assert_close(gains([(inputs, Y)], mean, example=inputs), reference, rtol=1e-9, atol=0)
-
-
-def test_a_loader_that_shuffles_works_and_random_numbers_stay() -> None:
-    data = torch.utils.data.TensorDataset(X, Y)
-    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
-    dag = traced()
-    before = torch.get_rng_state()
-    receipt = dagrow.grow(dag, loader, mean, OPERATORS)
-    assert receipt.loss_after < receipt.loss_before
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_loader_with_a_generator_of_its_own_shuffles_every_pass_alike() -> None:
-    """Samples stay in their folds from one pass to the next, and training goes on as it would have."""
-    data, seen = torch.utils.data.TensorDataset(X, Y), []
-    generator = torch.Generator().manual_seed(3)
-    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=generator)
-    before = generator.get_state()
-
-    def step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        seen.append(float(batch[0].sum()))
-        return mean(model(batch[0]), batch[1])
-
-    dagrow.propose(traced(), loader, operators=[dagrow.AddNeurons(k=1)], step=step)
-    assert torch.equal(before, generator.get_state())
-    again = {value for value in seen if seen.count(value) > 1}
-    assert len(again) == len(loader)
 
 
 def test_the_losses_of_a_receipt_are_those_of_the_model() -> None:

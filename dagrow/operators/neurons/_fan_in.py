@@ -137,7 +137,7 @@ class OptimalCandidate(Candidate):
         """The number of directions among which turns are taken; 0 for none."""
         if not self.alternating or not self.place.apart():
             return 0
-        slots = max(arrival.index.shape[1] for arrival in self.place.arrivals.values() if arrival is not None)
+        slots = max(arrival.slots for arrival in self.place.arrivals.values() if arrival is not None)
         return max((self.k or 1) * self.place.directions, MOST // slots)
 
     def completed(self, proposal: Proposal, m: Moments) -> Candidate | None:
@@ -214,7 +214,7 @@ class Alternating(Candidate):
 
     def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
         parts = [
-            SlotMoments.of(moments[z, z], moments[z, goal], z.arrival.index.shape[1], self.ridge)
+            SlotMoments.of(moments[z, z], moments[z, goal], z.position_map.slots, self.ridge)
             for z, goal in self.parts.values()
         ]
         start = torch.eye(self.basis.shape[1], self.proposal.alpha.shape[1]).to(self.basis)

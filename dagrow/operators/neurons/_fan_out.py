@@ -34,7 +34,7 @@ from dagrow.solvers import (
     validate_fan_out,
     with_cross_validated_ridge,
 )
-from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, OutputGoal, SampleScores, agreement
+from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, OutputGoal, SampleScores, fan_out_score
 from dagrow.surgery import Draft, Growth, cost_of
 
 
@@ -175,7 +175,7 @@ class FanOutStage(Stage):
             choice, ridge = _per_slot(units, self.slots(consumer)), self.origin.ridges[0]
             if m.folds > 1:
                 ridge = validate_fan_out(split, block, choice, self.origin.ridges).ridge
-                scores.append(agreement(split, block, self._basis(consumer, block, choice), ridge))
+                scores.append(fan_out_score(split, block, self._basis(consumer, block, choice), ridge))
             fits[consumer.name] = fan_out(m, block, choice, ridge)
         return fits, scores
 

@@ -62,7 +62,7 @@ class Place:
     def arriving(self) -> dict[str, Feature]:
         """``p`` as it arrives at each consumer that linear theory reaches."""
         return {
-            name: self.features if found.aligned else MovedFeatures(self.features, found)
+            name: self.features if found.is_identity else MovedFeatures(self.features, found)
             for name, found in self.arrivals.items()
             if found is not None
         }
@@ -85,7 +85,7 @@ class Place:
         """First stage: what the producers read, at a consumer that linear theory reaches."""
         arriving = self.arriving[consumer.name]
         if isinstance(arriving, MovedFeatures):
-            return Regression(arriving, None, PulledGoal(goal, arriving.arrival))
+            return Regression(arriving, None, PulledGoal(goal, arriving.position_map))
         reads = self.reads(consumer)
         return Regression(arriving, reads, goal, compensation, project, constant=reads is not None and reads.bias)
 
@@ -117,7 +117,7 @@ class Place:
     @cached_property
     def measured(self) -> Feature:
         """The features whose second moment tells how large new channels are at their producers."""
-        whole = [p for p in self.arriving.values() if isinstance(p, MovedFeatures) and p.arrival.whole]
+        whole = [p for p in self.arriving.values() if isinstance(p, MovedFeatures) and p.position_map.is_whole]
         return whole[0] if whole and len(whole) == len(self.linear()) else self.features
 
     def scaled(self, alpha: Tensor, m: Moments) -> Tensor:
@@ -125,7 +125,7 @@ class Place:
         features = self.measured
         p, positions = m[features, features], m.positions[features]
         if isinstance(features, MovedFeatures):
-            positions *= float(features.arrival.weights.mean())
+            positions *= float(features.position_map.weights.mean())
         by_channel = alpha.to(p).view(-1, len(p), alpha.shape[1])
         square = (by_channel * (p @ by_channel)).sum(1).mean(0) / positions
         return alpha.to(p) * torch.where(square > 0, square, 1).rsqrt()
@@ -168,7 +168,7 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
     grouped: dict[tuple, list[tuple[Edge, dict[str, PositionMap | None]]]] = {}
     for producer in axis.producers:
         arrivals = {consumer.name: position_map(dag, axis, producer, consumer) for consumer in axis.consumers}
-        aligned = all(a is None or a.aligned for a in arrivals.values())
+        aligned = all(a is None or a.is_identity for a in arrivals.values())
         key = tuple(None if a is None else a.positions for a in arrivals.values()) if aligned else (producer.name,)
         grouped.setdefault(key, []).append((producer, arrivals))
     return [Place(dag, axis, tuple(p for p, _ in group), group[0][1]) for group in grouped.values()]

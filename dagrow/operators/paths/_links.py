@@ -40,7 +40,7 @@ from dagrow.statistics import (
     PatchInputs,
     SampleScores,
     Stacked,
-    agreement,
+    fan_out_score,
 )
 from dagrow.surgery import Draft, Growth, NewPath, blank, cost_of
 from dagrow.tracing import added_paths
@@ -126,7 +126,7 @@ class PathSite:
         return parts[0] if parts else None
 
     @property
-    def goal(self) -> OutputGoal:
+    def goal(self) -> Feature:
         return OutputGoal(self.target.name)
 
     def block(self, features: Feature) -> Regression:
@@ -201,7 +201,7 @@ class ResidualSite(PathSite):
         return self.place
 
     @property
-    def goal(self) -> OutputGoal:
+    def goal(self) -> Feature:
         return ActivationGoal(self.reader.name)
 
     @property
@@ -303,7 +303,7 @@ class PathCandidate(Candidate):
             return self._growth(basis, fan_out(moments, block, basis, self.ridges[0]), objective)
         held = validate_fan_out(split, block, basis, self.ridges)
         growth = self._growth(basis, fan_out(moments, block, basis, held.ridge), objective)
-        scores = agreement(split, block, lambda train: self.basis(train, block, self.ridges[0]), held.ridge)
+        scores = fan_out_score(split, block, lambda train: self.basis(train, block, self.ridges[0]), held.ridge)
         return Judged(growth, SampleScores([scores]))
 
     def _growth(self, basis: Tensor, fit: Fit, objective: Objective) -> Growth:
