@@ -22,7 +22,7 @@ def changed_attributes(literals: Mapping[fx.Node, Arguments]) -> dict[AttributeP
     for node, arguments in literals.items():
         for old, new in zip(arguments_of((node.args, node.kwargs)), arguments_of(arguments), strict=False):
             if isinstance(old, AttributeInt) and isinstance(new, int) and old != new:
-                found[old.place] = new
+                found[old.path] = new
     return found
 
 
@@ -32,7 +32,7 @@ def with_attributes(arguments: Arguments, restated: Mapping[AttributePath, int])
         return arguments
 
     def number(value: Any) -> Any:
-        return restated.get(value.place, value) if isinstance(value, AttributeInt) else value
+        return restated.get(value.path, value) if isinstance(value, AttributeInt) else value
 
     args, kwargs = fx.node.map_aggregate(arguments, number)  # type: ignore[misc]
     return tuple(args), dict(kwargs)
@@ -56,9 +56,9 @@ def resolve_sizes(
         resized: attributes that layers restate, and what they become.
         restated: attributes that change with all their uses in the graph.
     """
-    follow = all(value == restated.get(place) for place, value in resized.items() if place in program.stated)
-    written = bool(literals) or not follow or bool(program.computed & {*resized, *restated})
-    uses = [node for place in restated for node in program.stated[place]]
+    follow = all(value == restated.get(place) for place, value in resized.items() if place in program.attribute_uses)
+    written = bool(literals) or not follow or bool(program.computed_attributes & {*resized, *restated})
+    uses = [node for place in restated for node in program.attribute_uses[place]]
     found = {node: (node.args, dict(node.kwargs)) for node in uses} | dict(literals)
     found = {node: with_attributes(arguments, restated) for node, arguments in found.items()}
     if written:

@@ -113,7 +113,9 @@ class WidenedLabeller(ChannelLabeller):
         direct = {rider.name for rider in self.riders}
         waiting = [node for node, layer in self.layers.items() if layer.name in self.landings]
         waiting += [node for name in direct for node in self.program.graph.find_nodes(op="get_attr", target=name)]
-        waiting += [node for place in self.restated for node in self.program.stated[place] if node not in self.layers]
+        waiting += [
+            node for place in self.restated for node in self.program.attribute_uses[place] if node not in self.layers
+        ]
         starts = seen = set(waiting)
         waiting, seen = sorted(starts), set(starts)
         while waiting:
@@ -195,7 +197,7 @@ class WidenedLabeller(ChannelLabeller):
             used = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
         followed = [n for n in used if isinstance(n, fx.Node) and isinstance(self.values[n], (int, float))]
         if any(self.values[n] != self.before.values[n] for n in followed) or any(
-            isinstance(n, AttributeInt) and self.restated.get(n.place, n) != n for n in used
+            isinstance(n, AttributeInt) and self.restated.get(n.path, n) != n for n in used
         ):
             how = "given out by" if node.op == "output" else "used as a number in"
             raise CannotWidenError(self.located(node, f"its width is {how} the model's forward"))

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dagrow.layers import LayerSite
-from dagrow.tracing import run_opened, tensor_at
+from dagrow.tracing import run_decomposed, tensor_at
 
 #: what a watched layer was called with, and what it gave: to be kept, and possibly replaced
 Catch = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -84,9 +84,9 @@ class _FunctionHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        opened_up = run_opened(self, func, args, kwargs)
-        if opened_up is not None:
-            return opened_up[0]
+        decomposed = run_decomposed(self, func, args, kwargs)
+        if decomposed is not None:
+            return decomposed[0]
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result

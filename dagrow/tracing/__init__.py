@@ -1,7 +1,7 @@
 """TODO tracing."""
 
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
-from dagrow.tracing._call_forms import run_opened
+from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
 from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable, write_forward
 from dagrow.tracing._frontends import record, symbolic
@@ -25,7 +25,7 @@ __all__ = [
     "is_opaque",
     "record",
     "relax",
-    "run_opened",
+    "run_decomposed",
     "symbolic",
     "tensor_at",
     "unwritable",

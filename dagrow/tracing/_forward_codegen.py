@@ -50,8 +50,8 @@ def unwritable(program: Program, other: Callable[[], Program | str]) -> str | No
         return f"which, written anew, would skip the hooks of {hooked[0]}"
     if program.obstacle:
         return f"which {program.obstacle} and cannot be written anew"
-    if program.unrolled:
-        return f"where {program.unrolled}"
+    if program.baked_size:
+        return f"where {program.baked_size}"
     if any(node.target is setattr for node in program.graph.nodes):
         return "which sets attributes and cannot be written anew"
     return _mode_obstacle(program, other())

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Set
 from operator import attrgetter
 from typing import Any
@@ -20,17 +21,23 @@ from dagrow._model_state import ModelState, preserve_state
 from dagrow._pytree import mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._graph_writer import GraphWriter, snapshot
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly
-from dagrow.tracing._recorder import Recorder, snapshot
+from dagrow.tracing._recorder import Recorder
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._verification import verify
+
+
+def _nothing(_module: nn.Module) -> bool:
+    return False
+
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def record(
-    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] | None = None
+    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] = _nothing
 ) -> Program:
     """The program of `model`, recorded in the mode that it is in, and verified at another batch size.
 
@@ -56,7 +63,7 @@ def _recorded(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     real: bool,
-    closed: Callable[[nn.Module], bool] | None,
+    closed: Callable[[nn.Module], bool],
     held: Set[int],
 ) -> Program:
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
@@ -66,36 +73,41 @@ def _recorded(
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
-        recorder = Recorder(model, fake, closed, held)
-        uses.live = lambda: recorder.live
+        writer = GraphWriter(model, fake, held)
+        recorder = Recorder(writer, closed)
+        uses.live = writer.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
-            bound.arguments[name] = recorder.placeholder(star + name, value)
+            bound.arguments[name] = writer.placeholder(star + name, value)
         with explained(model, (args, kwargs)), recorder:
             output = model(*bound.args, **bound.kwargs)
-        recorder.output(output)
-        for name in recorder.assigned():
-            recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
+        writer.output(output)
+        for name in writer.assigned():
+            writer.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
     return Program(
         model,
-        recorder.graph,
-        recorder.constants,
-        tuple(recorder.notes),
+        writer.graph,
+        writer.constants,
+        tuple(writer.notes),
         frozenset(uses.computed),
-        recorder.obstacle,
-        recorder.unrolled,
+        writer.obstacle,
+        writer.baked_size,
     )
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch logs about operations that need values."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """Without what torch logs in this thread about operations that need values."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_others)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeFilter(is_of_others)
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -153,7 +165,7 @@ class _Tracer(fx.Tracer):
         return function, args
 
 
-def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = lambda _module: False) -> Program:
+def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _nothing) -> Program:
     """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input.
 
     Modules that are ``closed`` are not looked into."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from dagrow._pytree import arguments_of, leaves, mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
-from dagrow.tracing._recorder import DEVICES, VALUE_ERRORS
+from dagrow.tracing._graph_writer import DEVICES
+from dagrow.tracing._recorder import VALUE_ERRORS
 from dagrow.tracing._source_lines import refusal, source
 
 
@@ -30,27 +33,27 @@ class Program:
 
     Nodes of sizes that were compared have `meta["guards"]`, what came out.
 
-    `computed` are the attributes of modules, whole numbers, that forward computed with; `obstacle` is what forward
-    does that none written from the graph would do; `unrolled` is a size that its loops may count to.
+    `computed_attributes` are those of modules, whole numbers, that forward computed with; `obstacle` is what forward
+    does that none written from the graph would do; `baked_size` is a size that its loops may count to.
     """
 
     model: nn.Module
     graph: fx.Graph
     constants: dict[str, Tensor]
     specialisations: tuple[str, ...]
-    computed: frozenset[AttributePath] = frozenset()
+    computed_attributes: frozenset[AttributePath] = frozenset()
     obstacle: str | None = None
-    unrolled: str | None = None
+    baked_size: str | None = None
 
     @cached_property
-    def stated(self) -> dict[AttributePath, list[fx.Node]]:
+    def attribute_uses(self) -> dict[AttributePath, list[fx.Node]]:
         """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
-        found: dict[AttributePath, list[fx.Node]] = {}
+        uses: dict[AttributePath, list[fx.Node]] = {}
         for node in self.graph.nodes:
             for value in arguments_of((node.args, node.kwargs)):
                 if isinstance(value, AttributeInt):
-                    found.setdefault(value.place, []).append(node)
-        return found
+                    uses.setdefault(value.path, []).append(node)
+        return uses
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Execute the graph with the model's current parameters.
@@ -169,16 +172,43 @@ def hold_values(model: nn.Module, inputs: Any) -> bool:
     return not any(isinstance(t, FakeTensor) or t.is_meta for t in (*tensors, *model.parameters(), *model.buffers()))
 
 
+class _PlainCalls(TorchFunctionMode):
+    """Lets all calls through; under any mode torch's transformer layers take none of their fused paths."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _EagerStance:
+    """Inside, compiled parts run as they were written.
+
+    torch has one stance for all threads: the first that enters changes it, the last that leaves changes it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.entered, self.stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.entered:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.entered -= 1
+            if not self.entered:
+                self.stance.close()
+
+
+_eager = _EagerStance()
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Without the fused paths of torch's transformer layers, and with compiled parts as they were written."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with _eager, _PlainCalls():
+        yield
 
 
 @contextlib.contextmanager
