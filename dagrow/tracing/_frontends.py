@@ -7,8 +7,6 @@ where there are no example inputs. Neither changes the model.
 import contextlib
 import inspect
 import itertools
-import logging
-import threading
 from collections.abc import Callable, Iterator, Set
 from operator import attrgetter
 from typing import Any
@@ -23,7 +21,7 @@ from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
 from dagrow.tracing._graph_writer import GraphWriter, snapshot
 from dagrow.tracing._leaf_modules import is_leaf
-from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly
+from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly, quietly
 from dagrow.tracing._recorder import Recorder
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._verification import verify
@@ -51,7 +49,7 @@ def record(
         with found.kept():
             program = _recorded(model, *given, real, closed, held)
         if program.obstacle and real:  # many a forward does without values where there are none
-            with found.kept(), contextlib.suppress(TraceError), _quietly():
+            with found.kept(), contextlib.suppress(TraceError), quietly():
                 program = _recorded(model, *given, False, closed, held)
         return verify(program, example_inputs, found) if verified else program
 
@@ -93,21 +91,6 @@ def _recorded(
         writer.obstacle,
         writer.baked_size,
     )
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what torch logs in this thread about operations that need values."""
-    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
-
-    def is_of_others(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    logger.addFilter(is_of_others)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_of_others)
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,6 +210,21 @@ def plainly() -> Iterator[None]:
     """Without the fused paths of torch's transformer layers, and with compiled parts as they were written."""
     with _eager, _PlainCalls():
         yield
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what torch logs in this thread about operations that need values."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_others)
 
 
 @contextlib.contextmanager

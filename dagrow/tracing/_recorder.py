@@ -85,7 +85,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.writer.fake is not None and self._inside and func is functional.batch_norm:
-            return _batch_normed(*args, **kwargs)
+            return fake_batch_norm(*args, **kwargs)
         if not self.live or sys._getframe(1).f_globals.get("__name__", "").startswith(_INNER):
             return func(*args, **kwargs)
         decomposed = run_decomposed(self, func, args, kwargs)
@@ -159,7 +159,7 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
 
 
-def _batch_normed(
+def fake_batch_norm(
     inputs: Tensor,
     mean: Any,
     variance: Any,
