@@ -51,7 +51,9 @@ def run_decomposed(mode: TorchFunctionMode, function: Any, args: Any, kwargs: An
 
     Args:
         mode: the mode that was asked to run the function, and is off meanwhile.
-        function: what was called, with ``args`` and ``kwargs``.
+        function: what was called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
 
     Returns:
         The result, in a tuple; None for a function that is not decomposed.

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import preserve_state
 from dagrow._pytree import leaves, mapped
-from dagrow.tracing._program import Executor, Program, plainly, quietly
+from dagrow.tracing._contexts import plainly, quietly
+from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import fake_batch_norm
 from dagrow.tracing._traced_int import COMPARISONS
 
@@ -46,7 +47,15 @@ class DynamicSizes:
 
     @staticmethod
     def together(size: Sizes, other: Sizes) -> list[tuple[int, int]]:
-        """What two sizes are for inputs that the model takes: the example's first, some larger ones behind it."""
+        """What two sizes are for inputs that the model takes.
+
+        Args:
+            size: of an activation along a dimension.
+            other: of another one.
+
+        Returns:
+            Both sizes at every sample: for the example's inputs first, for larger ones behind it.
+        """
         return list(zip(size, other, strict=True))
 
 

@@ -19,41 +19,57 @@ from dagrow._model_state import ModelState, preserve_state
 from dagrow._pytree import mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._contexts import explained, plainly, quietly
 from dagrow.tracing._graph_writer import GraphWriter, snapshot
+from dagrow.tracing._inputs import bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
-from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly, quietly
+from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import Recorder
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._verification import verify
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
+_KEEPING_WIDTH = frozenset(
+    "relu relu_ tanh sigmoid gelu silu elu selu leaky_relu softplus mish hardtanh relu6 dropout flatten float "
+    "contiguous view reshape".split()
+)
 
-def _nothing(_module: nn.Module) -> bool:
+
+def _never(_module: nn.Module) -> bool:
     return False
 
 
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-
-
 def record(
-    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] = _nothing
+    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] = _never
 ) -> Program:
-    """The program of `model`, recorded in the mode that it is in, and verified at another batch size.
+    """The program of a model, recorded in the mode that it is in.
 
-    Modules that are ``closed`` become one node, whatever they do inside."""
-    given = bind(example_inputs)
+    Raises TraceError, with the user's line, for what a graph cannot hold, or if the graph computes something else.
+
+    Args:
+        model: is run, and left as it was found.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of forward.
+        verified: whether the graph is compared with the model at another batch size.
+        closed: which modules become one node, whatever they do inside.
+
+    Returns:
+        The model's graph.
+    """
+    args, kwargs = bind(example_inputs)
     refuse_lazy(model)
-    found, real = ModelState(model, weights=True), hold_values(model, given)
-    held = {id(saved.tensor) for saved in found.tensors}
+    state, real = ModelState(model, weights=True), hold_values(model, (args, kwargs))
+    cached = {id(saved.tensor) for saved in state.tensors}
 
-    def written() -> Program:
-        with found.kept():
-            program = _recorded(model, *given, real, closed, held)
+    def recorded() -> Program:
+        with state.kept():
+            program = _recorded(model, args, kwargs, real, closed, cached)
         if program.obstacle and real:  # many a forward does without values where there are none
-            with found.kept(), contextlib.suppress(TraceError), quietly():
-                program = _recorded(model, *given, False, closed, held)
-        return verify(program, example_inputs, found) if verified else program
+            with state.kept(), contextlib.suppress(TraceError), quietly():
+                program = _recorded(model, args, kwargs, False, closed, cached)
+        return verify(program, example_inputs, state) if verified else program
 
-    return found.trusted(written)
+    return state.trusted(recorded)
 
 
 def _recorded(
@@ -62,16 +78,16 @@ def _recorded(
     kwargs: dict[str, Any],
     real: bool,
     closed: Callable[[nn.Module], bool],
-    held: Set[int],
+    cached: Set[int],
 ) -> Program:
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
-    bound = arguments(model, args, kwargs)
+    bound = bind_to_forward(model, args, kwargs)
     fake = None if real else FakeMode(allow_non_fake_inputs=True)
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
-        writer = GraphWriter(model, fake, held)
+        writer = GraphWriter(model, fake, cached)
         recorder = Recorder(writer, closed)
         uses.live = writer.live
         for name, value in bound.arguments.items():
@@ -100,30 +116,6 @@ def refuse_lazy(model: nn.Module) -> None:
         raise TraceError(f"Parameters {lazy} have no shape yet. Run one batch through the model first.")
 
 
-_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
-_SHAPELESS = {
-    "relu",
-    "relu_",
-    "tanh",
-    "sigmoid",
-    "gelu",
-    "silu",
-    "elu",
-    "selu",
-    "leaky_relu",
-    "softplus",
-    "mish",
-    "hardtanh",
-    "relu6",
-    "dropout",
-    "flatten",
-    "float",
-    "contiguous",
-    "view",
-    "reshape",
-}
-
-
 class _Tracer(fx.Tracer):
     """`torch.fx` with our leaf rule; parameters of forward that have a default are fixed at it."""
 
@@ -148,10 +140,19 @@ class _Tracer(fx.Tracer):
         return function, args
 
 
-def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _nothing) -> Program:
-    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input.
+def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _never) -> Program:
+    """The program of a model by `torch.fx`, if its first layer tells the shape of its only input.
 
-    Modules that are ``closed`` are not looked into."""
+    Args:
+        model: is left as it was found.
+        closed: which modules become one node, whatever they do inside.
+
+    Returns:
+        The model's graph, compared with the model on inputs of our own.
+
+    Raises:
+        TraceError: where example inputs are needed.
+    """
     refuse_lazy(model)
     with preserve_state(model, weights=True):
         try:
@@ -224,7 +225,7 @@ def _first_weights(model: nn.Module, node: fx.Node) -> Iterator[Tensor]:
             yield module.weight
         elif module is None and (name in ("size", "dim", "getattr") or user.op == "output"):
             continue
-        elif _keeps_width(module) if module is not None else name in _SHAPELESS:
+        elif _keeps_width(module) if module is not None else name in _KEEPING_WIDTH:
             yield from _first_weights(model, user)
         else:
             raise TraceError(f"The input first reaches {user.target}, which leaves its shape open. {_ASK}")

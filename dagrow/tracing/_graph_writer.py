@@ -23,12 +23,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dagrow._pytree import is_plain, leaves, mapped, opened, tensors
 from dagrow.errors import TraceError
+from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._traced_int import TracedInt, guard
 
 Versions = dict[int, int]  #: the id of a tensor -> how often it was written
-Autocast = tuple[tuple[bool, torch.dtype], ...]  #: for each device, whether forward casts and to what
-DEVICES = ("cpu", "cuda")  #: that forward may cast for
 
 
 class GraphWriter:
@@ -36,7 +35,7 @@ class GraphWriter:
 
     A tensor is known by its identity: inputs and results by the node that made them, parameters and buffers
     by their first name in the model, all other real tensors as constants. Tensors that were made from others before
-    count as such only if the model ``held`` them (their ids): in a cache. A result that is the very tensor that went
+    count as such only if they are ``cached`` in the model (their ids). A result that is the very tensor that went
     in (dropout in eval mode) is replaced by an alias, so that two nodes never share one tensor.
 
     Attributes:
@@ -46,8 +45,8 @@ class GraphWriter:
         baked_size: a size that Python may have counted to or computed with, unseen.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeMode | None, held: Set[int] = frozenset()) -> None:
-        self.model, self.fake, self.held, self.graph = model, fake, held, fx.Graph()
+    def __init__(self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset()) -> None:
+        self.model, self.fake, self.cached, self.graph = model, fake, cached, fx.Graph()
         self.live: Callable[[], bool] = lambda: False
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
@@ -58,7 +57,9 @@ class GraphWriter:
         self._devices: dict[int, fx.Node] = {}  # by the ids of devices, which must not be given to others meanwhile
         self._alive: list[torch.device] = []
         self._disposable: set[fx.Node] = set()
-        self._regions: list[tuple[Autocast, fx.Node | None]] = [(_autocast(), None)]  # and the node that began each
+        self._regions: list[tuple[Autocast, fx.Node | None]] = [
+            (autocast_state(), None)
+        ]  # and the node that began each
         code = getattr(inspect.unwrap(model.forward), "__code__", None)
         self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
 
@@ -81,7 +82,7 @@ class GraphWriter:
 
     def _follow_autocast(self) -> None:
         """Nodes for the regions of autocast that forward has entered or left since the last node."""
-        now = _autocast()
+        now = autocast_state()
         while now != self._regions[-1][0] and any(now == state for state, _ in self._regions[:-1]):
             self._create("call_function", _exit_autocast, (self._regions.pop()[1],))
         for kind, before, state in zip(DEVICES, self._regions[-1][0], now, strict=True):
@@ -117,7 +118,7 @@ class GraphWriter:
         name = self._named[id(tensor)][0] if id(tensor) in self._named else f"_constant{len(self.constants)}"
         if name.startswith("_constant"):
             derived = tensor.grad_fn is not None if self.fake is None else isinstance(tensor, FakeTensor)
-            if derived and id(tensor) not in self.held:
+            if derived and id(tensor) not in self.cached:
                 raise TraceError(
                     f"{source()}: a tensor of shape {tuple(tensor.shape)} was made by something other than a "
                     "torch function (torch.Tensor(...), from_numpy, vmap, a scripted part, a cache filled by "
@@ -259,10 +260,6 @@ def versions(tree: Any) -> Versions:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _autocast() -> Autocast:
-    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
 
 
 def _access(key: Any) -> tuple[Callable[..., Any], Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +20,7 @@ from dagrow._pytree import leaves
 from dagrow.errors import TraceError
 from dagrow.tracing._builtin_reads import calls_math
 from dagrow.tracing._call_forms import canonical_call, run_decomposed
+from dagrow.tracing._contexts import VALUE_ERRORS
 from dagrow.tracing._graph_writer import GraphWriter, Versions, versions
 from dagrow.tracing._leaf_modules import OpaqueModule, is_leaf, opaque_parts
 from dagrow.tracing._source_lines import refusal, source, user_frame
@@ -34,7 +34,6 @@ _SIZES = {"shape", "size", "numel", "nelement", "stride"}
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
 #: hooks run under the mode; of what is read of plain tensors there, it need not be told
 _UNSEEN = torch._C.DisableTorchFunction
-VALUE_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Recorder(TorchFunctionMode):
