@@ -20,13 +20,10 @@ _NOWHERE = (-1, -1)
 
 def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
     """Names in the methods of a class that count with ``range``, or that hand something to ``math``."""
-    methods = [
-        (name, inspect.unwrap(function))
-        for base in kind.__mro__
-        if not base.__module__.startswith("torch.")
-        for name, function in vars(base).items()
-        if inspect.isfunction(function) and name != "__init__"
-    ]
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    functions = ((name, value) for base in bases for name, value in vars(base).items() if inspect.isfunction(value))
+    unwrapped = ((name, inspect.unwrap(function)) for name, function in functions if name != "__init__")
+    methods = [(name, method) for name, method in unwrapped if inspect.isfunction(method)]
     names = {method: _names(method.__code__) for _, method in methods}
     readers = {name for name, method in methods if calls_math(method.__code__, method.__globals__)}
     while more := {name for name, method in methods if names[method] & readers} - readers:
@@ -36,9 +33,13 @@ def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def calls_math(code: CodeType, scope: Mapping[str, Any]) -> bool:
-    """Whether code with these globals, or a function among them that it names, hands no constant to ``math``."""
-    functions = [scope.get(name) for name in _names(code)]
-    helpers = [function for function in functions if isinstance(function, FunctionType)]
+    """Whether code, or a function that it names, hands variables to ``math``.
+
+    Args:
+        scope: the globals of the code.
+    """
+    values = (scope.get(name) for name in _names(code))
+    helpers = [value for value in values if isinstance(value, FunctionType)]
     return _calls_math(code, scope) or any(_calls_math(helper.__code__, helper.__globals__) for helper in helpers)
 
 
