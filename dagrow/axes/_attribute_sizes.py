@@ -28,7 +28,7 @@ def changed_attributes(literals: Mapping[fx.Node, Arguments]) -> dict[AttributeP
     for node, arguments in literals.items():
         for old, new in zip(arguments_of((node.args, node.kwargs)), arguments_of(arguments), strict=False):
             if isinstance(old, AttributeInt) and isinstance(new, int) and old != new:
-                changed[old.place] = new
+                changed[old.path] = new
     return changed
 
 
@@ -38,7 +38,7 @@ def with_attributes(arguments: Arguments, sizes: AttributeSizes) -> Arguments:
         return arguments
 
     def resized(value: Any) -> Any:
-        return sizes.get(value.place, value) if isinstance(value, AttributeInt) else value
+        return sizes.get(value.path, value) if isinstance(value, AttributeInt) else value
 
     args, kwargs = fx.node.map_aggregate(arguments, resized)  # type: ignore[misc]
     return tuple(args), dict(kwargs)
@@ -97,11 +97,11 @@ def resolve_sizes(
         resized: attributes that layers restate, and what they become.
         everywhere: attributes that change with all their uses in the graph.
     """
-    agree = all(size == everywhere.get(place) for place, size in resized.items() if place in program.stated)
-    users = [node for place in everywhere for node in program.stated[place]]
+    agree = all(size == everywhere.get(place) for place, size in resized.items() if place in program.attribute_uses)
+    users = [node for place in everywhere for node in program.attribute_uses[place]]
     calls = {node: (node.args, dict(node.kwargs)) for node in users} | dict(literals)
     calls = {node: with_attributes(arguments, everywhere) for node, arguments in calls.items()}
-    if literals or not agree or program.computed & {*resized, *everywhere}:
+    if literals or not agree or program.computed_attributes & {*resized, *everywhere}:
         return calls, attributes, True
     changed = {path: dict(names) for path, names in attributes.items()}
     for (path, name, index), size in everywhere.items():

@@ -120,10 +120,10 @@ class WidenedLabeller(ChannelLabeller):
         Raises:
             CannotWidenError: a check of the safety net failed.
         """
-        graph, stated = self.program.graph, self.program.stated
+        graph, uses = self.program.graph, self.program.attribute_uses
         starts = {node for node, layer in self.layers.items() if layer.name in self.row_maps}
         starts |= {node for rider in self.rider_maps for node in graph.find_nodes(op="get_attr", target=rider.name)}
-        starts |= {node for place in self.sizes for node in stated[place] if node not in self.layers}
+        starts |= {node for place in self.sizes for node in uses[place] if node not in self.layers}
         waiting, seen = sorted(starts), set(starts)
         while waiting:
             node = heapq.heappop(waiting)

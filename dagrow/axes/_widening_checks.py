@@ -128,7 +128,7 @@ def check_numbers(
         operands = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
     sources = [source for source in operands if isinstance(source, fx.Node)]
     follows = any(isinstance(values[n], (int, float)) and values[n] != before[n] for n in sources)
-    if follows or any(isinstance(n, AttributeInt) and sizes.get(n.place, n) != n for n in operands):
+    if follows or any(isinstance(n, AttributeInt) and sizes.get(n.path, n) != n for n in operands):
         use = "given out by" if node.op == "output" else "used as a number in"
         raise CannotWidenError(located(node, f"its width is {use} the model's forward"))
 

@@ -23,11 +23,11 @@ from dagrow.tracing import (
     Program,
     added_paths,
     dynamic_sizes,
-    fewer,
     is_opaque,
     record,
-    relax,
+    relax_guards,
     symbolic,
+    two_samples,
     unwritable,
 )
 
@@ -150,7 +150,7 @@ class Dag:
     def unwritable(self) -> str | None:
         """Why no other forward can be written from the graph, as a clause about the model's own, or None."""
         if self.example_inputs is not None:
-            relax(self.program, self.example_inputs)
+            relax_guards(self.program, self.example_inputs)
         return unwritable(self.program, lambda: self._other)
 
     @cached_property
@@ -175,7 +175,7 @@ class Dag:
         """The graph in the mode that the model is in now, from few samples if the model takes so few."""
         given = self.example_inputs
         try:
-            return self._read(given if given is None else fewer(given), verified=False)
+            return self._read(given if given is None else two_samples(given), verified=False)
         except TraceError:
             return self._read(given, verified=False)
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dagrow.layers import LayerSite
-from dagrow.tracing import run_opened, tensor_at
+from dagrow.tracing import run_decomposed, tensor_at
 
 #: is called with a layer's name, its input and its output; what it returns, if anything, replaces the output
 Observer = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -91,9 +91,9 @@ class _FunctionHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        opened = run_opened(self, func, args, kwargs)
-        if opened is not None:
-            return opened[0]
+        decomposed = run_decomposed(self, func, args, kwargs)
+        if decomposed is not None:
+            return decomposed[0]
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor):
             return output

@@ -1,13 +1,30 @@
-"""TODO tracing."""
+"""From a model to a :class:`Program`, the graph of its forward, and from a graph back to a forward.
+
+It takes a user's module and example inputs, runs the module once and writes down what it calls; neither the module nor
+the process is changed. It must not know what a layer is to dagrow, which channels it has, or that anything grows: what
+changes in a forward that is written anew comes as arguments of nodes.
+
+>>> import torch
+>>> from torch import nn
+>>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+>>> program = record(model, torch.randn(3, 4))
+>>> [node.op for node in program.graph.nodes]
+['placeholder', 'call_module', 'call_module', 'call_module', 'output']
+>>> program.run(torch.randn(5, 4)).shape
+torch.Size([5, 2])
+>>> write_forward(program, literals={}).__mro__[1].__name__
+'Sequential'
+"""
 
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
-from dagrow.tracing._call_forms import run_opened
+from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
 from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable, write_forward
 from dagrow.tracing._frontends import record, symbolic
+from dagrow.tracing._inputs import bind, hold_values
 from dagrow.tracing._leaf_modules import is_opaque
-from dagrow.tracing._program import Executor, Program, bind, hold_values, tensor_at
-from dagrow.tracing._verification import close, fewer, relax
+from dagrow.tracing._program import Executor, Program, tensor_at
+from dagrow.tracing._verification import close, relax_guards, two_samples
 
 __all__ = [
     "AttributeInt",
@@ -20,14 +37,14 @@ __all__ = [
     "bind",
     "close",
     "dynamic_sizes",
-    "fewer",
     "hold_values",
     "is_opaque",
     "record",
-    "relax",
-    "run_opened",
+    "relax_guards",
+    "run_decomposed",
     "symbolic",
     "tensor_at",
+    "two_samples",
     "unwritable",
     "write_forward",
 ]

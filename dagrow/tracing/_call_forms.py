@@ -1,4 +1,8 @@
-"""One form for each call of torch: Python functions of torch are looked into, and one operation has one spelling."""
+"""One form for each call of torch, however the user's code writes it.
+
+Python functions of torch that hide layers are decomposed into the calls that they make, and an operation that has
+several spellings (``x + y``, ``x.add(y)``, ``x.__radd__(y)``) gets one.
+"""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -8,31 +12,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-
-def _opened(function: Any) -> Callable[..., Any]:
-    """A copy that never hands itself to a function mode; what it calls still does."""
-    names: Mapping[str, Any] = {**function.__globals__, "has_torch_function": lambda _tensors: False}
-    copy = FunctionType(function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_OPENED: dict[Any, Callable[..., Any]] = {
-    function: _opened(function) for function in (functional.multi_head_attention_forward,)
-}
-
-
-def run_opened(mode: TorchFunctionMode, function: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
-    """The result of a function that is looked into, under the mode; None for any other function."""
-    if function not in _OPENED:
-        return None
-    TorchFunctionMode.__enter__(mode)
-    try:
-        return (_OPENED[function](*args, **kwargs),)
-    finally:
-        TorchFunctionMode.__exit__(mode, None, None, None)
-
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -45,16 +24,16 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
-def spelled(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
-    """One spelling for one operation: attributes as getattr, dunders and `x.add(y)` as `operator`."""
+def canonical_call(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
+    """A call as a node has it: attributes as getattr, dunders and `x.add(y)` as functions of `operator`.
+
+    Args:
+        attribute: that ``func`` gets or sets, if it does.
+    """
     name = func.__name__
     if attribute:
-        return (
-            "call_function",
-            getattr if name == "__get__" else setattr,
-            (args[0], attribute, *args[1:2]),
-            {},
-        )
+        access = getattr if name == "__get__" else setattr
+        return "call_function", access, (args[0], attribute, *args[1:2]), {}
     method = getattr(torch.Tensor, name, None) is func
     if method and not kwargs and name.startswith("__"):
         if hasattr(operator, name):
@@ -65,3 +44,37 @@ def spelled(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any
     if method and not kwargs and name in _OPERATORS:
         return "call_function", _OPERATORS[name], args, {}
     return ("call_method", name, args, kwargs) if method else ("call_function", func, args, kwargs)
+
+
+def run_decomposed(mode: TorchFunctionMode, function: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+    """Runs a Python function of torch so that a mode sees what it calls.
+
+    Args:
+        mode: the mode that was asked to run the function, and is off meanwhile.
+        function: what was called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The result, in a tuple; None for a function that is not decomposed.
+    """
+    if function not in _DECOMPOSED:
+        return None
+    TorchFunctionMode.__enter__(mode)
+    try:
+        return (_DECOMPOSED[function](*args, **kwargs),)
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def _decomposed(function: Any) -> Callable[..., Any]:
+    """A copy that never hands itself to a function mode; what it calls still does."""
+    names: Mapping[str, Any] = {**function.__globals__, "has_torch_function": lambda _tensors: False}
+    copy = FunctionType(function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    function: _decomposed(function) for function in (functional.multi_head_attention_forward,)
+}

@@ -1,158 +1,200 @@
 """How the sizes of activations follow those of the inputs, beyond the example that was traced.
 
-Two activations may have equally many positions by chance, because the example's inputs have. So the graph runs once
-more on tensors without entries whose sizes are symbols (``torch.fx.experimental.symbolic_shapes``): what it computes,
-compares or fixes relates the symbols, and what is still apart at the end may differ in the next batch.
+Two activations may have equally many positions by chance, because the example's inputs have. So the graph runs again on
+tensors without entries, at other sizes of its inputs. What has the same size at every sample that the graph takes has
+it whatever the inputs are.
 """
 
+import collections
+import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.node import map_aggregate
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import preserve_state
-from dagrow._pytree import mapped
-from dagrow.tracing._attribute_int import AttributeInt
-from dagrow.tracing._program import Executor, Program, plainly
+from dagrow._pytree import leaves, mapped
+from dagrow.tracing._contexts import plainly, quietly
+from dagrow.tracing._program import Executor, Program
+from dagrow.tracing._recorder import fake_batch_norm
 from dagrow.tracing._traced_int import COMPARISONS
 
-Size = Any  #: an int, or an expression of sympy in the sizes of inputs
-LONGEST = 24  #: operations in the expression of a size; more of them take torch minutes
-TRIED, KEPT = 64, 6  #: so many sizes above the example's are tried, and so many that the model takes are enough
+Sizes = tuple[int, ...]  #: of one dimension at every sample, the example's first
+Shapes = Mapping[fx.Node, torch.Size]  #: of all activations at one sample
+InputDim = tuple[int, int]  #: a tensor among the inputs, and a dimension of it
+STEPS = (*range(1, 9), 12, 14, 16, 24, 28, 32, 64)  #: by which a dimension is tried to grow
+JOINT = 6  #: samples in which all dimensions that can grow do, each by another multiple of its step
+SEVERAL = 6  #: so many dimensions of equal sizes are tried in parts
 
 
+@dataclass(frozen=True, eq=False)
 class DynamicSizes:
-    """Sizes of nodes, as they follow those of the inputs.
+    """Sizes of activations, as they follow those of the inputs.
 
-    Args:
-        shapes: node -> its sizes; plain numbers where the graph does not run on symbols.
-        example: the symbols, as they were traced.
-        held: what has to hold of them, or the graph is another.
+    Attributes:
+        shapes: node -> its size along each dimension, at every sample.
+        example: the sizes of inputs that were varied, as they were traced; none where the graph needs values.
     """
 
-    def __init__(
-        self, shapes: Mapping[fx.Node, Sequence[Size]], example: Mapping[Any, int], held: Sequence[Any]
-    ) -> None:
-        self.shapes, self.example, self.held = shapes, example, held
-        self.together = cache(self._together)
+    shapes: Mapping[fx.Node, tuple[Sizes, ...]]
+    example: Mapping[InputDim, int]
 
-    def same(self, some: Sequence[Size], others: Sequence[Size]) -> bool:
-        """Whether sizes are the same whatever the inputs are."""
-        pairs = zip(some, others, strict=False)
-        return len(some) == len(others) and all(one == other for pair in pairs for one, other in self.together(*pair))
+    @staticmethod
+    def together(size: Sizes, other: Sizes) -> list[tuple[int, int]]:
+        """What two sizes are for inputs that the model takes.
 
-    def _together(self, one: Size, other: Size) -> list[tuple[int, int]]:
-        """What two sizes are for inputs that the model takes: the example's first, some larger ones behind it."""
-        free = sorted(_symbols(one) | _symbols(other), key=str)
-        moved = dict.fromkeys([*((symbol,) for symbol in free), tuple(free)] if free else [])
-        found = [self.example, *(values for some in moved for values in islice(self._taken(some), KEPT))]
-        return [(_at(one, values), _at(other, values)) for values in found]
+        Args:
+            size: of an activation along a dimension.
+            other: of another one.
 
-    def _taken(self, symbols: Sequence[Any]) -> Iterator[Mapping[Any, int]]:
-        """Larger sizes for some symbols, all others as they were traced, for which the graph holds."""
-        held = [condition for condition in self.held if condition.free_symbols & set(symbols)]
-        for more in range(1, TRIED + 1):
-            values = {**self.example, **{symbol: self.example[symbol] + more for symbol in symbols}}
-            if all(bool(condition.subs(values)) for condition in held):
-                yield values
-
-
-def _symbols(size: Size) -> set[Any]:
-    return set() if isinstance(size, int) else size.free_symbols
-
-
-def _at(size: Size, values: Mapping[Any, int]) -> int:
-    return size if isinstance(size, int) else int(size.subs(values))
+        Returns:
+            Both sizes at every sample: for the example's inputs first, for larger ones behind it.
+        """
+        return list(zip(size, other, strict=True))
 
 
 def dynamic_sizes(program: Program) -> DynamicSizes:
-    """The sizes of a program's nodes."""
-    try:
-        return _on_symbols(program)
-    except Exception:  # torch's own operations and the user's may refuse symbols in any way
-        values = {node: node.meta["val"] for node in program.graph.nodes}
-        return DynamicSizes({node: value.shape for node, value in values.items() if isinstance(value, Tensor)}, {}, ())
+    """The sizes of a program's activations at the example's inputs and at some larger ones.
 
+    Of each input all dimensions vary but the first, along which samples lie, and those of size 1.
 
-def _on_symbols(program: Program) -> DynamicSizes:
-    symbols = ShapeEnv(duck_shape=False)
-    fake, runner = FakeMode(allow_non_fake_inputs=True, shape_env=symbols), _SizeInterpreter(program)
-    with preserve_state(program.model, weights=True), torch.no_grad(), plainly(), enable_python_dispatcher(), fake:
-        inputs = _DynamicInputs(program, symbols)
-        program.through(runner, inputs.values)
-        runner.hold()
-    shapes = {node: tuple(map(_expression, shape)) for node, shape in runner.shapes.items()}
-    held = [symbols.replace(guard.expr) for guard in symbols.guards]
-    if any(_symbols(size) - inputs.sizes.keys() for sizes in (*shapes.values(), held) for size in sizes):
-        raise ValueError("some sizes depend on entries")
-    return DynamicSizes(shapes, inputs.sizes, held)
+    Args:
+        program: a traced model; it is left as it was.
 
-
-def _expression(size: int | torch.SymInt) -> Size:
-    return size if isinstance(size, int) else size.node.expr
-
-
-class _DynamicInputs:
-    """Inputs without entries, each size a symbol of its own but for that of the batch, along which samples lie.
-
-    Attributes:
-        values: of the placeholders.
-        sizes: symbol -> what it was in the example.
+    Returns:
+        Sizes at the samples that the graph takes: at those where torch can run it and no comparison of sizes comes
+        out otherwise than it did.
     """
+    runs = _SizedRuns(program)
+    with preserve_state(program.model, weights=True), _without_entries():
+        at_example = runs.at({})
+        samples = [] if at_example is None else [at_example, *_samples(runs)]
+    if not samples:
+        values = {node: node.meta["val"] for node in program.graph.nodes}
+        samples = [{node: value.shape for node, value in values.items() if isinstance(value, Tensor)}]
+    shapes = {node: tuple(zip(*(sample[node] for sample in samples), strict=False)) for node in samples[0]}
+    return DynamicSizes(shapes, runs.sizes if at_example is not None else {})
 
-    def __init__(self, program: Program, symbols: ShapeEnv) -> None:
-        self.symbols, self.sizes = symbols, dict[Any, int]()
+
+@contextlib.contextmanager
+def _without_entries() -> Iterator[None]:
+    fake = FakeMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), plainly(), quietly(), _ShortBatchNorm(), fake:
+        yield
+
+
+class _ShortBatchNorm(TorchFunctionMode):
+    """Inside, batch norms of tensors without entries take one step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (fake_batch_norm if func is functional.batch_norm else func)(*args, **(kwargs or {}))
+
+
+class _SizedRuns:
+    """The graph, run at chosen sizes of its inputs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.executor = program, _SizeInterpreter(program)
+        self.inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+        tensors = [leaf for value in self.inputs for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+        shapes = enumerate(tensor.shape for tensor in tensors)
+        self.sizes: dict[InputDim, int] = {
+            (number, dim): size for number, shape in shapes for dim, size in enumerate(shape) if dim and size > 1
+        }
         self.device = next((parameter.device for parameter in program.model.parameters()), torch.device("cpu"))
-        made = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-        self.values = [mapped(self._input, value) for value in made]
 
-    def _input(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        sizes = [*value.shape[:1], *map(self._size, value.shape[1:])]
-        return torch.empty(sizes, dtype=value.dtype, device=self.device)
+    def at(self, more: Mapping[InputDim, int]) -> Shapes | None:
+        """Shapes of nodes where some dimensions of inputs are larger; None where the graph does not hold for them."""
+        try:
+            self.program.through(self.executor, self._inputs(more))
+        except Exception:  # torch's own operations and the user's may refuse sizes in any way
+            return None
+        return self.executor.shapes
 
-    def _size(self, size: int) -> int | torch.SymInt:
-        source = ConstantSource(f"size{len(self.sizes)}")
-        symbol = self.symbols.create_symbol(size, source, DimDynamic.DYNAMIC)
-        if symbol.free_symbols:  # 0 and 1 are numbers
-            self.sizes[symbol] = size
-        return self.symbols.create_symintnode(symbol, hint=size, source=source)
+    def _inputs(self, more: Mapping[InputDim, int]) -> Sequence[Any]:
+        numbers = itertools.count()
+
+        def resized(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            number = next(numbers)
+            shape = [size + more.get((number, dim), 0) for dim, size in enumerate(value.shape)]
+            return torch.empty(shape, dtype=value.dtype, device=self.device)
+
+        return [mapped(resized, value) for value in self.inputs]
 
 
 class _SizeInterpreter(Executor):
-    """Notes shapes."""
+    """Notes shapes, and fails where sizes compare otherwise than they did when the graph was made."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.garbage_collect_values = False
-        self.shapes: dict[fx.Node, Sequence[Any]] = {}
+        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.guards = collections.defaultdict(list)  # by the later of the nodes that were compared
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        for node in self.graph.nodes:
+            for (sign, right), result in node.meta.get("guards", {}).items():
+                later = right if isinstance(right, fx.Node) and order[right] > order[node] else node
+                self.guards[later].append((node, sign, right, result))
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        """Symbols compute with plain numbers only."""
-        given = super().fetch_args_kwargs_from_env(n)
-        return map_aggregate(given, lambda value: int(value) if isinstance(value, AttributeInt) else value)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.shapes = {}
+        return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
-            if any(isinstance(size, torch.SymInt) and size.node.expr.count_ops() > LONGEST for size in value.shape):
-                raise OverflowError(f"the sizes of {n.name} are computed in too many steps to be compared")
+            self.shapes[n] = value.shape
+        values = {**self.env, n: value} if n in self.guards else {}
+        for node, sign, right, result in self.guards.get(n, ()):
+            if bool(COMPARISONS[sign](values[node], values.get(right, right))) is not result:
+                raise RuntimeError(f"{node.name} {sign} {right} is not {result}")
         return value
 
-    def hold(self) -> None:
-        """Compares what forward has compared, which relates the symbols."""
-        for node in self.graph.nodes:
-            for (sign, right), result in node.meta.get("guards", {}).items():
-                other = self.env[right] if isinstance(right, fx.Node) else right
-                if bool(COMPARISONS[sign](self.env[node], other)) is not result:
-                    raise RuntimeError(f"{node.name} {sign} {right} is not {result}")
+
+def _samples(runs: _SizedRuns) -> list[Shapes]:
+    """Shapes of nodes at larger inputs: a dimension by itself or with those that it is tied to, then all at once."""
+    samples: list[Shapes] = []
+    steps: dict[InputDim, int] = {}
+    free: list[tuple[InputDim, ...]] = []
+    for dims in _sets(runs.sizes, steps):
+        for step in STEPS:
+            shapes = runs.at(dict.fromkeys(dims, step))
+            if shapes is not None:
+                samples.append(shapes)
+                steps |= dict.fromkeys(dims, step)
+                free.append(dims)
+                break
+    for turn in range(JOINT if free else 0):
+        factors = {dim: 1 + (turn + number + 1) % JOINT for number, dims in enumerate(free) for dim in dims}
+        shapes = runs.at({dim: factors[dim] * steps[dim] for dim in steps})
+        samples += [] if shapes is None else [shapes]
+    return samples
+
+
+def _sets(sizes: Mapping[InputDim, int], steps: Mapping[InputDim, int]) -> Iterator[tuple[InputDim, ...]]:
+    """Sets of input dimensions that may grow together, while ``steps`` fills with those that are found to.
+
+    First each by itself; then those of equal sizes: up to half of them, all that is left (0), larger parts; then pairs
+    from different inputs.
+    """
+    yield from ((dim,) for dim in sizes)
+    for size in {sizes[dim]: None for dim in sizes if dim not in steps}:
+        equal = [dim for dim in sizes if sizes[dim] == size and dim not in steps]
+        half = len(equal) // 2
+        parts = [*range(2, half + 1), 0, *range(half + 1, len(equal))] if len(equal) <= SEVERAL else [0]
+        for count in parts:
+            rest = [dim for dim in equal if dim not in steps]
+            for dims in itertools.combinations(rest, count or len(rest)):
+                if len(dims) > 1 and steps.keys().isdisjoint(dims):
+                    yield dims
+    for dims in itertools.combinations([dim for dim in sizes if dim not in steps], 2):
+        if dims[0][0] != dims[1][0] and sizes[dims[0]] != sizes[dims[1]] and steps.keys().isdisjoint(dims):
+            yield dims

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow._pytree import is_plain, leaves, mapped
 from dagrow.errors import TraceError
+from dagrow.tracing._inputs import fits
 from dagrow.tracing._leaf_modules import is_leaf
-from dagrow.tracing._program import Program, fits
+from dagrow.tracing._program import Program
 from dagrow.tracing._traced_int import COMPARISONS, described
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
@@ -30,13 +31,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def unwritable(program: Program, other: Callable[[], Program | str]) -> str | None:
-    """Why no forward can be written from a graph, as a clause about the model's own, or None.
+    """Why no forward can be written from a graph.
 
     Marks the nodes whose flag follows the model's mode.
 
     Args:
         program: the graph.
         other: gives the graph in the other mode, or why there is none.
+
+    Returns:
+        A clause about the model's own forward, or None if one can be written.
     """
     model = program.model
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -50,8 +54,8 @@ def unwritable(program: Program, other: Callable[[], Program | str]) -> str | No
         return f"which, written anew, would skip the hooks of {hooked[0]}"
     if program.obstacle:
         return f"which {program.obstacle} and cannot be written anew"
-    if program.unrolled:
-        return f"where {program.unrolled}"
+    if program.baked_size:
+        return f"where {program.baked_size}"
     if any(node.target is setattr for node in program.graph.nodes):
         return "which sets attributes and cannot be written anew"
     return _mode_obstacle(program, other())
@@ -92,8 +96,13 @@ def write_forward(
     """A class like the model's own whose forward runs the program's graph with other literal sizes.
 
     Args:
-        edit: what else changes in the graph.
+        program: the model and its graph, which stays as it is.
+        literals: nodes and their arguments, where these change.
+        edit: what else changes in a copy of the graph, given each node's copy.
         paths: records of the new paths that this puts there.
+
+    Returns:
+        A subclass of the user's class, for this object alone.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -122,25 +131,32 @@ def write_forward(
 
 
 def added_paths(model: nn.Module) -> tuple[PathRecord, ...]:
-    """The new paths that a model has got, oldest first."""
+    """The new paths that a model has got.
+
+    Args:
+        model: the user's model.
+
+    Returns:
+        Their records, oldest first.
+    """
     return getattr(type(model), f"{_PREFIX}names", {}).get(f"{_PREFIX}branches", ())
 
 
 def _signature(program: Program) -> tuple[str, dict[str, Any]]:
     """The user's own parameters of forward, those that the graph does not have fixed at what they were."""
-    made = {str(n.target).lstrip("*"): n for n in program.graph.nodes if n.op == "placeholder"}
+    placeholders = {str(n.target).lstrip("*"): n for n in program.graph.nodes if n.op == "placeholder"}
     parameters = list(inspect.signature(program.model.forward).parameters.values())
     names: dict[str, Any] = {f"{_PREFIX}default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     listed: list[str] = []
     checks: list[str] = []
-    for index, p in enumerate(parameters):
+    starred = False
+    for p in parameters:
         star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
-        if p.kind is p.KEYWORD_ONLY and not any(
-            q.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY) for q in parameters[:index]
-        ):
+        if p.kind is p.KEYWORD_ONLY and not starred:
             listed.append("*")
+        starred |= p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY)
         listed.append(star + p.name + (f"={_PREFIX}default_{p.name}" if p.default is not p.empty else ""))
-        baked = _baked(p, made.get(p.name))
+        baked = _baked(p, placeholders.get(p.name))
         if baked is not None:
             names[f"{_PREFIX}baked_{p.name}"] = baked[0]
             checks.append(f"    {_PREFIX}fixed({p.name!r}, {_PREFIX}baked_{p.name}, {p.name})")
@@ -156,11 +172,11 @@ def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | N
     return (mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value),)  # any tensor fits
 
 
-def _fixed(name: str, made: Any, given: Any) -> None:
-    if not fits(made, given):
+def _fixed(name: str, traced: Any, value: Any) -> None:
+    if not fits(traced, value):
         raise TraceError(
-            f"forward was traced with {name} = {made!r}, and the forward that dagrow wrote after growth holds for "
-            f"this value only; {given!r} was given. Trace the model with the value that you need before it grows."
+            f"forward was traced with {name} = {traced!r}, and the forward that dagrow wrote after growth holds for "
+            f"this value only; {value!r} was given. Trace the model with the value that you need before it grows."
         )
 
 
@@ -208,9 +224,9 @@ def _follow_grad(graph: fx.Graph) -> bool:
     switches = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
     if switches:
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-            found = graph.call_function(torch.is_grad_enabled)
+            enabled = graph.call_function(torch.is_grad_enabled)
         for node in switches:
-            node.args = tuple(found if arg is True else arg for arg in node.args)
+            node.args = tuple(enabled if arg is True else arg for arg in node.args)
     return bool(switches)
 
 
@@ -256,23 +272,23 @@ def _graded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     names = {
-        key: _Module(value.__name__) if isinstance(value, ModuleType) else value
+        key: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
         for key, value in self._dagrow_names.items()
     }
     return _rebuild, (_own_class(self), self._dagrow_source, names), self.__getstate__()
 
 
-class _Module:
-    """A module by its name."""
+class _ModuleName:
+    """A Python module by its name, as it is pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 def _rebuild(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> nn.Module:
-    found = {
-        key: importlib.import_module(value.name) if isinstance(value, _Module) else value
+    scope = {
+        key: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
         for key, value in names.items()
     }
-    kind = _subclass(base, source, found)
+    kind = _subclass(base, source, scope)
     return kind.__new__(kind)

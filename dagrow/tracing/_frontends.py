@@ -7,7 +7,6 @@ where there are no example inputs. Neither changes the model.
 import contextlib
 import inspect
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Set
 from operator import attrgetter
 from typing import Any
@@ -20,35 +19,57 @@ from dagrow._model_state import ModelState, preserve_state
 from dagrow._pytree import mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._contexts import explained, plainly, quietly
+from dagrow.tracing._graph_writer import GraphWriter, snapshot
+from dagrow.tracing._inputs import bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
-from dagrow.tracing._program import Executor, Program, arguments, bind, explained, hold_values, plainly
-from dagrow.tracing._recorder import Recorder, snapshot
+from dagrow.tracing._program import Executor, Program
+from dagrow.tracing._recorder import Recorder
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._verification import verify
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
+_KEEPING_WIDTH = frozenset(
+    "relu relu_ tanh sigmoid gelu silu elu selu leaky_relu softplus mish hardtanh relu6 dropout flatten float "
+    "contiguous view reshape".split()
+)
+
+
+def _never(_module: nn.Module) -> bool:
+    return False
 
 
 def record(
-    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] | None = None
+    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] = _never
 ) -> Program:
-    """The program of `model`, recorded in the mode that it is in, and verified at another batch size.
+    """The program of a model, recorded in the mode that it is in.
 
-    Modules that are ``closed`` become one node, whatever they do inside."""
-    given = bind(example_inputs)
+    Raises TraceError, with the user's line, for what a graph cannot hold, or if the graph computes something else.
+
+    Args:
+        model: is run, and left as it was found.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of forward.
+        verified: whether the graph is compared with the model at another batch size.
+        closed: which modules become one node, whatever they do inside.
+
+    Returns:
+        The model's graph.
+    """
+    args, kwargs = bind(example_inputs)
     refuse_lazy(model)
-    found, real = ModelState(model, weights=True), hold_values(model, given)
-    held = {id(saved.tensor) for saved in found.tensors}
+    state, real = ModelState(model, weights=True), hold_values(model, (args, kwargs))
+    cached = {id(saved.tensor) for saved in state.tensors}
 
-    def written() -> Program:
-        with found.kept():
-            program = _recorded(model, *given, real, closed, held)
+    def recorded() -> Program:
+        with state.kept():
+            program = _recorded(model, args, kwargs, real, closed, cached)
         if program.obstacle and real:  # many a forward does without values where there are none
-            with found.kept(), contextlib.suppress(TraceError), _quietly():
-                program = _recorded(model, *given, False, closed, held)
-        return verify(program, example_inputs, found) if verified else program
+            with state.kept(), contextlib.suppress(TraceError), quietly():
+                program = _recorded(model, args, kwargs, False, closed, cached)
+        return verify(program, example_inputs, state) if verified else program
 
-    return found.trusted(written)
+    return state.trusted(recorded)
 
 
 def _recorded(
@@ -56,46 +77,36 @@ def _recorded(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     real: bool,
-    closed: Callable[[nn.Module], bool] | None,
-    held: Set[int],
+    closed: Callable[[nn.Module], bool],
+    cached: Set[int],
 ) -> Program:
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
-    bound = arguments(model, args, kwargs)
+    bound = bind_to_forward(model, args, kwargs)
     fake = None if real else FakeMode(allow_non_fake_inputs=True)
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
-        recorder = Recorder(model, fake, closed, held)
-        uses.live = lambda: recorder.live
+        writer = GraphWriter(model, fake, cached)
+        recorder = Recorder(writer, closed)
+        uses.live = writer.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
-            bound.arguments[name] = recorder.placeholder(star + name, value)
+            bound.arguments[name] = writer.placeholder(star + name, value)
         with explained(model, (args, kwargs)), recorder:
             output = model(*bound.args, **bound.kwargs)
-        recorder.output(output)
-        for name in recorder.assigned():
-            recorder.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
+        writer.output(output)
+        for name in writer.assigned():
+            writer.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
     return Program(
         model,
-        recorder.graph,
-        recorder.constants,
-        tuple(recorder.notes),
+        writer.graph,
+        writer.constants,
+        tuple(writer.notes),
         frozenset(uses.computed),
-        recorder.obstacle,
-        recorder.unrolled,
+        writer.obstacle,
+        writer.baked_size,
     )
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what torch logs about operations that need values."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -103,30 +114,6 @@ def refuse_lazy(model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise TraceError(f"Parameters {lazy} have no shape yet. Run one batch through the model first.")
-
-
-_ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
-_SHAPELESS = {
-    "relu",
-    "relu_",
-    "tanh",
-    "sigmoid",
-    "gelu",
-    "silu",
-    "elu",
-    "selu",
-    "leaky_relu",
-    "softplus",
-    "mish",
-    "hardtanh",
-    "relu6",
-    "dropout",
-    "flatten",
-    "float",
-    "contiguous",
-    "view",
-    "reshape",
-}
 
 
 class _Tracer(fx.Tracer):
@@ -153,10 +140,19 @@ class _Tracer(fx.Tracer):
         return function, args
 
 
-def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = lambda _module: False) -> Program:
-    """The program of `model` by `torch.fx`, if its first layer tells the shape of its only input.
+def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _never) -> Program:
+    """The program of a model by `torch.fx`, if its first layer tells the shape of its only input.
 
-    Modules that are ``closed`` are not looked into."""
+    Args:
+        model: is left as it was found.
+        closed: which modules become one node, whatever they do inside.
+
+    Returns:
+        The model's graph, compared with the model on inputs of our own.
+
+    Raises:
+        TraceError: where example inputs are needed.
+    """
     refuse_lazy(model)
     with preserve_state(model, weights=True):
         try:
@@ -229,7 +225,7 @@ def _first_weights(model: nn.Module, node: fx.Node) -> Iterator[Tensor]:
             yield module.weight
         elif module is None and (name in ("size", "dim", "getattr") or user.op == "output"):
             continue
-        elif _keeps_width(module) if module is not None else name in _SHAPELESS:
+        elif _keeps_width(module) if module is not None else name in _KEEPING_WIDTH:
             yield from _first_weights(model, user)
         else:
             raise TraceError(f"The input first reaches {user.target}, which leaves its shape open. {_ASK}")

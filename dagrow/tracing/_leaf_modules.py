@@ -20,7 +20,14 @@ _WALKED = (
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """True for a scripted or compiled module, which hides what it computes."""
+    """Whether a module is scripted or compiled, and so hides what it computes.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for a module that becomes one node.
+    """
     return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
 
 
@@ -29,13 +36,13 @@ def is_leaf(module: nn.Module) -> bool:
 
     `nn.TransformerEncoderLayer` and its like are walked through: their linear layers are edges too.
     """
-    kind = type(module)
+    own = type(module)
     if is_opaque(module):
         return True
-    base = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn.modules."))
+    base = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn.modules."))
     if base is nn.Module or issubclass(base, _WALKED) or "forward" in vars(module):
         return False
-    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+    return all(getattr(own, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 class OpaqueModule(nn.Module):

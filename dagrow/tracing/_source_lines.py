@@ -3,50 +3,45 @@
 import functools
 import os
 import sys
-from traceback import walk_stack, walk_tb
+from traceback import walk_tb
 from types import FrameType
 
 _PACKAGE = __name__.partition(".")[0]
-_TRACING = __name__.rpartition(".")[0]
+_ROOM = __name__.rpartition(".")[0]
 
 
 def source(error: BaseException | None = None) -> str:
     """The user's line that runs now, or that raised `error`, as `file.py:12`: the innermost outside torch."""
     if error is None:
-        return _running(sys._getframe(1))
-    users = [at for at in walk_tb(error.__traceback__) if not _is_ours(at[0].f_globals.get("__name__", ""))]
-    return _shown(*users[-1]) if users else "unknown line"
+        frame = user_frame()
+        return _shown(frame, frame.f_lineno) if frame is not None else "unknown line"
+    lines = [at for at in walk_tb(error.__traceback__) if not _is_library(at[0].f_globals.get("__name__", ""))]
+    return _shown(*lines[-1]) if lines else "unknown line"
 
 
-def _running(frame: FrameType | None) -> str:
-    """The line that runs in the model's forward, without the frames of who asked for it."""
-    while frame is not None and not _asks(name := frame.f_globals.get("__name__", "")):
-        if not _is_ours(name):
-            return _shown(frame, frame.f_lineno)
+def user_frame() -> FrameType | None:
+    """What runs of the user's code in the model's forward, without the code that asked for the trace."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_other_room(name := frame.f_globals.get("__name__", "")):
+        if not _is_library(name):
+            return frame
         frame = frame.f_back
-    return "unknown line"
+    return None
 
 
 def _shown(frame: FrameType, line: int) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{line}"
 
 
-def user_names() -> tuple[str, ...]:
-    """The names that the user's running function uses. A loop to a size cannot be seen, but `range` can."""
-    frames = (frame for frame, _ in walk_stack(sys._getframe(1)))
-    names = (f.f_code.co_names for f in frames if not _is_ours(f.f_globals.get("__name__", "")))
-    return next(names, ())
-
-
 @functools.cache
-def _asks(module: str) -> bool:
-    """Whether a module of another room asks tracing for something, so that all further out is no forward."""
+def _is_other_room(module: str) -> bool:
+    """Whether a module belongs to another room of the package, which traces, so that all further out is no forward."""
     room = module.rpartition(".")[0]
-    return room.startswith(f"{_PACKAGE}.") and room != _TRACING
+    return room.startswith(f"{_PACKAGE}.") and room != _ROOM
 
 
 @functools.cache
-def _is_ours(module: str) -> bool:
+def _is_library(module: str) -> bool:
     return module.partition(".")[0] in ("torch", "functools", "contextlib", _PACKAGE)
 
 

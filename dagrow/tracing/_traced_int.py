@@ -20,9 +20,7 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 class Writer(Protocol):
     """What a size tells that it was used."""
 
-    @property
-    def live(self) -> bool:
-        """Whether the user's code runs now."""
+    live: Callable[[], bool]  #: whether the user's code runs now
 
     def note(self, text: str) -> None:
         """Something that the graph cannot follow."""
@@ -37,15 +35,15 @@ def described(node: Any, depth: int = 4) -> str:
         return int.__repr__(node) if isinstance(node, int) else str(node)
     if not depth:
         return node.name
-    given = [described(arg, depth - 1) for arg in node.args]
+    operands = [described(arg, depth - 1) for arg in node.args]
     if node.target is operator.getitem:
-        return f"{given[0]}[{given[1]}]"
+        return f"{operands[0]}[{operands[1]}]"
     if node.target is getattr:
-        return f"{given[0]}.{given[1]}"
+        return f"{operands[0]}.{operands[1]}"
     if node.op == "call_method":
-        return f"{given[0]}.{node.target}({', '.join(given[1:])})"
+        return f"{operands[0]}.{node.target}({', '.join(operands[1:])})"
     sign = _SIGNS.get(getattr(node.target, "__name__", ""))
-    return f"({given[0]} {sign} {given[1]})" if sign and len(given) == 2 else node.name
+    return f"({operands[0]} {sign} {operands[1]})" if sign and len(operands) == 2 else node.name
 
 
 def mark_baked(size: Any) -> None:
@@ -70,7 +68,7 @@ def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable
             return NotImplemented
         operands = (*others, self) if swapped else (self, *others)
         value = function(*(int.__int__(o) for o in operands))
-        return self.recorder.computed(function, operands, value) if self.recorder.live else value
+        return self.writer.computed(function, operands, value) if self.writer.live() else value
 
     return method
 
@@ -79,11 +77,11 @@ def _guarding(name: str, sign: str) -> Callable[..., Any]:
     def method(self: "TracedInt", *others: Any) -> Any:
         result = getattr(int, name)(self, *others)
         other = others[0] if others else 0
-        if isinstance(other, (int, float)) and self.recorder.live:
+        if isinstance(other, (int, float)) and self.writer.live():
             right = other.node if isinstance(other, TracedInt) else other
             if right is not self.node:
                 guard(self.node, sign, right, result)
-                self.recorder.note(f"{described(self.node)} {sign} {described(right)} is {result}")
+                self.writer.note(f"{described(self.node)} {sign} {described(right)} is {result}")
         return result
 
     return method
@@ -105,17 +103,17 @@ class TracedInt(int):
     """
 
     node: fx.Node
-    recorder: Writer
+    writer: Writer
 
-    def __new__(cls, value: int, node: fx.Node, recorder: Writer) -> "TracedInt":
+    def __new__(cls, value: int, node: fx.Node, writer: Writer) -> "TracedInt":
         self = super().__new__(cls, value)
-        self.node, self.recorder = node, recorder
+        self.node, self.writer = node, writer
         return self
 
     def bake(self, *others: Any) -> None:
-        if self.recorder.live and all(isinstance(other, (int, float)) for other in others):
+        if self.writer.live() and all(isinstance(other, (int, float)) for other in others):
             guard(self.node, "==", int.__int__(self), True)
-            self.recorder.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
+            self.writer.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__
     __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)

@@ -12,13 +12,15 @@ from torch import Tensor, fx
 from dagrow._model_state import ModelState
 from dagrow._pytree import leaves, mapped
 from dagrow.errors import TraceError, first_line
-from dagrow.tracing._program import Executor, Program, bind, explained, hold_values, plainly
+from dagrow.tracing._contexts import explained, plainly
+from dagrow.tracing._inputs import bind, hold_values
+from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._traced_int import COMPARISONS
 
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def verify(program: Program, example_inputs: Any, found: ModelState | None = None) -> Program:
+def verify(program: Program, example_inputs: Any, state: ModelState | None = None) -> Program:
     """Compare the graph with the model at another batch size than it was made with, in the mode the model is in.
 
     Two samples, or one of two. Where the model itself refuses that, half of the batch, then one sample more; where
@@ -26,31 +28,31 @@ def verify(program: Program, example_inputs: Any, found: ModelState | None = Non
     TraceError that names the first output that differs.
 
     Args:
-        found: the model as it is, to come back to.
+        state: the model as it is, to come back to.
     """
-    given = bind(example_inputs)
-    if not hold_values(program.model, given):
+    inputs = bind(example_inputs)
+    if not hold_values(program.model, inputs):
         return _noted(program, "not verified: the model or the example inputs hold no values")
-    found = found or ModelState(program.model, weights=True)
-    for size, other in _resized(given):
-        obstacle = _verified(program, found, other, size)
+    state = state or ModelState(program.model, weights=True)
+    for size, resized in _resized(inputs):
+        obstacle = _verified(program, state, resized, size)
         if obstacle is None:
             return program
         program = _noted(program, obstacle)
-    with explained(program.model, given):
-        expected = _evaluated(found, program.model, given)
-    _compare(program, found, expected, given, "the example inputs")
+    with explained(program.model, inputs):
+        expected = _evaluated(state, program.model, inputs)
+    _compare(program, state, expected, inputs, "the example inputs")
     return _noted(program, "verified at one batch size only")
 
 
-def _verified(program: Program, found: ModelState, given: Any, size: int) -> str | None:
+def _verified(program: Program, state: ModelState, inputs: Any, size: int) -> str | None:
     """Why the graph cannot be verified at a batch size, or None if it is."""
     try:
-        expected = _evaluated(found, program.model, given)
+        expected = _evaluated(state, program.model, inputs)
     except Exception as error:  # the user's forward may raise anything
         return f"the model refuses a batch of {size}: {first_line(error)}"
     try:
-        _compare(program, found, expected, given, f"the example inputs with a batch of {size}")
+        _compare(program, state, expected, inputs, f"the example inputs with a batch of {size}")
     except TraceError:
         if size > 1:
             raise
@@ -62,19 +64,19 @@ def _noted(program: Program, text: str) -> Program:
     return dataclasses.replace(program, specialisations=(*program.specialisations, text))
 
 
-def _evaluated(found: ModelState, function: Callable[..., Any], given: Any) -> Any:
+def _evaluated(state: ModelState, function: Callable[..., Any], inputs: Any) -> Any:
     """Call `function` on copied inputs, without gradients and fused attention, and leave the model as it was found."""
-    with found.kept(), torch.no_grad(), plainly():
-        args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
+    with state.kept(), torch.no_grad(), plainly():
+        args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
         return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
 
 
-def _compare(program: Program, found: ModelState, expected: Any, given: Any, which: str) -> None:
+def _compare(program: Program, state: ModelState, expected: Any, inputs: Any, which: str) -> None:
     name, expected = type(program.model).__name__, dict(leaves(expected))
     fixed = "".join(f"\n  - {text}" for text in program.specialisations) or " none noted"
     advice = f"Fixed while tracing:{fixed}\nRead sizes as x.shape[i] and keep them in whole-number arithmetic."
     try:
-        computed = dict(leaves(_evaluated(found, program.run, given)))
+        computed = dict(leaves(_evaluated(state, program.run, inputs)))
     except Exception as error:
         raise TraceError(f"The graph of {name} fails on {which} ({first_line(error)}). {advice}") from error
     for path in {**expected, **computed}:
@@ -95,23 +97,28 @@ def close(a: Any, b: Any) -> bool:
     return bool(torch.isclose(a, b, rtol=0.0, atol=slack, equal_nan=True).all())
 
 
-def relax(program: Program, example_inputs: Any) -> None:
-    """Drops comparisons of sizes that come out otherwise for one sample or two, where the graph holds nevertheless."""
+def relax_guards(program: Program, example_inputs: Any) -> None:
+    """Drops comparisons of sizes that come out otherwise for one sample or two, where the graph holds nevertheless.
+
+    Args:
+        program: whose nodes lose the comparisons.
+        example_inputs: of which the samples are taken.
+    """
     if not any(node.meta.get("guards") for node in program.graph.nodes):
         return
-    found, executor = ModelState(program.model, weights=True), _Sizing(program)
-    for _, one in _resized(bind(example_inputs), (1, 2)):
+    state, executor = ModelState(program.model, weights=True), _ComparedSizes(program)
+    for _, inputs in _resized(bind(example_inputs), (1, 2)):
         try:
-            expected = dict(leaves(_evaluated(found, program.model, one)))
-            computed = dict(leaves(_evaluated(found, lambda *a, **k: program._run(executor, a, k), one)))
+            expected = dict(leaves(_evaluated(state, program.model, inputs)))
+            computed = dict(leaves(_evaluated(state, lambda *a, **k: program.run_with(executor, a, k), inputs)))
         except Exception:  # the user's forward may raise anything
             return
         if all(path in computed and close(value, computed[path]) for path, value in expected.items()):
             executor.relax()
 
 
-class _Sizing(Executor):
-    """Remembers sizes that were compared."""
+class _ComparedSizes(Executor):
+    """Remembers the sizes that forward has compared."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
@@ -131,9 +138,9 @@ class _Sizing(Executor):
                     del guards[sign, right]
 
 
-def _resized(given: Any, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Any]]:
+def _resized(inputs: Any, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Any]]:
     """The inputs with other sizes of the dimension that most tensors share as their first."""
-    sizes = [leaf.shape[0] for _, leaf in leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = [leaf.shape[0] for _, leaf in leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
     usual = [size for size in (1 if batch == 2 else 2, batch // 2, batch + 1) if size > 1 or batch == 2]
     for size in dict.fromkeys(wanted or usual) if batch else ():
@@ -143,11 +150,18 @@ def _resized(given: Any, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Any]
             batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
             return leaf[samples.to(leaf.device)] if batched else leaf
 
-        yield size, mapped(taken, given)
+        yield size, mapped(taken, inputs)
 
 
-def fewer(example_inputs: Any) -> Any:
-    """Two samples of the example inputs, where there are more."""
-    given = bind(example_inputs)
-    size, (args, kwargs) = next(_resized(given), (0, given))
+def two_samples(example_inputs: Any) -> Any:
+    """Two samples of the example inputs, where there are more.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of forward.
+
+    Returns:
+        The same with two samples, or the example inputs as they are.
+    """
+    inputs = bind(example_inputs)
+    size, (args, kwargs) = next(_resized(inputs), (0, inputs))
     return (args or kwargs) if size == 2 else example_inputs

@@ -146,7 +146,38 @@ def test_a_size_that_the_graph_is_for_is_no_chance() -> None:
     assert places(dag) == {"x -> two"}
 
 
-def test_what_takes_too_long_to_compare_keeps_the_sizes_of_the_example() -> None:
+def test_sizes_that_are_computed_in_many_steps() -> None:
     dag = dagrow.trace(Merged(), torch.randn(2, 2, 3))
+    lengths = [dag.dynamic_sizes.shapes[node][1] for node in dag.layers]
+    assert lengths == [(2, 3, 4, 5, 6, 7, 8, 3), (2,) * 8]  # two is all that is left of any length
+    assert places(dag) == set()
+
+
+def test_what_depends_on_values_keeps_the_sizes_of_the_example() -> None:
+    class Selected(Chosen):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.one(x))
+            return self.two(h[h.sum(2) > 0])
+
+    dag = dagrow.trace(Selected(), torch.randn(2, 4, 3))
     assert not dag.dynamic_sizes.example
-    assert all(dag.dynamic_sizes.shapes[node] == node.meta["val"].shape for node in dag.layers)
+    assert all(
+        dag.dynamic_sizes.shapes[node] == tuple((size,) for size in node.meta["val"].shape) for node in dag.layers
+    )
+
+
+def test_inputs_whose_lengths_are_tied_vary_together() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.out = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x: Tensor, mask: Tensor, other: Tensor, more: Tensor) -> Tensor:
+            h = self.a(x) * mask[..., None]
+            return self.out(h).sum(1) + (self.b(other) + self.c(more[:, 1:])).sum(1)
+
+    inputs = torch.randn(2, 4, 3), torch.ones(2, 4), torch.randn(2, 4, 3), torch.randn(2, 5, 3)
+    dag = dagrow.trace(Masked(), inputs)
+    sizes = {layer.name: dag.dynamic_sizes.shapes[node][1] for node, layer in dag.layers.items()}
+    assert set(sizes["a"]) == set(sizes["b"]) == {4, 5, 6, 7, 8, 9, 10}
+    assert sizes["a"] == sizes["out"] != sizes["b"] == sizes["c"]

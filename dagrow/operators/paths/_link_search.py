@@ -194,7 +194,8 @@ def _alike(dag: Dag, source: fx.Node, writing: fx.Node, until: int) -> bool:
     read, written = (node.meta["val"].shape[:until] for node in (source, writing))
     if read != written or read == _samples(dag):
         return bool(read == written)
-    return dag.dynamic_sizes.same(*(dag.dynamic_sizes.shapes[node][:until] for node in (source, writing)))
+    sizes = dag.dynamic_sizes.shapes
+    return sizes[source][:until] == sizes[writing][:until]
 
 
 def _samples(dag: Dag) -> torch.Size | None:
