@@ -34,7 +34,7 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
     drawing = blank(13, 4.2)
     loss, widths, share = drawing.subplots(1, 3)
     _draw_losses(loss, records)
-    _draw_widths(widths, records, first)
+    draw_widths(widths, [(records[0].epoch, first), *((r.epoch, r.widths) for r in records)] if records else [])
     _draw_share(share, records)
     for axes in (loss, widths, share):
         tidy(axes)
@@ -59,24 +59,34 @@ def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
         label="grows",
         linestyle="none",
     )
-    positive = all(record.train_loss > 0 and record.loss > 0 for record in records)
-    axes.set(title="Loss, before growing", yscale="log" if positive else "linear")
-    if positive:
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+    axes.set_title("Loss, before growing")
+    if all(record.train_loss > 0 and record.loss > 0 for record in records):
+        log_scale(axes)
     axes.legend()
 
 
-def _draw_widths(axes: Any, records: Sequence[Record], first: Mapping[str, int]) -> None:
-    names = list(dict.fromkeys(name for record in records for name in record.widths))
-    last = records[-1].widths if records else {}
+def log_scale(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at round ticks."""
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+
+
+def draw_widths(axes: Any, widths: Sequence[tuple[int, Mapping[str, int]]]) -> None:
+    """The width of each axis over epochs.
+
+    Args:
+        axes: of matplotlib.
+        widths: epochs, oldest first, and the widths of axes in each.
+    """
+    names = list(dict.fromkeys(name for _, sizes in widths for name in sizes))
+    first, last = (widths[0][1], widths[-1][1]) if widths else ({}, {})
     named = sorted(names, key=lambda name: -last.get(name, 0))[:NAMED]
-    colors = [colormap("viridis")(0.9 * number / max(1, len(names) - 1)) for number in range(len(names))]
     for number, name in enumerate(names):
-        had = [(record.epoch, record.widths[name]) for record in records if name in record.widths]
-        had = [(had[0][0], first[name]), *had] if name in first else had
-        label = f"{short_name(name)}: {first.get(name, '-')} → {had[-1][1]}" if name in named else None
-        axes.step(*zip(*had, strict=True), where="post", color=colors[number], linewidth=2, label=label)
+        points = [(epoch, sizes[name]) for epoch, sizes in widths if name in sizes]
+        label = f"{short_name(name)}: {first.get(name, '-')} → {points[-1][1]}" if name in named else None
+        color = colormap("viridis")(0.9 * number / max(1, len(names) - 1))
+        axes.step(*zip(*points, strict=True), where="post", color=color, linewidth=2, label=label)
     axes.set(title="Width of each axis, after growing", ylim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
     if named:
