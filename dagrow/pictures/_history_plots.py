@@ -6,9 +6,9 @@ from typing import Any
 
 from dagrow.pictures._figures import (
     BEGINNING,
-    HELD,
     SHARE,
     TRAIN,
+    VALIDATION,
     blank,
     check_figure,
     colormap,
@@ -25,7 +25,9 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
     """Losses, the width of each axis, and the part of the goals that is out of reach, over epochs.
 
     Args:
+        records: oldest first.
         first: widths at the beginning.
+        path: of the figure; its ending is its format.
 
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
@@ -45,13 +47,13 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
 def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
     epochs = [record.epoch for record in records]
     axes.plot(epochs, [record.train_loss for record in records], color=TRAIN, linewidth=2, label="training")
-    held = [(record.epoch, record.validation_loss) for record in records if record.validation_loss is not None]
-    if held:
-        axes.plot(*zip(*held, strict=True), color=HELD, linewidth=2, label="validation")
-    grew = [record for record in records if record.added]
+    validation = [(record.epoch, record.validation_loss) for record in records if record.validation_loss is not None]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=2, label="validation")
+    growing = [record for record in records if record.added]
     axes.plot(
-        [record.epoch for record in grew],
-        [record.loss for record in grew],
+        [record.epoch for record in growing],
+        [record.loss for record in growing],
         "o",
         color="black",
         markersize=5,
@@ -66,7 +68,11 @@ def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
 
 
 def log_scale(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers at round ticks."""
+    """Makes the y axis logarithmic, with plain numbers at round ticks.
+
+    Args:
+        axes: of matplotlib.
+    """
     axes.set_yscale("log")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
@@ -94,9 +100,9 @@ def draw_widths(axes: Any, widths: Sequence[tuple[int, Mapping[str, int]]]) -> N
 
 
 def _draw_share(axes: Any, records: Sequence[Record]) -> None:
-    found = [(record.epoch, 100 * record.share) for record in records if record.share is not None]
-    if found:
-        axes.plot(*zip(*found, strict=True), "o-", color=SHARE, linewidth=2, markersize=4, label="bottleneck")
+    shares = [(record.epoch, 100 * record.share) for record in records if record.share is not None]
+    if shares:
+        axes.plot(*zip(*shares, strict=True), "o-", color=SHARE, linewidth=2, markersize=4, label="bottleneck")
     axes.set(title="Bottleneck (green) and parameters (grey)", ylabel="% of the goals out of reach")
     parameters = axes.twinx()
     epochs = [record.epoch for record in records]
