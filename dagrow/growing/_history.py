@@ -93,16 +93,15 @@ class History(Sequence[Record]):
             if r.grown:
                 grew = ", ".join(f"{grown.where} +{grown.neurons}" for grown in r.grown)
                 share = "" if r.share is None else f"{r.share:.1%}"
-                held = "" if r.validation_loss is None else f"{r.validation_loss:.4g}"
+                validation = "" if r.validation_loss is None else f"{r.validation_loss:.4g}"
                 table.add_row(
-                    str(r.epoch), f"{r.train_loss:.4g}", held, share, grew, f"{r.parameters:,}", f"{r.flops:,}"
+                    str(r.epoch), f"{r.train_loss:.4g}", validation, share, grew, f"{r.parameters:,}", f"{r.flops:,}"
                 )
         ending = f"Growing ended: {self.over}." if self.over else "Growing has not ended."
         return "\n".join([render(table), ending]) if self.steps else "no step yet"
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    found = asdict(record) | {"grown": len(record.grown)}
-    found["neurons_added"] = sum(grown.neurons for grown in record.grown)
-    widths = found.pop("widths")
-    return found | {f"width of {axis}": width for axis, width in widths.items()}
+    values = asdict(record) | {"grown": len(record.grown), "neurons_added": sum(g.neurons for g in record.grown)}
+    widths = values.pop("widths")
+    return values | {f"width of {axis}": width for axis, width in widths.items()}

@@ -33,25 +33,25 @@ class Budget:
         check_whole("Budget", 0, none="no limit", **vars(self))
 
     def _limits(self) -> list[tuple[str, int]]:
-        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, limit) for name, limit in given if limit is not None]
+        limits = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, limit) for name, limit in limits if limit is not None]
 
     def holds(self, growth: Growth) -> bool:
         """Whether the growth fits."""
         cost = _costs(growth)
         return all(cost[name] <= limit for name, limit in self._limits())
 
-    def less(self, growth: Growth) -> "Budget":
+    def minus(self, growth: Growth) -> "Budget":
         """What is left once the growth, which fits, is paid."""
         cost = _costs(growth)
         return Budget(**{name: limit - cost[name] for name, limit in self._limits()})
 
-    def within(self, other: "Budget") -> "Budget":
+    def intersect(self, other: "Budget") -> "Budget":
         """The narrower of two limits, each."""
         limits = [*self._limits(), *other._limits()]
         return Budget(**{name: min(limit for n, limit in limits if n == name) for name, _ in limits})
 
-    def spent(self, neurons: int) -> bool:
+    def is_spent(self, neurons: int) -> bool:
         """Whether nothing fits any more that adds parameters, with their operations, and so many neurons."""
         left = inf if self.neurons is None else self.neurons
         return 0 in (self.parameters, self.flops, self.growths) or left < neurons
@@ -104,13 +104,13 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
     """
     budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
-    found = applicable(listed("growths", growths, Growth, "dagrow.propose returns"))
-    return greedy_plan(found, budget, policy, found[0].objective, ()) if found else []
+    candidates = applicable(listed("growths", growths, Growth, "dagrow.propose returns"))
+    return greedy_plan(candidates, budget, policy, candidates[0].objective, ()) if candidates else []
 
 
-def check_kinds(**given: tuple[object, type]) -> None:
+def check_kinds(**arguments: tuple[object, type]) -> None:
     """Raises GrowthError for an argument that is not of its kind."""
-    for name, (value, kind) in given.items():
+    for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
             raise GrowthError(f"{name}={value!r} is a {type(value).__name__}; give a dagrow.{kind.__name__}.")
 
@@ -121,16 +121,19 @@ def greedy_plan(
     """The plan for growths that are worth applying."""
     fitting = [growth for growth in growths if budget.holds(growth)]
     values = with_values(fitting, policy, judge, past) if fitting else {}
-    left, plan, explained = [growth for growth in fitting if values[growth] >= 0], list[Growth](), dict[str, float]()
+    candidates, plan = [growth for growth in fitting if values[growth] >= 0], list[Growth]()
+    explained: dict[str, float] = {}
     while True:
-        shares = {growth: _share(growth, explained) for growth in left if budget.holds(growth)}
-        left = [growth for growth, share in shares.items() if share > NEW]
-        if not left:
+        shares = {growth: _share(growth, explained) for growth in candidates if budget.holds(growth)}
+        candidates = [growth for growth, share in shares.items() if share > NEW]
+        if not candidates:
             return plan
-        best = max(left, key=lambda growth: (values[growth] * shares[growth], expected_gain(growth) * shares[growth]))
+        best = max(
+            candidates, key=lambda growth: (values[growth] * shares[growth], expected_gain(growth) * shares[growth])
+        )
         plan.append(best)
-        left = [growth for growth in left if place(growth) != place(best)]
-        budget = budget.less(best)
+        candidates = [growth for growth in candidates if place(growth) != place(best)]
+        budget = budget.minus(best)
         if best.cost.parameters:
             explained |= {to: max(part, explained.get(to, 0.0)) for to, part in _parts(best).items()}
 

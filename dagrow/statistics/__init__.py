@@ -16,6 +16,7 @@ from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, 
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
+from dagrow.tracing import bind
 
 __all__ = [
     "ActivationGoal",
@@ -44,6 +45,7 @@ __all__ = [
     "Step",
     "TapFeatures",
     "agreement",
+    "bind",
     "measure",
     "move_agreement",
     "per_channel",

@@ -158,7 +158,7 @@ def test_budgets_and_plans_refuse_what_is_none() -> None:
 
 @given(one=budgets, other=budgets, found=growths(1))
 def test_the_narrower_of_two_budgets_holds_what_both_hold(one: Budget, other: Budget, found: list[Growth]) -> None:
-    assert one.within(other).holds(found[0]) == (one.holds(found[0]) and other.holds(found[0]))
+    assert one.intersect(other).holds(found[0]) == (one.holds(found[0]) and other.holds(found[0]))
 
 
 class Branches(nn.Module):
