@@ -11,5 +11,6 @@ Dag(Flatten, 0 edges, 0 axes, 0 growable)...
 """
 
 from dagrow.reporting._cli import main
+from dagrow.reporting._data import mnist
 
-__all__ = ["main"]
+__all__ = ["main", "mnist"]

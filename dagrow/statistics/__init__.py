@@ -13,6 +13,7 @@ from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleSc
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, samples_of
+from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
@@ -48,6 +49,7 @@ __all__ = [
     "bind",
     "measure",
     "move_agreement",
+    "patch_gram",
     "per_channel",
     "position_map",
     "samples_of",

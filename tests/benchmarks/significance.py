@@ -25,8 +25,7 @@ from permutation import permutation_test
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.growing._planning import applicable
-from dagrow.growing._propose import corrected
+from dagrow.growing import applicable, corrected
 from dagrow.solvers import upper_tail
 
 SIZES = (200, 500, 1000)
