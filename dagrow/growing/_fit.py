@@ -68,7 +68,10 @@ def fit(
         A record for each epoch. The model's modes are as they were found.
 
     Raises:
-        BatchError, LossError, GrowthError, OptimizerError: something does not fit. What was trained before stays.
+        BatchError: the batches do not fit. What was trained before stays, here and below.
+        LossError: the loss does not.
+        GrowthError: growing was asked for what cannot be.
+        OptimizerError: the optimizer or its scheduler does not fit.
     """
     check_whole("fit", 1, epochs=epochs)
     if optimizer is None:

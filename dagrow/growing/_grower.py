@@ -52,8 +52,9 @@ class Grower:
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
 
     Raises:
-        GrowthError, LossError, OptimizerError: something does not fit; an operator can never grow what it was asked
-            for, or none finds a place.
+        GrowthError: an argument does not fit; an operator can never grow what it was asked for, or none finds a place.
+        LossError: neither a loss nor a step can be called.
+        OptimizerError: the optimizer does not fit the model.
     """
 
     def __init__(
@@ -123,7 +124,10 @@ class Grower:
             A receipt; its ``parts`` are what was applied. Possibly nothing was.
 
         Raises:
-            BatchError, LossError, GrowthError, OptimizerError: nothing has changed, and nothing is recorded.
+            BatchError: the batches do not fit. Nothing has changed, and nothing is recorded, here and below.
+            LossError: the loss does not.
+            GrowthError: an argument does not, or the dag is no longer that of its model.
+            OptimizerError: the optimizer is no longer that of the model.
         """
         check_whole("step", epoch=epoch)
         train_loss = None if train_loss is None else _finite(train_loss)

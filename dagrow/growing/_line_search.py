@@ -59,6 +59,14 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
 
     The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
     scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
+
+    Args:
+        growth: fresh, not applied.
+        judge: the loss on the batches that choose.
+        before: its value without the growth.
+
+    Returns:
+        The amplitude, 0 if none lowers the loss, and the loss at it.
     """
 
     def loss(gamma: float) -> float:

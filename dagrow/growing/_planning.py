@@ -37,24 +37,52 @@ class Budget:
         return [(name, limit) for name, limit in limits if limit is not None]
 
     def holds(self, growth: Growth) -> bool:
-        """Whether the growth fits."""
+        """Whether a growth fits.
+
+        Args:
+            growth: what it adds counts.
+
+        Returns:
+            True if it is within every limit.
+        """
         cost = _costs(growth)
         return all(cost[name] <= limit for name, limit in self._limits())
 
     def minus(self, growth: Growth) -> "Budget":
-        """What is left once the growth, which fits, is paid."""
+        """What is left once a growth is paid.
+
+        Args:
+            growth: one that fits.
+
+        Returns:
+            A budget with the same limits, lowered.
+        """
         cost = _costs(growth)
         return Budget(**{name: limit - cost[name] for name, limit in self._limits()})
 
     def intersect(self, other: "Budget") -> "Budget":
-        """The narrower of two limits, each."""
+        """The narrower of two budgets.
+
+        Args:
+            other: the second.
+
+        Returns:
+            A budget that holds what both hold.
+        """
         limits = [*self._limits(), *other._limits()]
         return Budget(**{name: min(limit for n, limit in limits if n == name) for name, _ in limits})
 
     def is_spent(self, neurons: int) -> bool:
-        """Whether nothing fits any more that adds parameters, with their operations, and so many neurons."""
-        left = inf if self.neurons is None else self.neurons
-        return 0 in (self.parameters, self.flops, self.growths) or left < neurons
+        """Whether nothing fits any more that adds parameters, with their operations, and some neurons.
+
+        Args:
+            neurons: the fewest that would be added.
+
+        Returns:
+            True if nothing fits.
+        """
+        most = inf if self.neurons is None else self.neurons
+        return 0 in (self.parameters, self.flops, self.growths) or most < neurons
 
 
 def _costs(growth: Growth) -> dict[str, int]:
@@ -71,7 +99,14 @@ NEW = 1e-6  #: a part of what a growth brings that is none beside those chosen b
 
 
 def applicable(growths: Sequence[Growth]) -> list[Growth]:
-    """Those that are more than chance and lower the loss, and those that preserve the function."""
+    """Those that are more than chance and lower the loss, and those that preserve the function.
+
+    Args:
+        growths: of one call of :func:`dagrow.propose`.
+
+    Returns:
+        The ones that may be applied, in the same order.
+    """
     return [growth for growth in growths if growth.preserving or (growth.significant and growth.gain > 0)]
 
 

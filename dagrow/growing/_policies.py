@@ -38,13 +38,16 @@ class Policy(ABC):
             growths: of one dag, all measured on the model as it is.
             judge: the loss on the batches that choose: those for validation, if there are any.
             past: where was grown before, oldest first.
+
+        Returns:
+            The values, in the order of the growths.
         """
 
 
 def with_values(
     growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]
 ) -> dict[Growth, float]:
-    """Each growth with its value. Raises GrowthError if the policy does not give one number for each."""
+    """Each growth with its value; a GrowthError if the policy does not give one number for each."""
     numbers = policy.values(growths, judge, past)
     try:
         values = [float(number) for number in numbers]
@@ -136,8 +139,9 @@ class ShortTraining(Policy):
         seed: of what training draws at random, from torch, numpy and Python; for each pass over the batches the same
             for all copies.
 
-    Raises (from ``values``):
-        GrowthError, OptimizerError: the model cannot be copied, or the optimizer cannot be made or take a step.
+    Raises:
+        GrowthError: an argument does not fit; from ``values``: the model cannot be copied, or the optimizer not made.
+        OptimizerError: from ``values``: the optimizer cannot take a step.
     """
 
     steps: int = 50

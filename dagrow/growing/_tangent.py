@@ -90,8 +90,12 @@ def tangent(
         iterations: at most this many.
         tolerance: stops when ten iterations together explain less than this part of the goal.
 
+    Returns:
+        Figures of the whole network, and beside them those of each layer.
+
     Raises:
-        BatchError, LossError: the batches, the loss or the model's output do not fit.
+        BatchError: the batches do not fit.
+        LossError: the loss or the model's output does not.
         GrowthError: the dag is no longer that of its model, or a setting is negative.
     """
     check_whole("tangent", 0, iterations=iterations)

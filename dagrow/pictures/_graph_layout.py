@@ -78,6 +78,12 @@ def graph_layout(snapshots: Sequence[Snapshot]) -> Layout:
     """Of the last snapshot, with what the earlier ones tell of its past.
 
     Activations are known again by their axis, inputs and outputs by their names, and layers by their names.
+
+    Args:
+        snapshots: of one dag, oldest first, at least one.
+
+    Returns:
+        Places in columns and lanes, which whoever draws scales.
     """
     last = snapshots[-1]
     places, numbers = _places(last), {node.name: number for number, node in enumerate(last.activations)}
