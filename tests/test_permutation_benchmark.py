@@ -1,16 +1,24 @@
 """Goals given to the wrong samples: the same as by brute force, uniform where nothing is there, small where it is."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import numpy as np
 import pytest
 import reference as truth
 import torch
-from permutation import permutation_test
 from torch import Tensor, nn
 
 import dagrow
 from dagrow import AddLayer, AddNeurons, GrowthError, MoveWeights
 from dagrow.testing._snapshots_and_slopes import same, snapshot
 
+SPEC = spec_from_file_location("permutation", Path(__file__).parent / "benchmarks" / "permutation.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+permutation = module_from_spec(SPEC)
+SPEC.loader.exec_module(permutation)
+permutation_test = permutation.permutation_test
 DOUBLE = torch.float64
 
 
