@@ -133,16 +133,18 @@ def _whole(text: str, low: int, high: int) -> int:
 
 
 def _shape(text: str) -> Tensor:
-    """A random input of the shape and type that ``text`` names."""
+    """A random input of the shape and type that ``text`` names, every time the same."""
     sizes, _, name = text.partition(":")
     parts = [part.strip() for part in sizes.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape; give sizes above 0 such as 1,784 or 2,16:long")
     if (name or "float") not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} ends in no type of {', '.join(DTYPES)}")
-    shape, dtype = [int(part) for part in parts], DTYPES[name or "float"]
+    shape, dtype, generator = [int(part) for part in parts], DTYPES[name or "float"], torch.Generator().manual_seed(0)
     try:
-        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(0, 2, shape).to(dtype)
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
     except (RuntimeError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is too large an input") from error
 
