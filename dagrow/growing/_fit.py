@@ -47,19 +47,31 @@ def fit(
     between two changes of the model: weights and widths are those that were reached.
 
     Args:
-        dag, loss, operators, budget, schedule, policy, stop, per_step, step, mode: as for :class:`dagrow.Grower`.
+        dag: what :func:`dagrow.trace` returned; its model is trained, and grows in place.
         batches: to train on, any re-iterable of ``(inputs, target)``.
+        loss: ``loss(output, target)``, a mean or a sum over samples.
+        operators: ways to grow; those of all compete at all places.
+        budget: what may be added in all.
+        schedule: when to grow.
         epochs: of training, numbered from 0.
         optimizer: of the model's parameters; its state grows along.
         scheduler: of the optimizer's learning rates; it takes a step after each epoch.
         validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
         measured: batches that growing looks at; by default those to train on.
+        policy: which growths first.
+        stop: when growing is over for good; any of these, or a spent budget, ends it.
+        per_step: what one step may add.
+        step: ``step(model, batch)``, instead of ``loss``, for any other training step.
+        mode: the mode in which is measured, ``"eval"`` or ``"train"``.
 
     Returns:
         A record for each epoch. The model's modes are as they were found.
 
     Raises:
-        BatchError, LossError, GrowthError, OptimizerError: something does not fit. What was trained before stays.
+        BatchError: the batches do not fit. What was trained before stays, here and below.
+        LossError: the loss does not.
+        GrowthError: growing was asked for what cannot be.
+        OptimizerError: the optimizer or its scheduler does not fit.
     """
     check_whole("fit", 1, epochs=epochs)
     if optimizer is None:
@@ -107,9 +119,10 @@ def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> Non
 
 def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
     """Finds out before any training whether a batch of each can be used."""
-    found = [objective.with_batches(batches, name) for name, batches in others.items() if batches is not None]
-    for one in (objective, *found):
-        one.probe()
+    objective.probe()
+    for name, batches in others.items():
+        if batches is not None:
+            objective.with_batches(batches, name).probe()
 
 
 def _anneal(scheduler: LRScheduler | None, history: History) -> None:
@@ -134,9 +147,9 @@ def _epoch(objective: Objective, optimizer: Optimizer) -> float:
                 )
             value.backward()
             optimizer.step()
-            n = sample_count(batch)
-            total += float(value.detach()) * objective.scale(n) * n
-            count += n
+            samples = sample_count(batch)
+            total += float(value.detach()) * objective.scale(samples) * samples
+            count += samples
     return total / count
 
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import _objective
-from dagrow.growing._line_search import applied, summed
+from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import _growths, corrected
@@ -55,7 +55,7 @@ def grow(
     def work() -> Receipt:
         grown = [_grown(dag, objective, judge, operator, optimizer, len(chosen)) for operator in chosen]
         parts = [part for part in grown if part is not None]
-        return summed(parts, parts[0].loss_before if parts else judge.mean())
+        return combined(parts, parts[0].loss_before if parts else judge.mean())
 
     return transaction(dag, work)
 
@@ -71,7 +71,7 @@ def _grown(
     growths = applicable(corrected(*_growths(dag, objective, operator), operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):
-        receipt = applied(growth, judge, before, optimizer)
+        receipt = apply_best(growth, judge, before, optimizer)
         if receipt is not None:
             return receipt
     return None

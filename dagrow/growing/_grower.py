@@ -12,7 +12,7 @@ from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import bottlenecks
 from dagrow.growing._history import History
-from dagrow.growing._line_search import applied, summed
+from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
@@ -52,8 +52,9 @@ class Grower:
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
 
     Raises:
-        GrowthError, LossError, OptimizerError: something does not fit; an operator can never grow what it was asked
-            for, or none finds a place.
+        GrowthError: an argument does not fit; an operator can never grow what it was asked for, or none finds a place.
+        LossError: neither a loss nor a step can be called.
+        OptimizerError: the optimizer does not fit the model.
     """
 
     def __init__(
@@ -123,34 +124,37 @@ class Grower:
             A receipt; its ``parts`` are what was applied. Possibly nothing was.
 
         Raises:
-            BatchError, LossError, GrowthError, OptimizerError: nothing has changed, and nothing is recorded.
+            BatchError: the batches do not fit. Nothing has changed, and nothing is recorded, here and below.
+            LossError: the loss does not.
+            GrowthError: an argument does not, or the dag is no longer that of its model.
+            OptimizerError: the optimizer is no longer that of the model.
         """
         check_whole("step", epoch=epoch)
         train_loss = None if train_loss is None else _finite(train_loss)
         self.dag.check()
         check_optimizer(self.optimizer, self.dag.model)
         objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode)
-        held = None if validation is None else objective.with_batches(validation, "validation")
-        found = self._state
+        judge = None if validation is None else objective.with_batches(validation, "validation")
+        state = self._state
 
         def restore() -> None:
-            self._state = found
+            self._state = state
 
         return all_or_nothing(
-            lambda: transaction(self.dag, lambda: self._step(epoch, objective, held, train_loss)), restore
+            lambda: transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss)), restore
         )
 
-    def _step(self, epoch: int, objective: Objective, held: Objective | None, train_loss: float | None) -> Receipt:
+    def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
         train_loss = objective.mean() if train_loss is None else train_loss
-        validation_loss = None if held is None else held.mean()
+        validation_loss = None if judge is None else judge.mean()
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
         asked, left, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
         share = now.share if asked or "share" in vars(now) else None
         if asked:
-            parts = self._grow(objective, held or objective, left)
-            for growth in _growths(parts):
-                left = left.less(growth)
+            parts = self._grow(objective, judge or objective, left)
+            for part in parts:
+                left = left.minus(_growth(part))
         record = Record(
             epoch,
             time.perf_counter() - self._begun,
@@ -163,31 +167,31 @@ class Grower:
             self.dag.parameter_count(),
             self.dag.flop_count(),
         )
-        receipt = summed(parts, loss)
+        receipt = combined(parts, loss)
         self._state = _State(left, self._recorded(record, left))
         return receipt
 
     def _share(self, objective: Objective) -> float:
         if all(edge.shared for edge in self.dag.edges):
             return 0.0  # nothing can be measured
-        found = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode)
-        goal = sum(edge.goal for edge in found.values())
-        return sum(edge.bottleneck for edge in found.values()) / goal if goal else 0.0
+        edges = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode).values()
+        goal = sum(edge.goal for edge in edges)
+        return sum(edge.bottleneck for edge in edges) / goal if goal else 0.0
 
     def _grow(self, objective: Objective, judge: Objective, left: Budget) -> list[Receipt]:
         """Applies a plan. After each growth what is left of it is measured and planned again."""
-        left, parts = left.within(self.per_step), list[Receipt]()
+        left, parts = left.intersect(self.per_step), list[Receipt]()
         plan = self._plan(objective, judge, left, parts)
-        wanted = {place(growth) for growth in plan}
+        places = {place(growth) for growth in plan}
         while plan:
             growth = plan.pop(0)
-            wanted.discard(place(growth))
-            receipt = applied(growth, judge, judge.mean(), self.optimizer)
+            places.discard(place(growth))
+            receipt = apply_best(growth, judge, judge.mean(), self.optimizer)
             if receipt is None:
                 continue
             parts.append(receipt)
-            left = left.less(growth)
-            plan = self._plan(objective, judge, left, parts, wanted) if wanted else []
+            left = left.minus(growth)
+            plan = self._plan(objective, judge, left, parts, places) if places else []
         return parts
 
     def _plan(
@@ -196,27 +200,27 @@ class Grower:
         judge: Objective,
         left: Budget,
         parts: Sequence[Receipt],
-        wanted: set[tuple[str, str]] | None = None,
+        places: set[tuple[str, str]] | None = None,
     ) -> list[Growth]:
-        affordable = [operator for operator in self.operators if not left.spent(operator.least_neurons or 0)]
+        affordable = [operator for operator in self.operators if not left.is_spent(operator.least_neurons or 0)]
         operators = [operator for operator in affordable if self._has_places(operator)]
         if not operators:
             return []
         growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
-        found = [growth for growth in applicable(growths) if wanted is None or place(growth) in wanted]
+        candidates = [growth for growth in applicable(growths) if places is None or place(growth) in places]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
-        return greedy_plan(found, left, self.policy, judge, past)
+        return greedy_plan(candidates, left, self.policy, judge, past)
 
     def _check_places(self) -> None:
         """Refuses early what nothing can be made of. An operator may find its places in what others grow."""
-        found, missing = False, list[NoPlaceError]()
+        has_places, errors = False, list[NoPlaceError]()
         for operator in self.operators:
             try:
-                found |= bool(operator.candidates(self.dag))
+                has_places |= bool(operator.candidates(self.dag))
             except NoPlaceError as error:
-                missing.append(error)
-        if missing and not found:
-            raise missing[0]
+                errors.append(error)
+        if errors and not has_places:
+            raise errors[0]
 
     def _has_places(self, operator: Operator) -> bool:
         """It may have used them up, or find some only in what others have grown."""
@@ -235,8 +239,8 @@ class Grower:
         steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
         if record.added:
             snapshots = (*snapshots, snapshot(self.dag, record.epoch))
-        spent = left.spent(self._least_neurons())
-        reasons = ["the budget is spent"] if spent else [rule.over(steps) for rule in self.stop]
+        is_spent = left.is_spent(self._least_neurons())
+        reasons = ["the budget is spent"] if is_spent else [rule.over(steps) for rule in self.stop]
         over = over or next((reason for reason in reasons if reason), None)
         return replace(history, steps=steps, snapshots=snapshots, over=over)
 
@@ -244,16 +248,17 @@ class Grower:
         return f"Grower({self.dag!r}, {len(self.history)} steps, {self.over or 'growing'})"
 
 
-def _growths(parts: Sequence[Receipt]) -> list[Growth]:
-    return [part.growth for part in parts if part.growth is not None]
+def _growth(part: Receipt) -> Growth:
+    assert part.growth is not None
+    return part.growth
 
 
 def _finite(train_loss: Any) -> float:
     """A loss that was given as a number of any kind."""
     try:
-        found = float(train_loss)
+        number = float(train_loss)
     except (TypeError, ValueError, RuntimeError):
-        found = nan
-    if not isfinite(found):
+        number = nan
+    if not isfinite(number):
         raise GrowthError(f"step(train_loss={train_loss!r}): give a finite number, or None to have it computed.")
-    return found
+    return number

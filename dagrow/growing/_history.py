@@ -34,15 +34,29 @@ class History(Sequence[Record]):
         return len(self.steps)
 
     def records(self) -> list[dict[str, Any]]:
-        """A flat dictionary per step, ready for JSON: what grew is counted, widths are ``width of <axis>``."""
+        """What happened step by step.
+
+        Returns:
+            A flat dictionary per step, ready for JSON: what grew is counted, widths are ``width of <axis>``.
+        """
         return [_flat(record) for record in self.steps]
 
     def growths(self) -> list[dict[str, Any]]:
-        """A flat dictionary per growth, with its epoch, ready for JSON."""
+        """What grew.
+
+        Returns:
+            A flat dictionary per growth, with its epoch, ready for JSON.
+        """
         return [{"epoch": record.epoch, **asdict(grown)} for record in self.steps for grown in record.grown]
 
     def to_pandas(self, of: str = "records") -> Any:
-        """A ``pandas.DataFrame`` of ``"records"``, a row per step, or of ``"growths"``, a row per growth.
+        """The same for pandas.
+
+        Args:
+            of: ``"records"``, a row per step, or ``"growths"``, a row per growth.
+
+        Returns:
+            A ``pandas.DataFrame``.
 
         Raises:
             HistoryError: pandas is not installed, or ``of`` is neither of the two.
@@ -57,7 +71,10 @@ class History(Sequence[Record]):
         return pd.DataFrame.from_records(tables[of]())
 
     def plot(self, path: str | Path) -> None:
-        """A figure of losses, widths and bottleneck over epochs; the name's ending says in which format.
+        """Draws losses, widths and bottleneck over epochs.
+
+        Args:
+            path: of the figure; its ending is its format.
 
         Raises:
             FigureError: matplotlib is not installed, or the file cannot be written.
@@ -67,11 +84,22 @@ class History(Sequence[Record]):
         draw_plot(self.steps, self.snapshots[0].widths, file)
 
     def graph(self, path: str | Path) -> None:
-        """A picture of the dag, and of when its units and layers were added. Raises as :meth:`plot`."""
+        """Draws the dag, and when its units and layers were added.
+
+        Args:
+            path: of the figure; its ending is its format.
+
+        Raises:
+            FigureError: matplotlib is not installed, or the file cannot be written.
+            HistoryError: the history is of no dag.
+        """
         draw_graph(self.snapshots, self._file(path))
 
     def html(self, path: str | Path) -> None:
-        """An interactive page: the dag at any step, and all of the above. It loads nothing from anywhere.
+        """Writes an interactive page: the dag at any step, and all of the above. It loads nothing from anywhere.
+
+        Args:
+            path: of the page.
 
         Raises:
             FigureError: the file cannot be written.
@@ -93,16 +121,15 @@ class History(Sequence[Record]):
             if r.grown:
                 grew = ", ".join(f"{grown.where} +{grown.neurons}" for grown in r.grown)
                 share = "" if r.share is None else f"{r.share:.1%}"
-                held = "" if r.validation_loss is None else f"{r.validation_loss:.4g}"
+                validation = "" if r.validation_loss is None else f"{r.validation_loss:.4g}"
                 table.add_row(
-                    str(r.epoch), f"{r.train_loss:.4g}", held, share, grew, f"{r.parameters:,}", f"{r.flops:,}"
+                    str(r.epoch), f"{r.train_loss:.4g}", validation, share, grew, f"{r.parameters:,}", f"{r.flops:,}"
                 )
         ending = f"Growing ended: {self.over}." if self.over else "Growing has not ended."
         return "\n".join([render(table), ending]) if self.steps else "no step yet"
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    found = asdict(record) | {"grown": len(record.grown)}
-    found["neurons_added"] = sum(grown.neurons for grown in record.grown)
-    widths = found.pop("widths")
-    return found | {f"width of {axis}": width for axis, width in widths.items()}
+    values = asdict(record) | {"grown": len(record.grown), "neurons_added": sum(g.neurons for g in record.grown)}
+    widths = values.pop("widths")
+    return values | {f"width of {axis}": width for axis, width in widths.items()}

@@ -15,37 +15,43 @@ WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
 
 
 def line_search(loss: Callable[[float], float], before: float, start: float = 1.0) -> tuple[float, float]:
-    """The amplitude with the lowest loss, and that loss. Never above ``before``; amplitude 0 if nothing is lower.
+    """Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
 
-    Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
+    Args:
+        loss: of an amplitude.
+        before: the loss at amplitude 0.
+        start: the amplitude that is tried first.
+
+    Returns:
+        The amplitude with the lowest loss, and that loss: never above ``before``; amplitude 0 if nothing is lower.
     """
-    known = {0.0: before}
+    losses = {0.0: before}
 
     def at(gamma: float) -> float:
-        if gamma not in known:
-            known[gamma] = loss(gamma)
-        return known[gamma]
+        if gamma not in losses:
+            losses[gamma] = loss(gamma)
+        return losses[gamma]
 
     best = start
     if at(best) < before:
-        while at(2 * best) < at(best) and len(known) < EVALUATIONS:
+        while at(2 * best) < at(best) and len(losses) < EVALUATIONS:
             best *= 2
     else:
-        while at(best) >= before and len(known) < EVALUATIONS:
+        while at(best) >= before and len(losses) < EVALUATIONS:
             best /= 2
-        while at(best / 2) < at(best) and len(known) < EVALUATIONS:
+        while at(best / 2) < at(best) and len(losses) < EVALUATIONS:
             best /= 2
     low, high = best / 2, best * 2
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    while len(known) < EVALUATIONS and high - low > 0.05 * best:
+    while len(losses) < EVALUATIONS and high - low > 0.05 * best:
         if at(left) < at(right):
             high, right = right, left
             left = high - GOLDEN * (high - low)
         else:
             low, left = left, right
             right = low + GOLDEN * (high - low)
-    gamma = min(known, key=lambda g: (known[g], g))
-    return (gamma, known[gamma]) if known[gamma] < before - WORTH * abs(before) else (0.0, before)
+    gamma = min(losses, key=lambda g: (losses[g], g))
+    return (gamma, losses[gamma]) if losses[gamma] < before - WORTH * abs(before) else (0.0, before)
 
 
 def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
@@ -53,6 +59,14 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
 
     The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
     scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
+
+    Args:
+        growth: fresh, not applied.
+        judge: the loss on the batches that choose.
+        before: its value without the growth.
+
+    Returns:
+        The amplitude, 0 if none lowers the loss, and the loss at it.
     """
 
     def loss(gamma: float) -> float:
@@ -65,7 +79,7 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     return line_search(loss, before, START * reach or 1.0)
 
 
-def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss.
 
     A growth that preserves the function comes in whole.
@@ -76,7 +90,7 @@ def applied(growth: Growth, judge: Objective, before: float, optimizer: Optimize
     return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
 
 
-def summed(parts: Sequence[Receipt], before: float) -> Receipt:
+def combined(parts: Sequence[Receipt], before: float) -> Receipt:
     """One receipt of growths in a row, perhaps none, that began at a loss."""
     if len(parts) == 1:
         return parts[0]

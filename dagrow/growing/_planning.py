@@ -33,28 +33,56 @@ class Budget:
         check_whole("Budget", 0, none="no limit", **vars(self))
 
     def _limits(self) -> list[tuple[str, int]]:
-        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, limit) for name, limit in given if limit is not None]
+        limits = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, limit) for name, limit in limits if limit is not None]
 
     def holds(self, growth: Growth) -> bool:
-        """Whether the growth fits."""
+        """Whether a growth fits.
+
+        Args:
+            growth: what it adds counts.
+
+        Returns:
+            True if it is within every limit.
+        """
         cost = _costs(growth)
         return all(cost[name] <= limit for name, limit in self._limits())
 
-    def less(self, growth: Growth) -> "Budget":
-        """What is left once the growth, which fits, is paid."""
+    def minus(self, growth: Growth) -> "Budget":
+        """What is left once a growth is paid.
+
+        Args:
+            growth: one that fits.
+
+        Returns:
+            A budget with the same limits, lowered.
+        """
         cost = _costs(growth)
         return Budget(**{name: limit - cost[name] for name, limit in self._limits()})
 
-    def within(self, other: "Budget") -> "Budget":
-        """The narrower of two limits, each."""
+    def intersect(self, other: "Budget") -> "Budget":
+        """The narrower of two budgets.
+
+        Args:
+            other: the second.
+
+        Returns:
+            A budget that holds what both hold.
+        """
         limits = [*self._limits(), *other._limits()]
         return Budget(**{name: min(limit for n, limit in limits if n == name) for name, _ in limits})
 
-    def spent(self, neurons: int) -> bool:
-        """Whether nothing fits any more that adds parameters, with their operations, and so many neurons."""
-        left = inf if self.neurons is None else self.neurons
-        return 0 in (self.parameters, self.flops, self.growths) or left < neurons
+    def is_spent(self, neurons: int) -> bool:
+        """Whether nothing fits any more that adds parameters, with their operations, and some neurons.
+
+        Args:
+            neurons: the fewest that would be added.
+
+        Returns:
+            True if nothing fits.
+        """
+        most = inf if self.neurons is None else self.neurons
+        return 0 in (self.parameters, self.flops, self.growths) or most < neurons
 
 
 def _costs(growth: Growth) -> dict[str, int]:
@@ -71,7 +99,14 @@ NEW = 1e-6  #: a part of what a growth brings that is none beside those chosen b
 
 
 def applicable(growths: Sequence[Growth]) -> list[Growth]:
-    """Those that are more than chance and lower the loss, and those that preserve the function."""
+    """Those that are more than chance and lower the loss, and those that preserve the function.
+
+    Args:
+        growths: of one call of :func:`dagrow.propose`.
+
+    Returns:
+        The ones that may be applied, in the same order.
+    """
     return [growth for growth in growths if growth.preserving or (growth.significant and growth.gain > 0)]
 
 
@@ -104,13 +139,13 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
     """
     budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
-    found = applicable(listed("growths", growths, Growth, "dagrow.propose returns"))
-    return greedy_plan(found, budget, policy, found[0].objective, ()) if found else []
+    candidates = applicable(listed("growths", growths, Growth, "dagrow.propose returns"))
+    return greedy_plan(candidates, budget, policy, candidates[0].objective, ()) if candidates else []
 
 
-def check_kinds(**given: tuple[object, type]) -> None:
+def check_kinds(**arguments: tuple[object, type]) -> None:
     """Raises GrowthError for an argument that is not of its kind."""
-    for name, (value, kind) in given.items():
+    for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
             raise GrowthError(f"{name}={value!r} is a {type(value).__name__}; give a dagrow.{kind.__name__}.")
 
@@ -121,16 +156,19 @@ def greedy_plan(
     """The plan for growths that are worth applying."""
     fitting = [growth for growth in growths if budget.holds(growth)]
     values = with_values(fitting, policy, judge, past) if fitting else {}
-    left, plan, explained = [growth for growth in fitting if values[growth] >= 0], list[Growth](), dict[str, float]()
+    candidates, plan = [growth for growth in fitting if values[growth] >= 0], list[Growth]()
+    explained: dict[str, float] = {}
     while True:
-        shares = {growth: _share(growth, explained) for growth in left if budget.holds(growth)}
-        left = [growth for growth, share in shares.items() if share > NEW]
-        if not left:
+        shares = {growth: _share(growth, explained) for growth in candidates if budget.holds(growth)}
+        candidates = [growth for growth, share in shares.items() if share > NEW]
+        if not candidates:
             return plan
-        best = max(left, key=lambda growth: (values[growth] * shares[growth], expected_gain(growth) * shares[growth]))
+        best = max(
+            candidates, key=lambda growth: (values[growth] * shares[growth], expected_gain(growth) * shares[growth])
+        )
         plan.append(best)
-        left = [growth for growth in left if place(growth) != place(best)]
-        budget = budget.less(best)
+        candidates = [growth for growth in candidates if place(growth) != place(best)]
+        budget = budget.minus(best)
         if best.cost.parameters:
             explained |= {to: max(part, explained.get(to, 0.0)) for to, part in _parts(best).items()}
 

@@ -38,20 +38,23 @@ class Policy(ABC):
             growths: of one dag, all measured on the model as it is.
             judge: the loss on the batches that choose: those for validation, if there are any.
             past: where was grown before, oldest first.
+
+        Returns:
+            The values, in the order of the growths.
         """
 
 
 def with_values(
     growths: Sequence[Growth], policy: Policy, judge: Objective, past: Sequence[str]
 ) -> dict[Growth, float]:
-    """Each growth with its value. Raises GrowthError if the policy does not give one number for each."""
-    given = policy.values(growths, judge, past)
+    """Each growth with its value; a GrowthError if the policy does not give one number for each."""
+    numbers = policy.values(growths, judge, past)
     try:
-        values = [float(value) for value in given]
+        values = [float(number) for number in numbers]
     except (TypeError, ValueError):
         values = []
     if len(values) != len(growths) or any(map(isnan, values)):
-        raise GrowthError(f"{policy!r} gave the values {given} for {len(growths)} growths; give one number for each.")
+        raise GrowthError(f"{policy!r} gave the values {numbers} for {len(growths)} growths; give one number for each.")
     return dict(zip(growths, values, strict=True))
 
 
@@ -115,7 +118,7 @@ class ByLineSearch(Policy):
         return before - after if gamma else -inf
 
 
-WANTED = "give a class of torch.optim, or a function that is called as optimizer(parameters, lr=lr) and returns one"
+EXPECTED = "give a class of torch.optim, or a function that is called as optimizer(parameters, lr=lr) and returns one"
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ class ShortTraining(Policy):
         seed: of what training draws at random, from torch, numpy and Python; for each pass over the batches the same
             for all copies.
 
-    Raises (from ``values``):
-        GrowthError, OptimizerError: the model cannot be copied, or the optimizer cannot be made or take a step.
+    Raises:
+        GrowthError: an argument does not fit; from ``values``: the model cannot be copied, or the optimizer not made.
+        OptimizerError: from ``values``: the optimizer cannot take a step.
     """
 
     steps: int = 50
@@ -152,20 +156,19 @@ class ShortTraining(Policy):
         check_whole("ShortTraining", 0, SEEDS, seed=self.seed)
         check_real("ShortTraining", 0, lr=self.lr)
         if not callable(self.optimizer):
-            raise GrowthError(f"ShortTraining(optimizer=...): a {type(self.optimizer).__name__} was given; {WANTED}.")
+            raise GrowthError(f"ShortTraining(optimizer=...): a {type(self.optimizer).__name__} was given; {EXPECTED}.")
         if not isinstance(self.first, Policy):
             raise GrowthError(f"ShortTraining(first={self.first!r}): give a policy, such as dagrow.ByGain().")
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
         if not growths:
             return []
-        promised = with_values(growths, self.first, judge, past)
-        some = [growth for growth in growths if promised[growth] >= 0]
-        tried = sorted(some, key=promised.__getitem__, reverse=True)[: self.top]
+        values = with_values(growths, self.first, judge, past)
+        best = sorted((growth for growth in growths if values[growth] >= 0), key=values.__getitem__, reverse=True)
         with preserve_state(growths[0].dag.model):
             without = self._trained(growths[0], None, judge)
-            found = {growth: self._trained(growth, self._amplitude(growth, judge), judge) for growth in tried}
-        return [_fall(without, found.get(growth, inf)) for growth in growths]
+            losses = {g: self._trained(g, self._amplitude(g, judge), judge) for g in best[: self.top]}
+        return [_fall(without, losses.get(growth, inf)) for growth in growths]
 
     @staticmethod
     def _amplitude(growth: Growth, judge: Objective) -> float:
@@ -177,7 +180,7 @@ class ShortTraining(Policy):
             return inf
         dag = growth.dag
         with nullcontext() if gamma is None else grown(dag, growth.change, gamma):
-            model = _copied(dag.model)
+            model = _copy(dag.model)
         try:
             self._train(model, growth.objective)
             return Objective(model, judge.batches, step=judge.function, mode=judge.mode, name=judge.name).mean()
@@ -185,7 +188,7 @@ class ShortTraining(Policy):
             return inf
 
     def _train(self, model: nn.Module, objective: Objective) -> None:
-        optimizer = self._made([parameter for parameter in model.parameters() if parameter.requires_grad])
+        optimizer = self._new_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
         model.train()
         with torch.enable_grad():
             for batch, _ in islice(self._passes(objective), self.steps):
@@ -204,27 +207,27 @@ class ShortTraining(Policy):
             np.random.seed(turn % 2**32)
             yield from objective
 
-    def _made(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    def _new_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         try:
-            made = self.optimizer(parameters, lr=self.lr)
+            optimizer = self.optimizer(parameters, lr=self.lr)
         except Exception as error:  # the user's optimizer may raise anything
-            raise GrowthError(f"{self!r} cannot make its optimizer ({first_line(error)}); {WANTED}.") from error
-        if not isinstance(made, Optimizer):
-            raise GrowthError(f"{self!r}: its optimizer comes out as a {type(made).__name__}; {WANTED}.")
-        check_steps(made)
-        return made
+            raise GrowthError(f"{self!r} cannot make its optimizer ({first_line(error)}); {EXPECTED}.") from error
+        if not isinstance(optimizer, Optimizer):
+            raise GrowthError(f"{self!r}: its optimizer comes out as a {type(optimizer).__name__}; {EXPECTED}.")
+        check_steps(optimizer)
+        return optimizer
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> nn.Module:
     try:
-        copied = copy.deepcopy(model)
+        twin = copy.deepcopy(model)
     except Exception as error:  # whatever the model holds
         raise GrowthError(
             f"the {type(model).__name__} cannot be copied ({first_line(error)}), which short training needs; use "
             "another policy."
         ) from error
-    copied.zero_grad()
-    return copied
+    twin.zero_grad()
+    return twin
 
 
 def _fall(without: float, loss: float) -> float:

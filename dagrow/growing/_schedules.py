@@ -36,7 +36,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def due(self, now: Situation) -> bool:
-        """Whether to look for growths now."""
+        """Whether to look for growths now.
+
+        Args:
+            now: the epoch, its loss, and the records so far.
+
+        Returns:
+            True if it is time.
+        """
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,14 @@ class StopRule(ABC):
 
     @abstractmethod
     def over(self, past: Sequence[Record]) -> str | None:
-        """Why growing is over, or None, after the step whose record is the last."""
+        """Why growing is over, after the step whose record is the last.
+
+        Args:
+            past: the records so far.
+
+        Returns:
+            The reason, or None if growing goes on.
+        """
 
 
 @dataclass(frozen=True)

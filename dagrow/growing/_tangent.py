@@ -26,8 +26,7 @@ from dagrow._text import render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
-from dagrow.statistics import Loss, Objective
-from dagrow.tracing import bind
+from dagrow.statistics import Loss, Objective, bind
 
 WINDOW = 10  #: iterations over which progress is judged
 KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
@@ -91,8 +90,12 @@ def tangent(
         iterations: at most this many.
         tolerance: stops when ten iterations together explain less than this part of the goal.
 
+    Returns:
+        Figures of the whole network, and beside them those of each layer.
+
     Raises:
-        BatchError, LossError: the batches, the loss or the model's output do not fit.
+        BatchError: the batches do not fit.
+        LossError: the loss or the model's output does not.
         GrowthError: the dag is no longer that of its model, or a setting is negative.
     """
     check_whole("tangent", 0, iterations=iterations)
@@ -100,9 +103,9 @@ def tangent(
     edges = bottlenecks(dag, batches, loss, mode=mode)
     jacobian = _Jacobian(dag, batches, loss, mode)
     goal, slope = jacobian.goal()
-    found = _conjugate_gradients(jacobian, slope, goal, iterations, tolerance)
-    bottleneck = jacobian.residual(found.move) if found.iterations else goal
-    return Tangent(goal, goal - bottleneck, bottleneck, found.iterations, found.converged, jacobian.samples, edges)
+    best = _conjugate_gradients(jacobian, slope, goal, iterations, tolerance)
+    bottleneck = jacobian.residual(best.move) if best.iterations else goal
+    return Tangent(goal, goal - bottleneck, bottleneck, best.iterations, best.converged, jacobian.samples, edges)
 
 
 class _Jacobian:
@@ -146,12 +149,12 @@ class _Jacobian:
 
     def residual(self, move: Tensor) -> float:
         """``E |v - J dtheta|^2``, summed as it stands."""
-        left = 0.0
+        energy = 0.0
         with self._running():
             for batch, n in self.objective:
                 v = self._goal(batch, n)
-                left += float((v.double() - self._push(batch, move).double()).square().sum())
-        return left / self.samples
+                energy += float((v.double() - self._push(batch, move).double()).square().sum())
+        return energy / self.samples
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -163,9 +166,9 @@ class _Jacobian:
     def _at_output(self, output: Any, target: Any) -> Tensor:
         """The user's loss as a function of the output alone."""
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            given = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise LossError(
-                f"the model returned {given}; the tangent space is that of one tensor of real numbers. "
+                f"the model returned {kind}; the tangent space is that of one tensor of real numbers. "
                 "Trace a model that returns only the tensor that the loss reads."
             )
         self.output = output.detach().requires_grad_(torch.is_grad_enabled())
@@ -185,8 +188,8 @@ class _Jacobian:
         args, kwargs = bind(batch[0])
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         tensors = {**buffers, **parameters}
-        given = {name: tensors[first] for name, first in self.names.items()}
-        return functional_call(self.model, given, args, kwargs, tie_weights=False)
+        values = {name: tensors[first] for name, first in self.names.items()}
+        return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
     def _leaves(self) -> dict[str, Tensor]:
         return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
@@ -220,8 +223,8 @@ class _Jacobian:
         output = self._output(batch, leaves)
         if not output.requires_grad:  # no trainable parameter reaches it
             return torch.zeros(self.size, dtype=torch.float64)
-        found = torch.autograd.grad(output, list(leaves.values()), values, materialize_grads=True)
-        return torch.cat([gradient.reshape(-1).cpu().double() for gradient in found])
+        gradients = torch.autograd.grad(output, list(leaves.values()), values, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1).cpu().double() for gradient in gradients])
 
     def _shaped(self, move: Tensor) -> dict[str, Tensor]:
         parts = move.split([p.numel() for p in self.parameters.values()])
@@ -274,20 +277,20 @@ def _conjugate_gradients(
     The slope at x is ``E J^T (v - J x)``. Slopes are kept orthogonal, so that in exact arithmetic and here too there
     are no more iterations than directions that J can follow.
     """
-    move, direction, square, left = torch.zeros_like(slope), slope.clone(), float(slope @ slope), goal
+    move, direction, square, residual = torch.zeros_like(slope), slope.clone(), float(slope @ slope), goal
     smallest, basis = jacobian.resolution**2 * square, _Basis(len(slope))
     recent: deque[float] = deque([goal], maxlen=WINDOW)
     for count in range(iterations):
         if square <= smallest or sum(recent) <= tolerance * goal:
             return _Solution(move, count, True)
         energy, pulled = jacobian.gram(direction)
-        if energy <= 0 or square**2 > left * energy:  # rounding is all that is left of the slope
+        if energy <= 0 or square**2 > residual * energy:  # rounding is all that is left of the slope
             return _Solution(move, count, True)
         basis.add(slope)
         step = square / energy
         move, slope = move + step * direction, basis.without(slope - step * pulled)
         recent.append(step * square)
-        left -= step * square
+        residual -= step * square
         before, square = square, float(slope @ slope)
         direction = slope + (square / before) * direction
     return _Solution(move, iterations, square <= smallest or sum(recent) <= tolerance * goal)

@@ -6,16 +6,21 @@ from typing import Any
 
 from dagrow.errors import FigureError
 
+TRAIN, VALIDATION, SHARE, BEGINNING, BAND = "#3d5a80", "#d1495b", "#0b6e4f", "#b8bec7", "#dfe4ea"  #: colours
+
 
 def check_figure(path: Path) -> None:
     """Finds out early whether a figure can be written.
 
+    Args:
+        path: of the figure; its ending is its format.
+
     Raises:
         FigureError: it cannot.
     """
-    known = _backend()[1]
-    if path.suffix.lstrip(".").lower() not in known:
-        raise FigureError(f"figure {path}: the name must end in one of {', '.join(f'.{k}' for k in sorted(known))}.")
+    formats = _backend()[1]
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise FigureError(f"figure {path}: the name must end in one of {', '.join(f'.{k}' for k in sorted(formats))}.")
     check_place(path)
 
 
@@ -40,33 +45,53 @@ def _backend() -> tuple[Any, dict[str, str]]:
 
 
 def blank(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches."""
+    """An empty matplotlib figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
+    Raises:
+        FigureError: matplotlib is not installed.
+    """
     return _backend()[0](figsize=(width, height), layout="constrained")
 
 
 def tidy(axes: Any) -> None:
-    """Axes over epochs."""
+    """Makes axes over epochs look like all others.
+
+    Args:
+        axes: of matplotlib.
+    """
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(drawing: Any, path: Path) -> None:
-    """Raises FigureError if the figure cannot be written."""
+    """Writes a figure to a file.
+
+    Args:
+        drawing: a matplotlib figure.
+        path: of the file; its ending is its format.
+
+    Raises:
+        FigureError: it cannot be written.
+    """
     content = io.BytesIO()
     drawing.savefig(content, format=path.suffix.lstrip(".").lower(), dpi=130)
     write_bytes(content.getvalue(), path)
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """Raises FigureError if the file cannot be written."""
+    """Writes a file, or raises FigureError."""
     try:
         path.write_bytes(content)
     except OSError as error:
         raise FigureError(f"figure {path} cannot be written: {error.strerror or error}.") from error
-
-
-TRAIN, HELD, SHARE, BEGINNING, BAND = "#3d5a80", "#d1495b", "#0b6e4f", "#b8bec7", "#dfe4ea"
 
 
 def colormap(name: str) -> Any:

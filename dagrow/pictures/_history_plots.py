@@ -6,9 +6,9 @@ from typing import Any
 
 from dagrow.pictures._figures import (
     BEGINNING,
-    HELD,
     SHARE,
     TRAIN,
+    VALIDATION,
     blank,
     check_figure,
     colormap,
@@ -25,7 +25,9 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
     """Losses, the width of each axis, and the part of the goals that is out of reach, over epochs.
 
     Args:
+        records: oldest first.
         first: widths at the beginning.
+        path: of the figure; its ending is its format.
 
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
@@ -34,7 +36,7 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
     drawing = blank(13, 4.2)
     loss, widths, share = drawing.subplots(1, 3)
     _draw_losses(loss, records)
-    _draw_widths(widths, records, first)
+    draw_widths(widths, [(records[0].epoch, first), *((r.epoch, r.widths) for r in records)] if records else [])
     _draw_share(share, records)
     for axes in (loss, widths, share):
         tidy(axes)
@@ -45,13 +47,13 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
 def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
     epochs = [record.epoch for record in records]
     axes.plot(epochs, [record.train_loss for record in records], color=TRAIN, linewidth=2, label="training")
-    held = [(record.epoch, record.validation_loss) for record in records if record.validation_loss is not None]
-    if held:
-        axes.plot(*zip(*held, strict=True), color=HELD, linewidth=2, label="validation")
-    grew = [record for record in records if record.added]
+    validation = [(record.epoch, record.validation_loss) for record in records if record.validation_loss is not None]
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=2, label="validation")
+    growing = [record for record in records if record.added]
     axes.plot(
-        [record.epoch for record in grew],
-        [record.loss for record in grew],
+        [record.epoch for record in growing],
+        [record.loss for record in growing],
         "o",
         color="black",
         markersize=5,
@@ -59,24 +61,38 @@ def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
         label="grows",
         linestyle="none",
     )
-    positive = all(record.train_loss > 0 and record.loss > 0 for record in records)
-    axes.set(title="Loss, before growing", yscale="log" if positive else "linear")
-    if positive:
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+    axes.set_title("Loss, before growing")
+    if all(record.train_loss > 0 and record.loss > 0 for record in records):
+        log_scale(axes)
     axes.legend()
 
 
-def _draw_widths(axes: Any, records: Sequence[Record], first: Mapping[str, int]) -> None:
-    names = list(dict.fromkeys(name for record in records for name in record.widths))
-    last = records[-1].widths if records else {}
+def log_scale(axes: Any) -> None:
+    """Makes the y axis logarithmic, with plain numbers at round ticks.
+
+    Args:
+        axes: of matplotlib.
+    """
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+
+
+def draw_widths(axes: Any, widths: Sequence[tuple[int, Mapping[str, int]]]) -> None:
+    """The width of each axis over epochs.
+
+    Args:
+        axes: of matplotlib.
+        widths: epochs, oldest first, and the widths of axes in each.
+    """
+    names = list(dict.fromkeys(name for _, sizes in widths for name in sizes))
+    first, last = (widths[0][1], widths[-1][1]) if widths else ({}, {})
     named = sorted(names, key=lambda name: -last.get(name, 0))[:NAMED]
-    colors = [colormap("viridis")(0.9 * number / max(1, len(names) - 1)) for number in range(len(names))]
     for number, name in enumerate(names):
-        had = [(record.epoch, record.widths[name]) for record in records if name in record.widths]
-        had = [(had[0][0], first[name]), *had] if name in first else had
-        label = f"{short_name(name)}: {first.get(name, '-')} → {had[-1][1]}" if name in named else None
-        axes.step(*zip(*had, strict=True), where="post", color=colors[number], linewidth=2, label=label)
+        points = [(epoch, sizes[name]) for epoch, sizes in widths if name in sizes]
+        label = f"{short_name(name)}: {first.get(name, '-')} → {points[-1][1]}" if name in named else None
+        color = colormap("viridis")(0.9 * number / max(1, len(names) - 1))
+        axes.step(*zip(*points, strict=True), where="post", color=color, linewidth=2, label=label)
     axes.set(title="Width of each axis, after growing", ylim=(0, None))
     axes.yaxis.get_major_locator().set_params(integer=True)
     if named:
@@ -84,9 +100,9 @@ def _draw_widths(axes: Any, records: Sequence[Record], first: Mapping[str, int])
 
 
 def _draw_share(axes: Any, records: Sequence[Record]) -> None:
-    found = [(record.epoch, 100 * record.share) for record in records if record.share is not None]
-    if found:
-        axes.plot(*zip(*found, strict=True), "o-", color=SHARE, linewidth=2, markersize=4, label="bottleneck")
+    shares = [(record.epoch, 100 * record.share) for record in records if record.share is not None]
+    if shares:
+        axes.plot(*zip(*shares, strict=True), "o-", color=SHARE, linewidth=2, markersize=4, label="bottleneck")
     axes.set(title="Bottleneck (green) and parameters (grey)", ylabel="% of the goals out of reach")
     parameters = axes.twinx()
     epochs = [record.epoch for record in records]

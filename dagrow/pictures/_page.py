@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagrow.pictures._figures import check_place, write_bytes
-from dagrow.pictures._graph_plot import picture
+from dagrow.pictures._graph_layout import graph_layout
 from dagrow.pictures._records import Record, Snapshot
 
 PLACE = "/*DATA*/"  #: where the page takes its data
@@ -24,18 +24,25 @@ def write_page(
 ) -> None:
     """The dag at any step, with losses, widths, bottleneck, parameters and growths.
 
+    Args:
+        records: oldest first.
+        growths: the row of each in the table, oldest first.
+        snapshots: of the dag, oldest first, at least one.
+        over: why growing has ended, or None.
+        path: of the page.
+
     Raises:
         FigureError: the file cannot be written.
     """
     check_place(path)
-    found = {
+    data = {
         "steps": [asdict(record) for record in records],
         "growths": growths,
         "over": over,
         "first": snapshots[0].widths,
-        **asdict(picture(snapshots)),
+        **asdict(graph_layout(snapshots)),
     }
-    text = json.dumps(_plain(found)).replace("</", "<\\/")  # names may not end the script
+    text = json.dumps(_plain(data)).replace("</", "<\\/")  # names may not end the script
     page = files("dagrow.pictures").joinpath("page.html").read_text(encoding="utf-8")
     write_bytes(page.replace(PLACE, text).encode(), path)
 

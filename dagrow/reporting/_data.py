@@ -27,9 +27,13 @@ class Samples:
     def __len__(self) -> int:
         return len(self.target)
 
-    def batches(self, size: int, limit: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """The first ``limit`` samples, in batches."""
-        return list(zip(self.inputs[:limit].split(size), self.target[:limit].split(size), strict=True))
+    def split(self, first: int) -> tuple["Samples", "Samples"]:
+        """The first samples, and the others."""
+        return Samples(self.inputs[:first], self.target[:first]), Samples(self.inputs[first:], self.target[first:])
+
+    def shuffled(self, seed: int) -> "Samples":
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return Samples(self.inputs[order], self.target[order])
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +62,9 @@ def digits(seed: int = 0) -> Dataset:
     except ImportError as error:
         raise DataError(f'the digits come with scikit-learn ({error}): pip install "dagrow[demo]"') from error
     pixels, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    inputs, target = torch.as_tensor(pixels, dtype=torch.float32)[order], torch.as_tensor(labels).long()[order]
-    held = len(target) // 5
-    return _standardized(
-        "digits of scikit-learn", Samples(inputs[held:], target[held:]), Samples(inputs[:held], target[:held]), 5
-    )
+    samples = Samples(torch.as_tensor(pixels, dtype=torch.float32), torch.as_tensor(labels).long()).shuffled(seed)
+    test, rest = samples.split(len(samples) // 5)
+    return _standardized("digits of scikit-learn", rest, test, 5)
 
 
 def mnist(folder: str | Path, seed: int = 0) -> Dataset:
@@ -77,53 +78,42 @@ def mnist(folder: str | Path, seed: int = 0) -> Dataset:
         DataError: a file is missing, damaged, or does not fit the others.
     """
     folder = Path(folder)
-    files = _found(folder)
-    train, test = _pair(files[0], files[1]), _pair(files[2], files[3])
+    files = _idx_files(folder)
+    train, test = _images(files[0], files[1]), _images(files[2], files[3])
     if train.inputs.shape[1] != test.inputs.shape[1]:
         raise DataError(
             f"{files[0]} holds images of {train.inputs.shape[1]} pixels, {files[2]} of {test.inputs.shape[1]}."
         )
     if int(test.target.max()) > int(train.target.max()):
         raise DataError(f"{files[3]} holds class {int(test.target.max())}, which {files[1]} does not.")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return _standardized(
-        f"IDX files in {folder.resolve().name}", Samples(train.inputs[order], train.target[order]), test, 10
-    )
+    return _standardized(f"IDX files in {folder.resolve().name}", train.shuffled(seed), test, 10)
 
 
 def _standardized(name: str, rest: Samples, test: Samples, part: int) -> Dataset:
     """One ``part``-th of the rest is held out to validate; one mean and one scale, those of what is trained on."""
-    held = len(rest) // part
-    if not held:
+    validation, train = rest.split(len(rest) // part)
+    if not len(validation):
         raise DataError(f"{name}: {len(rest)} training images are too few, {part} is the least.")
-    train = rest.inputs[held:]
-    mean, scale = train.mean(), train.std()
+    mean, scale = train.inputs.mean(), train.inputs.std()
     if not scale > 0:
         raise DataError(f"{name}: all training pixels are the same.")
-    return Dataset(
-        name,
-        Samples((train - mean) / scale, rest.target[held:]),
-        Samples((rest.inputs[:held] - mean) / scale, rest.target[:held]),
-        Samples((test.inputs - mean) / scale, test.target),
-        int(rest.target.max()) + 1,
-    )
+    parts = [Samples((samples.inputs - mean) / scale, samples.target) for samples in (train, validation, test)]
+    return Dataset(name, parts[0], parts[1], parts[2], int(rest.target.max()) + 1)
 
 
-def _found(folder: Path) -> list[Path]:
+def _idx_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the one with MNIST's IDX files.")
-    places = [folder, folder / "MNIST" / "raw"]
-    found, missing = [], []
-    for name in NAMES:
-        options = [place / file for place in places for file in (name, f"{name}.gz")]
-        path = next((option for option in options if option.is_file()), None)
-        found.append(path) if path else missing.append(name)
+    places = (folder / "MNIST" / "raw", folder)
+    candidates = [(name, place / file) for place in places for name in NAMES for file in (f"{name}.gz", name)]
+    files = {name: path for name, path in candidates if path.is_file()}  # of several the last, the plain one
+    missing = [name for name in NAMES if name not in files]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)} (each may end in .gz).")
-    return [path for path in found if path]
+    return [files[name] for name in NAMES]
 
 
-def _pair(images: Path, labels: Path) -> Samples:
+def _images(images: Path, labels: Path) -> Samples:
     pixels, target = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or target.ndim != 1:
         raise DataError(
@@ -145,15 +135,13 @@ def read_idx(path: str | Path) -> np.ndarray:
     Raises:
         DataError: it cannot be read, or is not a complete IDX file.
     """
-    path = Path(path)
-    content = _bytes(path)
+    content = _unzipped(Path(path))
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not content[3]:
         raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}.")
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise DataError(f"{path} is truncated: it ends within its header.")
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    kind = np.dtype(TYPES[content[2]])
+    shape, kind = np.frombuffer(content, ">u4", content[3], 4).tolist(), np.dtype(TYPES[content[2]])
     expected = start + math.prod(shape) * kind.itemsize
     if len(content) != expected:
         state = "truncated" if len(content) < expected else "too long"
@@ -161,7 +149,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     return np.frombuffer(content, kind, offset=start).reshape(shape)
 
 
-def _bytes(path: Path) -> bytes:
+def _unzipped(path: Path) -> bytes:
     """The file's content, unpacked if it is gzipped, whatever its name says."""
     try:
         content = path.read_bytes()

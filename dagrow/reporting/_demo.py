@@ -2,33 +2,34 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dagrow.graph import trace
-from dagrow.growing import grow
+from dagrow.growing import AfterEpoch, EveryEpochs, Grower, History, NothingToAdd, RoundRobin, Schedule, StopRule, grow
 from dagrow.operators import AddNeurons
+from dagrow.pictures import Grown
 from dagrow.reporting._data import Dataset, Samples
-from dagrow.surgery import Receipt
 
 HIDDEN = ("hidden1", "hidden2")
+NEVER = EveryEpochs(first=10**9)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is equal between the runs.
+    """What is equal between the trainings.
 
     Attributes:
         epochs: of training.
-        growing: in how many of them, from the first, growth may be asked for, after each.
+        growing: after how many of them, from the first, growth may be asked for.
         patience: growth is over when no layer was worth a neuron after this many epochs in a row.
         batch: samples per step.
         measured: the most samples that growth looks at.
-        start: hidden widths of a run that grows.
+        start: hidden widths of a network that grows.
         lr: of Adam; everything else as PyTorch has it.
         seed: of weights, batches and random neurons.
     """
@@ -38,182 +39,168 @@ class Config:
     patience: int = 2
     batch: int = 32
     measured: int = 6000
-    start: tuple[int, int] = (1, 1)
+    start: tuple[int, ...] = (1, 1)
     lr: float = 1e-3
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Mean loss and accuracy."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One growth, and the network right after it.
+@dataclass
+class Training:
+    """One network in training.
 
     Attributes:
-        gain: minus the slope of the loss in gamma, predicted.
-        heldout: what a fan-out fitted on the other folds explains of each; with its standard error.
-        before, after: the loss on the validation samples, right before and after.
-        refused: no amplitude lowered the loss, so the neurons came in with zero fan-out.
+        history: a record for each epoch.
+        scores: loss and accuracy on the training and test parts, at first and after each epoch and its growths.
+        falls: of the loss on the validation part at each growth.
+        refused: how many growths lowered it at no amplitude, so that the neurons came in with zero fan-out.
+        seconds: all included.
     """
 
-    number: int
-    epoch: int
-    where: str
-    neurons: int
-    gain: float
-    heldout: float | None
-    error: float | None
-    gamma: float
-    before: float
-    after: float
-    parameters: int
-    train: Scores
-    test: Scores
-    refused: bool = False
-
-    @property
-    def fall(self) -> float:
-        return self.before - self.after
-
-
-@dataclass(frozen=True)
-class Point:
-    """The network after an epoch, and after the growth that followed it."""
-
-    epoch: int
-    widths: tuple[int, ...]
-    parameters: int
-    test: Scores
-
-
-@dataclass
-class Run:
-    """One training run."""
-
     name: str
-    points: list[Point] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    train: Scores = Scores(float("nan"), float("nan"))
+    history: History = field(default_factory=History)
+    scores: list[dict[str, float]] = field(default_factory=list)
+    falls: list[float] = field(default_factory=list)
+    refused: int = 0
     seconds: float = 0.0
 
     @property
-    def last(self) -> Point:
-        return self.points[-1]
+    def widths(self) -> tuple[int, ...]:
+        """Of the hidden layers at the end."""
+        return tuple(self.history[-1].widths[name] for name in HIDDEN)
 
     @property
-    def fall(self) -> float:
-        """By how much all growths together lowered the validation loss."""
-        return sum(step.fall for step in self.steps)
+    def parameters(self) -> list[int]:
+        """At first and after each epoch."""
+        return [sum(link.parameters for link in self.history.snapshots[0].links), *(r.parameters for r in self.history)]
 
     @property
-    def work(self) -> float:
+    def work(self) -> int:
         """Parameters in training, summed over epochs: proportional to the operations of the training steps."""
-        return sum(point.parameters for point in self.points[:-1])
+        return sum(self.parameters[:-1])
 
     def reached(self, accuracy: float) -> int | None:
         """The first epoch after which the test accuracy was at least this."""
-        return next((point.epoch for point in self.points if point.test.accuracy >= accuracy), None)
+        return next((epoch for epoch, score in enumerate(self.scores) if score["test accuracy"] >= accuracy), None)
 
 
-#: ``enlarge(trainee, epoch)`` yields receipts, and whether they had to come in with zero fan-out
-Enlarge = Callable[["_Trainee", int], Iterator[tuple[Receipt, bool]]]
+Listener = Callable[[Training], None]
 
 
-def compare(
-    data: Dataset,
-    config: Config,
-    *,
-    started: Callable[[str], None] = lambda name: None,
-    stepped: Callable[[Step], None] = lambda step: None,
-    trained: Callable[[], None] = lambda: None,
-) -> list[Run]:
-    """Three runs: grown, grown with as many random neurons at the same times, and from scratch at the final size.
+def _ignore(training: Training) -> None:
+    return None
+
+
+def compare(data: Dataset, config: Config, started: Listener = _ignore, trained: Listener = _ignore) -> list[Training]:
+    """Three networks: grown, grown with as many random neurons at the same times, and from scratch at the final size.
 
     Args:
         data: what to learn.
         config: what is equal between them.
-        started: told the name of each run.
-        stepped: told of each growth of the first run.
-        trained: called after each epoch of each run.
+        started: told of each of them at first.
+        trained: told of it after each of its epochs.
     """
-    started("grown")
-    grown = _run("grown", data, config, config.start, _Natural(config), stepped, trained)
-    started("random neurons")
-    random = _run("random neurons", data, config, config.start, _Scheduled(grown.steps, config.seed), _ignore, trained)
-    started("from scratch")
-    scratch = _run("from scratch", data, config, grown.last.widths, _never, _ignore, trained)
+    stop = [NothingToAdd(config.patience), AfterEpoch(config.growing)]
+    grown = _Trainee("grown", data, config, config.start, EveryEpochs(), stop).train({}, started, trained)
+    random = twin_of(grown, data, config, started, trained)
+    scratch = _Trainee("from scratch", data, config, grown.widths).train({}, started, trained)
     return [grown, random, scratch]
 
 
-def score(model: nn.Module, samples: Samples) -> Scores:
-    """Loss and accuracy on samples."""
-    with torch.no_grad():
-        output = model(samples.inputs)
-    hits = (output.argmax(1) == samples.target).double().mean()
-    return Scores(float(cross_entropy(output, samples.target)), float(hits))
+def twin_of(
+    grown: Training, data: Dataset, config: Config, started: Listener = _ignore, trained: Listener = _ignore
+) -> Training:
+    """The same start, and as many random neurons at the same places and times."""
+    growths = {record.epoch: record.grown for record in grown.history}
+    return _Trainee("random neurons", data, config, config.start).train(growths, started, trained)
 
 
 class _Trainee:
-    """A network in training."""
+    """A network, its optimizer, and its grower, which also keeps the records of a network that does not grow."""
 
-    def __init__(self, data: Dataset, config: Config, widths: tuple[int, ...]) -> None:
-        self.data, self.config = data, config
+    def __init__(
+        self,
+        name: str,
+        data: Dataset,
+        config: Config,
+        widths: Sequence[int],
+        schedule: Schedule = NEVER,
+        stop: Sequence[StopRule] = (),
+    ) -> None:
+        self.training, self.data, self.config = Training(name), data, config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = _network(data.features, widths, data.classes)
         self.dag = trace(self.model, data.train.inputs[:2])
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.shuffle = torch.Generator().manual_seed(config.seed)
-
-    def epoch(self) -> None:
-        for inputs, target in self._batches():
-            self.optimizer.zero_grad()
-            cross_entropy(self.model(inputs), target).backward()
-            self.optimizer.step()
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        train = self.data.train
-        for chosen in torch.randperm(len(train), generator=self.shuffle).split(self.config.batch):
-            yield train.inputs[chosen], train.target[chosen]
-
-    def grow(self, operator: AddNeurons) -> Receipt:
-        """Grows on training samples; the amplitude is chosen on validation samples."""
-        measured = self.data.train.batches(1000, self.config.measured)
-        validation = self.data.validation.batches(1000, self.config.measured)
-        return grow(self.dag, measured, cross_entropy, [operator], validation=validation, optimizer=self.optimizer)
-
-    def point(self, epoch: int) -> Point:
-        widths = tuple(len(self.model.get_parameter(f"{name}.weight")) for name in HIDDEN)
-        return Point(epoch, widths, self.dag.parameter_count(), score(self.model, self.data.test))
-
-    def step(self, number: int, epoch: int, receipt: Receipt, refused: bool) -> Step:
-        growth = receipt.growth
-        assert growth is not None
-        return Step(
-            number,
-            epoch,
-            receipt.where,
-            receipt.neurons,
-            receipt.gain,
-            growth.heldout_gain,
-            growth.heldout_error,
-            receipt.gamma,
-            receipt.loss_before,
-            receipt.loss_after,
-            self.dag.parameter_count(),
-            score(self.model, self.data.train),
-            score(self.model, self.data.test),
-            refused,
+        self.measured, self.validation = (
+            list(zip(s.inputs[: config.measured].split(1000), s.target[: config.measured].split(1000), strict=True))
+            for s in (data.train, data.validation)
+        )
+        self.grower = Grower(
+            self.dag, cross_entropy, schedule=schedule, policy=RoundRobin(), stop=stop, optimizer=self.optimizer
         )
 
+    def train(self, repeated: Mapping[int, Sequence[Grown]], started: Listener, trained: Listener) -> Training:
+        """Trains for all epochs.
 
-def _network(features: int, widths: tuple[int, ...], classes: int) -> nn.Sequential:
+        Args:
+            repeated: epoch -> growths of another network after it, whose places get as many random neurons.
+            started: told of the training at first.
+            trained: told of it after each epoch.
+        """
+        training, begun = self.training, time.perf_counter()
+        training.history = self.grower.history
+        started(training)
+        training.scores.append(self._scores())
+        for epoch in range(1, self.config.epochs + 1):
+            self._epoch()
+            for grown in repeated.get(epoch, ()):
+                self._add_random(grown)
+            receipt = self.grower.step(epoch, self.measured, self.validation)
+            training.falls += [part.loss_before - part.loss_after for part in receipt.parts]
+            training.history = self.grower.history
+            training.scores.append(self._scores())
+            training.seconds = time.perf_counter() - begun
+            trained(training)
+        return training
+
+    def _epoch(self) -> None:
+        train = self.data.train
+        for batch in torch.randperm(len(train), generator=self.shuffle).split(self.config.batch):
+            self.optimizer.zero_grad()
+            cross_entropy(self.model(train.inputs[batch]), train.target[batch]).backward()
+            self.optimizer.step()
+
+    def _add_random(self, grown: Grown) -> None:
+        """As many random neurons at the same place; with zero fan-out if no amplitude lowers the loss."""
+        for init in ("random", "zero"):
+            operator = AddNeurons(k=grown.neurons, init=init, axes=(grown.where,), seed=self.config.seed)
+            receipt = grow(
+                self.dag,
+                self.measured,
+                cross_entropy,
+                [operator],
+                validation=self.validation,
+                optimizer=self.optimizer,
+            )
+            if receipt.parts:
+                self.training.falls.append(receipt.loss_before - receipt.loss_after)
+                self.training.refused += init == "zero"
+                return
+
+    def _scores(self) -> dict[str, float]:
+        return {**_score("train", self.model, self.data.train), **_score("test", self.model, self.data.test)}
+
+
+@torch.no_grad()
+def _score(part: str, model: nn.Module, samples: Samples) -> dict[str, float]:
+    output = model(samples.inputs)
+    accuracy = (output.argmax(1) == samples.target).double().mean()
+    return {f"{part} loss": float(cross_entropy(output, samples.target)), f"{part} accuracy": float(accuracy)}
+
+
+def _network(features: int, widths: Sequence[int], classes: int) -> nn.Sequential:
     first, second = widths
     layers = {
         "hidden1": nn.Linear(features, first),
@@ -223,68 +210,3 @@ def _network(features: int, widths: tuple[int, ...], classes: int) -> nn.Sequent
         "output": nn.Linear(second, classes),
     }
     return nn.Sequential(OrderedDict(layers))
-
-
-def _run(
-    name: str,
-    data: Dataset,
-    config: Config,
-    widths: tuple[int, ...],
-    enlarge: Enlarge,
-    stepped: Callable[[Step], None],
-    trained: Callable[[], None],
-) -> Run:
-    begun, trainee, run = time.perf_counter(), _Trainee(data, config, widths), Run(name)
-    run.points.append(trainee.point(0))
-    for epoch in range(1, config.epochs + 1):
-        trainee.epoch()
-        for receipt, refused in enlarge(trainee, epoch):
-            run.steps.append(trainee.step(len(run.steps) + 1, epoch, receipt, refused))
-            stepped(run.steps[-1])
-        run.points.append(trainee.point(epoch))
-        trained()
-    run.train = score(trainee.model, data.train)
-    run.seconds = time.perf_counter() - begun
-    return run
-
-
-class _Natural:
-    """Each hidden layer in turn gets as many neurons as its held-out gain supports, until there are none."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.misses = config, 0
-
-    def __call__(self, trainee: _Trainee, epoch: int) -> Iterator[tuple[Receipt, bool]]:
-        if epoch > self.config.growing or self.misses >= self.config.patience:
-            return
-        self.misses += 1
-        for name in HIDDEN:
-            receipt = trainee.grow(AddNeurons(axes=(name,)))
-            if receipt.neurons:
-                self.misses = 0
-                yield receipt, False
-
-
-class _Scheduled:
-    """As many random neurons, at the same places and times; with zero fan-out if no amplitude lowers the loss."""
-
-    def __init__(self, schedule: Sequence[Step], seed: int) -> None:
-        self.schedule, self.seed = schedule, seed
-
-    def __call__(self, trainee: _Trainee, epoch: int) -> Iterator[tuple[Receipt, bool]]:
-        for step in self.schedule:
-            if step.epoch != epoch:
-                continue
-            receipt = trainee.grow(AddNeurons(k=step.neurons, init="random", axes=(step.where,), seed=self.seed))
-            if receipt.neurons:
-                yield receipt, False
-            else:
-                yield trainee.grow(AddNeurons(k=step.neurons, init="zero", axes=(step.where,), seed=self.seed)), True
-
-
-def _never(trainee: _Trainee, epoch: int) -> Iterator[tuple[Receipt, bool]]:
-    return iter(())
-
-
-def _ignore(step: Step) -> None:
-    return None

@@ -1,58 +1,59 @@
-"""What the demo says: a line per growth, a table that compares the runs, a figure."""
+"""What the demo says: a line per growth, a table that compares the trainings, a figure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from dagrow.pictures import blank, tidy, write
+from dagrow.pictures import blank, draw_widths, log_scale, tidy, write
 from dagrow.reporting._data import Dataset
-from dagrow.reporting._demo import HIDDEN, Config, Run, Scores, Step
+from dagrow.reporting._demo import Config, Training
 
 REACH = 0.9  #: the test accuracy whose epoch the table tells
 WIDE = 100  #: columns from which the lines of growths tell more
 STYLES = {"grown": ("#0b6e4f", "-"), "random neurons": ("#d1495b", "--"), "from scratch": ("#3d5a80", ":")}
-#: title, width, content, whether only a wide terminal shows it
-Column = tuple[str, int, Callable[[Step], str], bool]
+Column = tuple[str, int, Callable[[Mapping[str, Any]], str]]  #: title, width, content
 COLUMNS: tuple[Column, ...] = (
-    ("#", 2, lambda s: str(s.number), False),
-    ("ep", 2, lambda s: str(s.epoch), False),
-    ("where", 7, lambda s: s.where, False),
-    ("new", 3, lambda s: f"+{s.neurons}", False),
-    ("gain", 7, lambda s: _small(s.gain), False),
-    ("heldout", 7, lambda s: _small(s.heldout), False),
-    ("+/-", 7, lambda s: _small(s.error), True),
-    ("gamma", 6, lambda s: f"{s.gamma:.3g}", True),
-    ("loss at growth", 14, lambda s: f"{s.before:.4f}->{s.after:.4f}", False),
-    ("params", 6, lambda s: f"{s.parameters}", False),
-    ("train", 11, lambda s: _both(s.train), False),
-    ("test", 11, lambda s: _both(s.test), False),
+    ("#", 2, lambda row: f"{row['number']}"),
+    ("ep", 2, lambda row: f"{row['epoch']}"),
+    ("where", 7, lambda row: row["where"]),
+    ("new", 3, lambda row: f"+{row['neurons']}"),
+    ("gain", 7, lambda row: _small(row["gain"])),
+    ("heldout", 7, lambda row: _small(row["heldout_gain"])),
+    ("+/-", 7, lambda row: _small(row["heldout_error"])),
+    ("gamma", 6, lambda row: f"{row['gamma']:.3g}"),
+    ("loss at growth", 14, lambda row: f"{row['loss_before']:.4f}->{row['loss_after']:.4f}"),
+    ("params", 6, lambda row: f"{row['parameters']}"),
+    ("train", 11, lambda row: f"{row['train loss']:.3f} {100 * row['train accuracy']:5.1f}"),
+    ("test", 11, lambda row: f"{row['test loss']:.3f} {100 * row['test accuracy']:5.1f}"),
 )
 
 
 def _small(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.5f}" if abs(value) < 10 and abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def _both(scores: Scores) -> str:
-    return f"{scores.loss:.3f} {100 * scores.accuracy:5.1f}"
+    return f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.1e}"
 
 
 def _columns(width: int) -> list[Column]:
-    return [column for column in COLUMNS if width >= WIDE or not column[3]]
+    return [column for column in COLUMNS if width >= WIDE or column[0] not in ("+/-", "gamma")]
 
 
-def step_head(width: int) -> str:
-    """Titles over :func:`step_line`."""
-    return " ".join(f"{title:>{size}}" for title, size, _, _ in _columns(width))
+def growth_head(width: int) -> str:
+    """Titles over :func:`growth_lines`."""
+    return " ".join(f"{title:>{size}}" for title, size, _ in _columns(width))
 
 
-def step_line(step: Step, width: int) -> str:
-    """One growth, and the network right after it."""
-    return " ".join(f"{content(step):>{size}}" for _, size, content, _ in _columns(width))
+def growth_lines(training: Training, width: int) -> list[str]:
+    """A line for each growth after the last epoch."""
+    record, growths = training.history[-1], training.history.growths()
+    after = {**training.scores[-1], "parameters": record.parameters}
+    rows = [{**growth, **after, "number": number} for number, growth in enumerate(growths, 1)]
+    return [
+        " ".join(f"{content(row):>{size}}" for _, size, content in _columns(width))
+        for row in rows[len(rows) - len(record.grown) :]
+    ]
 
 
 def legend(width: int) -> str:
@@ -61,20 +62,22 @@ def legend(width: int) -> str:
     return (
         "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: what a "
         f"fan-out fitted on the other folds explains of each.{gamma} loss at growth: on the validation part, "
-        "right before and right after. train, test: loss and accuracy in % right after."
+        "right before and right after. params, train, test: parameters, loss and accuracy in % right after the growths "
+        "of the epoch."
     )
 
 
-def ending(run: Run, config: Config) -> str:
-    """Why the growth of a run ended."""
-    last = run.steps[-1].epoch if run.steps else 0
-    if last + config.patience > min(config.growing, config.epochs):
-        return f"Growth was still under way when it was cut off after epoch {min(config.growing, config.epochs)}."
+def ending(training: Training, config: Config) -> str:
+    """Why the growth of a network ended."""
+    last = max((record.epoch for record in training.history if record.added), default=0)
+    asked = max((record.epoch for record in training.history if record.asked), default=0)
+    if asked < last + config.patience:
+        return f"Growth was still under way when it was cut off after epoch {asked}."
     return f"Growth ended by itself: for {config.patience} epochs after epoch {last} no neuron was worth adding."
 
 
 def equal(data: Dataset, config: Config) -> str:
-    """What is the same in all runs, and what is not."""
+    """What is the same in all trainings, and what is not."""
     steps = -(-len(data.train) // config.batch)
     return (
         f"Equal in all runs: the split, {config.epochs} epochs of {steps} steps with batches of {config.batch} in the "
@@ -85,83 +88,70 @@ def equal(data: Dataset, config: Config) -> str:
     )
 
 
-def refusals(run: Run) -> str | None:
+def refusals(training: Training) -> str | None:
     """A line on the growths that no amplitude made worth it."""
-    refused = sum(step.refused for step in run.steps)
-    if not refused:
+    if not training.refused:
         return None
     return (
-        f"{refused} of the {len(run.steps)} growths of {run.name} lowered the validation loss at no amplitude; "
-        "those neurons came in with zero fan-out."
+        f"{training.refused} of the {len(training.falls)} growths of {training.name} lowered the validation loss at no "
+        "amplitude; those neurons came in with zero fan-out."
     )
 
 
-def comparison(runs: Sequence[Run], data: Dataset) -> Table:
-    """One column per run; the test accuracy comes with its standard error."""
-    table = Table("", *(run.name for run in runs), title="After equal training", title_justify="left")
+def comparison(trainings: Sequence[Training], data: Dataset) -> Table:
+    """One column per training; the test accuracy comes with its standard error."""
+    table = Table("", *(training.name for training in trainings), title="After equal training", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    work = max(run.work for run in runs)
-    rows: list[tuple[str, Callable[[Run], str]]] = [
-        ("hidden widths, start", lambda r: _widths(r.points[0].widths)),
-        ("hidden widths, end", lambda r: _widths(r.last.widths)),
-        ("parameters", lambda r: f"{r.last.parameters:,}"),
-        ("loss fall at growths", lambda r: f"{r.fall:.3f}" if r.steps else "-"),
-        ("train loss", lambda r: f"{r.train.loss:.4f}"),
-        ("train accuracy", lambda r: f"{r.train.accuracy:.1%}"),
-        ("test loss", lambda r: f"{r.last.test.loss:.4f}"),
-        ("test accuracy", lambda r: f"{r.last.test.accuracy:.1%} +/- {_error(r, data):.1%}"),
-        (f"epochs to {REACH:.0%} on test", lambda r: str(r.reached(REACH) or "never")),
-        ("operations of training", lambda r: f"{r.work / work:.0%}" if work else "-"),
-        ("seconds, all included", lambda r: f"{r.seconds:.1f}"),
-    ]
-    for title, content in rows:
-        table.add_row(title, *map(content, runs))
+    work = max(training.work for training in trainings)
+    rows: dict[str, Callable[[Training], str]] = {
+        "hidden widths, start": lambda t: _list(t.history.snapshots[0].widths.values()),
+        "hidden widths, end": lambda t: _list(t.widths),
+        "parameters": lambda t: f"{t.parameters[-1]:,}",
+        "loss fall at growths": lambda t: f"{sum(t.falls):.3f}" if t.falls else "-",
+        "train loss": lambda t: f"{t.scores[-1]['train loss']:.4f}",
+        "train accuracy": lambda t: f"{t.scores[-1]['train accuracy']:.1%}",
+        "test loss": lambda t: f"{t.scores[-1]['test loss']:.4f}",
+        "test accuracy": lambda t: _with_error(t.scores[-1]["test accuracy"], len(data.test)),
+        f"epochs to {REACH:.0%} on test": lambda t: str(t.reached(REACH) or "never"),
+        "operations of training": lambda t: f"{t.work / work:.0%}",
+        "seconds, all included": lambda t: f"{t.seconds:.1f}",
+    }
+    for title, content in rows.items():
+        table.add_row(title, *map(content, trainings))
     return table
 
 
-def _error(run: Run, data: Dataset) -> float:
-    accuracy = run.last.test.accuracy
-    return (accuracy * (1 - accuracy) / len(data.test)) ** 0.5
+def _with_error(accuracy: float, samples: int) -> str:
+    return f"{accuracy:.1%} +/- {(accuracy * (1 - accuracy) / samples) ** 0.5:.1%}"
 
 
-def _widths(widths: Sequence[int]) -> str:
+def _list(widths: Any) -> str:
     return f"[{', '.join(map(str, widths))}]"
 
 
-def figure(runs: Sequence[Run], data: Dataset, path: Path) -> None:
-    """Test loss and accuracy of all runs over epochs, and the widths of the one that grew.
+def figure(trainings: Sequence[Training], data: Dataset, path: Path) -> None:
+    """Test loss and accuracy of all trainings over epochs, and the widths of the one that grew.
 
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
     """
     drawing = blank(13, 4.2)
     loss, accuracy, widths = drawing.subplots(1, 3)
-    for run in runs:
-        color, line = STYLES.get(run.name, (None, "-"))
-        style = {"color": color, "linestyle": line, "linewidth": 2, "label": run.name}
-        epochs = [point.epoch for point in run.points]
-        loss.plot(epochs, [point.test.loss for point in run.points], **style)
-        accuracy.plot(epochs, [100 * point.test.accuracy for point in run.points], **style)
-    _draw_widths(widths, runs[0])
-    loss.set(title="Test loss", ylabel="cross-entropy", yscale="log")
-    for axis in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+    for training in trainings:
+        color, line = STYLES[training.name]
+        style = {"color": color, "linestyle": line, "linewidth": 2, "label": training.name}
+        loss.plot([score["test loss"] for score in training.scores], **style)
+        accuracy.plot([100 * score["test accuracy"] for score in training.scores], **style)
+    grown = trainings[0].history
+    first = grown.snapshots[0].widths
+    draw_widths(widths, [(0, first), *((record.epoch, record.widths) for record in grown)])
+    loss.set(title="Test loss", ylabel="cross-entropy")
+    log_scale(loss)
     accuracy.set(title="Test accuracy", ylabel="%")
     loss.legend()
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy, widths):
         tidy(axes)
-    drawing.suptitle(f"{data.name}: from {_widths(runs[0].points[0].widths)} to {_widths(runs[0].last.widths)}")
+    drawing.suptitle(f"{data.name}: from {_list(first.values())} to {_list(trainings[0].widths)}")
     write(drawing, path)
-
-
-def _draw_widths(axes: Any, run: Run) -> None:
-    epochs = [point.epoch for point in run.points]
-    for index, name in enumerate(HIDDEN):
-        sizes = [point.widths[index] for point in run.points]
-        color = ("#0b6e4f", "#e09f3e")[index]
-        axes.step(epochs, sizes, where="post", color=color, linewidth=2, label=f"{name}: {sizes[-1]}")
-    axes.set(title="Width of each hidden layer", ylabel="neurons", ylim=(0, None))
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="lower right")

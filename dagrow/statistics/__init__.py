@@ -38,9 +38,11 @@ from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleSc
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
+from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
+from dagrow.tracing import bind
 
 __all__ = [
     "ActivationGoal",
@@ -68,9 +70,11 @@ __all__ = [
     "Stacked",
     "Step",
     "TapFeatures",
+    "bind",
     "fan_out_score",
     "measure",
     "move_score",
+    "patch_gram",
     "per_channel",
     "position_map",
     "sample_count",

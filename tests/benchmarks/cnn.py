@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import dagrow
 from dagrow import AddNeurons
-from dagrow.reporting._data import mnist
+from dagrow.reporting import mnist
 
 SCRIPT = "tests/benchmarks/cnn.py"
 FINAL = (16, 24, 32)  #: channels at the end, where growths are asked for a number

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 import dagrow
 from dagrow._pytree import leaves
 from dagrow.graph import Dag
-from dagrow.graph._summary import Coverage
 from dagrow.layers import ATTENTION, op_name
 from dagrow.testing._axis_trial import rounding, try_axes
 
@@ -127,7 +126,7 @@ def _shape(dag: Dag) -> dict[str, Any]:
     }
 
 
-def _weighed(coverage: Coverage) -> dict[str, int]:
+def _weighed(coverage: Any) -> dict[str, int]:
     """Why edges are frozen, and how many parameters for it: the first reason, which most are frozen for."""
     return {why: sum(coverage.frozen[edge] for edge in edges) for why, edges in [*coverage.reasons.items()][:1]}
 

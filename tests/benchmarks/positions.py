@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dagrow.layers import Geometry
-from dagrow.statistics._patch_products import patch_gram
+from dagrow.statistics import patch_gram
 
 STEPS = (2, 3, 4)
 SAMPLES = 400

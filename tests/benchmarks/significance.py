@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from common import append, read, table, write_block
+from permutation import permutation_test
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.growing._planning import applicable
-from dagrow.growing._propose import corrected
+from dagrow.growing import applicable, corrected
 from dagrow.solvers import upper_tail
 
 SIZES = (200, 500, 1000)
@@ -127,7 +127,7 @@ def independent(made: tuple[nn.Module, Batches, Any]) -> dict[str, Any]:
     """At each axis the p-value of z for the best neuron, and that of permuted goals."""
     model, data, loss = made
     growths = dagrow.propose(dagrow.trace(model, data[0][0][:2]), data, loss, [dagrow.AddNeurons(k=1)])
-    return {"p": {g.where: (upper_tail(g.z), dagrow.permutation_test(g, 99).p_value) for g in growths}}
+    return {"p": {g.where: (upper_tail(g.z), permutation_test(g, 99).p_value) for g in growths}}
 
 
 def tasks(cases: Sequence[str], seeds: range) -> Iterator[tuple[str, int, int, float]]:

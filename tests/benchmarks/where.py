@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, Growth
-from dagrow.growing._line_search import best_amplitude
+from dagrow.growing import best_amplitude
 from dagrow.statistics import Objective
 from dagrow.surgery import grown
 

@@ -1,27 +1,45 @@
 """Short training picks what training picks, and leaves the user's model alone."""
 
 import copy
+import inspect
 import random
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf, nan
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_interrupts import OPERATORS, Setting, differences, loss
+from test_planning import made
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 import dagrow
-from dagrow import AddNeurons, GrowthError, OptimizerError, ShortTraining
+from dagrow import (
+    AddNeurons,
+    Budget,
+    ByGain,
+    ByGainPerFlop,
+    ByGainPerParameter,
+    ByLineSearch,
+    Growth,
+    GrowthError,
+    OptimizerError,
+    Policy,
+    RoundRobin,
+    ShortTraining,
+)
+from dagrow.growing._planning import greedy_plan
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
 Y = X[:, :2] * X[:, 2:]
 BATCHES = list(zip(X.split(20), Y.split(20), strict=True))
 
 
-def made(model: nn.Module | None = None) -> Any:
+def traced(model: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
     return dagrow.trace((model or net).double(), X)
@@ -48,7 +66,7 @@ def trained(model: nn.Module, steps: int, lr: float) -> float:
 def test_values_are_by_how_much_training_ends_lower(norm: Any) -> None:
     """Copies train in train mode, and their losses are those in eval mode."""
     torch.manual_seed(0)
-    dag = made(nn.Sequential(nn.Linear(4, 2), norm(2), nn.Tanh(), nn.Linear(2, 2)).eval())
+    dag = traced(nn.Sequential(nn.Linear(4, 2), norm(2), nn.Tanh(), nn.Linear(2, 2)).eval())
     for init in ("zero", "copy"):
         growth = proposed(dag, AddNeurons(k=2, init=init, axes=("0",)))[0]
         (value,) = ShortTraining(steps=7, lr=0.05).values([growth], growth.objective, ())
@@ -59,7 +77,7 @@ def test_values_are_by_how_much_training_ends_lower(norm: Any) -> None:
 
 
 def test_a_fitted_growth_is_trained_from_its_best_amplitude() -> None:
-    dag = made()
+    dag = traced()
     (growth, *_) = proposed(dag)
     (value,) = ShortTraining(steps=1, top=1, lr=1e-12).values([growth], growth.objective, ())
     receipt = dagrow.grow(dag, BATCHES, functional.mse_loss, [AddNeurons(k=2, axes=(growth.where,))])
@@ -77,7 +95,7 @@ class Named(dagrow.Policy):
 
 
 def test_only_those_that_come_first_by_another_policy_are_tried() -> None:
-    growths = proposed(made(), AddNeurons(k=1), AddNeurons(k=2))
+    growths = proposed(traced(), AddNeurons(k=1), AddNeurons(k=2))
     falls = dagrow.ByLineSearch().values(growths, growths[0].objective, ())
     best = growths[falls.index(max(falls))]
     for first, top, expected in (
@@ -93,14 +111,14 @@ def test_only_those_that_come_first_by_another_policy_are_tried() -> None:
 
 def test_a_growth_that_training_does_not_profit_from_is_not_chosen() -> None:
     """A step along the sign of the gradient that is far too long for more neurons, and less so for fewer."""
-    growths = proposed(made(), AddNeurons(k=30, init="copy", axes=("0",)))
+    growths = proposed(traced(), AddNeurons(k=30, init="copy", axes=("0",)))
     policy = ShortTraining(steps=1, lr=0.3)
     assert policy.values(growths, growths[0].objective, ())[0] < 0
     assert dagrow.plan(growths, policy=policy) == []
 
 
 def test_copies_that_diverge_are_worth_nothing() -> None:
-    growths = proposed(made())
+    growths = proposed(traced())
     wild = ShortTraining(steps=40, optimizer=torch.optim.SGD, lr=1e200)
     assert set(wild.values(growths, growths[0].objective, ())) == {-float("inf")}
     assert dagrow.plan(growths, policy=wild) == []
@@ -138,7 +156,7 @@ def test_refusals_say_what_to_do() -> None:
             ShortTraining(**wrong)  # type: ignore[arg-type]
     with pytest.raises(GrowthError, match="give a policy"):
         ShortTraining(first=dagrow.ByGain)  # type: ignore[arg-type]
-    growths = proposed(made())
+    growths = proposed(traced())
     with pytest.raises(GrowthError, match="cannot make its optimizer"):
         dagrow.plan(growths, policy=ShortTraining(optimizer=torch.optim.Optimizer))
     with pytest.raises(GrowthError, match="comes out as a NoneType"):
@@ -146,7 +164,7 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(OptimizerError, match="needs a closure"):
         dagrow.plan(growths, policy=ShortTraining(optimizer=torch.optim.LBFGS))
     with pytest.raises(GrowthError, match="another policy"):
-        dagrow.plan(proposed(made(Uncopied())), policy=ShortTraining())
+        dagrow.plan(proposed(traced(Uncopied())), policy=ShortTraining())
 
 
 class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -166,7 +184,7 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def test_all_copies_see_the_same_samples_in_the_same_order() -> None:
     torch.manual_seed(0)
-    dag = made(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 2)))
+    dag = traced(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 2)))
     data = Noisy()
     growth = proposed(dag, AddNeurons(k=2, init="copy"))[0]
     growth = replace(growth, objective=growth.objective.with_batches(DataLoader(data, 20, shuffle=True)))
@@ -174,3 +192,66 @@ def test_all_copies_see_the_same_samples_in_the_same_order() -> None:
     once, again = data.given[: len(data.given) // 2], data.given[len(data.given) // 2 :]
     assert len(once) >= 180
     assert once == again
+
+
+def test_policies_value_what_they_say() -> None:
+    large, cheap = made({"x": 4.0}, 100, flops=10, where="a"), made({"y": 1.0}, 10, flops=100, where="b")
+    assert dagrow.plan([cheap, large], policy=ByGain())[0] is large
+    assert dagrow.plan([cheap, large], policy=ByGainPerParameter())[0] is cheap
+    assert dagrow.plan([cheap, large], policy=ByGainPerFlop())[0] is large
+    assert ByGainPerFlop().values([made({"x": 1.0}), made({"x": 0.0})], large.objective, ()) == [inf, 0.0]
+
+
+def test_round_robin_takes_the_place_that_grew_longest_ago() -> None:
+    found = [made({to: gain}, where=to) for to, gain in (("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5))]
+    plan = greedy_plan(found, Budget(), RoundRobin(), found[0].objective, ["b", "a", "b"])
+    assert [g.where for g in plan] == ["c", "d", "a", "b"]
+    plan = greedy_plan(found, Budget(), RoundRobin(), found[0].objective, ["a", "c", "b"])
+    assert [g.where for g in plan] == ["d", "a", "c", "b"]
+
+
+@dataclass(frozen=True)
+class Narrowest(Policy):
+    """One's own."""
+
+    fault: Any = None
+
+    def values(self, growths: Sequence[Growth], judge: Any, past: Sequence[str]) -> Sequence[float]:
+        return [1 / growth.neurons for growth in growths] if self.fault is None else self.fault
+
+
+def test_a_policy_of_ones_own() -> None:
+    wide, narrow = made({"x": 3.0}, neurons=5, where="a"), made({"y": 1.0}, neurons=1, where="b")
+    assert dagrow.plan([wide, narrow], policy=Narrowest()) == [narrow, wide]
+    assert dagrow.plan([wide, narrow], policy=Narrowest([-1.0, 2.0])) == [narrow]
+    for fault in ([1.0], [nan, 1.0]):
+        with pytest.raises(GrowthError, match="one number for each"):
+            dagrow.plan([wide, narrow], policy=Narrowest(fault))
+
+
+@pytest.mark.parametrize("junk", [None, [None], ["a"], [1j], [nan], [], 7])
+def test_a_policy_that_gives_no_numbers_is_told_so(junk: Any) -> None:
+    @dataclass(frozen=True)
+    class Junk(Policy):
+        def values(self, growths: Any, judge: Any, past: Any) -> Any:
+            return junk
+
+    with pytest.raises(GrowthError, match="give one number for each"):
+        dagrow.plan([made({"x": 1.0})], policy=Junk())
+
+
+def test_line_search_is_what_chooses_by_default() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    y = torch.tanh(x @ torch.randn(5, 6).double()) @ torch.randn(6, 3).double()
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[2].weight.mul_(30)
+        model[4].weight.div_(30)
+    dag = dagrow.trace(model, x)
+    growths = dagrow.propose(dag, [(x, y)], nn.functional.mse_loss, [AddNeurons(k=1, ridge=0.0, folds=1)])
+    by_fall, by_slope = (dagrow.plan(growths, policy=policy) for policy in (ByLineSearch(), ByGain()))
+    assert by_fall[0] is not by_slope[0]
+    assert dagrow.plan(growths)[0] is by_fall[0]
+    defaults = (inspect.signature(function).parameters["policy"].default for function in (dagrow.Grower, dagrow.fit))
+    assert [*defaults, dagrow.ShortTraining().first] == [ByLineSearch()] * 3

@@ -223,7 +223,7 @@ def test_bad_epochs_are_refused(capsys, epochs):
 
 
 def test_the_demo_runs_on_digits_and_draws(here, capsys):
-    assert main(["demo", "--epochs", "2", "--figure", "mine.png"]) == 0
+    assert main(["demo", "--epochs", "4", "--figure", "mine.png"]) == 0
     out = capsys.readouterr().out
     assert (here / "mine.png").read_bytes().startswith(b"\x89PNG")
     for part in ("digits of scikit-learn: 1151 images", "random neurons", "from scratch", "Equal in all runs"):

@@ -13,8 +13,8 @@ from rich.console import Console
 from dagrow.errors import DataError, FigureError
 from dagrow.pictures import check_figure
 from dagrow.reporting._data import NAMES, Dataset, digits, mnist, read_idx
-from dagrow.reporting._demo import HIDDEN, Config, Run, _run, _Scheduled, compare
-from dagrow.reporting._demo_report import comparison, ending, equal, figure, refusals, step_head, step_line
+from dagrow.reporting._demo import HIDDEN, Config, Training, compare, twin_of
+from dagrow.reporting._demo_report import comparison, ending, equal, figure, growth_head, growth_lines, refusals
 
 TINY = Config(epochs=3, growing=2, batch=32)
 CODES = {"u1": 8, "i1": 9, "i2": 11, "i4": 12, "f4": 13, "f8": 14}
@@ -45,7 +45,7 @@ def data() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def runs(data) -> list[Run]:
+def runs(data) -> list[Training]:
     return compare(data, TINY)
 
 
@@ -134,32 +134,33 @@ def test_the_parts_of_the_digits_share_no_sample(data):
 
 def test_the_loss_falls_at_every_growth_and_neurons_are_worth_it(runs):
     grown = runs[0]
-    assert len(grown.steps) >= 3
-    assert [step.number for step in grown.steps] == list(range(1, len(grown.steps) + 1))
-    for step in grown.steps:
-        assert step.fall > 0
-        assert step.gain > 0
-        assert step.heldout > 0
+    growths = grown.history.growths()
+    assert len(growths) >= 3
+    assert all(fall > 0 for fall in grown.falls)
+    assert grown.falls == [growth["loss_before"] - growth["loss_after"] for growth in growths]
+    for growth in growths:
+        assert growth["gain"] > 0
+        assert growth["heldout_gain"] > 0
 
 
 def test_widths_and_parameters_are_those_of_the_growths(runs, data):
     grown, random, scratch = runs
-    added = {name: sum(s.neurons for s in grown.steps if s.where == name) for name in HIDDEN}
-    assert grown.last.widths == tuple(1 + added[name] for name in HIDDEN)
-    first, second = grown.last.widths
+    added = {name: sum(g["neurons"] for g in grown.history.growths() if g["where"] == name) for name in HIDDEN}
+    assert grown.widths == tuple(1 + added[name] for name in HIDDEN)
+    first, second = grown.widths
     expected = (data.features + 1) * first + (first + 1) * second + (second + 1) * data.classes
-    assert [run.last.parameters for run in runs] == [expected] * 3
-    assert grown.steps[-1].parameters == expected
-    assert random.last.widths == scratch.points[0].widths == grown.last.widths
+    assert [run.parameters[-1] for run in runs] == [expected] * 3
+    assert tuple(scratch.history.snapshots[0].widths.values()) == random.widths == grown.widths
 
 
 def test_the_random_twin_has_the_same_start_and_schedule(runs):
     grown, random, scratch = runs
-    assert random.points[0] == grown.points[0]
-    assert [p.widths for p in random.points] == [p.widths for p in grown.points]
-    assert [(s.epoch, s.where, s.neurons) for s in random.steps] == [(s.epoch, s.where, s.neurons) for s in grown.steps]
-    assert all(step.fall >= -1e-6 for step in random.steps)
-    assert not scratch.steps
+    assert random.scores[0] == grown.scores[0]
+    assert random.history.snapshots[0] == grown.history.snapshots[0]
+    assert [record.widths for record in random.history] == [record.widths for record in grown.history]
+    assert len(random.falls) == len(grown.falls)
+    assert all(fall >= -1e-6 for fall in random.falls)
+    assert not scratch.falls
     assert scratch.work > grown.work
 
 
@@ -168,40 +169,54 @@ def test_a_seed_repeats_the_run_and_leaves_the_global_one_alone(runs, data):
     again = compare(data, TINY)
     assert torch.equal(state, torch.random.get_rng_state())
     for one, other in zip(runs, again, strict=True):
-        assert (one.points, one.steps, one.train) == (other.points, other.steps, other.train)
+        assert (one.scores, one.falls, one.refused) == (other.scores, other.falls, other.refused)
+        assert one.history.growths() == other.history.growths()
 
 
-def test_listeners_hear_of_every_growth_and_epoch(data):
-    names, steps, epochs = [], [], []
+def test_listeners_hear_of_every_epoch_and_its_growths(data):
+    names, growths, epochs = [], [], []
     config = replace(TINY, epochs=1, growing=1)
-    found = compare(data, config, started=names.append, stepped=steps.append, trained=lambda: epochs.append(1))
+
+    def trained(training):
+        epochs.append(len(training.history))
+        growths.extend(training.history[-1].grown)
+
+    found = compare(data, config, lambda training: names.append(training.name), trained)
     assert names == [run.name for run in found]
-    assert steps == found[0].steps
-    assert len(epochs) == 3 * config.epochs
+    assert growths == list(found[0].history[0].grown)
+    assert epochs == 3 * [1]
 
 
 def test_random_neurons_that_no_amplitude_helps_come_in_all_the_same(runs, data, monkeypatch):
-    schedule, config = runs[0].steps[:2], replace(TINY, epochs=1)
+    first = runs[0].history[0]
     monkeypatch.setattr("dagrow.growing._line_search.line_search", lambda loss, before, *args, **kwargs: (0.0, before))
-    twin = _run("random", data, config, config.start, _Scheduled(schedule, 0), lambda s: None, lambda: None)
-    assert twin.last.widths == runs[0].points[1].widths
-    assert all(step.refused and abs(step.fall) < 1e-6 for step in twin.steps)
-    assert f"{len(twin.steps)} of the {len(twin.steps)} growths" in refusals(twin)
+    twin = twin_of(runs[0], data, replace(TINY, epochs=1))
+    assert twin.history[0].widths == first.widths
+    assert twin.refused == len(twin.falls) == len(first.grown) > 0
+    assert all(abs(fall) < 1e-6 for fall in twin.falls)
+    assert f"{len(twin.falls)} of the {len(twin.falls)} growths" in refusals(twin)
     assert refusals(runs[0]) is None
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_lines_fit_the_terminal_and_hold_the_numbers(runs, width):
-    head = step_head(width)
+def test_lines_fit_the_terminal_and_hold_the_numbers(data, width):
+    head, lines = growth_head(width), []
     assert len(head) <= width
-    for step in runs[0].steps:
-        line = step_line(step, width)
-        assert len(line) <= width
-        assert len(line) == len(head)
-        for part in (step.where, f"+{step.neurons}", f"{step.before:.4f}->{step.after:.4f}", str(step.parameters)):
-            assert part in line
-        for scores in (step.train, step.test):
-            assert f"{scores.loss:.3f} {100 * scores.accuracy:5.1f}" in line
+
+    def trained(training):
+        record, scores = training.history[-1], training.scores[-1]
+        for grown, line in zip(record.grown, growth_lines(training, width), strict=True):
+            lines.append(line)
+            assert len(line) <= width
+            assert len(line) == len(head)
+            falls = f"{grown.loss_before:.4f}->{grown.loss_after:.4f}"
+            for part in (grown.where, f"+{grown.neurons}", falls, str(record.parameters)):
+                assert part in line
+            for part in ("train", "test"):
+                assert f"{scores[f'{part} loss']:.3f} {100 * scores[f'{part} accuracy']:5.1f}" in line
+
+    compare(data, TINY, trained=trained)
+    assert [int(line.split()[0]) for line in lines] == list(range(1, len(lines) + 1))
 
 
 def test_the_table_says_what_the_runs_hold(runs, data):
@@ -211,15 +226,19 @@ def test_the_table_says_what_the_runs_hold(runs, data):
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in text.splitlines() if "│" in line}
-    assert [cell.strip() for cell in rows["test loss"]] == [f"{run.last.test.loss:.4f}" for run in runs]
-    assert [cell.split()[0] for cell in rows["test accuracy"]] == [f"{run.last.test.accuracy:.1%}" for run in runs]
-    assert [cell.strip() for cell in rows["parameters"]] == [f"{run.last.parameters:,}" for run in runs]
+    last = [run.scores[-1] for run in runs]
+    assert [cell.strip() for cell in rows["test loss"]] == [f"{scores['test loss']:.4f}" for scores in last]
+    assert [cell.split()[0] for cell in rows["test accuracy"]] == [f"{scores['test accuracy']:.1%}" for scores in last]
+    assert [cell.strip() for cell in rows["parameters"]] == [f"{run.parameters[-1]:,}" for run in runs]
     assert rows["operations of training"][2].strip() == "100%"
 
 
 def test_the_text_says_how_growth_ended(runs):
-    assert "cut off after epoch 2" in ending(runs[0], TINY)
-    assert "ended by itself" in ending(runs[0], replace(TINY, epochs=20, growing=10))
+    grown = runs[0]
+    assert "cut off after epoch 2" in ending(grown, TINY)
+    idle = [replace(grown.history[-1], epoch=epoch, asked=True, grown=()) for epoch in (3, 4)]
+    patient = replace(grown, history=replace(grown.history, steps=(*grown.history[:2], *idle)))
+    assert "ended by itself: for 2 epochs after epoch 2" in ending(patient, TINY)
 
 
 def test_what_is_equal_is_told(runs, data):
