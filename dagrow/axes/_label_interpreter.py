@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import tensors_in
 from dagrow.axes._union_find import NO_CHANNEL, narrow
 from dagrow.layers import (
     ATTENTION,
@@ -281,11 +281,6 @@ class LabelInterpreter(ABC):
 def _repeated(tensor: Tensor, dims: Any) -> bool:
     """Whether entries are the same along some dimensions, to be seen without looking."""
     return all(tensor.stride(d) == 0 for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-
-
-def tensors_in(tree: object) -> list[Tensor]:
-    """Every tensor in a nest of containers, bounds of slices included."""
-    return [leaf for leaf in arguments_of(tree) if isinstance(leaf, Tensor)]
 
 
 def _laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:

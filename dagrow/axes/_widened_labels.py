@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values, tensors_in
 from dagrow.axes._channel_labels import ChannelLabeller, Labelling, Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap, insert_along, insert_units
-from dagrow.axes._label_interpreter import Values, tensors_in
+from dagrow.axes._label_interpreter import Values
 from dagrow.axes._size_rewriting import Arguments, expected, rewritten, unflattened, with_attributes
 from dagrow.axes._union_find import NO_CHANNEL, narrow
 from dagrow.layers import (
@@ -190,7 +190,7 @@ class WidenedLabeller(ChannelLabeller):
         makes = isinstance(node.meta.get("val"), Tensor) and name not in _SHAPING and node not in self.layers
         if not makes and node.op != "output":
             return
-        used = list(arguments_of((node.args, dict(node.kwargs))))
+        used = list(leaf_values((node.args, dict(node.kwargs))))
         if name in _FILLING:
             used = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
         followed = [n for n in used if isinstance(n, fx.Node) and isinstance(self.values[n], (int, float))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import NoDropout, preserve_state
-from dagrow._pytree import leaves
+from dagrow._pytree import tensors_in
 from dagrow.axes import WideningPlan, disjoint
 from dagrow.errors import GrowthError, first_line
 from dagrow.graph import Axis, Dag
@@ -182,7 +182,7 @@ def _outputs(model: nn.Module, given: Any) -> list[Tensor]:
     args, kwargs = bind(given)
     with torch.random.fork_rng(), NoDropout():
         torch.manual_seed(0)
-        return [leaf for _, leaf in leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_in(model(*args, **kwargs))
 
 
 def _close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:

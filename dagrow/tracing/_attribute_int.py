@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values
 from dagrow.tracing._traced_int import TracedInt
 
 AttributePath = tuple[str, str, int | None]  #: a module, its attribute, and where in it if it is a list or tuple
@@ -79,7 +79,7 @@ def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
             noted = _noted(value, path, name, uses)
             if noted is not None:
                 if name in counted[type(module)]:
-                    uses.computed |= {number.place for number in arguments_of(noted)}
+                    uses.computed |= {number.place for number in leaf_values(noted)}
                 found.append((module, name, value, noted))
                 vars(module)[name] = noted
     try:

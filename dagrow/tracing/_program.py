@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dagrow._pytree import arguments_of, leaves, mapped
+from dagrow._pytree import leaf_values, leaves, mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
 from dagrow.tracing._recorder import DEVICES, VALUE_ERRORS
@@ -47,7 +47,7 @@ class Program:
         """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
         found: dict[AttributePath, list[fx.Node]] = {}
         for node in self.graph.nodes:
-            for value in arguments_of((node.args, node.kwargs)):
+            for value in leaf_values((node.args, node.kwargs)):
                 if isinstance(value, AttributeInt):
                     found.setdefault(value.place, []).append(node)
         return found

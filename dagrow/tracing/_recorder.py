@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._pytree import is_plain, leaves, mapped, opened, tensors
+from dagrow._pytree import is_plain, leaves, mapped, opened, tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._call_forms import run_opened, spelled
 from dagrow.tracing._leaf_modules import OpaqueModule, is_leaf, opaque_parts
@@ -396,4 +396,4 @@ def _version(tensor: Tensor) -> int:
 
 
 def _versions(tree: Any) -> Versions:
-    return {id(tensor): _version(tensor) for tensor in tensors(tree)}
+    return {id(tensor): _version(tensor) for tensor in tensors_in(tree)}

@@ -36,7 +36,7 @@ from common import append, read, source_version, table, write_block
 from torch import Tensor, nn
 
 import dagrow
-from dagrow._pytree import leaves
+from dagrow._pytree import tensors_in
 from dagrow.graph import Dag
 from dagrow.graph._summary import Coverage
 from dagrow.layers import ATTENTION, op_name
@@ -143,9 +143,9 @@ def _attends(dag: Dag) -> bool:
 def _equal(dag: Dag, given: Any, tolerance: float) -> bool:
     torch.manual_seed(1)
     with torch.no_grad():
-        expected = _tensors(dag.model(*given))
+        expected = tensors_in(dag.model(*given))
         torch.manual_seed(1)
-        found = _tensors(dag.program.run(*given))
+        found = tensors_in(dag.program.run(*given))
     return len(expected) == len(found) and all(_close(a, b, tolerance) for a, b in zip(expected, found, strict=True))
 
 
@@ -166,11 +166,7 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
 def _run(model: nn.Module, given: Any) -> list[Tensor]:
     torch.manual_seed(1)
     with torch.no_grad():
-        return _tensors(model(*given))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+        return tensors_in(model(*given))
 
 
 def _to(given: Any, kind: torch.dtype) -> Any:
