@@ -7,7 +7,7 @@ from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable,
 from dagrow.tracing._frontends import record, symbolic
 from dagrow.tracing._leaf_modules import is_opaque
 from dagrow.tracing._program import Executor, Program, bind, hold_values, tensor_at
-from dagrow.tracing._verification import close, fewer, relax
+from dagrow.tracing._verification import fewer, relax
 
 __all__ = [
     "AttributeInt",
@@ -18,7 +18,6 @@ __all__ = [
     "Program",
     "added_paths",
     "bind",
-    "close",
     "dynamic_sizes",
     "fewer",
     "hold_values",

@@ -5,17 +5,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
+from dagrow._comparison import close
 from dagrow._model_state import ModelState
 from dagrow._pytree import leaves, mapped
 from dagrow.errors import TraceError, first_line
 from dagrow.tracing._program import Executor, Program, bind, explained, hold_values, plainly
 from dagrow.tracing._traced_int import COMPARISONS
-
-_TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def verify(program: Program, example_inputs: Any, found: ModelState | None = None) -> Program:
@@ -80,19 +78,6 @@ def _compare(program: Program, found: ModelState, expected: Any, given: Any, whi
     for path in {**expected, **computed}:
         if path not in expected or path not in computed or not close(expected[path], computed[path]):
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")
-
-
-def close(a: Any, b: Any) -> bool:
-    """Whether two values are the same, tensors up to what their type tells apart."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return a is b or bool(np.all(a == b))
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    finite = a[torch.isfinite(a)].abs()
-    slack = _TOLERANCE.get(a.dtype, 1e-4) * (finite.max().item() if finite.numel() else 0.0)
-    return bool(torch.isclose(a, b, rtol=0.0, atol=slack, equal_nan=True).all())
 
 
 def relax(program: Program, example_inputs: Any) -> None:

@@ -40,7 +40,7 @@ from dagrow._pytree import tensors_in
 from dagrow.graph import Dag
 from dagrow.graph._summary import Coverage
 from dagrow.layers import ATTENTION, op_name
-from dagrow.testing._axis_trial import rounding, try_axes
+from dagrow.testing._axis_trial import last_bit_change, try_axes
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
 SLOW = 5.0  #: seconds of a plain call and a trace that are not repeated
@@ -153,7 +153,7 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """Every growable axis."""
     found = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
     failed = {axis: wrong for axis, wrong in found.items() if wrong}
-    noise = rounding(dag, inputs)
+    noise = last_bit_change(dag, inputs)
     return {
         "tried": len(found),
         "exact": len(found) - len(failed),
