@@ -28,15 +28,15 @@ def try_axis(dag: Dag, axis: str, inputs: Sequence[Any], *, k: int = 2, toleranc
     model in float64.
 
     Args:
+        dag: of the model, in evaluation mode or not.
+        axis: its name.
         inputs: example inputs, as for :func:`dagrow.trace`; of several batch sizes.
+        k: how many units.
         tolerance: of the outputs, relative to the largest entry where that is above 1. Where rounding alone changes
             them by more than a tenth of it, ten times what it changes, up to the square root of ``tolerance``.
 
     Returns:
         What is wrong, or None.
-
-    Raises:
-        GrowthError: there is no such axis, or it says that it cannot grow.
     """
     with preserve_state(dag.model):
         trial = _Trial(dag, inputs, tolerance)
@@ -51,7 +51,10 @@ def try_axes(dag: Dag, inputs: Sequence[Any], *, k: int = 2, tolerance: float = 
     them, these again in halves, down to single ones.
 
     Args:
-        dag, inputs, k, tolerance: as for :func:`try_axis`.
+        dag: of the model.
+        inputs: as for :func:`try_axis`.
+        k: as for :func:`try_axis`.
+        tolerance: as for :func:`try_axis`.
 
     Returns:
         Axis -> what is wrong with it, or None.

@@ -15,7 +15,7 @@ import dagrow
 from dagrow.axes import NO_CHANNEL
 from dagrow.axes._union_find import UnionFind
 from dagrow.statistics import position_map
-from dagrow.testing._axis_trial import try_axis
+from dagrow.testing import try_axis
 
 
 def plan_dag(**stage) -> dagrow.Dag:
