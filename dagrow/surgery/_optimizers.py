@@ -93,8 +93,8 @@ def new_beside(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
 def _watch_steps() -> None:
     """From now on optimizers of what has grown are brought along before their next step.
 
-    Once for the process: torch goes through all such hooks in every step, and fails in the threads that are stepping
-    when there comes another one or one goes.
+    One hook without state, for good: torch goes through its hooks in every step, and where one is added or removed
+    meanwhile, the threads that are stepping fail.
     """
     register_optimizer_step_pre_hook(_bring_along)
 
@@ -118,8 +118,10 @@ def _logged(optimizer: Optimizer) -> Iterator[tuple[Tensor, GrowthLog]]:
 
 
 def adopt(optimizer: Optimizer, new: Iterable[Tensor], others: Iterable[Tensor]) -> None:
-    """New parameters that would be optimized with none of the optimizer's, as beside a frozen layer, join it with the
-    first of the others that it has. No other optimizer takes them then."""
+    """New parameters that would be optimized with none of the optimizer's, as beside a frozen layer, join it.
+
+    They join the first of the others that it has. No other optimizer takes them then.
+    """
     mine = {id(p) for p in _parameters(optimizer)}
     near = next(p for p in others if id(p) in mine)
     for parameter in new:
@@ -159,7 +161,9 @@ def _first_state(optimizer: Optimizer, parameter: Tensor) -> dict[Tensor, Any]:
 def carry(optimizer: Optimizer) -> None:
     """Brings all state of an optimizer to its parameters' present shapes, and new parameters into its groups.
 
-    Raises OptimizerError before any change."""
+    Raises:
+        OptimizerError: some state cannot follow; none has changed.
+    """
     regroup(optimizer)
     behind = {parameter: log for parameter, log in _logged(optimizer) if log.is_behind(optimizer)}
     refuse(optimizer, behind)
@@ -183,7 +187,11 @@ def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
-    """Raises OptimizerError if one of the parameters is the optimizer's and some of its state cannot follow."""
+    """Checks that the optimizer's state can follow its parameters among those that grow.
+
+    Raises:
+        OptimizerError: some of it cannot.
+    """
     mine = {id(p) for p in _parameters(optimizer)}
     if not any(id(p) in mine for p in growing):
         return
@@ -199,7 +207,11 @@ def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
 
 
 def refuse_new(optimizer: Optimizer, new: Mapping[str, Tensor]) -> None:
-    """Raises OptimizerError if an optimizer cannot take some of these new parameters."""
+    """Checks that an optimizer can take new parameters.
+
+    Raises:
+        OptimizerError: it cannot take some of them.
+    """
     refused = [name for name, parameter in new.items() if not _takes(optimizer, parameter)]
     if refused:
         raise OptimizerError(
@@ -210,7 +222,15 @@ def refuse_new(optimizer: Optimizer, new: Mapping[str, Tensor]) -> None:
 
 
 def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
-    """Raises OptimizerError for what is no optimizer, or not one of this model."""
+    """Checks that something is an optimizer of a model, or None.
+
+    Args:
+        optimizer: what was given.
+        model: whose parameters it should hold.
+
+    Raises:
+        OptimizerError: it is no optimizer, or holds none of them.
+    """
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer):
@@ -227,7 +247,14 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
 
 
 def check_steps(optimizer: Optimizer) -> None:
-    """Raises OptimizerError for one whose ``step`` evaluates the loss itself."""
+    """Checks that an optimizer takes a step for each batch.
+
+    Args:
+        optimizer: is not changed.
+
+    Raises:
+        OptimizerError: its ``step`` evaluates the loss itself.
+    """
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise OptimizerError(
