@@ -1,30 +1,39 @@
-"""Nests of containers: what pytree knows, and dataclasses that it does not know."""
+"""Nests of containers: what torch's pytree knows, slices, and dataclasses that it does not know."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.fx.node import map_aggregate
 from torch.nn import Parameter
 
-_LEAVES = frozenset((Tensor, Parameter, bool, int, float, str))  #: which most are
+_LEAVES = frozenset((Tensor, Parameter, bool, int, float, str, type(None)))  #: which most are
+_PLAIN = (tuple, list, dict, slice)
+_SLICE = ("start", "stop", "step")
 
 
 def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
     """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf.
 
-    Containers are what pytree knows, and dataclasses that it does not know (rebuilt as shallow copies).
+    Dataclasses are rebuilt as shallow copies.
     """
-    if type(value) in _LEAVES:
+    kind = type(value)
+    if kind in _LEAVES:
         return None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
+    if kind is tuple or kind is list:
+        return [(pytree.SequenceKey(i), child) for i, child in enumerate(value)], kind
+    if kind is dict:
+        return [(pytree.MappingKey(key), child) for key, child in value.items()], partial(_rekeyed, list(value))
+    if kind is slice:
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in _SLICE], lambda children: slice(*children)
+    if kind not in pytree.SUPPORTED_NODES and not isinstance(value, tuple):
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return None
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
-        pairs = [(pytree.GetAttrKey(name), getattr(value, name)) for name in names]
-        return pairs, partial(_refilled, value, names)
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in names], partial(_refilled, value, names)
     flat, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
     if spec.is_leaf():
         return None
@@ -33,6 +42,10 @@ def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any
     except ValueError:
         keys = [pytree.SequenceKey(i) for i in range(len(flat))]
     return list(zip(keys, flat, strict=True)), lambda children: pytree.tree_unflatten(children, spec)
+
+
+def _rekeyed(keys: list[Any], children: list[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, children, strict=True))
 
 
 def _refilled(value: Any, names: list[str], children: list[Any]) -> Any:
@@ -60,27 +73,27 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(child, f"{path}{key}")
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in lists, tuples, dicts and slices."""
-    found: list[Tensor] = []
-    map_aggregate(tree, lambda v: found.append(v) if isinstance(v, Tensor) else None)
-    return iter(found)
+def leaf_values(tree: Any) -> Iterator[Any]:
+    """Every leaf of a nest of containers."""
+    if isinstance(tree, (tuple, list)):  # what nests are, mostly
+        children = iter(tree)
+    elif isinstance(tree, dict):
+        children = iter(tree.values())
+    elif (level := opened(tree)) is not None:
+        children = (child for _, child in level[0])
+    else:
+        yield tree
+        return
+    for child in children:
+        yield from leaf_values(child)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor in a nest of containers."""
+    return [value for value in leaf_values(tree) if isinstance(value, Tensor)]
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a nest has no other containers than tuples, lists and dicts."""
+    """Whether a nest has no other containers than tuples, lists, dicts and slices."""
     level = opened(value)
-    return level is None or (type(value) in (tuple, list, dict) and all(is_plain(child) for _, child in level[0]))
-
-
-def arguments_of(value: Any) -> Iterator[Any]:
-    """What a nest of a node's arguments holds, slices included."""
-    if isinstance(value, slice):
-        value = (value.start, value.stop, value.step)
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            yield from arguments_of(part)
-    else:
-        yield value
+    return level is None or (type(value) in _PLAIN and all(is_plain(child) for _, child in level[0]))

@@ -53,33 +53,57 @@ class DataError(DagrowError):
 
 
 def first_line(error: Exception) -> str:
-    """An error of others in one line, for messages of ours."""
+    """The first line of an error of others, for messages of ours.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Its type and the first line of its text.
+    """
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def check_whole(of: str, least: float = -inf, most: float = inf, *, none: str = "", **given: object) -> None:
-    """Raises GrowthError for an argument that is no whole number within limits.
+def check_whole(of: str, least: float = -inf, most: float = inf, *, none: str = "", **arguments: object) -> None:
+    """Checks that arguments are whole numbers within limits.
 
     Args:
-        of: what takes the argument.
+        of: what takes the arguments.
+        least: the smallest that is allowed.
+        most: the largest.
         none: what None stands for, where it may be given.
-        given: arguments by their names.
+        arguments: by their names.
+
+    Raises:
+        GrowthError: one of them is not.
     """
     limits = f" from {least} {'on' if most == inf else f'to {most}'}" if least > -inf else ""
-    _check(of, int, lambda value: least <= value <= most, f"a whole number{limits}", none, given)
+    _check(of, int, lambda value: least <= value <= most, f"a whole number{limits}", none, arguments)
 
 
 def check_real(
-    of: str, least: float = -inf, most: float = inf, *, above: float = -inf, none: str = "", **given: object
+    of: str, least: float = -inf, most: float = inf, *, above: float = -inf, none: str = "", **arguments: object
 ) -> None:
-    """Raises GrowthError for an argument that is no finite number within limits; see :func:`check_whole`."""
+    """Checks that arguments are finite numbers within limits.
+
+    Args:
+        of: what takes the arguments.
+        least: the smallest that is allowed.
+        most: the largest.
+        above: a number below all that are allowed.
+        none: what None stands for, where it may be given.
+        arguments: by their names.
+
+    Raises:
+        GrowthError: one of them is not.
+    """
     limits = f" from {least} on" if least > -inf else f" above {above}" if above > -inf else ""
     limits += f" and at most {most}" if most < inf else ""
 
     def fits(value: Any) -> bool:
         return abs(value) <= float_info.max and above < value and least <= value <= most
 
-    _check(of, (int, float), fits, f"a finite number{limits}", none, given)
+    _check(of, (int, float), fits, f"a finite number{limits}", none, arguments)
 
 
 def _check(
@@ -88,23 +112,31 @@ def _check(
     fits: Callable[[Any], bool],
     wanted: str,
     none: str,
-    given: Mapping[str, object],
+    arguments: Mapping[str, object],
 ) -> None:
-    for name, value in given.items():
+    for name, value in arguments.items():
         number = isinstance(value, kinds) and not isinstance(value, bool)
         if not (number and fits(value)) and not (none and value is None):
             raise GrowthError(f"{of}({name}={value!r}): give {wanted}{none and f', or None for {none}'}.")
 
 
-def listed(name: str, given: Any, kind: type, example: str, *, empty: bool = True) -> tuple[Any, ...]:
-    """The values of an argument, of which one may be given alone. Raises GrowthError for any that is of another kind.
+def listed(name: str, argument: Any, kind: type, example: str, *, empty: bool = True) -> tuple[Any, ...]:
+    """The values of an argument, of which one may be given alone.
 
     Args:
         name: of the argument.
+        argument: values, or one.
+        kind: what they have to be.
         example: of what to give.
         empty: whether there may be none.
+
+    Returns:
+        The values.
+
+    Raises:
+        GrowthError: a value is of another kind, or there is none.
     """
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(one, kind) for one in found) or not (found or empty):
-        raise GrowthError(f"{name}={given!r}: give a list such as {example}.")
-    return found
+    values = tuple(argument) if isinstance(argument, Iterable) else (argument,)
+    if not all(isinstance(value, kind) for value in values) or not (values or empty):
+        raise GrowthError(f"{name}={argument!r}: give a list such as {example}.")
+    return values

@@ -6,7 +6,7 @@ import pytest
 from conformance import CASES
 
 import dagrow
-from dagrow.testing._axis_trial import try_axis
+from dagrow.testing import try_axis
 
 
 @pytest.mark.parametrize("name", CASES)

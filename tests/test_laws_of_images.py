@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 from hypothesis import assume, given
 from images import Plan, built, plans
-from test_laws import LAW, OPERATORS, holds
+from test_laws import LAW, OPERATORS, checks, holds
 
 from dagrow import testing
 from dagrow.operators import Operator
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
 @given(plan=plans())
 @LAW
 def test_a_law_over_images(law: testing.Law, plan: Plan, operator: Operator) -> None:

@@ -4,7 +4,7 @@ import images
 import pytest
 import zoo
 from hypothesis import assume, given
-from test_laws import LAW
+from test_laws import LAW, checks
 from torch import nn
 
 from dagrow import AddConnection, AddLayer, testing
@@ -28,16 +28,14 @@ def holds(law: testing.Law, operator: Operator, case: Case) -> None:
     law(operator, case)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
 @given(plan=zoo.plans())
 @LAW
 def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator) -> None:
     holds(law, operator, zoo.built(plan))
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
-@pytest.mark.parametrize("law", testing.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
 @given(plan=images.plans())
 @LAW
 def test_a_law_over_images(law: testing.Law, plan: images.Plan, operator: Operator) -> None:

@@ -23,11 +23,13 @@ from torch.optim import Optimizer
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, DagrowError, Growth, MoveWeights, Receipt
+from dagrow._comparison import close as same_up_to
+from dagrow._comparison import jittered, rounding
 from dagrow.operators import Operator
 from dagrow.statistics import Objective
 from dagrow.surgery._optimizers import carry
 from dagrow.testing import check_descent, check_drop, check_slope, gentle
-from dagrow.testing._snapshots_and_slopes import close, same, snapshot
+from dagrow.testing._snapshots_and_slopes import assert_close, same, snapshot
 
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 STEPS = 8
@@ -162,7 +164,7 @@ class Sequences(RuleBasedStateMachine):
         with self._refused():
             entry = self._grown(handed, lambda optimizer: self._searched(operators, optimizer))
             assert entry.receipt.loss_after <= before * (1 + 1e-12)
-            close(self._loss(), entry.receipt.loss_after, "the loss after a search", rtol=1e-9, atol=1e-12)
+            assert_close(self._loss(), entry.receipt.loss_after, "the loss after a search", rtol=1e-9, atol=1e-12)
 
     @rule(steps=st.integers(1, 3), mode=st.sampled_from(MODES))
     def train(self, steps: int, mode: str) -> None:
@@ -218,7 +220,9 @@ class Sequences(RuleBasedStateMachine):
     def the_graph_computes_what_the_model_computes(self) -> None:
         self.dag.check()
         for mode in MODES:
-            close(self.case.outputs(Traced(self.dag), mode), self.case.outputs(self.model, mode), mode, atol=1e-12)
+            assert_close(
+                self.case.outputs(Traced(self.dag), mode), self.case.outputs(self.model, mode), mode, atol=1e-12
+            )
 
     @invariant()
     def parameters_keep_their_identity_and_keys_are_only_added(self) -> None:
@@ -260,7 +264,7 @@ class Sequences(RuleBasedStateMachine):
 
     def _outputs_are(self, expected: Mapping[str, Tensor], what: str, atol: float = 1e-10) -> None:
         for mode in MODES:
-            close(self.case.outputs(self.model, mode), expected[mode], f"{what} in {mode} mode", atol=atol)
+            assert_close(self.case.outputs(self.model, mode), expected[mode], f"{what} in {mode} mode", atol=atol)
 
     @contextlib.contextmanager
     def _refused(self) -> Iterator[dict[str, Any]]:
@@ -285,7 +289,7 @@ class Sequences(RuleBasedStateMachine):
         gamma = gentle(growth, gamma)
         predicted, twin = growth.loss(gamma), copy.deepcopy(self.model)
         entry = self._grown(handed, lambda optimizer: growth.apply(gamma, optimizer=optimizer))
-        close(self._loss(), predicted, f"{growth} applied", rtol=1e-9, atol=1e-12)
+        assert_close(self._loss(), predicted, f"{growth} applied", rtol=1e-9, atol=1e-12)
         if gamma == 0:
             self._outputs_are(entry.outputs, f"{growth} applied at 0")
         entry.receipt.carry(twin)
@@ -301,7 +305,9 @@ class Sequences(RuleBasedStateMachine):
         same(entry.expected(now), self._seen(), f"undo of {entry.receipt}")
         if not entry.trained:
             for mode in MODES:
-                close(self.case.outputs(self.model, mode), entry.outputs[mode], f"outputs in {mode} mode", atol=0)
+                assert_close(
+                    self.case.outputs(self.model, mode), entry.outputs[mode], f"outputs in {mode} mode", atol=0
+                )
 
     def _proposed(self, operator: Operator) -> list[Growth]:
         found = list[Growth]()
@@ -315,8 +321,12 @@ class Sequences(RuleBasedStateMachine):
 
     def _obeys_the_laws(self, growth: Growth) -> None:
         for mode in MODES:
-            before = self.case.outputs(self.model, mode)
-            close(self.case.grown(growth, 0.0, mode), before, f"{growth} previewed in {mode} mode", atol=1e-10)
+            before, grown = self.case.outputs(self.model, mode), self.case.grown(growth, 0.0, mode)
+            allowed = 1e-10
+            if not same_up_to(before, grown, allowed):  # a norm of few channels may magnify rounding
+                others = [self.case.outputs(self.model, mode, weights) for weights in jittered(self.model)]
+                allowed = max(allowed, rounding(before, others))
+            assert_close(grown, before, f"{growth} previewed in {mode} mode", atol=allowed)
         for law in (check_slope, check_descent):
             law(growth)
         if growth.operator.folds == 1 and growth.operator.ridge == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values
 from dagrow.axes._channel_labels import Labelling
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._label_interpreter import Values
@@ -26,7 +26,7 @@ def changed_attributes(literals: Mapping[fx.Node, Arguments]) -> dict[AttributeP
     """What numbers that modules state become in the arguments of nodes."""
     changed: dict[AttributePath, int] = {}
     for node, arguments in literals.items():
-        for old, new in zip(arguments_of((node.args, node.kwargs)), arguments_of(arguments), strict=False):
+        for old, new in zip(leaf_values((node.args, node.kwargs)), leaf_values(arguments), strict=False):
             if isinstance(old, AttributeInt) and isinstance(new, int) and old != new:
                 changed[old.path] = new
     return changed

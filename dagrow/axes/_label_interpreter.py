@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow.axes._label_tensors import NO_CHANNEL, concatenated, is_repeated, reshaped, tensors_in, unexpanded
+from dagrow._pytree import tensors_in
+from dagrow.axes._label_tensors import NO_CHANNEL, concatenated, is_repeated, reshaped, unexpanded
 from dagrow.layers import (
     ATTENTION,
     ATTENTION_ARGUMENTS,

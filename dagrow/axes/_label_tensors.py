@@ -10,14 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dagrow._pytree import arguments_of
-
 NO_CHANNEL = -1  #: the label of entries that belong to no channel: masks, scalars, positions
-
-
-def tensors_in(tree: object) -> list[Tensor]:
-    """Every tensor in a nest of containers, bounds of slices included."""
-    return [leaf for leaf in arguments_of(tree) if isinstance(leaf, Tensor)]
 
 
 def unexpanded(tensor: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from dagrow._pytree import tensors_in
 from dagrow.axes._attribute_sizes import AttributeSizes, layer_sizes, resized_call, with_attributes
 from dagrow.axes._channel_labels import ChannelLabeller, Labelling, Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap, arrived_units, insert_along, insert_units
 from dagrow.axes._label_interpreter import located, moved
-from dagrow.axes._label_tensors import NO_CHANNEL, tensors_in, unexpanded
+from dagrow.axes._label_tensors import NO_CHANNEL, unexpanded
 from dagrow.axes._size_rewriting import Arguments, Shapes, expected_shape, rewritten_arguments, unflattened_sizes
 from dagrow.axes._widening_checks import (
     check_arrivals,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values
 from dagrow.axes._channel_labels import Labelling
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError
@@ -123,7 +123,7 @@ def check_numbers(
     computes = isinstance(node.meta.get("val"), Tensor) and name not in _SHAPING and not is_layer
     if not computes and node.op != "output":
         return
-    operands = list(arguments_of((node.args, dict(node.kwargs))))
+    operands = list(leaf_values((node.args, dict(node.kwargs))))
     if name in _FILLING:
         operands = [*node.args[2 if name == "new_full" else 1 :][:1], node.kwargs.get("fill_value")]
     sources = [source for source in operands if isinstance(source, fx.Node)]

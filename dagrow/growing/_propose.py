@@ -4,10 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from dagrow._comparison import FACTOR, jittered
-from dagrow._model_state import preserve_state
 from dagrow.axes import disjoint
 from dagrow.errors import GrowthError, listed
 from dagrow.graph import Dag
@@ -16,7 +12,7 @@ from dagrow.growing._policies import expected_gain
 from dagrow.operators import AddNeurons, Candidate, Operator, Stage
 from dagrow.solvers import LEVEL, Moments, holm
 from dagrow.statistics import Loss, Objective, Step, measure
-from dagrow.surgery import Change, Draft, Growth, preview, transaction
+from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, preview, transaction
 
 
 def propose(
@@ -67,7 +63,7 @@ def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[G
         waiting = [c for c in solved if isinstance(c, Candidate) and not isinstance(c, Stage)]
     for growth in growths:
         if growth.preserving:
-            _check_unchanged(growth)
+            check_unchanged(growth)
     while stages:
         solved = [
             found for group in disjoint(stages, lambda s: s.widening) for found in _solved(dag, objective, group, folds)
@@ -140,45 +136,7 @@ def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: i
         stage.fill(draft)
     change = draft.change()
     pairs = [pair for stage in stages for pair in stage.pairs()]
-    _check_preserved(dag, objective, change, ", ".join(stage.axis.name for stage in stages))
+    check_preserved(dag, objective, change, ", ".join(stage.axis.name for stage in stages))
     with preview(dag, change):
         tensors = change.tensors(dag.model, 0.0)
         return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
-
-
-def _check_preserved(dag: Dag, objective: Objective, change: Change, where: str) -> None:
-    """New channels with zero fan-out must not change the loss of a batch: the last net under the label rules."""
-    before, after, rounded = _compared(dag, objective, change, 0.0)
-    if not rounded:
-        raise GrowthError(
-            f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
-            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
-            "axis out with axes=."
-        )
-
-
-def _check_unchanged(growth: Growth) -> None:
-    """A growth that says that it preserves the function does so at its full amplitude."""
-    before, after, rounded = _compared(growth.dag, growth.objective, growth.change, 1.0)
-    if not rounded:
-        raise GrowthError(
-            f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
-            "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
-            "the axis out with axes=."
-        )
-
-
-def _compared(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
-    """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
-    with preserve_state(objective.model), torch.no_grad():
-        objective.model.eval()
-        batch = next(iter(objective))[0]
-        before = objective.value(batch)
-        with preview(dag, change):
-            after = objective.value(batch, change.tensors(dag.model, gamma))
-        slack = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
-        apart = abs(float(after) - float(before))
-        if apart > slack:
-            jitter = [abs(float(objective.value(batch, one) - before)) for one in jittered(dag.model)]
-            slack = FACTOR * max(jitter, default=0.0)
-    return float(before), float(after), apart <= slack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values
 from dagrow.layers._linear import Product
 from dagrow.layers._op_tables import op_name
 
@@ -64,7 +64,7 @@ def parameter_of(value: Any, tensors: Tensors) -> ParameterSource | None:
         return ParameterSource(node, squeezed=node is not value) if same else None
     if not isinstance(value, fx.Node) or op_name(value) not in _TRANSPOSES or not value.args or value.kwargs:
         return None
-    matrix, dims = value.args[0], [dim % 2 for dim in arguments_of(value.args[1:]) if isinstance(dim, int)]
+    matrix, dims = value.args[0], [dim % 2 for dim in leaf_values(value.args[1:]) if isinstance(dim, int)]
     if not isinstance(matrix, fx.Node) or matrix.op != "get_attr" or matrix.target not in tensors:
         return None
     swapped = dims == [1, 0] if op_name(value) == "permute" else len(set(dims)) in (0, 2)

@@ -3,6 +3,7 @@
 from dagrow.surgery._apply import all_or_nothing, grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
+from dagrow.surgery._loss_check import check_preserved, check_unchanged
 from dagrow.surgery._new_layers import NewPath, blank, dependent
 from dagrow.surgery._optimizers import check_optimizer, check_steps
 from dagrow.surgery._store import load, save
@@ -17,7 +18,9 @@ __all__ = [
     "all_or_nothing",
     "blank",
     "check_optimizer",
+    "check_preserved",
     "check_steps",
+    "check_unchanged",
     "cost_of",
     "dependent",
     "grown",

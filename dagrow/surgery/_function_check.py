@@ -1,6 +1,6 @@
 """Whether a grown model at gamma = 0 is still the same function, on the example inputs, in both modes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dagrow._comparison import FACTOR, jittered
+from dagrow._comparison import alike, close, jittered, rounding
 from dagrow._model_state import NoDropout, preserve_state
 from dagrow._pytree import leaves
 from dagrow.errors import first_line
-from dagrow.tracing import bind, close, hold_values
+from dagrow.tracing import bind, hold_values
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,30 @@ def difference(
         after = {training: _run(model, example_inputs, training) for training in before}
     for training, run in before.items():
         now, mode = after[training], "training" if training else "evaluation"
-        if run.failure is None and now.failure is not None:
+        if run.failure is not None:
+            continue
+        if now.failure is not None:
             return Difference(f"it would fail in {mode}: {first_line(now.failure)}", now.failure)
-        same = close if all(map(torch.equal, run.drawn, now.drawn)) else _alike
-        changed = [path for path, value in run.outputs.items() if not same(value, now.outputs.get(path))]
-        if same is close and changed:
-            others = [_run(model, example_inputs, training, weights).outputs for weights in jittered(model)]
-            changed = [
-                path
-                for path in changed
-                if not _rounded(run.outputs[path], now.outputs.get(path), [other.get(path) for other in others])
-            ]
-        if run.failure is None and (changed or run.outputs.keys() != now.outputs.keys()):
+        changed = _changed(model, example_inputs, training, run, now)
+        if changed or run.outputs.keys() != now.outputs.keys():
             return Difference(f"its output{next(iter(changed), '')} would change in {mode}")
     return None
 
 
-def _rounded(before: Any, now: Any, others: Sequence[Any]) -> bool:
-    """Whether an output differs by no more than rounding explains, which other outputs show, of jittered weights."""
-    if not (isinstance(before, Tensor) and before.is_floating_point() and _alike(before, now)):
-        return False
-    jitter = [float((other - before).abs().max()) for other in others if _alike(before, other)]
-    return float((now - before).abs().max()) <= FACTOR * max(jitter, default=0.0)
+def _changed(model: nn.Module, example_inputs: Any, training: bool, run: _Run, now: _Run) -> list[str]:
+    """The outputs that differ by more than rounding explains."""
+    outputs = {path: (output, now.outputs.get(path)) for path, output in run.outputs.items()}
+    if not all(map(torch.equal, run.drawn, now.drawn)):
+        return [path for path, pair in outputs.items() if not alike(*pair)]
+    outputs = {path: pair for path, pair in outputs.items() if not close(*pair)}
+    if not outputs:
+        return []
+    others = [_run(model, example_inputs, training, weights).outputs for weights in jittered(model)]
+    return [
+        path
+        for path, pair in outputs.items()
+        if not close(*pair, rounding(pair[0], [other.get(path) for other in others]))
+    ]
 
 
 def _run(model: nn.Module, example_inputs: Any, training: bool, weights: dict[str, Tensor] | None = None) -> _Run:
@@ -101,11 +103,6 @@ def _run(model: nn.Module, example_inputs: Any, training: bool, weights: dict[st
 def _drawn() -> list[Tensor]:
     """The random generators of all devices."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two values have the same shape."""
-    return type(a) is type(b) and getattr(a, "shape", None) == getattr(b, "shape", None)
 
 
 def _kept(value: Any) -> Any:

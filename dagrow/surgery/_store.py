@@ -23,13 +23,15 @@ FORMAT, VERSION = "dagrow", 2
 def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     """Writes a model's new layers, widths and weights.
 
-    A file that is there is replaced only when the new one is complete.
-    The file is what ``torch.save`` makes of a dict of numbers and tensors; ``torch.load(path, weights_only=True)``
-    reads it.
+    A file that is there is replaced only when the new one is complete. The file is what ``torch.save`` makes of a dict
+    of numbers and tensors; ``torch.load(path, weights_only=True)`` reads it.
+
+    Args:
+        dag: of the model. Raises GrowthError if the model is no longer the one that was traced.
+        path: of the file.
 
     Raises:
         StoreError: the path cannot be written, or the model's state_dict holds more than dense tensors.
-        GrowthError: the model is no longer the one that was traced.
     """
     if not isinstance(dag, Dag):
         raise StoreError(f"save was given a {type(dag).__name__}; give the dag, dagrow.save(dag, path).")
@@ -38,8 +40,8 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     odd = [name for name, value in state.items() if not isinstance(value, Tensor) or value.layout is not torch.strided]
     if odd:
         raise StoreError(f"{', '.join(odd)} in the model's state_dict cannot be saved: only dense tensors can.")
-    branches = [[*record, described(dag.model.get_submodule(record[0]))] for record in added_paths(dag.model)]
-    content = {"format": FORMAT, "version": VERSION, "branches": branches, "widths": widths, "state": state}
+    paths = [[*record, described(dag.model.get_submodule(record[0]))] for record in added_paths(dag.model)]
+    content = {"format": FORMAT, "version": VERSION, "branches": paths, "widths": widths, "state": state}
     target = _path(path)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # all of the file, or none
@@ -67,26 +69,22 @@ def load(
     Args:
         model: as it was built before it grew, or anywhere on the way.
         path: what :func:`save` wrote.
-        example_inputs, rules: as for :func:`dagrow.trace`.
+        example_inputs: as for :func:`dagrow.trace`, which raises TraceError where the model cannot be traced.
+        rules: as for :func:`dagrow.trace`.
+
+    Returns:
+        The dag of the model.
 
     Raises:
         StoreError: the file is none of ours, or of another architecture. The model is as it was.
-        TraceError: the model cannot be traced.
     """
-    branches, widths, state = _read(_path(path))
+    paths, widths, state = _read(_path(path))
     dag = trace(model, example_inputs, rules=rules)
     count = len(dag.applied)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:
-        for branch in branches:
-            try:
-                _lay(dag, *branch)
-            except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-                raise StoreError(
-                    f"the new layers {branch!r} in the file cannot be built ({first_line(error)}): it is damaged. "
-                    "Save it again."
-                ) from error
+        _add_paths(dag, paths)
         _check_axes(dag, widths)
         for name, width in widths.items():
             _widen(dag, name, width)
@@ -110,17 +108,27 @@ def _read(path: Path) -> tuple[list[Any], dict[str, int], dict[str, Any]]:
             f"{path} has version {content.get('version')!r} of the format; this dagrow reads version {VERSION}. "
             "Install the one that wrote it."
         )
-    widths: Any = content.get("widths")
-    state: Any = content.get("state")
-    branches: Any = content.get("branches")
-    complete = isinstance(widths, Mapping) and isinstance(state, Mapping) and isinstance(branches, list)
+    parts: list[Any] = [content.get(part) for part in ("branches", "widths", "state")]
+    paths, widths, state = parts
+    complete = isinstance(widths, Mapping) and isinstance(state, Mapping) and isinstance(paths, list)
     whole_numbers = complete and all(type(width) is int for width in widths.values())
     if not whole_numbers or not all(isinstance(value, Tensor) for value in state.values()):
         raise StoreError(f"{path} is damaged: its widths or weights are missing. Save it again.")
-    return branches, dict(widths), dict(state)
+    return paths, dict(widths), dict(state)
 
 
-def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
+def _add_paths(dag: Dag, paths: Sequence[Any]) -> None:
+    for path in paths:
+        try:
+            _add_path(dag, *path)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            raise StoreError(
+                f"the new layers {path!r} in the file cannot be built ({first_line(error)}): it is damaged. Save it "
+                "again."
+            ) from error
+
+
+def _add_path(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Adds new layers as they were added to the model in the file."""
     if (name, reads, writes) in added_paths(dag.model):
         return
@@ -145,14 +153,14 @@ def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapp
 
 
 def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:
-    found = {axis.name: axis for axis in dag.axes}
-    if found.keys() != widths.keys():
-        missing, extra = sorted(widths.keys() - found.keys()), sorted(found.keys() - widths.keys())
+    axes = {axis.name: axis for axis in dag.axes}
+    if axes.keys() != widths.keys():
+        missing, extra = sorted(widths.keys() - axes.keys()), sorted(axes.keys() - widths.keys())
         raise StoreError(
             f"the file is of another architecture: the model lacks the axes {missing} and has {extra} instead. Build "
             "the model as it was built before it was grown and saved."
         )
-    for name, axis in found.items():
+    for name, axis in axes.items():
         if widths[name] < axis.width:
             raise StoreError(
                 f"axis {name} is {axis.width} wide in the model but {widths[name]} in the file; build the model as "
@@ -183,11 +191,11 @@ def _check_state(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
             "was built before it was grown and saved."
         )
     for name, tensor in here.items():
-        given = state[name]
-        if (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
+        stored = state[name]
+        if (tensor.shape, tensor.dtype) != (stored.shape, stored.dtype):
             raise StoreError(
-                f"{name} is {tuple(given.shape)} {given.dtype} in the file but {tuple(tensor.shape)} {tensor.dtype} in "
-                "the model; build the model with the sizes and the type that it was saved with."
+                f"{name} is {tuple(stored.shape)} {stored.dtype} in the file but {tuple(tensor.shape)} {tensor.dtype} "
+                "in the model; build the model with the sizes and the type that it was saved with."
             )
 
 

@@ -32,6 +32,7 @@ class Case:
         batches: ``(inputs, target)``, more than one of them, together at least four samples.
         loss: a mean or a sum over samples.
         mode: the mode in which is measured.
+        name: for messages; that of the model's class by default.
     """
 
     model: nn.Module = field(repr=False)
@@ -41,24 +42,55 @@ class Case:
     name: str = ""
 
     def copy(self) -> Dag:
-        """The dag of a copy of the model."""
+        """Traces a copy of the model.
+
+        Returns:
+            Its dag.
+        """
         return trace(copy.deepcopy(self.model), self.batches[0][0])
 
     def propose(self, operator: Operator, dag: Dag) -> list[Growth]:
+        """Measures on the batches what an operator could add.
+
+        Args:
+            operator: is asked.
+            dag: of a copy of the model.
+
+        Returns:
+            Growths, the largest gain first.
+        """
         return propose(dag, self.batches, self.loss, [operator], mode=self.mode)
 
     def outputs(self, model: nn.Module, mode: str = "eval", tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """All outputs. Train mode is that of every layer but dropout, whose masks depend on widths."""
+        """Computes the outputs of all batches.
+
+        Args:
+            model: a copy of the model, grown or not.
+            mode: that of every layer but dropout, whose masks depend on widths.
+            tensors: parameters and buffers in place of the model's.
+
+        Returns:
+            One after the other ``[n, ...]``.
+        """
         with preserve_state(model), torch.no_grad():
             model.train(mode == "train")
             for module in model.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
                     module.eval()
-            bound = [bind(inputs) for inputs, _ in self.batches]
-            return torch.cat([functional_call(model, dict(tensors or {}), *given) for given in bound])
+            arguments = [bind(inputs) for inputs, _ in self.batches]
+            return torch.cat([functional_call(model, dict(tensors or {}), *both) for both in arguments])
 
     def grown(self, growth: Growth, gamma: float, mode: str = "eval") -> Tensor:
-        """All outputs that the model would have."""
+        """Computes what :meth:`outputs` would give after a growth.
+
+        Args:
+            growth: of a dag of :meth:`copy`.
+            gamma: its amplitude.
+            mode: as for :meth:`outputs`.
+
+        Returns:
+            The outputs ``[n, ...]``.
+        """
         with preview(growth.dag, growth.change):
             return self.outputs(growth.dag.model, mode, growth.change.tensors(growth.dag.model, gamma))
 

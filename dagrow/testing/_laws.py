@@ -1,9 +1,7 @@
-"""The laws that every operator, layer rule and model must obey, as functions that raise AssertionError.
+"""The ten laws that every operator, layer rule and model must obey.
 
-Every law takes an operator and a :class:`Case` and works on copies of the case's model. They are meant for float64.
-
-    from dagrow.testing import check_operator
-    check_operator(MyOperator())
+Every law takes an operator and a :class:`Case`, works on copies of the case's model, and raises AssertionError where it
+does not hold. They are meant for float64.
 """
 
 import copy
@@ -21,38 +19,39 @@ from dagrow.operators import Operator
 from dagrow.solvers import Moments, MomentView
 from dagrow.statistics import Objective, measure
 from dagrow.surgery import Growth, Receipt
-from dagrow.testing._cases import Case, built_in, case_of, rescaled
+from dagrow.testing._brute_force import Target, regressed, targets_of
+from dagrow.testing._cases import Case, rescaled
 from dagrow.testing._snapshots_and_slopes import (
-    Target,
-    close,
+    assert_close,
     derivative,
     is_picklable,
     kink,
-    observe,
     permute,
-    regressed,
     same,
     sample,
     snapshot,
 )
 from dagrow.tracing import bind
 
-Law = Callable[[Operator, Case], None]
-
 
 def preservation(operator: Operator, case: Case) -> None:
-    """Law 1: at gamma = 0 nothing changes, in eval and in train mode, also after several growths."""
+    """Law 1: at gamma = 0 nothing changes, in eval and in train mode, also after several growths.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     before = {mode: case.outputs(dag.model, mode) for mode in ("eval", "train")}
     for _ in range(2):
         growths = case.propose(operator, dag)
         for mode, expected in before.items():
             for growth in growths:
-                close(case.grown(growth, 0.0, mode), expected, f"{growth} previewed in {mode} mode", atol=1e-10)
+                assert_close(case.grown(growth, 0.0, mode), expected, f"{growth} previewed in {mode} mode", atol=1e-10)
         for growth in growths[:1]:
             growth.apply(0.0)
             for mode, expected in before.items():
-                close(case.outputs(dag.model, mode), expected, f"{growth} applied in {mode} mode", atol=1e-10)
+                assert_close(case.outputs(dag.model, mode), expected, f"{growth} applied in {mode} mode", atol=1e-10)
         for growth in case.propose(operator, dag)[:1]:
             growth.apply(0.01)
         before = {mode: case.outputs(dag.model, mode) for mode in before}
@@ -62,6 +61,10 @@ def slope(operator: Operator, case: Case) -> None:
     """Law 2: the loss of the grown model falls in gamma by the gain, ``dL/dgamma = -gain`` at 0.
 
     Where the loss has a kink there, as with a ReLU whose input is exactly 0, the gain lies between both slopes.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
     """
     dag = case.copy()
     for growth in case.propose(operator, dag):
@@ -69,17 +72,27 @@ def slope(operator: Operator, case: Case) -> None:
 
 
 def check_slope(growth: Growth) -> None:
-    """Law 2 for one growth."""
+    """Law 2 for one growth.
+
+    Args:
+        growth: as it was proposed, on batches in float64.
+    """
     noise = 1e-9 * abs(growth.loss(0.0))
     allowed = noise + kink(growth.loss)
-    close(-growth.gain, derivative(growth.loss), f"slope of {growth}", rtol=1e-4, atol=allowed)
-    close(sum(growth.gain_from.values()), growth.gain, f"parts of the gain of {growth}", rtol=1e-9, atol=1e-3 * noise)
+    assert_close(-growth.gain, derivative(growth.loss), f"slope of {growth}", rtol=1e-4, atol=allowed)
+    assert_close(
+        sum(growth.gain_from.values()), growth.gain, f"parts of the gain of {growth}", rtol=1e-9, atol=1e-3 * noise
+    )
 
 
 def residual(operator: Operator, case: Case) -> None:
     """Law 3: ``E|t|^2 - E|t - Delta a|^2`` by brute force is the drop; t is v for a move, v_perp for new neurons.
 
     Operators with fields ``ridge`` and ``folds`` are checked with 0 and 1, where the law is exact.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
     """
     for growth in case.propose(_exact(operator), case.copy()):
         check_drop(growth, case)
@@ -89,16 +102,26 @@ def check_drop(growth: Growth, case: Case) -> None:
     """Law 3 for one growth of an operator without ridge and folds.
 
     Goals may be zero but for rounding, as those before a norm of one unit: a millionth of a millionth of the loss.
+
+    Args:
+        growth: as it was proposed.
+        case: what it was measured on.
     """
     targets = _targets(growth, case)
     if all(target.certain for target in targets) and (growth.drop or not growth.neurons):
         fall = sum(t.fall(t.written) for t in targets)
         noise = 1e-9 * sum(t.energy for t in targets) + (1e-12 * growth.loss(0.0)) ** 2
-        close(growth.drop, fall, f"drop of {growth}", rtol=1e-7, atol=noise)
+        assert_close(growth.drop, fall, f"drop of {growth}", rtol=1e-7, atol=noise)
 
 
 def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
-    """Law 4: no other fan-out explains more; where linear theory chose the fan-in, no other fan-in does either."""
+    """Law 4: no other fan-out explains more; where linear theory chose the fan-in, no other fan-in does either.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+        draws: how many random candidates of each size.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -133,26 +156,31 @@ def _less(fall: float, t: Target, what: str) -> None:
 
 
 def additivity(operator: Operator, case: Case) -> None:
-    """Law 5: moments of two sets of batches add up; order and size of batches do not matter."""
+    """Law 5: moments of two sets of batches add up; order and size of batches do not matter.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     pairs = [pair for candidate in operator.candidates(dag) for pair in candidate.pairs()]
 
     def moments(batches: Sequence[Any], folds: int = 1) -> Moments:
         return measure(dag, Objective(dag.model, batches, case.loss, mode="eval"), pairs, folds=folds)
 
-    def same_moments(found: MomentView, expected: MomentView, what: str) -> None:
-        assert found.samples == expected.samples, f"{what}: {found.samples} samples, not {expected.samples}"
+    def same_moments(actual: MomentView, expected: MomentView, what: str) -> None:
+        assert actual.samples == expected.samples, f"{what}: {actual.samples} samples, not {expected.samples}"
         for x, y in pairs:
-            close(found[x, y], expected[x, y], f"moment {x}, {y}: {what}", rtol=1e-10, atol=1e-12)
+            assert_close(actual[x, y], expected[x, y], f"moment {x}, {y}: {what}", rtol=1e-10, atol=1e-12)
 
     single = [(sample(x, n), y[n : n + 1]) for x, y in case.batches for n in range(len(y))]
     whole = moments(case.batches)
     same_moments(moments(single), whole, "batches of one")
     same_moments(moments(single[1::2]) + moments(single[::2]), whole, "two parts, in another order")
     folds = [moments(batches, 2).split() for batches in (case.batches, single)]
-    for fold, (found, expected) in enumerate(zip(*folds, strict=True)):
-        for part, of in zip(found, expected, strict=True):
-            same_moments(of, part, f"fold {fold}, batches of one")
+    for fold, views in enumerate(zip(*folds, strict=True)):
+        for expected, actual in zip(*views, strict=True):
+            same_moments(actual, expected, f"fold {fold}, batches of one")
 
 
 def invariance(operator: Operator, case: Case) -> None:
@@ -160,6 +188,10 @@ def invariance(operator: Operator, case: Case) -> None:
 
     Growths that do not claim it are left out: what is drawn at random, or depends on the units of features. So are
     those at targets whose features have a rank that moments in float64 cannot tell.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
     """
     dag = case.copy()
     first = _by_place(case.propose(operator, dag))
@@ -174,12 +206,17 @@ def invariance(operator: Operator, case: Case) -> None:
         _same_growths(case, first, case, _by_place(case.propose(operator, other)), f"units of {axis} permuted")
     other_unit = rescaled(case)
     if other_unit is not None:
-        found = _by_place(other_unit.propose(operator, other_unit.copy()))
-        _same_growths(case, first, other_unit, found, "first input scaled by 1000")
+        growths = _by_place(other_unit.propose(operator, other_unit.copy()))
+        _same_growths(case, first, other_unit, growths, "first input scaled by 1000")
 
 
 def undoing(operator: Operator, case: Case) -> None:
-    """Law 7: undo restores every bit of parameters, buffers, gradients, dag and optimizer."""
+    """Law 7: undo restores every bit of parameters, buffers, gradients, dag and optimizer.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     optimizer = torch.optim.Adam(dag.model.parameters(), lr=1e-3)
     _step(case, dag.model, optimizer)
@@ -191,63 +228,90 @@ def undoing(operator: Operator, case: Case) -> None:
 
 
 def regrowth(operator: Operator, case: Case) -> None:
-    """Law 8: the same place grows twice and its neighbours after it; copies, pickles and states of the result agree."""
+    """Law 8: the same place grows twice and its neighbours after it; copies, pickles and states of the result agree.
+
+    Parameters keep their identity, and keys of the ``state_dict`` are only ever added.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     identities = {name: id(p) for name, p in dag.model.named_parameters(remove_duplicate=False)}
     keys, optimizer = set(dag.model.state_dict()), torch.optim.Adam(dag.model.parameters(), lr=1e-4)
     _step(case, dag.model, optimizer)
-    picklable = is_picklable(case.model)
-    first = case.propose(operator, dag)
-    places = [g.where for g in first if not g.change.branches] + [g.where for g in first if g.change.branches][:2]
+    growths = case.propose(operator, dag)
+    places = [g.where for g in growths if not g.change.branches] + [g.where for g in growths if g.change.branches][:2]
     for where in [where for where in places for _ in range(2)]:
         for growth in [g for g in case.propose(operator, dag) if g.where == where][:1]:
-            gamma = gentle(growth)
-            widths, predicted = {axis.name: axis.width for axis in dag.axes}, growth.loss(gamma)
-            receipt = growth.apply(gamma, optimizer=optimizer)
-            close(
-                Objective(dag.model, case.batches, case.loss, mode=case.mode).mean(),
-                predicted,
-                f"{growth} applied",
-                rtol=1e-9,
-                atol=1e-12,
-            )
-            grown = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
-            grown = {name: more for name, more in grown.items() if more}
-            wider = {where: growth.neurons} if growth.neurons and not growth.change.branches else {}
-            assert grown == wider, f"{growth} widened {grown}"
-            new = bool(growth.neurons or growth.change.branches)
-            assert bool(receipt.parameters) == new, f"{receipt} tells of {receipt.parameters}"
+            _grows_as_predicted(growth, case, optimizer)
             _step(case, dag.model, optimizer)
     now = {name: id(p) for name, p in dag.model.named_parameters(remove_duplicate=False)}
     assert {name: now.get(name) for name in identities} == identities, "a parameter has lost its identity"
     assert keys <= set(dag.model.state_dict()), f"keys {keys - set(dag.model.state_dict())} have vanished"
-    expected = case.outputs(dag.model)
-    copied = copy.deepcopy(dag.model)
-    close(case.outputs(copied), expected, "deepcopy", atol=0)
+    _copies_agree(dag.model, case)
+
+
+def _grows_as_predicted(growth: Growth, case: Case, optimizer: torch.optim.Optimizer) -> None:
+    """The loss is the one that was foretold, the axis is as much wider as the growth tells, and no other one is."""
+    dag, gamma = growth.dag, gentle(growth)
+    widths, predicted = {axis.name: axis.width for axis in dag.axes}, growth.loss(gamma)
+    receipt = growth.apply(gamma, optimizer=optimizer)
+    loss = Objective(dag.model, case.batches, case.loss, mode=case.mode).mean()
+    assert_close(loss, predicted, f"{growth} applied", rtol=1e-9, atol=1e-12)
+    wider = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
+    wider = {name: more for name, more in wider.items() if more}
+    expected = {growth.where: growth.neurons} if growth.neurons and not growth.change.branches else {}
+    assert wider == expected, f"{growth} widened {wider}"
+    new = bool(growth.neurons or growth.change.branches)
+    assert bool(receipt.parameters) == new, f"{receipt} tells of {receipt.parameters}"
+
+
+def _copies_agree(model: nn.Module, case: Case) -> None:
+    """A copy, a copy that gets its weights from a ``state_dict``, and a pickle give the same outputs."""
+    outputs, twin = case.outputs(model), copy.deepcopy(model)
+    assert_close(case.outputs(twin), outputs, "deepcopy", atol=0)
     with torch.no_grad():
-        for parameter in copied.parameters():
+        for parameter in twin.parameters():
             parameter.zero_()
-    copied.load_state_dict(dag.model.state_dict())
-    close(case.outputs(copied), expected, "state_dict", atol=0)
-    if picklable:
-        close(case.outputs(pickle.loads(pickle.dumps(dag.model))), expected, "pickle", atol=0)
+    twin.load_state_dict(model.state_dict())
+    assert_close(case.outputs(twin), outputs, "state_dict", atol=0)
+    if is_picklable(case.model):
+        assert_close(case.outputs(pickle.loads(pickle.dumps(model))), outputs, "pickle", atol=0)
 
 
 def gentle(growth: Growth, gamma: float = 1e-2) -> float:
-    """Gamma, or so much less that the loss at most doubles: goals without a ridge may ask for large weights."""
+    """An amplitude at which the loss at most doubles: goals without a ridge may ask for large weights.
+
+    Args:
+        growth: as it was proposed.
+        gamma: what is wanted.
+
+    Returns:
+        ``gamma``, or so much less.
+    """
     most = 2 * abs(growth.loss(0.0)) + 1e-6
     return next((gamma * less for less in (1, 1e-2, 1e-4, 1e-6) if growth.loss(gamma * less) <= most), 0.0)
 
 
 def descent(operator: Operator, case: Case) -> None:
-    """Law 9: a small step along any growth with a gain lowers the loss."""
+    """Law 9: a small step along any growth with a gain lowers the loss.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     for growth in case.propose(operator, dag):
         check_descent(growth)
 
 
 def check_descent(growth: Growth) -> None:
-    """Law 9 for one growth."""
+    """Law 9 for one growth.
+
+    Args:
+        growth: as it was proposed, on batches in float64.
+    """
     before = growth.loss(0.0)
     if growth.gain > 1e-9 * abs(before):
         after = [growth.loss(part * abs(before) / growth.gain) for part in (1e-6, 1e-8, 1e-10)]
@@ -259,7 +323,12 @@ class Interruption(BaseException):
 
 
 def atomicity(operator: Operator, case: Case) -> None:
-    """Law 10: a loss that raises half-way through a growth leaves nothing changed."""
+    """Law 10: a loss that raises half-way through a growth leaves nothing changed.
+
+    Args:
+        operator: what is checked.
+        case: what it is checked on.
+    """
     dag = case.copy()
     optimizer, calls = torch.optim.Adam(dag.model.parameters(), lr=1e-3), [0, -1]
     _step(case, dag.model, optimizer)
@@ -287,40 +356,6 @@ def atomicity(operator: Operator, case: Case) -> None:
             raise AssertionError(f"the interruption of loss call {at} of {total} was swallowed")
 
 
-LAWS: tuple[Law, ...] = (
-    preservation,
-    slope,
-    residual,
-    optimality,
-    additivity,
-    invariance,
-    undoing,
-    regrowth,
-    descent,
-    atomicity,
-)
-
-
-def check_operator(
-    operator: Operator, models: Sequence[nn.Module | Case] | None = None, laws: Sequence[Law] = LAWS
-) -> None:
-    """Puts an operator through the laws, over the given models (or cases) or a small built-in set.
-
-    Raises:
-        AssertionError: a law does not hold, or the operator proposes nothing on any of them.
-    """
-    given = built_in() if models is None else models
-    cases = [one if isinstance(one, Case) else case_of(one) for one in given]
-    assert any(case.propose(operator, case.copy()) for case in cases), f"{operator!r} proposes nothing"
-    for case in cases:
-        for law in laws:
-            try:
-                law(operator, case)
-            except AssertionError as error:
-                where = case.name or type(case.model).__name__
-                raise AssertionError(f"{law.__name__} of {operator!r} on {where}: {error}") from error
-
-
 def _exact(operator: Operator) -> Operator:
     """The operator without ridge and cross-validation, where it has them."""
     if not dataclasses.is_dataclass(operator):
@@ -331,13 +366,13 @@ def _exact(operator: Operator) -> Operator:
 
 
 def _certain(growth: Growth, case: Case) -> bool:
-    return all(target.certain for target in observe(growth, case.batches, case.loss, case.mode))
+    return all(target.certain for target in targets_of(growth, case.batches, case.loss, case.mode))
 
 
 def _targets(growth: Growth, case: Case) -> list[Target]:
     paired, solver = getattr(growth.operator, "paired", False), getattr(growth.operator, "solver", "")
     project = (growth.neurons > 0 or bool(growth.change.branches)) and solver != "unprojected"
-    return observe(growth, case.batches, case.loss, case.mode, project=project, paired=paired)
+    return targets_of(growth, case.batches, case.loss, case.mode, project=project, paired=paired)
 
 
 def _step(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -356,19 +391,14 @@ def _by_place(growths: Sequence[Growth]) -> dict[tuple[str, int], Growth]:
 
 
 def _same_growths(
-    case: Case, first: Mapping[Any, Growth], other: Case, found: Mapping[Any, Growth], what: str, scale: float = 1.0
+    case: Case, first: Mapping[Any, Growth], other: Case, second: Mapping[Any, Growth], what: str, scale: float = 1.0
 ) -> None:
     """The same gains and the same new functions, where goals are ``scale`` times what they were."""
-    assert first.keys() <= found.keys(), f"{what}: growths at {list(found)}, not {list(first)}"
+    assert first.keys() <= second.keys(), f"{what}: growths at {list(second)}, not {list(first)}"
     for place, growth in first.items():
-        twin = found[place]
+        twin = second[place]
         noise = 1e-9 * abs(growth.loss(0.0))
         assert twin.neurons == growth.neurons, f"{what}: {twin.neurons} neurons at {place}, not {growth.neurons}"
-        close(twin.gain / scale**2, growth.gain, f"{what}: gain at {place}", rtol=1e-6, atol=noise)
-        close(
-            other.grown(twin, 0.01 / scale),
-            case.grown(growth, 0.01),
-            f"{what}: outputs of {growth}",
-            rtol=1e-6,
-            atol=1e-9,
-        )
+        assert_close(twin.gain / scale**2, growth.gain, f"{what}: gain at {place}", rtol=1e-6, atol=noise)
+        outputs = other.grown(twin, 0.01 / scale)
+        assert_close(outputs, case.grown(growth, 0.01), f"{what}: outputs of {growth}", rtol=1e-6, atol=1e-9)

@@ -24,7 +24,7 @@ from dagrow.tracing._frontends import record, symbolic
 from dagrow.tracing._inputs import bind, hold_values
 from dagrow.tracing._leaf_modules import is_opaque
 from dagrow.tracing._program import Executor, Program, tensor_at
-from dagrow.tracing._verification import close, relax_guards, two_samples
+from dagrow.tracing._verification import relax_guards, two_samples
 
 __all__ = [
     "AttributeInt",
@@ -35,7 +35,6 @@ __all__ = [
     "Program",
     "added_paths",
     "bind",
-    "close",
     "dynamic_sizes",
     "hold_values",
     "is_opaque",

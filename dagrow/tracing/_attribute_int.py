@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dagrow._pytree import arguments_of
+from dagrow._pytree import leaf_values
 from dagrow.tracing._builtin_reads import attributes_read
 from dagrow.tracing._traced_int import TracedInt
 
@@ -83,7 +83,7 @@ def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
             remembering = _remembering(value, path, name, uses)
             if remembering is not None:
                 if name in read[type(module)]:
-                    uses.computed |= {number.path for number in arguments_of(remembering)}
+                    uses.computed |= {number.path for number in leaf_values(remembering)}
                 replaced.append((module, name, value, remembering))
                 vars(module)[name] = remembering
     try:

@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._pytree import is_plain, leaves, mapped, opened, tensors
+from dagrow._pytree import is_plain, leaves, mapped, opened, tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
@@ -255,7 +255,7 @@ def snapshot(value: Any) -> Any:
 
 def versions(tree: Any) -> Versions:
     """How often each tensor of a nest was written."""
-    return {id(tensor): _version(tensor) for tensor in tensors(tree)}
+    return {id(tensor): _version(tensor) for tensor in tensors_in(tree)}
 
 
 def _version(tensor: Tensor) -> int:

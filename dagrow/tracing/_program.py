@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow._pytree import arguments_of, leaves, mapped
+from dagrow._pytree import leaf_values, leaves, mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
 from dagrow.tracing._contexts import modes_kept
@@ -49,7 +49,7 @@ class Program:
         """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
         uses: dict[AttributePath, list[fx.Node]] = {}
         for node in self.graph.nodes:
-            for value in arguments_of((node.args, node.kwargs)):
+            for value in leaf_values((node.args, node.kwargs)):
                 if isinstance(value, AttributeInt):
                     uses.setdefault(value.path, []).append(node)
         return uses

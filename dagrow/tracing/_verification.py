@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
+from dagrow._comparison import close
 from dagrow._model_state import ModelState
 from dagrow._pytree import leaves, mapped
 from dagrow.errors import TraceError, first_line
@@ -16,8 +16,6 @@ from dagrow.tracing._contexts import explained, plainly
 from dagrow.tracing._inputs import bind, hold_values
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._traced_int import COMPARISONS
-
-_TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def verify(program: Program, example_inputs: Any, state: ModelState | None = None) -> Program:
@@ -82,19 +80,6 @@ def _compare(program: Program, state: ModelState, expected: Any, inputs: Any, wh
     for path in {**expected, **computed}:
         if path not in expected or path not in computed or not close(expected[path], computed[path]):
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")
-
-
-def close(a: Any, b: Any) -> bool:
-    """Whether two values are the same, tensors up to what their type tells apart."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return a is b or bool(np.all(a == b))
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    finite = a[torch.isfinite(a)].abs()
-    slack = _TOLERANCE.get(a.dtype, 1e-4) * (finite.max().item() if finite.numel() else 0.0)
-    return bool(torch.isclose(a, b, rtol=0.0, atol=slack, equal_nan=True).all())
 
 
 def relax_guards(program: Program, example_inputs: Any) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from zoo import Plan, Stage, Twice, built
 
 import dagrow
-from dagrow.testing._axis_trial import try_axis
+from dagrow.testing import try_axis
 
 
 def test_riders_of_a_channel() -> None:

@@ -36,10 +36,10 @@ from common import append, read, source_version, table, write_block
 from torch import Tensor, nn
 
 import dagrow
-from dagrow._pytree import leaves
+from dagrow._pytree import tensors_in
 from dagrow.graph import Dag
 from dagrow.layers import ATTENTION, op_name
-from dagrow.testing._axis_trial import rounding, try_axes
+from dagrow.testing._axis_trial import last_bit_change, try_axes
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
 SLOW = 5.0  #: seconds of a plain call and a trace that are not repeated
@@ -142,9 +142,9 @@ def _attends(dag: Dag) -> bool:
 def _equal(dag: Dag, given: Any, tolerance: float) -> bool:
     torch.manual_seed(1)
     with torch.no_grad():
-        expected = _tensors(dag.model(*given))
+        expected = tensors_in(dag.model(*given))
         torch.manual_seed(1)
-        found = _tensors(dag.program.run(*given))
+        found = tensors_in(dag.program.run(*given))
     return len(expected) == len(found) and all(_close(a, b, tolerance) for a, b in zip(expected, found, strict=True))
 
 
@@ -152,7 +152,7 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """Every growable axis."""
     found = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
     failed = {axis: wrong for axis, wrong in found.items() if wrong}
-    noise = rounding(dag, inputs)
+    noise = last_bit_change(dag, inputs)
     return {
         "tried": len(found),
         "exact": len(found) - len(failed),
@@ -165,11 +165,7 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
 def _run(model: nn.Module, given: Any) -> list[Tensor]:
     torch.manual_seed(1)
     with torch.no_grad():
-        return _tensors(model(*given))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+        return tensors_in(model(*given))
 
 
 def _to(given: Any, kind: torch.dtype) -> Any:

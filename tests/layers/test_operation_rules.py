@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow.layers import OperationRule
-from dagrow.testing._axis_trial import try_axis
+from dagrow.testing import try_axis
 
 
 class Mystery(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import GrowthError, TraceError
-from dagrow.testing._axis_trial import try_axis
+from dagrow.testing import try_axis
 
 X = torch.randn(4, 6, dtype=torch.float64)
 

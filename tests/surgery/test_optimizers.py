@@ -1,6 +1,8 @@
 """Optimizer state follows its parameters: old entries bit-equal, new ones zero."""
 
 import copy
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import AddNeurons, OptimizerError
-from dagrow.surgery._optimizers import _log
+from dagrow.surgery._growth_log import log_of
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].abs()], 1)
@@ -249,7 +251,7 @@ def test_the_log_does_not_grow_with_growths_that_are_undone() -> None:
     model, _, dag = trained(OPTIMIZERS["sgd"])
     for k in (1, 2, 1, 2, 1, 2):
         grow(dag, k).undo()
-    assert max(len(_log[p].stages) for p in model.parameters() if p in _log) <= 6
+    assert max(len(log.resizes) for log in map(log_of, model.parameters()) if log) <= 6
 
 
 def test_a_receipt_that_is_gone_keeps_nothing() -> None:
@@ -259,3 +261,67 @@ def test_a_receipt_that_is_gone_keeps_nothing() -> None:
     kept = grow(dag)
     assert [undo is None for undo in dag.applied[:-2]] == [True, True]
     kept.undo()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_that_was_refused_goes_on(make: Any) -> None:
+    model = net()
+    optimizer = make(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(X), Y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    with pytest.raises(OptimizerError, match="keeps"):
+        grow(dagrow.trace(model, X), optimizer=optimizer)
+    optimizer.step(closure)
+
+
+def test_copies_and_pickles_hold_nothing_of_the_growths_of_their_parameters() -> None:
+    model, _, dag = trained(OPTIMIZERS["adam"])
+    grow(dag).undo()
+    grow(dag)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(log_of(parameter) is None for parameter in twin.parameters())
+        step(twin, torch.optim.Adam(twin.parameters()))
+    assert b"dagrow" not in pickle.dumps(model)
+
+
+def test_models_that_grow_in_threads_do_not_disturb_each_other() -> None:
+    """Neither those that are growing nor those that are only trained."""
+    errors: list[BaseException] = []
+    growing = [trained(OPTIMIZERS["adam"]) for _ in range(2)]
+    still, other, _ = trained(OPTIMIZERS["adam"])
+    done = threading.Event()
+
+    def train() -> None:
+        while not done.is_set():
+            step(still, other)
+
+    def work(model: nn.Module, optimizer: torch.optim.Optimizer, dag: Any) -> None:
+        for _ in range(4):
+            grow(dag, 1).undo()
+            grow(dag, 1)
+            step(model, optimizer)
+
+    def guarded(function: Callable[..., None], *args: Any) -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            errors.append(error)
+
+    trainer = threading.Thread(target=guarded, args=(train,))
+    growers = [threading.Thread(target=guarded, args=(work, *setting)) for setting in growing]
+    for thread in (trainer, *growers):
+        thread.start()
+    for thread in growers:
+        thread.join()
+    done.set()
+    trainer.join()
+    assert not errors
+    for model, optimizer, _ in growing:
+        assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())

@@ -1,0 +1,126 @@
+"""How a parameter has grown, for optimizers that keep state of how it was.
+
+A log belongs to one parameter, is an attribute of it, and goes with it. Copies and pickles of a parameter have none:
+their optimizers are copied with them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dagrow.axes import IndexMap
+
+_ATTRIBUTE = "_growth_log"
+
+
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """One growth of a parameter, or its undoing."""
+
+    before: torch.Size
+    after: torch.Size
+    index_maps: Sequence[IndexMap]
+    undone: bool
+
+    def undoes(self, other: "Resize") -> bool:
+        return self.undone and not other.undone and self.index_maps == other.index_maps
+
+    def follow(self, state: Tensor) -> Tensor:
+        """State of the shape before, with zeros at new entries; or less what was new."""
+        index = [torch.arange(size) for size in (self.after if self.undone else self.before)]
+        for index_map in self.index_maps:
+            index[index_map.dim] = index_map.old
+        old = torch.meshgrid(*(places.to(state.device) for places in index), indexing="ij")
+        if self.undone:
+            return state[old]
+        grown = state.new_zeros(self.after)
+        grown[old] = state
+        return grown
+
+
+@dataclass(eq=False)
+class GrowthLog:
+    """What happened to a parameter.
+
+    Attributes:
+        resizes: its growths, oldest first, less those that no shape leads to any more.
+        dropped: how many those are.
+        versions: optimizer -> the version of the parameter that its state is of.
+        new: new parameters of new layers, to be optimized with this one.
+        beside: of a new parameter, the one that it is optimized with.
+        removed: whether it was new and has been taken out again.
+        since: when the log was opened, by a clock.
+        informed: optimizers that know all that is noted here.
+    """
+
+    resizes: list[Resize] = field(default_factory=list)
+    dropped: int = 0
+    versions: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
+    new: list[ref[Tensor]] = field(default_factory=list)
+    beside: ref[Tensor] | None = None
+    removed: bool = False
+    since: int = field(default_factory=perf_counter_ns)
+    informed: set[ref[Optimizer]] = field(default_factory=set)
+
+    def __reduce__(self) -> Any:
+        """What a copy or a pickle holds in its place: something empty that every reader of pickles knows."""
+        return OrderedDict, ()
+
+    @property
+    def version(self) -> int:
+        return self.dropped + len(self.resizes)
+
+    def add(self, resize: Resize) -> None:
+        self.informed.clear()
+        last = self.resizes[-1] if self.resizes else None
+        if last is not None and last.after == resize.after:
+            return  # an interrupted undo runs twice
+        if last is not None and resize.undoes(last) and self.version not in self.versions.values():
+            self.resizes.pop()  # nobody saw it
+            return
+        self.resizes.append(resize)
+        newest = {resize.before: index for index, resize in enumerate(self.resizes)}
+        unreachable = min(newest.values())
+        self.dropped, self.resizes = self.dropped + unreachable, self.resizes[unreachable:]
+
+    def start(self, shape: torch.Size, version: int | None = None) -> int | None:
+        """The first resize that state of this shape has still to follow; None if no version had the shape."""
+        if version is not None and version >= self.dropped:
+            at = version - self.dropped
+            if at == len(self.resizes) or self.resizes[at].before == shape:
+                return at
+        if self.resizes[-1].after == shape:
+            return len(self.resizes)
+        return max((at for at, resize in enumerate(self.resizes) if resize.before == shape), default=None)
+
+    def follow(self, state: Tensor, version: int | None) -> Tensor:
+        """State of a version, or of one of its shape, brought to the present one."""
+        start = self.start(state.shape, version)
+        for resize in self.resizes[len(self.resizes) if start is None else start :]:
+            state = resize.follow(state)
+        return state
+
+    def is_behind(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's state is of an earlier version."""
+        return bool(self.resizes) and self.versions.get(optimizer) != self.version
+
+
+def log_of(parameter: Tensor) -> GrowthLog | None:
+    """The log of a parameter, if anything has happened to it."""
+    log = vars(parameter).get(_ATTRIBUTE)
+    return log if isinstance(log, GrowthLog) else None
+
+
+def opened_log(parameter: Tensor) -> GrowthLog:
+    """The log of a parameter, a new one if there is none."""
+    log = log_of(parameter)
+    if log is None:
+        log = vars(parameter)[_ATTRIBUTE] = GrowthLog()
+    return log

@@ -1,0 +1,60 @@
+"""Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
+
+import torch
+
+from dagrow._comparison import close, jittered, rounding
+from dagrow._model_state import preserve_state
+from dagrow.errors import GrowthError
+from dagrow.graph import Dag
+from dagrow.statistics import Objective
+from dagrow.surgery._apply import preview
+from dagrow.surgery._draft import Change
+from dagrow.surgery._growth import Growth
+
+
+def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) -> None:
+    """New channels with zero fan-out do not change the loss.
+
+    Args:
+        where: the axes that are wider, for the message.
+
+    Raises:
+        GrowthError: they do.
+    """
+    before, after, same = _losses(dag, objective, change, 0.0)
+    if not same:
+        raise GrowthError(
+            f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
+            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
+            "axis out with axes=."
+        )
+
+
+def check_unchanged(growth: Growth) -> None:
+    """A growth that says that it preserves the function does so at its full amplitude.
+
+    Raises:
+        GrowthError: it does not.
+    """
+    before, after, same = _losses(growth.dag, growth.objective, growth.change, 1.0)
+    if not same:
+        raise GrowthError(
+            f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
+            "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
+            "the axis out with axes=."
+        )
+
+
+def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
+    """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
+    with preserve_state(objective.model), torch.no_grad():
+        objective.model.eval()
+        batch = next(iter(objective))[0]
+        before = objective.value(batch)
+        with preview(dag, change):
+            after = objective.value(batch, change.tensors(dag.model, gamma))
+        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
+        same = close(before, after, allowed)
+        if not same:
+            same = close(before, after, rounding(before, [objective.value(batch, w) for w in jittered(dag.model)]))
+    return float(before), float(after), same
