@@ -1,6 +1,6 @@
 """TODO surgery."""
 
-from dagrow.surgery._apply import all_or_nothing, grown, preview, transaction
+from dagrow.surgery._apply import grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
 from dagrow.surgery._new_layers import NewPath, blank, dependent
@@ -14,7 +14,6 @@ __all__ = [
     "Growth",
     "NewPath",
     "Receipt",
-    "all_or_nothing",
     "blank",
     "check_optimizer",
     "check_steps",

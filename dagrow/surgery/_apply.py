@@ -5,7 +5,7 @@ Every parameter keeps its identity, so that optimizers, schedulers, hooks and lo
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dagrow._model_state import ModelState
+from dagrow._model_state import ModelState, all_or_nothing, restoring
+from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
-from dagrow.surgery._new_layers import attach, attached, detach
+from dagrow.surgery._new_layers import attach, detach
 from dagrow.surgery._optimizers import (
     adopt,
     carry,
@@ -34,186 +35,197 @@ from dagrow.surgery._optimizers import (
 from dagrow.tracing import tensor_at
 
 T = TypeVar("T")
-Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that state widths
 
 
 @contextlib.contextmanager
 def preview(dag: Dag, change: Change) -> Iterator[None]:
-    """Inside, the model has the forward, the branches and the stated widths of the grown network."""
-    model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
-    grown = change.kind(dag.model)
-    try:
-        with attached(model, change.branches):
-            model.__class__ = grown
-            _state(model, change.attributes)
-            yield
-    finally:
-        model.__class__ = found
-        try:
-            _state(model, before)
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            _state(model, before)
-            raise
+    """Inside, the model has the forward, the new layers and the stated widths of the grown network."""
+    structure, grown_class = _Structure(dag.model, change), change.kind(dag.model)
+    with restoring(structure.restore):
+        attach(dag.model, change.branches, copied=False)
+        structure.write(grown_class)
+        yield
 
 
-def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
-    """The attributes that state widths, as they are."""
-    return {
-        name: {key: getattr(model.get_submodule(name), key) for key in stated} for name, stated in attributes.items()
-    }
+class _Structure:
+    """Of what a change overwrites in a model all but tensors, as it was: its class and attributes that state widths."""
+
+    def __init__(self, model: nn.Module, change: Change) -> None:
+        self.model, self.change, self.kind = model, change, type(model)
+        self.attributes = {
+            name: {key: getattr(model.get_submodule(name), key) for key in sizes}
+            for name, sizes in change.attributes.items()
+        }
+
+    def write(self, kind: type[nn.Module]) -> None:
+        """States the widths of the grown network, and puts its forward in place."""
+        _set(self.model, self.change.attributes)
+        self.model.__class__ = kind
+
+    def restore(self) -> None:
+        """Puts everything back, without new layers. May run twice."""
+        self.model.__class__ = self.kind
+        _set(self.model, self.attributes)
+        detach(self.model, self.change.branches)
 
 
-def _state(model: nn.Module, attributes: Attributes) -> None:
-    for name, stated in attributes.items():
-        for key, size in stated.items():
+def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, sizes in attributes.items():
+        for key, size in sizes.items():
             setattr(model.get_submodule(name), key, size)
 
 
+@dataclass(frozen=True, eq=False)
+class _OldTensor:
+    """A parameter or buffer as it was.
+
+    Attributes:
+        values: its old storage where it gets a new shape, else a copy.
+        landings: where its entries go, along the dimensions that grow.
+    """
+
+    tensor: Tensor
+    values: Tensor
+    gradient: Tensor | None
+    landings: tuple[IndexMap, ...]
+
+    @staticmethod
+    def of(tensor: Tensor, landings: tuple[IndexMap, ...]) -> "_OldTensor":
+        values = tensor.detach() if landings else tensor.detach().clone()
+        return _OldTensor(tensor, values, tensor.grad, landings)
+
+    def write(self, values: Tensor) -> None:
+        """Other values, perhaps of a grown shape; then the gradient gets zeros where the tensor is new."""
+        if not self.landings:
+            self.tensor.copy_(values)
+            return
+        _resize(self.tensor, values)
+        self.tensor.grad = None if self.gradient is None else pad(self.gradient, self.landings)
+        log_growth(self.tensor, self.landings)
+
+    def restore(self) -> None:
+        if self.landings:
+            _resize(self.tensor, self.values)
+        elif not torch.equal(self.tensor, self.values):
+            self.tensor.copy_(self.values)
+        self.tensor.grad = self.gradient
+
+
+def _resize(tensor: Tensor, values: Tensor) -> None:
+    """Gives a tensor another storage and shape; it stays the same object."""
+    tensor.grad = None
+    tensor.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
+
+
 class Overwritten:
-    """What a change overwrites in a model, as it was: old storages, not copies, where a tensor gets a new shape."""
+    """What a change overwrites in a model, as it was."""
 
     def __init__(self, model: nn.Module, change: Change) -> None:
-        self.model, self.change = model, change
-        names = [name for name in dict.fromkeys((*change.landings, *change.slope)) if name not in change.added]
-        self.tensors = {name: tensor_at(model, name) for name in names}
-        self.storages = {name: tensor.detach() for name, tensor in self.tensors.items()}
-        self.values = {
-            name: tensor.detach().clone() for name, tensor in self.tensors.items() if name not in change.landings
+        self.structure = _Structure(model, change)
+        self.tensors = {
+            name: _OldTensor.of(tensor_at(model, name), change.landings.get(name, ()))
+            for name in change.names
+            if name not in change.added
         }
-        self.gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
         self.added: list[Tensor] = []  #: parameters of new layers
-        self.attributes = _stated(model, change.attributes)
-        self.kind = type(model)
+
+    def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
+        """Puts grown tensors, new layers and the forward in place."""
+        self._add(tensors)
+        with torch.no_grad():
+            for name, old in self.tensors.items():
+                old.write(tensors[name])
+        self.structure.write(kind)
+
+    def _add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts new layers in place, each to be optimized with the layer that it is added to."""
+        model, branches = self.structure.model, self.structure.change.branches
+        attach(model, branches, copied=True)
+        for branch in branches:
+            for name, parameter in model.get_submodule(branch.name).named_parameters(branch.name):
+                with torch.no_grad():
+                    parameter.copy_(tensors.get(name, parameter))
+                self.added.append(parameter)
+                log_added(parameter, tensor_at(model, branch.beside))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
         with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                if name in self.change.landings:
-                    _resize(tensor, self.storages[name])
-                elif not torch.equal(tensor, self.values[name]):
-                    tensor.copy_(self.values[name])
-                tensor.grad = self.gradients[name]
-        _state(self.model, self.attributes)
-        self.model.__class__ = self.kind
+            for old in self.tensors.values():
+                old.restore()
+        self.structure.restore()
         for parameter in self.added:
             log_removed(parameter)
-        detach(self.model, self.change.branches)
-        for name, landings in self.change.landings.items():
-            log_undo(self.tensors[name], landings)
+        for old in self.growing:
+            log_undo(old.tensor, old.landings)
 
-    def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
-        """Puts grown tensors and their forward in place; gradients get zeros where tensors are new."""
-        self._add(tensors)
-        with torch.no_grad():
-            for name, value in tensors.items():
-                if name in self.change.added:
-                    continue
-                tensor, landings = self.tensors[name], self.change.landings.get(name)
-                if landings is None:
-                    tensor.copy_(value)
-                    continue
-                _resize(tensor, value)
-                gradient = self.gradients[name]
-                tensor.grad = None if gradient is None else pad(gradient, landings)
-                log_growth(tensor, landings)
-        _state(self.model, self.change.attributes)
-        self.model.__class__ = kind
-
-    def _add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts new layers in place, each to be optimized with the layer that it is added to."""
-        attach(self.model, self.change.branches, copied=True)
-        for branch in self.change.branches:
-            for name, parameter in self.model.get_submodule(branch.name).named_parameters(branch.name):
-                with torch.no_grad():
-                    parameter.copy_(tensors.get(name, parameter))
-                self.added.append(parameter)
-                log_added(parameter, tensor_at(self.model, branch.beside))
-
-
-def _resize(tensor: Tensor, value: Tensor) -> None:
-    """Gives a tensor another storage and shape; it stays the same object."""
-    tensor.grad = None
-    tensor.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
-
-
-def all_or_nothing(work: Callable[[], T], restore: Callable[[], None]) -> T:
-    """Does some work, or restores what it found if it does not end, whatever the reason."""
-    try:
-        return work()
-    except BaseException:
-        try:
-            restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            restore()
-            raise
-        raise
+    @property
+    def growing(self) -> list[_OldTensor]:
+        """Those that get a new shape."""
+        return [old for old in self.tensors.values() if old.landings]
 
 
 class UndoRecord:
     """Everything that a growth overwrote, as it was."""
 
     def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None, kind: type[nn.Module]) -> None:
-        self.dag, self.change, self.optimizer = dag, change, optimizer
-        self.saved, self.view, self.kind = Overwritten(dag.model, change), dag.view(), kind
-        self.stage = dag.applied.stage
-        self.receipt: Any = None  #: weak reference to the receipt that can call this
-        self.state: dict[Tensor, dict[str, Any]] = {}
-        held = {} if optimizer is None else optimizer.state
-        for name, tensor in self.saved.tensors.items():
-            if tensor in held:
-                self.state[tensor] = _kept(held[tensor], name in change.landings)
+        self.dag, self.view, self.optimizer, self.kind = dag, dag.view, optimizer, kind
+        self.overwritten = Overwritten(dag.model, change)
+        self.state: dict[Tensor, dict[str, Any]] = {}  #: of the optimizer, for what was overwritten
+        states = {} if optimizer is None else optimizer.state
+        for old in self.overwritten.tensors.values():
+            if old.tensor in states:
+                self.state[old.tensor] = _copied(states[old.tensor], replaced=bool(old.landings))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
-        self.saved.restore()
+        self.overwritten.restore()
         if self.optimizer is not None:
             regroup(self.optimizer)
-            for tensor in self.saved.tensors.values():
-                if tensor in self.state:
-                    self.optimizer.state[tensor] = _kept(self.state[tensor], False)
+            for old in self.overwritten.tensors.values():
+                if old.tensor in self.state:
+                    self.optimizer.state[old.tensor] = _copied(self.state[old.tensor], replaced=False)
                 else:
-                    self.optimizer.state.pop(tensor, None)
-            settle(self.optimizer, [self.saved.tensors[name] for name in self.change.landings])
-        self.dag.show(self.view)
-        self.dag.applied.stage = self.stage
-        if self in self.dag.applied:
-            self.dag.applied.remove(self)
+                    self.optimizer.state.pop(old.tensor, None)
+            settle(self.optimizer, [old.tensor for old in self.overwritten.growing])
+        self.dag.remove_growth(self, self.view)
 
 
-def _kept(state: Mapping[str, Any], replaced: bool) -> dict[str, Any]:
+def _copied(state: Mapping[str, Any], *, replaced: bool) -> dict[str, Any]:
     """State to come back to: copied, unless the growth puts another tensor in its place."""
 
-    def kept(value: Any) -> Any:
+    def copied(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and (value.numel() == 1 or not replaced) else value
 
-    return tree_map(kept, dict(state))
+    return tree_map(copied, dict(state))
 
 
-def _unreachable(undo: UndoRecord) -> bool:
-    """Whether nobody can undo the growth any more, so that what it overwrote need not be kept."""
-    return undo.receipt is not None and undo.receipt() is None
-
-
-class _DagState:
-    """The model and the dag as they were found."""
+class _Transaction:
+    """The model and the dag as they were found, and what undoes the growths since."""
 
     def __init__(self, dag: Dag) -> None:
-        dag.applied[:] = [None if undo is None or _unreachable(undo) else undo for undo in dag.applied]
-        self.dag, self.count = dag, len(dag.applied)
-        self.state, self.view = ModelState(dag.model), dag.view()
+        self.dag, self.view, self.outer = dag, dag.view, dag.undos
+        self.undos: list[UndoRecord] = []
+        self.state = ModelState(dag.model)
 
     def restore(self) -> None:
         """Undoes growths and puts everything else back. May run twice."""
-        for undo in reversed(self.dag.applied[self.count :]):
+        for undo in reversed(self.undos):
             undo.restore()
-        self.dag.show(self.view)
+        self.dag.view, self.dag.undos = self.view, self.outer
         self.state.restore()
 
 
 def transaction(dag: Dag, work: Callable[[], T]) -> T:
     """Does some work that may grow the model. If it does not end, the model and the dag are as they were found."""
-    return all_or_nothing(work, _DagState(dag).restore)
+    opened = _Transaction(dag)
+    with all_or_nothing(opened.restore):
+        dag.undos = opened.undos
+        result = work()
+        dag.undos = opened.outer
+        if opened.outer is not None:
+            opened.outer.extend(opened.undos)
+    return result
 
 
 def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = None) -> UndoRecord:
@@ -224,46 +236,35 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
             does not show, so that it would not be the same function at gamma = 0.
         OptimizerError: the optimizer holds state that cannot follow.
     """
-    wrong = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
-    if wrong is not None:
+    changed = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
+    if changed is not None:
         grows = ", ".join((*change.landings, *change.added))
         raise GrowthError(
-            f"the model cannot grow {grows}: {wrong.text}, although nothing new is connected yet. Its forward depends "
-            "on the width in a way that its graph does not show. Leave this axis out."
-        ) from wrong.cause
-    tensors = change.tensors(dag.model, gamma)
-    kind = change.kind(dag.model)
+            f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
+            "depends on the width in a way that its graph does not show. Leave this axis out."
+        ) from changed.cause
+    tensors, kind = change.tensors(dag.model, gamma), change.kind(dag.model)
     undo = UndoRecord(dag, change, optimizer, kind)
     if optimizer is not None:
-        refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
+        refuse(optimizer, [old.tensor for old in undo.overwritten.growing])
         refuse_new(optimizer, change.added)
-
-    def write() -> None:
-        undo.saved.write(tensors, kind)
+    with all_or_nothing(undo.restore):
+        undo.overwritten.write(tensors, kind)
         if optimizer is not None:
             carry(optimizer)
-            adopt(optimizer, undo.saved.added, dag.model.parameters())
-        dag.applied.append(undo)
-        dag.applied.stage = object()
-        dag.retrace()
-
-    all_or_nothing(write, undo.restore)
+            adopt(optimizer, undo.overwritten.added, dag.model.parameters())
+        dag.add_growth(undo)
     return undo
 
 
 @contextlib.contextmanager
 def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
     """Inside, the model is grown in place; the dag still shows what it was."""
-    tensors, saved = change.tensors(dag.model, gamma), Overwritten(dag.model, change)
-    try:
-        saved.write(tensors, change.kind(dag.model))
+    tensors, kind = change.tensors(dag.model, gamma), change.kind(dag.model)
+    overwritten = Overwritten(dag.model, change)
+    with restoring(overwritten.restore):
+        overwritten.write(tensors, kind)
         yield
-    finally:
-        try:
-            saved.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            saved.restore()
-            raise
 
 
 def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Overwritten:
@@ -282,9 +283,10 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
             fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
         tensors[name] = pad(old, landings, fresh)
     tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
-    saved = Overwritten(copy, replace(change, slope={}))
-    all_or_nothing(lambda: saved.write(tensors, kind if change.written else type(copy)), saved.restore)
-    return saved
+    overwritten = Overwritten(copy, replace(change, slope={}))
+    with all_or_nothing(overwritten.restore):
+        overwritten.write(tensors, kind if change.written else type(copy))
+    return overwritten
 
 
 def _check_copy(change: Change, copy: nn.Module) -> None:

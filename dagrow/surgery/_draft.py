@@ -47,6 +47,11 @@ class Change:
         """Parameters that the model has not got yet, at gamma = 0."""
         return parameters_of(self.branches)
 
+    @property
+    def names(self) -> list[str]:
+        """The parameters and buffers that become others, new ones among them."""
+        return list(dict.fromkeys((*self.landings, *self.slope)))
+
     def kind(self, model: nn.Module) -> type[nn.Module]:
         """The class of the grown model: its own, or one whose forward is written anew."""
         return self._written if self.written else type(model)
@@ -64,7 +69,7 @@ class Change:
         """Parameters and buffers that differ from the model's, at an amplitude."""
         found = {}
         with torch.no_grad():
-            for name in dict.fromkeys((*self.landings, *self.slope)):
+            for name in self.names:
                 tensor = self.added[name] if name in self.added else tensor_at(model, name)
                 tensor = pad(tensor.detach(), self.landings.get(name, ()), self.fresh.get(name))
                 if name in self.slope:

@@ -1,22 +1,22 @@
 """A growth is a proposed change, printable before it happens; a receipt is what it became."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, prod
 from types import NoneType
 from typing import Any
-from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagrow._model_state import all_or_nothing
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, weight_uses
-from dagrow.solvers import LEVEL, Regression, Verdict, upper_tail
+from dagrow.solvers import LEVEL, Verdict, upper_tail
 from dagrow.statistics import Objective
-from dagrow.surgery._apply import Overwritten, UndoRecord, all_or_nothing, apply, preview, transaction, widen_copy
+from dagrow.surgery._apply import Overwritten, UndoRecord, apply, preview, transaction, widen_copy
 from dagrow.surgery._draft import Change
 from dagrow.surgery._optimizers import check_optimizer
 
@@ -55,7 +55,6 @@ class Growth:
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
             is drawn at random.
         notes: fallbacks that the solution needed.
-        regressions: tells what is regressed on what at each target, on features that do not depend on the goals.
     """
 
     operator: Any
@@ -75,7 +74,6 @@ class Growth:
     samples: int = 0
     z: float | None = None
     p_value: float | None = None
-    regressions: Callable[[], Sequence[Regression]] = field(default=tuple, repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)
@@ -158,11 +156,8 @@ class Growth:
     def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
         """Applies the growth when the losses are known already."""
         undo = apply(self.dag, self.change, gamma, optimizer)
-        receipt = Receipt(
-            self.where, self.neurons, gamma, before, after, self.gain, where_new([self.change]), self, undo
-        )
-        undo.receipt = ref(receipt)
-        return receipt
+        new = where_new([self.change])
+        return Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo)
 
     def __str__(self) -> str:
         held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
@@ -219,15 +214,11 @@ class Receipt:
         Raises:
             GrowthError: the copy is not one of the model as it was before the growth. It is as it was.
         """
-        done: list[Overwritten] = []
-        try:
+        overwritten: list[Overwritten] = []
+        with all_or_nothing(partial(_restore, overwritten)):
             for part in self.parts:
                 if part.growth is not None and part._undo is not None:
-                    done.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
-        except BaseException:
-            for saved in reversed(done):
-                saved.restore()
-            raise
+                    overwritten.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
 
     def undo(self) -> None:
         """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
@@ -248,7 +239,8 @@ class Receipt:
                 f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
             )
         restore = partial(_restore, undos)
-        all_or_nothing(restore, restore)
+        with all_or_nothing(restore):
+            restore()
 
     def __str__(self) -> str:
         if self._parts:
@@ -275,9 +267,9 @@ def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
     return found
 
 
-def _restore(undos: Sequence[UndoRecord]) -> None:
-    for undo in reversed(undos):
-        undo.restore()
+def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
+    for record in reversed(records):
+        record.restore()
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:

@@ -3,12 +3,11 @@
 A branch ``f`` turns ``a = W b`` into ``a = W b + f(x)``, where ``x`` is what some other layer reads.
 """
 
-import contextlib
 import copy
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,20 +78,6 @@ def detach(model: nn.Module, branches: Iterable[NewPath]) -> None:
     """Takes branches out of a model. May run twice."""
     for branch in branches:
         model._modules.pop(branch.name, None)
-
-
-@contextlib.contextmanager
-def attached(model: nn.Module, branches: Sequence[NewPath]) -> Iterator[None]:
-    """Inside, the branches are part of the model."""
-    try:
-        attach(model, branches, copied=False)
-        yield
-    finally:
-        try:
-            detach(model, branches)
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            detach(model, branches)
-            raise
 
 
 def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterable[NewPath]) -> None:

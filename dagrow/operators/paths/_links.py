@@ -323,7 +323,6 @@ class PathCandidate(Candidate):
             drop=fit.drop,
             invariant=self.invariant,
             notes=(fit.note,) if fit.note else (),
-            regressions=lambda: [link.block(self.drawn or self.features)],
             change=change,
             dag=link.dag,
             objective=objective,
