@@ -54,10 +54,11 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
     scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
     """
+    loss_at = growth.losses(judge)
 
     def loss(gamma: float) -> float:
         try:
-            return growth.loss(gamma, judge)
+            return loss_at(gamma)
         except NotFiniteError:
             return inf
 

@@ -38,12 +38,17 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def preview(dag: Dag, change: Change) -> Iterator[None]:
-    """Inside, the model has the forward, the new layers and the stated widths of the grown network."""
+def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, the model has the forward, the new layers and the stated widths of the grown network.
+
+    Args:
+        tensors: stand where the model's own tensors of these names do; nothing is written into those.
+    """
     structure, grown_class = _Structure(dag.model, change), change.kind(dag.model)
     with restoring(structure.restore):
         attach(dag.model, change.branches, copied=False)
         structure.write(grown_class)
+        structure.replace(tensors or {})
         yield
 
 
@@ -52,6 +57,7 @@ class _Structure:
 
     def __init__(self, model: nn.Module, change: Change) -> None:
         self.model, self.change, self.kind = model, change, type(model)
+        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
         self.attributes = {
             name: {key: getattr(model.get_submodule(name), key) for key in sizes}
             for name, sizes in change.attributes.items()
@@ -62,8 +68,20 @@ class _Structure:
         _set(self.model, self.change.attributes)
         self.model.__class__ = kind
 
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors where others are."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = self.model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            self.replaced.append((holder, leaf, holder[leaf]))
+            holder[leaf] = tensor
+
     def restore(self) -> None:
         """Puts everything back, without new layers. May run twice."""
+        for holder, leaf, tensor in reversed(self.replaced):
+            holder[leaf] = tensor
         self.model.__class__ = self.kind
         _set(self.model, self.attributes)
         detach(self.model, self.change.branches)
@@ -236,20 +254,21 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
             does not show, so that it would not be the same function at gamma = 0.
         OptimizerError: the optimizer holds state that cannot follow.
     """
-    changed = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
+    start = change.start(dag.model)
+    changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
     if changed is not None:
         grows = ", ".join((*change.landings, *change.added))
         raise GrowthError(
             f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
             "depends on the width in a way that its graph does not show. Leave this axis out."
         ) from changed.cause
-    tensors, kind = change.tensors(dag.model, gamma), change.kind(dag.model)
+    kind = change.kind(dag.model)
     undo = UndoRecord(dag, change, optimizer, kind)
     if optimizer is not None:
         refuse(optimizer, [old.tensor for old in undo.overwritten.growing])
         refuse_new(optimizer, change.added)
     with all_or_nothing(undo.restore):
-        undo.overwritten.write(tensors, kind)
+        undo.overwritten.write(change.at(start, gamma), kind)
         if optimizer is not None:
             carry(optimizer)
             adopt(optimizer, undo.overwritten.added, dag.model.parameters())
@@ -257,11 +276,14 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     return undo
 
 
-@contextlib.contextmanager
-def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
+def grown(dag: Dag, change: Change, gamma: float) -> contextlib.AbstractContextManager[None]:
     """Inside, the model is grown in place; the dag still shows what it was."""
-    tensors, kind = change.tensors(dag.model, gamma), change.kind(dag.model)
-    overwritten = Overwritten(dag.model, change)
+    return _grown(dag.model, change, change.tensors(dag.model, gamma))
+
+
+@contextlib.contextmanager
+def _grown(model: nn.Module, change: Change, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    overwritten, kind = Overwritten(model, change), change.kind(model)
     with restoring(overwritten.restore):
         overwritten.write(tensors, kind)
         yield

@@ -65,20 +65,27 @@ class Change:
             [b.record for b in self.branches],
         )
 
+    def start(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameters and buffers that become others, in their grown shapes, at gamma = 0."""
+        start = {}
+        for name in self.names:
+            tensor = self.added[name] if name in self.added else tensor_at(model, name)
+            start[name] = pad(tensor.detach(), self.landings.get(name, ()), self.fresh.get(name))
+            if name in self.slope and self.slope[name].shape != start[name].shape:
+                raise GrowthError(f"{name} has changed its shape since the growth was measured; propose again.")
+        return start
+
+    def at(self, start: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
+        """The same at another amplitude: new tensors, so that nothing that is done to them reaches ``start``."""
+        with torch.no_grad():
+            return {
+                name: tensor + gamma * self.slope[name].to(tensor) if name in self.slope else tensor.clone()
+                for name, tensor in start.items()
+            }
+
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
         """Parameters and buffers that differ from the model's, at an amplitude."""
-        found = {}
-        with torch.no_grad():
-            for name in self.names:
-                tensor = self.added[name] if name in self.added else tensor_at(model, name)
-                tensor = pad(tensor.detach(), self.landings.get(name, ()), self.fresh.get(name))
-                if name in self.slope:
-                    slope = self.slope[name]
-                    if slope.shape != tensor.shape:
-                        raise GrowthError(f"{name} has changed its shape since the growth was measured; propose again.")
-                    tensor = tensor + gamma * slope.to(tensor)
-                found[name] = tensor
-        return found
+        return self.at(self.start(model), gamma)
 
 
 class Draft:
@@ -246,11 +253,19 @@ def pad(tensor: Tensor, landings: Sequence[IndexMap], fresh: Tensor | None = Non
     """The tensor in its grown shape: old entries where they land, new ones from ``fresh`` or zero."""
     if not landings:
         return tensor
-    shape, index = list(tensor.shape), [torch.arange(size) for size in tensor.shape]
+    shape = list(tensor.shape)
     for landing in landings:
         if len(landing.old) != tensor.shape[landing.dim]:
             raise GrowthError("the model has changed its widths since the growth was measured; propose again.")
-        shape[landing.dim], index[landing.dim] = landing.size, landing.old
+        shape[landing.dim] = landing.size
     grown = tensor.new_zeros(shape) if fresh is None else fresh.detach().clone()
-    grown[torch.meshgrid(*(i.to(tensor.device) for i in index), indexing="ij")] = tensor
-    return grown
+    return _place(grown, tensor, landings)
+
+
+def _place(grown: Tensor, tensor: Tensor, landings: Sequence[IndexMap]) -> Tensor:
+    """Writes the entries of a tensor to where they land, one dimension after the other."""
+    landing, *others = landings
+    old = landing.old.to(tensor.device)
+    if others:
+        tensor = _place(grown.index_select(landing.dim, old), tensor, others)
+    return grown.index_copy_(landing.dim, old, tensor.to(grown.dtype))

@@ -1,6 +1,6 @@
 """A growth is a proposed change, printable before it happens; a receipt is what it became."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, prod
@@ -116,18 +116,28 @@ class Growth:
             gamma: the amplitude.
             objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
         """
-        self._check("loss", gamma)
+        check_real("loss", gamma=gamma)
+        return self.losses(objective)(gamma)
+
+    def losses(self, objective: Objective | None = None) -> Callable[[float], float]:
+        """The loss of the grown network as a function of the amplitude, while the model stays as it is.
+
+        Args:
+            objective: as for :meth:`loss`.
+        """
+        self.check_fresh()
         if not isinstance(objective, (Objective, NoneType)):
             raise GrowthError(
                 f"loss(objective=...): a {type(objective).__name__} was given; leave it out, or for other batches give "
                 "growth.objective.with_batches(batches)."
             )
-        with preview(self.dag, self.change):
-            return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
+        judge, start = objective or self.objective, self.change.start(self.dag.model)
 
-    def _check(self, call: str, gamma: object) -> None:
-        check_real(call, gamma=gamma)
-        self.check_fresh()
+        def loss(gamma: float) -> float:
+            with preview(self.dag, self.change, self.change.at(start, gamma)):
+                return judge.mean()
+
+        return loss
 
     def check_fresh(self) -> None:
         """Raises GrowthError if the model is no longer the one that was measured."""
@@ -149,7 +159,8 @@ class Growth:
             GrowthError: the model is no longer the one that was measured.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
         """
-        self._check("apply", gamma)
+        check_real("apply", gamma=gamma)
+        self.check_fresh()
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 
