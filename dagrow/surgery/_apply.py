@@ -46,14 +46,14 @@ def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = Non
     """
     structure, grown_class = _Structure(dag.model, change), change.kind(dag.model)
     with restoring(structure.restore):
-        attach(dag.model, change.branches, copied=False)
+        attach(dag.model, change.new_paths, copied=False)
         structure.write(grown_class)
         structure.replace(tensors or {})
         yield
 
 
 class _Structure:
-    """Of what a change overwrites in a model all but tensors, as it was: its class and attributes that state widths."""
+    """Of what a change overwrites in a model all but tensors, as it was: its class, sizes, layers."""
 
     def __init__(self, model: nn.Module, change: Change) -> None:
         self.model, self.change, self.kind = model, change, type(model)
@@ -84,7 +84,7 @@ class _Structure:
             holder[leaf] = tensor
         self.model.__class__ = self.kind
         _set(self.model, self.attributes)
-        detach(self.model, self.change.branches)
+        detach(self.model, self.change.new_paths)
 
 
 def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -99,30 +99,30 @@ class _OldTensor:
 
     Attributes:
         values: its old storage where it gets a new shape, else a copy.
-        landings: where its entries go, along the dimensions that grow.
+        index_maps: where its entries go, along the dimensions that grow.
     """
 
     tensor: Tensor
     values: Tensor
     gradient: Tensor | None
-    landings: tuple[IndexMap, ...]
+    index_maps: tuple[IndexMap, ...]
 
     @staticmethod
-    def of(tensor: Tensor, landings: tuple[IndexMap, ...]) -> "_OldTensor":
-        values = tensor.detach() if landings else tensor.detach().clone()
-        return _OldTensor(tensor, values, tensor.grad, landings)
+    def of(tensor: Tensor, index_maps: tuple[IndexMap, ...]) -> "_OldTensor":
+        values = tensor.detach() if index_maps else tensor.detach().clone()
+        return _OldTensor(tensor, values, tensor.grad, index_maps)
 
     def write(self, values: Tensor) -> None:
         """Other values, perhaps of a grown shape; then the gradient gets zeros where the tensor is new."""
-        if not self.landings:
+        if not self.index_maps:
             self.tensor.copy_(values)
             return
         _resize(self.tensor, values)
-        self.tensor.grad = None if self.gradient is None else pad(self.gradient, self.landings)
-        log_growth(self.tensor, self.landings)
+        self.tensor.grad = None if self.gradient is None else pad(self.gradient, self.index_maps)
+        log_growth(self.tensor, self.index_maps)
 
     def restore(self) -> None:
-        if self.landings:
+        if self.index_maps:
             _resize(self.tensor, self.values)
         elif not torch.equal(self.tensor, self.values):
             self.tensor.copy_(self.values)
@@ -141,7 +141,7 @@ class Overwritten:
     def __init__(self, model: nn.Module, change: Change) -> None:
         self.structure = _Structure(model, change)
         self.tensors = {
-            name: _OldTensor.of(tensor_at(model, name), change.landings.get(name, ()))
+            name: _OldTensor.of(tensor_at(model, name), change.index_maps.get(name, ()))
             for name in change.names
             if name not in change.added
         }
@@ -157,14 +157,14 @@ class Overwritten:
 
     def _add(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts new layers in place, each to be optimized with the layer that it is added to."""
-        model, branches = self.structure.model, self.structure.change.branches
-        attach(model, branches, copied=True)
-        for branch in branches:
-            for name, parameter in model.get_submodule(branch.name).named_parameters(branch.name):
+        model, new_paths = self.structure.model, self.structure.change.new_paths
+        attach(model, new_paths, copied=True)
+        for path in new_paths:
+            for name, parameter in model.get_submodule(path.name).named_parameters(path.name):
                 with torch.no_grad():
                     parameter.copy_(tensors.get(name, parameter))
                 self.added.append(parameter)
-                log_added(parameter, tensor_at(model, branch.beside))
+                log_added(parameter, tensor_at(model, path.beside))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
@@ -175,12 +175,12 @@ class Overwritten:
         for parameter in self.added:
             log_removed(parameter)
         for old in self.growing:
-            log_undo(old.tensor, old.landings)
+            log_undo(old.tensor, old.index_maps)
 
     @property
     def growing(self) -> list[_OldTensor]:
         """Those that get a new shape."""
-        return [old for old in self.tensors.values() if old.landings]
+        return [old for old in self.tensors.values() if old.index_maps]
 
 
 class UndoRecord:
@@ -193,7 +193,7 @@ class UndoRecord:
         states = {} if optimizer is None else optimizer.state
         for old in self.overwritten.tensors.values():
             if old.tensor in states:
-                self.state[old.tensor] = _copied(states[old.tensor], replaced=bool(old.landings))
+                self.state[old.tensor] = _copied(states[old.tensor], replaced=bool(old.index_maps))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
@@ -257,7 +257,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
     start = change.start(dag.model)
     changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
     if changed is not None:
-        grows = ", ".join((*change.landings, *change.added))
+        grows = ", ".join((*change.index_maps, *change.added))
         raise GrowthError(
             f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
             "depends on the width in a way that its graph does not show. Leave this axis out."
@@ -299,11 +299,11 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
     """
     _check_copy(change, copy)
     tensors = {}
-    for name, landings in change.landings.items():
+    for name, index_maps in change.index_maps.items():
         old, fresh, slope = tensor_at(copy, name).detach(), change.fresh.get(name), change.slope.get(name)
         if slope is not None:
             fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
-        tensors[name] = pad(old, landings, fresh)
+        tensors[name] = pad(old, index_maps, fresh)
     tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
     overwritten = Overwritten(copy, replace(change, slope={}))
     with all_or_nothing(overwritten.restore):
@@ -312,12 +312,14 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
 
 
 def _check_copy(change: Change, copy: nn.Module) -> None:
-    there = [branch.name for branch in change.branches if branch.name in copy._modules]
-    if there:
-        raise GrowthError(f"the copy has {', '.join(there)} already; carry each copy along once after each growth.")
-    moved = {name: slope.shape for name, slope in change.slope.items() if name not in {*change.added, *change.landings}}
-    for name in (*change.landings, *moved, *(branch.beside for branch in change.branches)):
-        landings = change.landings.get(name, ())
+    present = [path.name for path in change.new_paths if path.name in copy._modules]
+    if present:
+        raise GrowthError(f"the copy has {', '.join(present)} already; carry each copy along once after each growth.")
+    moved = {
+        name: slope.shape for name, slope in change.slope.items() if name not in {*change.added, *change.index_maps}
+    }
+    for name in (*change.index_maps, *moved, *(path.beside for path in change.new_paths)):
+        index_maps = change.index_maps.get(name, ())
         try:
             shape = tensor_at(copy, name).shape
         except AttributeError as error:
@@ -325,7 +327,7 @@ def _check_copy(change: Change, copy: nn.Module) -> None:
                 f"a {type(copy).__name__} without {name} is no copy of the grown model; give copy.deepcopy(model), or "
                 "AveragedModel(model).module, made before the growth."
             ) from error
-        if any(shape[at.dim] != len(at.old) for at in landings) or shape != moved.get(name, shape):
+        if any(shape[at.dim] != len(at.old) for at in index_maps) or shape != moved.get(name, shape):
             raise GrowthError(
                 f"{name} of the copy has shape {tuple(shape)}, not that of the model before the growth; carry each "
                 "copy along once after each growth, in order."

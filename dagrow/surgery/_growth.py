@@ -102,9 +102,9 @@ class Growth:
         """
         check_real("samples_for", above=0, relative_error=relative_error)
         if self.heldout_gain is None or self.heldout_error is None or not self.heldout_gain > 0:
-            found = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
+            how = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
             raise GrowthError(
-                f"samples_for: the gain at {self.where} was measured {found}, so there is no error relative to it. "
+                f"samples_for: the gain at {self.where} was measured {how}, so there is no error relative to it. "
                 "Measure it with folds of at least 2, on more samples."
             )
         return max(1, ceil(self.samples * (self.heldout_error / self.heldout_gain / relative_error) ** 2))
@@ -171,12 +171,12 @@ class Growth:
         return Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo)
 
     def __str__(self) -> str:
-        held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
-        held += "" if self.p_value is None else f", p {self.p_value:.2g}"
+        heldout = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
+        heldout += "" if self.p_value is None else f", p {self.p_value:.2g}"
         doubt = "" if self.significant else " (not more than chance)"
         doubt += " (raises the loss)" if self.gain < 0 else ""
         return (
-            f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{held}{doubt}, "
+            f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{heldout}{doubt}, "
             f"{self.cost.parameters:+,} parameters, {self.cost.flops:+,} FLOPs"
         )
 
@@ -266,16 +266,16 @@ class Receipt:
 
 def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
     """Parameter or buffer -> for each dimension that grew where the new entries are, after changes in a row."""
-    found: dict[str, dict[int, list[int]]] = {}
+    new: dict[str, dict[int, list[int]]] = {}
     for change in changes:
-        for name, landings in change.landings.items():
-            places = found.setdefault(name, {})
-            for at in landings:
-                moved = [int(at.old[place]) for place in places.get(at.dim, [])]
-                places[at.dim] = sorted(moved + at.new.flatten().tolist())
+        for name, index_maps in change.index_maps.items():
+            positions = new.setdefault(name, {})
+            for at in index_maps:
+                earlier = [int(at.old[position]) for position in positions.get(at.dim, [])]
+                positions[at.dim] = sorted(earlier + at.new.flatten().tolist())
         for name, parameter in change.added.items():
-            found[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
-    return found
+            new[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
+    return new
 
 
 def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
@@ -286,18 +286,17 @@ def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
 def cost_of(dag: Dag, change: Change) -> Cost:
     """Counted from shapes: an entry of a matrix or kernel costs one multiplication and one addition per position."""
     parameters = dict(dag.model.named_parameters())
-    added = {
-        n: _grown(parameters[n].shape, at) - parameters[n].numel()
-        for n, at in change.landings.items()
-        if n in parameters
+    entries = {
+        name: _grown_size(parameters[name].shape, at) - parameters[name].numel()
+        for name, at in change.index_maps.items()
+        if name in parameters
     }
     uses = weight_uses(dag.graph, dag.layers)
-    used = [name for name in uses if name in added and parameters[name].ndim > 1]
-    flops = sum(2 * added[name] * uses[name] for name in used)
-    new = [branch.cost() for branch in change.branches]
-    return Cost(sum(added.values()) + sum(p for p, _ in new), flops + sum(f for _, f in new))
+    flops = sum(2 * entries[name] * uses[name] for name in uses if name in entries and parameters[name].ndim > 1)
+    paths = [path.cost() for path in change.new_paths]
+    return Cost(sum(entries.values()) + sum(p for p, _ in paths), flops + sum(f for _, f in paths))
 
 
-def _grown(shape: Sequence[int], landings: Sequence[IndexMap]) -> int:
-    sizes = {landing.dim: landing.size for landing in landings}
+def _grown_size(shape: Sequence[int], index_maps: Sequence[IndexMap]) -> int:
+    sizes = {index_map.dim: index_map.size for index_map in index_maps}
     return prod(sizes.get(dim, size) for dim, size in enumerate(shape))

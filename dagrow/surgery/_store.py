@@ -140,7 +140,7 @@ def _lay(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str, Mapp
     module.to(writer.parameters()["weight"])
     reading, writing = (nodes[reads], nodes[writes]) if writes else (source.next, source)
     draft = Draft(dag)
-    draft.branch(NewPath(name, module, reading, writing, source, reads, writes, writer.path("weight")), nn.Identity())
+    draft.add_path(NewPath(name, module, reading, writing, source, reads, writes, writer.path("weight")), nn.Identity())
     apply(dag, draft.change(), 0.0)
 
 

@@ -106,7 +106,7 @@ def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
 
     for growth in case.propose(_exact(operator), case.copy()):
         targets = _targets(growth, case)
-        if not all(t.certain for t in targets) or not growth.drop or not (growth.neurons or growth.change.branches):
+        if not all(t.certain for t in targets) or not growth.drop or not (growth.neurons or growth.change.new_paths):
             continue
         for t in targets:
             for scale in (1.0, 1e-2, 1e-4) * draws:
@@ -198,7 +198,7 @@ def regrowth(operator: Operator, case: Case) -> None:
     _step(case, dag.model, optimizer)
     picklable = is_picklable(case.model)
     first = case.propose(operator, dag)
-    places = [g.where for g in first if not g.change.branches] + [g.where for g in first if g.change.branches][:2]
+    places = [g.where for g in first if not g.change.new_paths] + [g.where for g in first if g.change.new_paths][:2]
     for where in [where for where in places for _ in range(2)]:
         for growth in [g for g in case.propose(operator, dag) if g.where == where][:1]:
             gamma = gentle(growth)
@@ -213,9 +213,9 @@ def regrowth(operator: Operator, case: Case) -> None:
             )
             grown = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
             grown = {name: more for name, more in grown.items() if more}
-            wider = {where: growth.neurons} if growth.neurons and not growth.change.branches else {}
+            wider = {where: growth.neurons} if growth.neurons and not growth.change.new_paths else {}
             assert grown == wider, f"{growth} widened {grown}"
-            new = bool(growth.neurons or growth.change.branches)
+            new = bool(growth.neurons or growth.change.new_paths)
             assert bool(receipt.parameters) == new, f"{receipt} tells of {receipt.parameters}"
             _step(case, dag.model, optimizer)
     now = {name: id(p) for name, p in dag.model.named_parameters(remove_duplicate=False)}
@@ -336,7 +336,7 @@ def _certain(growth: Growth, case: Case) -> bool:
 
 def _targets(growth: Growth, case: Case) -> list[Target]:
     paired, solver = getattr(growth.operator, "paired", False), getattr(growth.operator, "solver", "")
-    project = (growth.neurons > 0 or bool(growth.change.branches)) and solver != "unprojected"
+    project = (growth.neurons > 0 or bool(growth.change.new_paths)) and solver != "unprojected"
     return observe(growth, case.batches, case.loss, case.mode, project=project, paired=paired)
 
 

@@ -205,8 +205,8 @@ def observe(
     """
     dag, names = growth.dag, list(growth.gain_from)
     objective = Objective(dag.model, batches, loss, mode=mode)
-    if growth.change.branches:
-        return [_joined(growth, branch, objective) for branch in growth.change.branches]
+    if growth.change.new_paths:
+        return [_joined(growth, branch, objective) for branch in growth.change.new_paths]
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
     before = _look(objective, edges if producer is None or producer.name in names else [*edges, producer])
@@ -240,7 +240,7 @@ def _target(
     wanted = goal - regressed(reads, goal) if project and edge.trainable else goal
     slope, written = change.slope.get(edge.path("weight")), torch.zeros_like(goal)
     new, (o, i) = read[:, :0], edge.rule.dims["weight"]
-    landings = {landing.dim: landing for landing in change.landings.get(edge.path("weight"), ())}
+    landings = {landing.dim: landing for landing in change.index_maps.get(edge.path("weight"), ())}
     if slope is not None:
         weight = edge.matrix(slope)
         rows = landings[o].old if o in landings else torch.arange(len(weight))
