@@ -94,10 +94,17 @@ class ModelState:
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
 
     def trusted(self, function: Callable[[], T]) -> T:
-        """What a function gives that comes back here more than once.
+        """Runs a function that comes back here more than once.
 
         Values are compared once, at its end: before that, a parameter counts as unwritten while its version does. If
-        one was written past its version, as through ``.data``, the function runs once more, all values compared."""
+        one was written past its version, as through ``.data``, the function runs once more, all values compared.
+
+        Args:
+            function: uses :meth:`kept`.
+
+        Returns:
+            What the function gives.
+        """
         unnoticed: list[Tensor] = []
 
         def compare() -> None:

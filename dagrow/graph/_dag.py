@@ -13,7 +13,7 @@ from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._edges import Axis, Edge, in_place
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
-from dagrow.graph._view import DagView, Rule, analyse, untouched
+from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
 from dagrow.layers import LayerRule, LayerSite, OperationRule
 from dagrow.tracing import DynamicSizes, Program, is_opaque
 
@@ -34,9 +34,10 @@ class Dag:
 
     def __init__(self, model: nn.Module, example_inputs: Any, rules: Sequence[Rule]) -> None:
         self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
+        self._tracer = Tracer(model, example_inputs, self.rules)
         self._growths: list[ref[Any]] = _growths.setdefault(model, [])
         self.undos: list[Any] | None = None
-        self.view: DagView = analyse(model, example_inputs, self.rules, self._growths, verified=True)
+        self.view: DagView = analyse(self._tracer, self._growths, verified=True)
 
     @property
     def program(self) -> Program:
@@ -91,7 +92,7 @@ class Dag:
         self._growths.append(ref(undo))
         if self.undos is not None:
             self.undos.append(undo)
-        self.view = analyse(self.model, self.example_inputs, self.rules, self._growths)
+        self.view = analyse(self._tracer, self._growths)
 
     def remove_growth(self, undo: Any, view: DagView) -> None:
         """Shows an earlier view again, as a growth has been undone. May run twice."""
@@ -100,11 +101,31 @@ class Dag:
             self._growths.remove(ref(undo))
 
     def edge(self, name: str) -> Edge:
-        """The edge with this name. Raises GrowthError if there is none."""
+        """The edge with this name.
+
+        Args:
+            name: the path of the layer in the model.
+
+        Returns:
+            The edge.
+
+        Raises:
+            GrowthError: there is none.
+        """
         return _lookup("edge", name, self.edges)
 
     def axis(self, name: str) -> Axis:
-        """The axis with this name. Raises GrowthError if there is none."""
+        """The axis with this name.
+
+        Args:
+            name: those of its oldest producers, joined by ``+``.
+
+        Returns:
+            The axis.
+
+        Raises:
+            GrowthError: there is none.
+        """
         return _lookup("axis", name, self.axes)
 
     def layer(self, name: str) -> LayerSite:
@@ -112,7 +133,18 @@ class Dag:
         return next(layer for layer in self.layers.values() if layer.name == name)
 
     def widening(self, axis: Axis, k: int) -> WideningPlan:
-        """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""
+        """Plans what changes where when an axis widens.
+
+        Args:
+            axis: one of this dag.
+            k: by how many units.
+
+        Returns:
+            The plan.
+
+        Raises:
+            GrowthError: the axis cannot grow so.
+        """
         try:
             return widen(self.program, self.layers, axis.layout, k)
         except CannotWidenError as misfit:
@@ -121,7 +153,11 @@ class Dag:
             ) from misfit
 
     def check(self) -> None:
-        """Raises GrowthError if the model was grown through another dag, or changed by hand, since it was traced."""
+        """Makes sure that the model is still the one that was traced.
+
+        Raises:
+            GrowthError: it was grown through another dag, or changed by hand.
+        """
         if tuple(self._growths) != self.view.growths:
             raise GrowthError(
                 "the model was grown, or a growth of it undone, through another dag since this one was traced; trace "
@@ -140,7 +176,9 @@ class Dag:
 
     def network(self) -> nx.MultiDiGraph:
         """A networkx view: nodes are activations that a layer reads (or the output), edges are weighted layers."""
-        return self.view.network.copy()
+        return network(
+            self.graph, {node: layer for node, layer in self.layers.items() if layer.name in self.view.widths}
+        )
 
     def coverage(self) -> Coverage:
         """Edges and parameters that can grow, and those that cannot and why; print it."""
@@ -163,8 +201,15 @@ class Dag:
         return f"Dag({type(self.model).__name__}, {len(self.edges)} edges, {len(self.axes)} axes, {growing} growable)"
 
     def describe(self, width: int = 130) -> str:
-        """Tables of edges and axes, at most ``width`` columns wide; layers that no rule knows; what tracing fixed."""
-        unknown = without_rule(self.program, self.view.obstacles.tracer.layer_rules)
+        """What ``print(dag)`` shows: tables of edges and axes; layers that no rule knows; what tracing fixed.
+
+        Args:
+            width: of the tables, in columns of text, at most.
+
+        Returns:
+            The text.
+        """
+        unknown = without_rule(self.program, self._tracer.layer_rules)
         notes = [f"No rule yet for {', '.join(unknown)}: what they touch cannot grow."] if unknown else []
         notes += [f"Fixed while tracing: {text}." for text in self.program.specialisations]
         return "\n".join([render(*tables(repr(self), self.edges, self.axes), width=width), *notes])

@@ -125,7 +125,13 @@ def axes_of(
     """Axes, named after their oldest producers; a number tells apart those of the same producers.
 
     Args:
+        edges: by their names.
+        layouts: of the axes.
+        reasons: why each cannot widen, or None.
         new: the modules that growths have put into the model, oldest first.
+
+    Yields:
+        One axis for each layout.
     """
     base = ["+".join(_oldest(layout.rows, new)) for layout in layouts]
     for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):

@@ -53,9 +53,15 @@ class OtherMode:
         return cls(program, *labelled(program.graph, program.model, layer_sites(program.graph, program.model, rules)))
 
     def obstacle(self, layout: AxisLayout, widening: WideningPlan) -> str | None:
-        """Why an axis that can widen in the mode that was traced, as planned, cannot in the other.
+        """Why an axis that can widen in the mode that was traced cannot in the other.
 
-        None if it can, and where the other mode cuts it into other axes: that shows when a growth is tried out.
+        Args:
+            layout: of the axis.
+            widening: how it widens in the mode that was traced.
+
+        Returns:
+            The reason. None if it can, and where the other mode cuts it into other axes: that shows when a growth is
+            tried out.
         """
         mode = "evaluation" if self.program.model.training else "training"
         rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]

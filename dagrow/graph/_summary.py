@@ -118,18 +118,33 @@ def coverage_of(edges: Sequence[Edge], axes: Sequence[Axis], model: nn.Module) -
 
 
 def count_flops(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> int:
-    """Of one sample of the example that was traced; a multiplication and an addition are two.
+    """Floating point operations for one sample of the example; a multiplication and an addition are two.
 
     Counted are layers with a rule (each entry of a matrix or kernel once per position and call) and products of two
     activations: matmul, einsum and attention. Nothing else is: norms, activations, and layers without a rule, such as
-    recurrent ones. So counts ``torch.utils.flop_counter`` as well.
+    recurrent ones. So counts ``torch.utils.flop_counter`` as well, but it has to run the model.
+
+    Args:
+        graph: with the shapes of all activations.
+        layers: those with a rule, by their nodes.
+
+    Returns:
+        The number of operations.
     """
     total = sum(_of_layer(node, layers[node]) if node in layers else _of_product(node) for node in graph.nodes)
     return total // _samples(graph)
 
 
 def weight_uses(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, int]:
-    """Weight -> how often each of its entries is used for one sample of the example, over all calls."""
+    """How often each entry of a weight is used for one sample of the example, over all calls.
+
+    Args:
+        graph: with the shapes of all activations.
+        layers: those with a rule, by their nodes.
+
+    Returns:
+        The number of uses, by the name of the weight.
+    """
     uses: dict[str, int] = {}
     for node, layer in layers.items():
         uses[layer.path("weight")] = uses.get(layer.path("weight"), 0) + _positions(node, layer)

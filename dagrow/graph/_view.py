@@ -59,29 +59,20 @@ class DagView:
         """How the sizes of activations follow those of the inputs."""
         return dynamic_sizes(self.program)
 
-    @cached_property
-    def network(self) -> nx.MultiDiGraph:
-        """Nodes are activations that an edge reads (or the output), edges are those of the dag."""
-        return network(
-            self.program.graph, {node: layer for node, layer in self.layers.items() if layer.name in self.widths}
-        )
 
-
-def analyse(
-    model: nn.Module,
-    example_inputs: Any,
-    rules: Sequence[Rule],
-    growths: Sequence[ref[Any]] = (),
-    *,
-    verified: bool = False,
-) -> DagView:
+def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = False) -> DagView:
     """Reads edges and axes off a model as it is now.
 
     Args:
+        tracer: of the model.
+        growths: what undoes those that are in place.
         verified: whether the graph is compared with the model at another batch size.
+
+    Returns:
+        The view.
     """
+    model = tracer.model
     with untouched(model):
-        tracer = Tracer(model, example_inputs, tuple(rules))
         program = tracer.program(verified=verified)
         layers, labels = labelled(program.graph, model, layer_sites(program.graph, model, tracer.layer_rules))
         obstacles = Obstacles(tracer, program, layers)
@@ -107,18 +98,10 @@ class Tracer:
     example_inputs: Any
     rules: tuple[Rule, ...]
 
-    @cached_property
+    @property
     def layer_rules(self) -> tuple[LayerRule, ...]:
         """The user's own first."""
-        return (*self._own_layer_rules, *DEFAULT_RULES)
-
-    @cached_property
-    def _own_layer_rules(self) -> list[LayerRule]:
-        return [rule for rule in self.rules if isinstance(rule, LayerRule)]
-
-    @cached_property
-    def _operation_rules(self) -> list[OperationRule]:
-        return [rule for rule in self.rules if isinstance(rule, OperationRule)]
+        return (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
 
     def program(self, *, verified: bool) -> Program:
         """The program, from the example inputs."""
@@ -140,14 +123,15 @@ class Tracer:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for node in program.graph.nodes:
             module = node.meta["module"] = modules[str(node.target)] if node.op == "call_module" else None
-            node.meta["kind"] = next((rule.kind for rule in self._operation_rules if rule.covers(node, module)), None)
+            operations = (rule for rule in self.rules if isinstance(rule, OperationRule))
+            node.meta["kind"] = next((rule.kind for rule in operations if rule.covers(node, module)), None)
         return program
 
     def _is_known(self, module: nn.Module) -> bool:
         """Whether a rule of the user speaks for the module."""
-        return rule_for(module, self._own_layer_rules) is not None or any(
-            type(module) in rule.targets for rule in self._operation_rules
-        )
+        own = [rule for rule in self.rules if isinstance(rule, LayerRule)]
+        operations = [rule for rule in self.rules if isinstance(rule, OperationRule)]
+        return rule_for(module, own) is not None or any(type(module) in rule.targets for rule in operations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +189,11 @@ def network(graph: fx.Graph, edges: Mapping[fx.Node, LayerSite]) -> nx.MultiDiGr
     """Every layer leads from the activation that it reads to every activation that its output reaches unweighted.
 
     Args:
+        graph: of the model.
         edges: the weighted layers, by their nodes.
+
+    Returns:
+        A graph with the activations that edges read, and the output, as nodes.
     """
     read = {layer.inputs for layer in edges.values()}
     read |= {node for node in graph.nodes if node.op == "output"}

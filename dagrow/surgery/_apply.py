@@ -42,6 +42,8 @@ def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = Non
     """Inside, the model has the forward, the new layers and the stated widths of the grown network.
 
     Args:
+        dag: of the model.
+        change: what the growth does to it.
         tensors: stand where the model's own tensors of these names do; nothing is written into those.
     """
     structure, grown_class = _Structure(dag.model, change), change.kind(dag.model)
@@ -235,7 +237,15 @@ class _Transaction:
 
 
 def transaction(dag: Dag, work: Callable[[], T]) -> T:
-    """Does some work that may grow the model. If it does not end, the model and the dag are as they were found."""
+    """Does some work that may grow the model. If it does not end, the model and the dag are as they were found.
+
+    Args:
+        dag: of the model.
+        work: may apply growths through the dag, and nothing else that lasts.
+
+    Returns:
+        What the work gives.
+    """
     opened = _Transaction(dag)
     with all_or_nothing(opened.restore):
         dag.undos = opened.undos
@@ -248,6 +258,9 @@ def transaction(dag: Dag, work: Callable[[], T]) -> T:
 
 def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = None) -> UndoRecord:
     """Writes a change at an amplitude into the model. All or nothing.
+
+    Returns:
+        What undoes it.
 
     Raises:
         GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
@@ -277,7 +290,16 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
 
 
 def grown(dag: Dag, change: Change, gamma: float) -> contextlib.AbstractContextManager[None]:
-    """Inside, the model is grown in place; the dag still shows what it was."""
+    """Inside, the model is grown in place; the dag still shows what it was.
+
+    Args:
+        dag: of the model.
+        change: what the growth does to it.
+        gamma: the amplitude.
+
+    Returns:
+        A context manager that leaves the model as it was found.
+    """
     return _grown(dag.model, change, change.tensors(dag.model, gamma))
 
 
@@ -293,6 +315,9 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
     """Gives a copy of the model as it was the shapes of the grown one. All or nothing.
 
     Old entries keep the copy's own values, new ones are those that the growth wrote.
+
+    Returns:
+        What puts the copy back.
 
     Raises:
         GrowthError: the copy is not one of the model as it was before the growth.

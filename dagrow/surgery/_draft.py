@@ -66,7 +66,17 @@ class Change:
         )
 
     def start(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters and buffers that become others, in their grown shapes, at gamma = 0."""
+        """Parameters and buffers that become others, in their grown shapes, at gamma = 0.
+
+        Args:
+            model: as it was when the change was drafted.
+
+        Returns:
+            New tensors by their names.
+
+        Raises:
+            GrowthError: the model has changed its widths since.
+        """
         start = {}
         for name in self.names:
             tensor = self.added[name] if name in self.added else tensor_at(model, name)
@@ -76,7 +86,15 @@ class Change:
         return start
 
     def at(self, start: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
-        """The same at another amplitude: new tensors, so that nothing that is done to them reaches ``start``."""
+        """The same at another amplitude.
+
+        Args:
+            start: what :meth:`start` gave.
+            gamma: the amplitude.
+
+        Returns:
+            New tensors, so that nothing that is done to them reaches ``start``.
+        """
         with torch.no_grad():
             return {
                 name: tensor + gamma * self.slope[name].to(tensor) if name in self.slope else tensor.clone()

@@ -96,6 +96,12 @@ class Growth:
 
         The error falls with the root of the number of samples: ``n (error / gain / wanted)^2``, at least 1.
 
+        Args:
+            relative_error: the standard error over the gain that is wanted.
+
+        Returns:
+            The number of samples.
+
         Raises:
             GrowthError: the error that is wanted is not a positive number, or the gain is not known to be one: it was
                 measured without folds, or is not above zero.
@@ -115,6 +121,9 @@ class Growth:
         Args:
             gamma: the amplitude.
             objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
+
+        Returns:
+            The loss, a mean over samples.
         """
         check_real("loss", gamma=gamma)
         return self.losses(objective)(gamma)
@@ -124,6 +133,12 @@ class Growth:
 
         Args:
             objective: as for :meth:`loss`.
+
+        Returns:
+            A function from the amplitude to the loss; its tensors are built once.
+
+        Raises:
+            GrowthError: the model is no longer the one that was measured, or the objective is none.
         """
         self.check_fresh()
         if not isinstance(objective, (Objective, NoneType)):
@@ -140,7 +155,11 @@ class Growth:
         return loss
 
     def check_fresh(self) -> None:
-        """Raises GrowthError if the model is no longer the one that was measured."""
+        """Makes sure that the model is still the one that was measured.
+
+        Raises:
+            GrowthError: another growth was applied or undone since.
+        """
         if self.change.program is not self.dag.program:
             raise GrowthError(
                 f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "
@@ -155,6 +174,9 @@ class Growth:
             gamma: the amplitude; at 0 the function does not change.
             optimizer: its state is brought along at once (otherwise at its next step).
 
+        Returns:
+            What became of it, to be printed and undone.
+
         Raises:
             GrowthError: the model is no longer the one that was measured.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
@@ -165,7 +187,17 @@ class Growth:
         return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 
     def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
-        """Applies the growth when the losses are known already."""
+        """Applies the growth when the losses are known already.
+
+        Args:
+            gamma: the amplitude.
+            before: the loss of the model as it is.
+            after: the loss at the amplitude.
+            optimizer: as for :meth:`apply`.
+
+        Returns:
+            The receipt.
+        """
         undo = apply(self.dag, self.change, gamma, optimizer)
         new = where_new([self.change])
         return Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo)
@@ -222,6 +254,9 @@ class Receipt:
         For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
         working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
 
+        Args:
+            copy: of the model, from before the growth.
+
         Raises:
             GrowthError: the copy is not one of the model as it was before the growth. It is as it was.
         """
@@ -265,7 +300,14 @@ class Receipt:
 
 
 def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
-    """Parameter or buffer -> for each dimension that grew where the new entries are, after changes in a row."""
+    """Where new entries are after changes in a row.
+
+    Args:
+        changes: oldest first.
+
+    Returns:
+        Parameter or buffer -> dimension that grew -> positions of the new entries.
+    """
     new: dict[str, dict[int, list[int]]] = {}
     for change in changes:
         for name, index_maps in change.index_maps.items():
@@ -284,7 +326,15 @@ def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:
-    """Counted from shapes: an entry of a matrix or kernel costs one multiplication and one addition per position."""
+    """What a change adds, from shapes: an entry of a matrix or kernel costs two operations per position.
+
+    Args:
+        dag: of the model.
+        change: what the growth does to it.
+
+    Returns:
+        The new parameters and floating point operations.
+    """
     parameters = dict(dag.model.named_parameters())
     entries = {
         name: _grown_size(parameters[name].shape, at) - parameters[name].numel()

@@ -86,7 +86,9 @@ def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: 
     What reads the sum and comes before them has to wait for it.
 
     Args:
+        graph: the copy.
         copies: nodes of that graph and their copies.
+        new_paths: what is put in.
     """
     for path in new_paths:
         reader, writer = copies[path.reader], copies[path.writer]
@@ -116,7 +118,14 @@ def crossed(writer: fx.Node, reader: fx.Node) -> list[fx.Node]:
 
 
 def dependent(origin: fx.Node) -> set[fx.Node]:
-    """Every node that needs this one."""
+    """Every node that needs this one.
+
+    Args:
+        origin: a node of a graph.
+
+    Returns:
+        Those nodes, without the origin.
+    """
     nodes, waiting = set(), [origin]
     while waiting:
         users = [user for user in waiting.pop().users if user not in nodes]
@@ -126,9 +135,14 @@ def dependent(origin: fx.Node) -> set[fx.Node]:
 
 
 def described(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The layers of a path by their names: the names of their classes in ``torch.nn`` and their arguments.
+    """The layers of a path as plain values.
 
-    Raises StoreError for layers that are not torch's own."""
+    Returns:
+        Layer -> the name of its class in ``torch.nn``, as ``"type"``, and its arguments.
+
+    Raises:
+        StoreError: a layer is not torch's own.
+    """
     layers = dict(module.named_children()) if isinstance(module, nn.Sequential) else {"": module}
     return {name: {"type": _type_name(layer), **_arguments(layer)} for name, layer in layers.items()}
 
@@ -173,7 +187,14 @@ def _built(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def blank(module: nn.Module) -> nn.Module:
-    """The module, all its parameters zero."""
+    """Makes all parameters of a module zero.
+
+    Args:
+        module: is changed in place.
+
+    Returns:
+        The module.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
