@@ -24,14 +24,40 @@ _USUAL = frozenset((*_PLAIN, *_CONTAINERS, tuple))  #: what most attributes of m
 
 
 @contextlib.contextmanager
+def all_or_nothing(restore: Callable[[], object]) -> Iterator[None]:
+    """What is done inside is done to its end, or ``restore`` puts back what was found, whatever the reason.
+
+    Args:
+        restore: may run twice: where an interrupt stops it, it is run again before the interrupt goes on.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            restore()
+        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
+            restore()
+            raise
+        raise
+
+
+@contextlib.contextmanager
+def restoring(restore: Callable[[], object]) -> Iterator[None]:
+    """``restore`` puts back what was found at the end, whatever happens inside. It may run twice."""
+    with all_or_nothing(restore):
+        yield
+        restore()
+
+
+@contextlib.contextmanager
 def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Leaves a model and the random generators as they were, whatever happens inside. See :class:`ModelState`.
 
     Gradients are None inside, as something there may run backward.
     """
-    found = ModelState(model, weights=weights)
-    with found.kept():
-        for saved in found.tensors:
+    state = ModelState(model, weights=weights)
+    with state.kept():
+        for saved in state.tensors:
             if saved.grad is not None:
                 saved.tensor.grad = None
         yield
@@ -53,63 +79,52 @@ class ModelState:
         self.model, self.kind = model, type(model)
         self.trusting = False
         containers: dict[int, Any] = {}
-        found: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
         modules = list(model.modules())
         for module in modules:
-            _collect(vars(module), containers, found)
+            _collect(vars(module), containers, tensors)
         self.contents = [(container, container.copy()) for container in containers.values()]
         self.tensors = [
-            _TensorState.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in found.values()
+            _TensorState.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in tensors.values()
         ]
-        kinds = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
-        own = [value for value in kinds if isinstance(value, torch.Generator)]
-        self.generators = [*_random_state(), *((generator.set_state, generator.get_state()) for generator in own)]
+        unusual = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
+        own = ((value.set_state, value.get_state()) for value in unusual if isinstance(value, torch.Generator))
+        self.generators = [*_random_state(), *own]
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
 
     def trusted(self, function: Callable[[], T]) -> T:
-        """What a function gives that comes back here more than once.
+        """Runs a function that comes back here more than once.
 
         Values are compared once, at its end: before that, a parameter counts as unwritten while its version does. If
-        one was written past its version, as through ``.data``, the function runs once more, all values compared."""
-        self.trusting = True
+        one was written past its version, as through ``.data``, the function runs once more, all values compared.
+
+        Args:
+            function: uses :meth:`kept`.
+
+        Returns:
+            What the function gives.
+        """
+        unnoticed: list[Tensor] = []
+
+        def compare() -> None:
+            self.trusting = False
+            unnoticed.extend(saved.tensor for saved in self.tensors if saved.unwritten and saved.changed)
+            if unnoticed:
+                self.restore()
+
         try:
-            with self._unnoticed() as unnoticed:
-                found = function()
+            with restoring(compare):
+                self.trusting = True
+                result = function()
         except Exception:
             if not unnoticed:
                 raise
-        finally:
-            self.trusting = False
-        return function() if unnoticed else found
+        return function() if unnoticed else result
 
-    @contextlib.contextmanager
-    def _unnoticed(self) -> Iterator[list[Tensor]]:
-        """Tells at the end what was written past its version, and puts it back."""
-        found: list[Tensor] = []
-        try:
-            yield found
-        finally:
-            self.trusting = False
-            try:
-                found += [saved.tensor for saved in self.tensors if saved.unwritten and saved.changed]
-            except BaseException:  # an interrupt
-                self.restore()
-                raise
-            if found:
-                self.restore()
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> contextlib.AbstractContextManager[None]:
         """Leaves everything as it was found, whatever happens inside."""
-        try:
-            yield
-        finally:
-            try:
-                self.restore()
-            except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-                self.restore()
-                raise
+        return restoring(self.restore)
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
@@ -130,15 +145,16 @@ class ModelState:
             setter(state)
 
 
-def _collect(value: Any, containers: dict[int, Any], found: dict[int, Tensor]) -> None:
+def _collect(value: Any, containers: dict[int, Any], tensors: dict[int, Tensor]) -> None:
+    """Notes the containers and tensors in a nest of containers."""
     if type(value) not in _CONTAINERS:
         if isinstance(value, Tensor):
-            found[id(value)] = value
+            tensors[id(value)] = value
     elif id(value) not in containers:
         containers[id(value)] = value
         for child in list(value.values() if isinstance(value, dict) else value):
             if type(child) not in _PLAIN:
-                _collect(child, containers, found)
+                _collect(child, containers, tensors)
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -156,7 +172,7 @@ def _refill(container: Any, content: Any) -> None:
 class _TensorState:
     tensor: Tensor
     data: Tensor
-    solid: bool
+    solid: bool  #: whether it has a storage of its own, to be put back
     values: Tensor | None
     requires_grad: bool
     grad: Tensor | None
@@ -164,6 +180,7 @@ class _TensorState:
 
     @staticmethod
     def of(tensor: Tensor, copied: bool) -> "_TensorState":
+        """A tensor as it is; with its values if they are to be ``copied``."""
         solid = tensor.layout is torch.strided and not tensor.is_meta and not isinstance(tensor, FakeTensor)
         values = tensor.detach().clone() if copied and solid else None
         grad = tensor.grad if tensor.is_leaf else None
@@ -219,7 +236,7 @@ class NoDropout(TorchFunctionMode):
             args, kwargs = args[:4], {**dict(zip(("dropout_p", "is_causal"), args[4:], strict=False)), **kwargs}
             kwargs["dropout_p"] = 0.0
         if func is functional.multi_head_attention_forward:
-            given = signature(func).bind(*args, **kwargs)
-            given.arguments["dropout_p"] = 0.0
-            args, kwargs = given.args, given.kwargs
+            call = signature(func).bind(*args, **kwargs)
+            call.arguments["dropout_p"] = 0.0
+            args, kwargs = call.args, call.kwargs
         return func(*args, **kwargs)

@@ -257,17 +257,6 @@ def test_settings_that_make_no_sense(make: Callable[[], Any], message: str) -> N
         make()
 
 
-@pytest.mark.parametrize("rules", [[3], [nn.Linear]])
-def test_rules_that_are_none(rules: Any) -> None:
-    with pytest.raises(dagrow.DagrowError, match="give a list of instances"):
-        dagrow.trace(mlp(3, 2, 2), torch.randn(2, 3).double(), rules=rules)
-
-
-def test_a_compiled_model_is_refused() -> None:
-    with pytest.raises(dagrow.DagrowError, match="trace the model that it was made of"):
-        dagrow.trace(torch.compile(mlp(3, 2, 2), backend="eager"), torch.randn(2, 3).double())
-
-
 class StraightPReLU(RiderRule):
     """``nn.PReLU`` with a slope per channel, where new channels start at slope 1: they pass unchanged."""
 

@@ -108,7 +108,7 @@ class Applied:
     def touched(self) -> set[int]:
         """The parameters and buffers that were there and that the growth has written."""
         changes = [part.growth.change for part in self.receipt.parts if part.growth is not None]
-        names = {name for change in changes for name in (*change.landings, *change.slope)}
+        names = {name for change in changes for name in (*change.index_maps, *change.slope)}
         return {self.before["tensors"][name][0] for name in names & self.before["tensors"].keys()}
 
     def expected(self, now: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -372,7 +372,7 @@ class Sequences(RuleBasedStateMachine):
         """New parameters beside one that no optimizer has: nobody passed one that would take them."""
         alone = {
             b
-            for b in growth.change.branches
+            for b in growth.change.new_paths
             if b.beside in self.outside or not self.model.get_parameter(b.beside).requires_grad
         }
         return {name for b in alone for name in growth.change.added if name.startswith(f"{b.name}.")}

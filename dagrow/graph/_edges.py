@@ -49,8 +49,8 @@ class Edge:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own weight and bias, by their names in the rule."""
-        found = {name: getattr(self.module, name, None) for name in self.rule.dims}
-        return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
+        entries = {name: getattr(self.module, name, None) for name in self.rule.dims}
+        return {name: entry for name, entry in entries.items() if isinstance(entry, nn.Parameter)}
 
     @property
     def trainable(self) -> bool:
@@ -115,8 +115,8 @@ def in_place(edge: Edge, model: nn.Module) -> bool:
     """Whether the model still holds the layer, or the parameters of a function."""
     if not edge.layer.paths:
         return dict(model.named_modules()).get(edge.name) is edge.module
-    held = dict(model.named_parameters())
-    return all(held.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
+    parameters = dict(model.named_parameters())
+    return all(parameters.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
 
 
 def axes_of(
@@ -125,7 +125,13 @@ def axes_of(
     """Axes, named after their oldest producers; a number tells apart those of the same producers.
 
     Args:
+        edges: by their names.
+        layouts: of the axes.
+        reasons: why each cannot widen, or None.
         new: the modules that growths have put into the model, oldest first.
+
+    Yields:
+        One axis for each layout.
     """
     base = ["+".join(_oldest(layout.rows, new)) for layout in layouts]
     for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):

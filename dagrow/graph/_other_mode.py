@@ -25,14 +25,14 @@ def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | s
 
 def unused(program: Program) -> set[str]:
     """Parameters and buffers of numbers that the graph does not use."""
-    named = dict(_tensors(program.model))
+    tensors = dict(_tensors(program.model))
     used: set[int] = set()
     for node in program.graph.nodes:
         if node.op == "call_module":
             used |= {id(tensor) for _, tensor in _tensors(program.model.get_submodule(str(node.target)))}
         elif node.op == "get_attr" and node.target not in program.constants:
             used.add(id(tensor_at(program.model, str(node.target))))
-    return {name for name, tensor in named.items() if id(tensor) not in used}
+    return {name for name, tensor in tensors.items() if id(tensor) not in used}
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -53,9 +53,15 @@ class OtherMode:
         return cls(program, *labelled(program.graph, program.model, layer_sites(program.graph, program.model, rules)))
 
     def obstacle(self, layout: AxisLayout, widening: WideningPlan) -> str | None:
-        """Why an axis that can widen in the mode that was traced, as planned, cannot in the other.
+        """Why an axis that can widen in the mode that was traced cannot in the other.
 
-        None if it can, and where the other mode cuts it into other axes: that shows when a growth is tried out.
+        Args:
+            layout: of the axis.
+            widening: how it widens in the mode that was traced.
+
+        Returns:
+            The reason. None if it can, and where the other mode cuts it into other axes: that shows when a growth is
+            tried out.
         """
         mode = "evaluation" if self.program.model.training else "training"
         rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]

@@ -9,34 +9,51 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from dagrow._text import render
+from dagrow.axes import Rider
 from dagrow.graph._edges import Axis, Edge
-from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, Contraction, LayerSite, contraction, op_name
+from dagrow.layers import (
+    ATTENTION,
+    ATTENTION_ARGUMENTS,
+    Contraction,
+    LayerRule,
+    LayerSite,
+    contraction,
+    mixed_dims,
+    op_name,
+    rule_for,
+)
+from dagrow.tracing import Program
 
 
 def tables(title: str, edges: Sequence[Edge], axes: Sequence[Axis]) -> tuple[Table, Table]:
     """A table of edges and a table of axes."""
-    first = Table("edge", "layer", "reads -> writes", "grows", "why not", title=title, title_justify="left")
+    edge_table = Table("edge", "layer", "reads -> writes", "grows", "why not", title=title, title_justify="left")
     for edge in edges:
-        i, o = edge.rule.widths(edge.module)
-        first.add_row(
-            edge.name, type(edge.module).__name__, f"{i} -> {o}", "yes" if edge.growable else "no", edge.reason or ""
-        )
-    second = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
+        inputs, outputs = edge.rule.widths(edge.module)
+        kind, grows = type(edge.module).__name__, "yes" if edge.growable else "no"
+        edge_table.add_row(edge.name, kind, f"{inputs} -> {outputs}", grows, edge.reason or "")
+    axis_table = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
     for axis in axes:
-        second.add_row(
-            axis.name,
-            str(axis.width),
-            _names(axis.producers),
-            _names(axis.consumers),
-            _names(axis.riders),
-            "yes" if axis.growable else "no",
-            axis.reason or "",
-        )
-    return first, second
+        beside = (_names(axis.producers), _names(axis.consumers), _names(axis.riders))
+        axis_table.add_row(axis.name, str(axis.width), *beside, "yes" if axis.growable else "no", axis.reason or "")
+    return edge_table, axis_table
 
 
-def _names(items: Sequence[Any]) -> str:
+def _names(items: Sequence[Edge] | Sequence[Rider]) -> str:
     return ", ".join(item.name for item in items)
+
+
+def without_rule(program: Program, rules: Sequence[LayerRule]) -> list[str]:
+    """Modules with parameters, and their types, that no rule knows."""
+    nodes = {str(node.target): node for node in program.graph.nodes if node.op == "call_module"}
+    modules = {name: (node, program.model.get_submodule(name)) for name, node in nodes.items()}
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, (node, module) in modules.items()
+        if rule_for(module, rules) is None
+        and mixed_dims(node, module, 1) is None
+        and any(True for _ in module.parameters())
+    ]
 
 
 @dataclass(frozen=True)
@@ -82,9 +99,9 @@ def coverage_of(edges: Sequence[Edge], axes: Sequence[Axis], model: nn.Module) -
     counted: set[int] = set()
 
     def own(parameters: Iterable[Tensor | None]) -> int:
-        fresh = {id(p): p for p in parameters if isinstance(p, nn.Parameter) and id(p) not in counted}
-        counted.update(fresh)
-        return sum(parameter.numel() for parameter in fresh.values())
+        uncounted = {id(p): p for p in parameters if isinstance(p, nn.Parameter) and id(p) not in counted}
+        counted.update(uncounted)
+        return sum(parameter.numel() for parameter in uncounted.values())
 
     growable = {edge.name: own(edge.parameters().values()) for edge in edges if edge.growable}
     for rider in {rider.name: rider for axis in axes if axis.growable for rider in axis.riders}.values():
@@ -101,22 +118,37 @@ def coverage_of(edges: Sequence[Edge], axes: Sequence[Axis], model: nn.Module) -
 
 
 def count_flops(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> int:
-    """Of one sample of the example that was traced; a multiplication and an addition are two.
+    """Floating point operations for one sample of the example; a multiplication and an addition are two.
 
     Counted are layers with a rule (each entry of a matrix or kernel once per position and call) and products of two
     activations: matmul, einsum and attention. Nothing else is: norms, activations, and layers without a rule, such as
-    recurrent ones. So counts ``torch.utils.flop_counter`` as well.
+    recurrent ones. So counts ``torch.utils.flop_counter`` as well, but it has to run the model.
+
+    Args:
+        graph: with the shapes of all activations.
+        layers: those with a rule, by their nodes.
+
+    Returns:
+        The number of operations.
     """
     total = sum(_of_layer(node, layers[node]) if node in layers else _of_product(node) for node in graph.nodes)
     return total // _samples(graph)
 
 
 def weight_uses(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, int]:
-    """Weight -> how often each of its entries is used for one sample of the example, over all calls."""
-    found: dict[str, int] = {}
+    """How often each entry of a weight is used for one sample of the example, over all calls.
+
+    Args:
+        graph: with the shapes of all activations.
+        layers: those with a rule, by their nodes.
+
+    Returns:
+        The number of uses, by the name of the weight.
+    """
+    uses: dict[str, int] = {}
     for node, layer in layers.items():
-        found[layer.path("weight")] = found.get(layer.path("weight"), 0) + _positions(node, layer)
-    return {name: uses // _samples(graph) for name, uses in found.items()}
+        uses[layer.path("weight")] = uses.get(layer.path("weight"), 0) + _positions(node, layer)
+    return {weight: count // _samples(graph) for weight, count in uses.items()}
 
 
 def _positions(node: fx.Node, layer: LayerSite) -> int:
@@ -134,21 +166,21 @@ def _of_product(node: fx.Node) -> int:
     name = op_name(node) if node.op in ("call_function", "call_method") else None
     if name == ATTENTION:
         return _of_attention(node)
-    args = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
-    found = contraction(name, args)
-    return 0 if found is None else _summed(found, *(arg for arg in args if isinstance(arg, Tensor)))
+    operands = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    product = contraction(name, operands)
+    return 0 if product is None else _of_contraction(product, *(x for x in operands if isinstance(x, Tensor)))
 
 
 def _of_attention(node: fx.Node) -> int:
     """Scores of queries and keys, and the values that they weigh."""
-    given: dict[str, Any] = {**dict(zip(ATTENTION_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-    query, key, value = (given[name].meta["val"] for name in ATTENTION_ARGUMENTS[:3])
+    arguments: dict[str, Any] = {**dict(zip(ATTENTION_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    query, key, value = (arguments[name].meta["val"] for name in ATTENTION_ARGUMENTS[:3])
     return 2 * query.shape[:-1].numel() * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
 
 
-def _summed(found: Contraction, left: Tensor, right: Tensor) -> int:
-    sizes = [dict(zip(found.left, left.shape, strict=True)), dict(zip(found.right, right.shape, strict=True))]
-    return 2 * prod(max(int(size.get(letter, 1)) for size in sizes) for letter in found.out + found.summed)
+def _of_contraction(product: Contraction, left: Tensor, right: Tensor) -> int:
+    sizes = [dict(zip(product.left, left.shape, strict=True)), dict(zip(product.right, right.shape, strict=True))]
+    return 2 * prod(max(int(size.get(letter, 1)) for size in sizes) for letter in product.out + product.summed)
 
 
 def _samples(graph: fx.Graph) -> int:

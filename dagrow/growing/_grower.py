@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from dagrow._model_state import all_or_nothing
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import bottlenecks
@@ -21,7 +22,7 @@ from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situa
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
 from dagrow.statistics import Loss, Objective, Step
-from dagrow.surgery import Growth, Receipt, all_or_nothing, check_optimizer, transaction
+from dagrow.surgery import Growth, Receipt, check_optimizer, transaction
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,8 @@ class Grower:
         def restore() -> None:
             self._state = state
 
-        return all_or_nothing(
-            lambda: transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss)), restore
-        )
+        with all_or_nothing(restore):
+            return transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
 
     def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
         train_loss = objective.mean() if train_loss is None else train_loss

@@ -68,10 +68,11 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     Returns:
         The amplitude, 0 if none lowers the loss, and the loss at it.
     """
+    loss_at = growth.losses(judge)
 
     def loss(gamma: float) -> float:
         try:
-            return growth.loss(gamma, judge)
+            return loss_at(gamma)
         except NotFiniteError:
             return inf
 

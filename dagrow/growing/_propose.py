@@ -120,7 +120,7 @@ def _check_run(growths: Sequence[Growth], forward: bool) -> None:
     Args:
         forward: whether it ran on every batch that was measured.
     """
-    lost = [growth for growth in growths if growth.change.branches and not forward]
+    lost = [growth for growth in growths if growth.change.new_paths and not forward]
     if lost:
         raise GrowthError(
             f"{lost[0].operator!r} at {lost[0].where}: the new layers would not run. They become part of the forward "

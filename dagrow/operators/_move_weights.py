@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag, Edge
 from dagrow.operators._base import Candidate, Judged, Operator, check_names
-from dagrow.solvers import RIDGES, Moments, Move, Pair, Regression, best_move, validate_move
+from dagrow.solvers import RIDGES, Moments, Move, Pair, best_move, validate_move
 from dagrow.statistics import InputFeatures, Objective, OutputGoal, SampleScores, move_score
 from dagrow.surgery import Cost, Draft, Growth
 
@@ -85,7 +85,6 @@ class MoveCandidate(Candidate):
             Cost(),
             drop=move.goal - move.bottleneck,
             notes=(move.note,) if move.note else (),
-            regressions=lambda: [Regression(self._features[0], None, self._features[1])],
             change=draft.change(),
             dag=self.dag,
             objective=objective,

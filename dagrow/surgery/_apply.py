@@ -5,7 +5,7 @@ Every parameter keeps its identity, so that optimizers, schedulers, hooks and lo
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from dagrow._model_state import ModelState
+from dagrow._model_state import ModelState, all_or_nothing, restoring
+from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
-from dagrow.surgery._new_layers import attach, attached, detach
+from dagrow.surgery._new_layers import attach, detach
 from dagrow.surgery._optimizers import (
     adopt,
     carry,
@@ -34,236 +35,280 @@ from dagrow.surgery._optimizers import (
 from dagrow.tracing import tensor_at
 
 T = TypeVar("T")
-Attributes = Mapping[str, Mapping[str, Any]]  #: module -> its attributes that state widths
 
 
 @contextlib.contextmanager
-def preview(dag: Dag, change: Change) -> Iterator[None]:
-    """Inside, the model has the forward, the branches and the stated widths of the grown network."""
-    model, found, before = dag.model, type(dag.model), _stated(dag.model, change.attributes)
-    grown = change.kind(dag.model)
-    try:
-        with attached(model, change.branches):
-            model.__class__ = grown
-            _state(model, change.attributes)
-            yield
-    finally:
-        model.__class__ = found
-        try:
-            _state(model, before)
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            _state(model, before)
-            raise
+def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, the model has the forward, the new layers and the stated widths of the grown network.
+
+    Args:
+        dag: of the model.
+        change: what the growth does to it.
+        tensors: stand where the model's own tensors of these names do; nothing is written into those.
+    """
+    structure, grown_class = _Structure(dag.model, change), change.kind(dag.model)
+    with restoring(structure.restore):
+        attach(dag.model, change.new_paths, copied=False)
+        structure.write(grown_class)
+        structure.replace(tensors or {})
+        yield
 
 
-def _stated(model: nn.Module, attributes: Attributes) -> Attributes:
-    """The attributes that state widths, as they are."""
-    return {
-        name: {key: getattr(model.get_submodule(name), key) for key in stated} for name, stated in attributes.items()
-    }
+class _Structure:
+    """Of what a change overwrites in a model all but tensors, as it was: its class, sizes, layers."""
+
+    def __init__(self, model: nn.Module, change: Change) -> None:
+        self.model, self.change, self.kind = model, change, type(model)
+        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.attributes = {
+            name: {key: getattr(model.get_submodule(name), key) for key in sizes}
+            for name, sizes in change.attributes.items()
+        }
+
+    def write(self, kind: type[nn.Module]) -> None:
+        """States the widths of the grown network, and puts its forward in place."""
+        _set(self.model, self.change.attributes)
+        self.model.__class__ = kind
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors where others are."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = self.model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            self.replaced.append((holder, leaf, holder[leaf]))
+            holder[leaf] = tensor
+
+    def restore(self) -> None:
+        """Puts everything back, without new layers. May run twice."""
+        for holder, leaf, tensor in reversed(self.replaced):
+            holder[leaf] = tensor
+        self.model.__class__ = self.kind
+        _set(self.model, self.attributes)
+        detach(self.model, self.change.new_paths)
 
 
-def _state(model: nn.Module, attributes: Attributes) -> None:
-    for name, stated in attributes.items():
-        for key, size in stated.items():
+def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, sizes in attributes.items():
+        for key, size in sizes.items():
             setattr(model.get_submodule(name), key, size)
 
 
+@dataclass(frozen=True, eq=False)
+class _OldTensor:
+    """A parameter or buffer as it was.
+
+    Attributes:
+        values: its old storage where it gets a new shape, else a copy.
+        index_maps: where its entries go, along the dimensions that grow.
+    """
+
+    tensor: Tensor
+    values: Tensor
+    gradient: Tensor | None
+    index_maps: tuple[IndexMap, ...]
+
+    @staticmethod
+    def of(tensor: Tensor, index_maps: tuple[IndexMap, ...]) -> "_OldTensor":
+        values = tensor.detach() if index_maps else tensor.detach().clone()
+        return _OldTensor(tensor, values, tensor.grad, index_maps)
+
+    def write(self, values: Tensor) -> None:
+        """Other values, perhaps of a grown shape; then the gradient gets zeros where the tensor is new."""
+        if not self.index_maps:
+            self.tensor.copy_(values)
+            return
+        _resize(self.tensor, values)
+        self.tensor.grad = None if self.gradient is None else pad(self.gradient, self.index_maps)
+        log_growth(self.tensor, self.index_maps)
+
+    def restore(self) -> None:
+        if self.index_maps:
+            _resize(self.tensor, self.values)
+        elif not torch.equal(self.tensor, self.values):
+            self.tensor.copy_(self.values)
+        self.tensor.grad = self.gradient
+
+
+def _resize(tensor: Tensor, values: Tensor) -> None:
+    """Gives a tensor another storage and shape; it stays the same object."""
+    tensor.grad = None
+    tensor.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
+
+
 class Overwritten:
-    """What a change overwrites in a model, as it was: old storages, not copies, where a tensor gets a new shape."""
+    """What a change overwrites in a model, as it was."""
 
     def __init__(self, model: nn.Module, change: Change) -> None:
-        self.model, self.change = model, change
-        names = [name for name in dict.fromkeys((*change.landings, *change.slope)) if name not in change.added]
-        self.tensors = {name: tensor_at(model, name) for name in names}
-        self.storages = {name: tensor.detach() for name, tensor in self.tensors.items()}
-        self.values = {
-            name: tensor.detach().clone() for name, tensor in self.tensors.items() if name not in change.landings
+        self.structure = _Structure(model, change)
+        self.tensors = {
+            name: _OldTensor.of(tensor_at(model, name), change.index_maps.get(name, ()))
+            for name in change.names
+            if name not in change.added
         }
-        self.gradients = {name: tensor.grad for name, tensor in self.tensors.items()}
         self.added: list[Tensor] = []  #: parameters of new layers
-        self.attributes = _stated(model, change.attributes)
-        self.kind = type(model)
+
+    def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
+        """Puts grown tensors, new layers and the forward in place."""
+        self._add(tensors)
+        with torch.no_grad():
+            for name, old in self.tensors.items():
+                old.write(tensors[name])
+        self.structure.write(kind)
+
+    def _add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts new layers in place, each to be optimized with the layer that it is added to."""
+        model, new_paths = self.structure.model, self.structure.change.new_paths
+        attach(model, new_paths, copied=True)
+        for path in new_paths:
+            for name, parameter in model.get_submodule(path.name).named_parameters(path.name):
+                with torch.no_grad():
+                    parameter.copy_(tensors.get(name, parameter))
+                self.added.append(parameter)
+                log_added(parameter, tensor_at(model, path.beside))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
         with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                if name in self.change.landings:
-                    _resize(tensor, self.storages[name])
-                elif not torch.equal(tensor, self.values[name]):
-                    tensor.copy_(self.values[name])
-                tensor.grad = self.gradients[name]
-        _state(self.model, self.attributes)
-        self.model.__class__ = self.kind
+            for old in self.tensors.values():
+                old.restore()
+        self.structure.restore()
         for parameter in self.added:
             log_removed(parameter)
-        detach(self.model, self.change.branches)
-        for name, landings in self.change.landings.items():
-            log_undo(self.tensors[name], landings)
+        for old in self.growing:
+            log_undo(old.tensor, old.index_maps)
 
-    def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
-        """Puts grown tensors and their forward in place; gradients get zeros where tensors are new."""
-        self._add(tensors)
-        with torch.no_grad():
-            for name, value in tensors.items():
-                if name in self.change.added:
-                    continue
-                tensor, landings = self.tensors[name], self.change.landings.get(name)
-                if landings is None:
-                    tensor.copy_(value)
-                    continue
-                _resize(tensor, value)
-                gradient = self.gradients[name]
-                tensor.grad = None if gradient is None else pad(gradient, landings)
-                log_growth(tensor, landings)
-        _state(self.model, self.change.attributes)
-        self.model.__class__ = kind
-
-    def _add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts new layers in place, each to be optimized with the layer that it is added to."""
-        attach(self.model, self.change.branches, copied=True)
-        for branch in self.change.branches:
-            for name, parameter in self.model.get_submodule(branch.name).named_parameters(branch.name):
-                with torch.no_grad():
-                    parameter.copy_(tensors.get(name, parameter))
-                self.added.append(parameter)
-                log_added(parameter, tensor_at(self.model, branch.beside))
-
-
-def _resize(tensor: Tensor, value: Tensor) -> None:
-    """Gives a tensor another storage and shape; it stays the same object."""
-    tensor.grad = None
-    tensor.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
-
-
-def all_or_nothing(work: Callable[[], T], restore: Callable[[], None]) -> T:
-    """Does some work, or restores what it found if it does not end, whatever the reason."""
-    try:
-        return work()
-    except BaseException:
-        try:
-            restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            restore()
-            raise
-        raise
+    @property
+    def growing(self) -> list[_OldTensor]:
+        """Those that get a new shape."""
+        return [old for old in self.tensors.values() if old.index_maps]
 
 
 class UndoRecord:
     """Everything that a growth overwrote, as it was."""
 
     def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None, kind: type[nn.Module]) -> None:
-        self.dag, self.change, self.optimizer = dag, change, optimizer
-        self.saved, self.view, self.kind = Overwritten(dag.model, change), dag.view(), kind
-        self.stage = dag.applied.stage
-        self.receipt: Any = None  #: weak reference to the receipt that can call this
-        self.state: dict[Tensor, dict[str, Any]] = {}
-        held = {} if optimizer is None else optimizer.state
-        for name, tensor in self.saved.tensors.items():
-            if tensor in held:
-                self.state[tensor] = _kept(held[tensor], name in change.landings)
+        self.dag, self.view, self.optimizer, self.kind = dag, dag.view, optimizer, kind
+        self.overwritten = Overwritten(dag.model, change)
+        self.state: dict[Tensor, dict[str, Any]] = {}  #: of the optimizer, for what was overwritten
+        states = {} if optimizer is None else optimizer.state
+        for old in self.overwritten.tensors.values():
+            if old.tensor in states:
+                self.state[old.tensor] = _copied(states[old.tensor], replaced=bool(old.index_maps))
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
-        self.saved.restore()
+        self.overwritten.restore()
         if self.optimizer is not None:
             regroup(self.optimizer)
-            for tensor in self.saved.tensors.values():
-                if tensor in self.state:
-                    self.optimizer.state[tensor] = _kept(self.state[tensor], False)
+            for old in self.overwritten.tensors.values():
+                if old.tensor in self.state:
+                    self.optimizer.state[old.tensor] = _copied(self.state[old.tensor], replaced=False)
                 else:
-                    self.optimizer.state.pop(tensor, None)
-            settle(self.optimizer, [self.saved.tensors[name] for name in self.change.landings])
-        self.dag.show(self.view)
-        self.dag.applied.stage = self.stage
-        if self in self.dag.applied:
-            self.dag.applied.remove(self)
+                    self.optimizer.state.pop(old.tensor, None)
+            settle(self.optimizer, [old.tensor for old in self.overwritten.growing])
+        self.dag.remove_growth(self, self.view)
 
 
-def _kept(state: Mapping[str, Any], replaced: bool) -> dict[str, Any]:
+def _copied(state: Mapping[str, Any], *, replaced: bool) -> dict[str, Any]:
     """State to come back to: copied, unless the growth puts another tensor in its place."""
 
-    def kept(value: Any) -> Any:
+    def copied(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and (value.numel() == 1 or not replaced) else value
 
-    return tree_map(kept, dict(state))
+    return tree_map(copied, dict(state))
 
 
-def _unreachable(undo: UndoRecord) -> bool:
-    """Whether nobody can undo the growth any more, so that what it overwrote need not be kept."""
-    return undo.receipt is not None and undo.receipt() is None
-
-
-class _DagState:
-    """The model and the dag as they were found."""
+class _Transaction:
+    """The model and the dag as they were found, and what undoes the growths since."""
 
     def __init__(self, dag: Dag) -> None:
-        dag.applied[:] = [None if undo is None or _unreachable(undo) else undo for undo in dag.applied]
-        self.dag, self.count = dag, len(dag.applied)
-        self.state, self.view = ModelState(dag.model), dag.view()
+        self.dag, self.view, self.outer = dag, dag.view, dag.undos
+        self.undos: list[UndoRecord] = []
+        self.state = ModelState(dag.model)
 
     def restore(self) -> None:
         """Undoes growths and puts everything else back. May run twice."""
-        for undo in reversed(self.dag.applied[self.count :]):
+        for undo in reversed(self.undos):
             undo.restore()
-        self.dag.show(self.view)
+        self.dag.view, self.dag.undos = self.view, self.outer
         self.state.restore()
 
 
 def transaction(dag: Dag, work: Callable[[], T]) -> T:
-    """Does some work that may grow the model. If it does not end, the model and the dag are as they were found."""
-    return all_or_nothing(work, _DagState(dag).restore)
+    """Does some work that may grow the model. If it does not end, the model and the dag are as they were found.
+
+    Args:
+        dag: of the model.
+        work: may apply growths through the dag, and nothing else that lasts.
+
+    Returns:
+        What the work gives.
+    """
+    opened = _Transaction(dag)
+    with all_or_nothing(opened.restore):
+        dag.undos = opened.undos
+        result = work()
+        dag.undos = opened.outer
+        if opened.outer is not None:
+            opened.outer.extend(opened.undos)
+    return result
 
 
 def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = None) -> UndoRecord:
     """Writes a change at an amplitude into the model. All or nothing.
+
+    Returns:
+        What undoes it.
 
     Raises:
         GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
             does not show, so that it would not be the same function at gamma = 0.
         OptimizerError: the optimizer holds state that cannot follow.
     """
-    wrong = difference(dag.model, dag.example_inputs, lambda: grown(dag, change, 0.0))
-    if wrong is not None:
-        grows = ", ".join((*change.landings, *change.added))
+    start = change.start(dag.model)
+    changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
+    if changed is not None:
+        grows = ", ".join((*change.index_maps, *change.added))
         raise GrowthError(
-            f"the model cannot grow {grows}: {wrong.text}, although nothing new is connected yet. Its forward depends "
-            "on the width in a way that its graph does not show. Leave this axis out."
-        ) from wrong.cause
-    tensors = change.tensors(dag.model, gamma)
+            f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
+            "depends on the width in a way that its graph does not show. Leave this axis out."
+        ) from changed.cause
     kind = change.kind(dag.model)
     undo = UndoRecord(dag, change, optimizer, kind)
     if optimizer is not None:
-        refuse(optimizer, [undo.saved.tensors[name] for name in change.landings])
+        refuse(optimizer, [old.tensor for old in undo.overwritten.growing])
         refuse_new(optimizer, change.added)
-
-    def write() -> None:
-        undo.saved.write(tensors, kind)
+    with all_or_nothing(undo.restore):
+        undo.overwritten.write(change.at(start, gamma), kind)
         if optimizer is not None:
             carry(optimizer)
-            adopt(optimizer, undo.saved.added, dag.model.parameters())
-        dag.applied.append(undo)
-        dag.applied.stage = object()
-        dag.retrace()
-
-    all_or_nothing(write, undo.restore)
+            adopt(optimizer, undo.overwritten.added, dag.model.parameters())
+        dag.add_growth(undo)
     return undo
 
 
+def grown(dag: Dag, change: Change, gamma: float) -> contextlib.AbstractContextManager[None]:
+    """Inside, the model is grown in place; the dag still shows what it was.
+
+    Args:
+        dag: of the model.
+        change: what the growth does to it.
+        gamma: the amplitude.
+
+    Returns:
+        A context manager that leaves the model as it was found.
+    """
+    return _grown(dag.model, change, change.tensors(dag.model, gamma))
+
+
 @contextlib.contextmanager
-def grown(dag: Dag, change: Change, gamma: float) -> Iterator[None]:
-    """Inside, the model is grown in place; the dag still shows what it was."""
-    tensors, saved = change.tensors(dag.model, gamma), Overwritten(dag.model, change)
-    try:
-        saved.write(tensors, change.kind(dag.model))
+def _grown(model: nn.Module, change: Change, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    overwritten, kind = Overwritten(model, change), change.kind(model)
+    with restoring(overwritten.restore):
+        overwritten.write(tensors, kind)
         yield
-    finally:
-        try:
-            saved.restore()
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            saved.restore()
-            raise
 
 
 def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Overwritten:
@@ -271,29 +316,35 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
 
     Old entries keep the copy's own values, new ones are those that the growth wrote.
 
+    Returns:
+        What puts the copy back.
+
     Raises:
         GrowthError: the copy is not one of the model as it was before the growth.
     """
     _check_copy(change, copy)
     tensors = {}
-    for name, landings in change.landings.items():
+    for name, index_maps in change.index_maps.items():
         old, fresh, slope = tensor_at(copy, name).detach(), change.fresh.get(name), change.slope.get(name)
         if slope is not None:
             fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
-        tensors[name] = pad(old, landings, fresh)
+        tensors[name] = pad(old, index_maps, fresh)
     tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
-    saved = Overwritten(copy, replace(change, slope={}))
-    all_or_nothing(lambda: saved.write(tensors, kind if change.written else type(copy)), saved.restore)
-    return saved
+    overwritten = Overwritten(copy, replace(change, slope={}))
+    with all_or_nothing(overwritten.restore):
+        overwritten.write(tensors, kind if change.written else type(copy))
+    return overwritten
 
 
 def _check_copy(change: Change, copy: nn.Module) -> None:
-    there = [branch.name for branch in change.branches if branch.name in copy._modules]
-    if there:
-        raise GrowthError(f"the copy has {', '.join(there)} already; carry each copy along once after each growth.")
-    moved = {name: slope.shape for name, slope in change.slope.items() if name not in {*change.added, *change.landings}}
-    for name in (*change.landings, *moved, *(branch.beside for branch in change.branches)):
-        landings = change.landings.get(name, ())
+    present = [path.name for path in change.new_paths if path.name in copy._modules]
+    if present:
+        raise GrowthError(f"the copy has {', '.join(present)} already; carry each copy along once after each growth.")
+    moved = {
+        name: slope.shape for name, slope in change.slope.items() if name not in {*change.added, *change.index_maps}
+    }
+    for name in (*change.index_maps, *moved, *(path.beside for path in change.new_paths)):
+        index_maps = change.index_maps.get(name, ())
         try:
             shape = tensor_at(copy, name).shape
         except AttributeError as error:
@@ -301,7 +352,7 @@ def _check_copy(change: Change, copy: nn.Module) -> None:
                 f"a {type(copy).__name__} without {name} is no copy of the grown model; give copy.deepcopy(model), or "
                 "AveragedModel(model).module, made before the growth."
             ) from error
-        if any(shape[at.dim] != len(at.old) for at in landings) or shape != moved.get(name, shape):
+        if any(shape[at.dim] != len(at.old) for at in index_maps) or shape != moved.get(name, shape):
             raise GrowthError(
                 f"{name} of the copy has shape {tuple(shape)}, not that of the model before the growth; carry each "
                 "copy along once after each growth, in order."

@@ -3,7 +3,7 @@
 At gamma = 0 the grown network computes what the network computed before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -23,29 +23,34 @@ class Change:
     """What a growth does to the model.
 
     Attributes:
-        landings: parameter or buffer -> where its old and new entries lie, per dimension that grows.
+        index_maps: parameter or buffer -> where its old and new entries lie, for each dimension that grows.
         fresh: parameter or buffer -> a tensor of the grown shape that holds the new entries at gamma = 0.
         slope: parameter -> its derivative in gamma, in the grown shape.
         attributes: module -> its attributes that state widths.
         literals: node of the graph -> its arguments with the sizes of the grown network.
-        written: whether the forward is written anew, with the literals and the branches in it.
+        written: whether the forward is written anew, with the literals and the new paths in it.
         program: what the graph was when the change was drafted.
-        branches: new layers beside those that there are.
+        new_paths: new layers beside those that there are.
     """
 
-    landings: Mapping[str, tuple[IndexMap, ...]]
+    index_maps: Mapping[str, tuple[IndexMap, ...]]
     fresh: Mapping[str, Tensor]
     slope: Mapping[str, Tensor]
     attributes: Mapping[str, Mapping[str, Any]]
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
-    branches: tuple[NewPath, ...] = ()
+    new_paths: tuple[NewPath, ...] = ()
 
     @cached_property
     def added(self) -> dict[str, Tensor]:
         """Parameters that the model has not got yet, at gamma = 0."""
-        return parameters_of(self.branches)
+        return parameters_of(self.new_paths)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters and buffers that become others, new ones among them."""
+        return list(dict.fromkeys((*self.index_maps, *self.slope)))
 
     def kind(self, model: nn.Module) -> type[nn.Module]:
         """The class of the grown model: its own, or one whose forward is written anew."""
@@ -56,24 +61,49 @@ class Change:
         return write_forward(
             self.program,
             self.literals,
-            partial(insert_paths, branches=self.branches),
-            [b.record for b in self.branches],
+            partial(insert_paths, new_paths=self.new_paths),
+            [path.record for path in self.new_paths],
         )
+
+    def start(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameters and buffers that become others, in their grown shapes, at gamma = 0.
+
+        Args:
+            model: as it was when the change was drafted.
+
+        Returns:
+            New tensors by their names.
+
+        Raises:
+            GrowthError: the model has changed its widths since.
+        """
+        start = {}
+        for name in self.names:
+            tensor = self.added[name] if name in self.added else tensor_at(model, name)
+            start[name] = pad(tensor.detach(), self.index_maps.get(name, ()), self.fresh.get(name))
+            if name in self.slope and self.slope[name].shape != start[name].shape:
+                raise GrowthError(f"{name} has changed its shape since the growth was measured; propose again.")
+        return start
+
+    def at(self, start: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
+        """The same at another amplitude.
+
+        Args:
+            start: what :meth:`start` gave.
+            gamma: the amplitude.
+
+        Returns:
+            New tensors, so that nothing that is done to them reaches ``start``.
+        """
+        with torch.no_grad():
+            return {
+                name: tensor + gamma * self.slope[name].to(tensor) if name in self.slope else tensor.clone()
+                for name, tensor in start.items()
+            }
 
     def tensors(self, model: nn.Module, gamma: float) -> dict[str, Tensor]:
         """Parameters and buffers that differ from the model's, at an amplitude."""
-        found = {}
-        with torch.no_grad():
-            for name in dict.fromkeys((*self.landings, *self.slope)):
-                tensor = self.added[name] if name in self.added else tensor_at(model, name)
-                tensor = pad(tensor.detach(), self.landings.get(name, ()), self.fresh.get(name))
-                if name in self.slope:
-                    slope = self.slope[name]
-                    if slope.shape != tensor.shape:
-                        raise GrowthError(f"{name} has changed its shape since the growth was measured; propose again.")
-                    tensor = tensor + gamma * slope.to(tensor)
-                found[name] = tensor
-        return found
+        return self.at(self.start(model), gamma)
 
 
 class Draft:
@@ -82,16 +112,20 @@ class Draft:
     Args:
         dag: the dag to change.
         widenings: axes and how they widen; several at once go into one change.
+
+    Attributes:
+        read, written: layer -> where its old and new input and output channels lie.
+        zeros: layer -> which slots of a new unit must start at zero.
     """
 
     def __init__(self, dag: Dag, widenings: Sequence[tuple[Axis, WideningPlan]] = ()) -> None:
         self.dag = dag
-        self.landings: dict[str, tuple[IndexMap, ...]] = {}
+        self.index_maps: dict[str, tuple[IndexMap, ...]] = {}
         self.fresh: dict[str, Tensor] = {}
         self.slope: dict[str, Tensor] = {}
         self.attributes: dict[str, Mapping[str, Any]] = {}
         self.literals: dict[fx.Node, Arguments] = {}
-        self.branches: list[NewPath] = []
+        self.new_paths: list[NewPath] = []
         self.forward_written = any(widening.written for _, widening in widenings)
         self.zeros: dict[str, Tensor] = {}
         self.read: dict[str, IndexMap] = {}
@@ -102,56 +136,56 @@ class Draft:
             self.attributes |= widening.attributes
             self.zeros |= widening.zeros
             for edge in axis.producers:
-                self._land(edge, widening.rows[edge.name], 0)
+                self._widen_edge(edge, widening.rows[edge.name], 0)
             for edge in axis.consumers:
-                self._land(edge, widening.columns[edge.name], 1)
+                self._widen_edge(edge, widening.columns[edge.name], 1)
             riders += widening.entries.items()
         for edge in {edge.name: edge for axis, _ in widenings for edge in (*axis.producers, *axis.consumers)}.values():
-            self._attributes(edge)
-        for rider, landing in riders:
-            self._ride(rider, landing)
+            self._restate_widths(edge)
+        for rider, index_map in riders:
+            self._widen_rider(rider, index_map)
 
-    def _land(self, edge: Edge, landing: IndexMap, side: int) -> None:
-        (self.read if side else self.written)[edge.name] = landing
+    def _widen_edge(self, edge: Edge, index_map: IndexMap, side: int) -> None:
+        (self.read if side else self.written)[edge.name] = index_map
         for parameter, dims in edge.rule.dims.items():
             dim = dims[side]
             if dim is not None and parameter in edge.parameters():
                 name = edge.path(parameter)
-                at = IndexMap(dim, landing.size, landing.old, landing.new)
-                self.landings[name] = (*self.landings.get(name, ()), at)
+                at = IndexMap(dim, index_map.size, index_map.old, index_map.new)
+                self.index_maps[name] = (*self.index_maps.get(name, ()), at)
 
-    def _attributes(self, edge: Edge) -> None:
+    def _restate_widths(self, edge: Edge) -> None:
         inputs, outputs = edge.rule.widths(edge.module)
         inputs = self.read[edge.name].size if edge.name in self.read else inputs
         outputs = self.written[edge.name].size if edge.name in self.written else outputs
         before = edge.rule.attributes(*edge.rule.widths(edge.module))
-        self._state(edge.layer.owner, before, edge.rule.attributes(inputs, outputs))
+        self._restate(edge.layer.owner, before, edge.rule.attributes(inputs, outputs))
 
-    def _state(self, owner: str, before: Mapping[str, int], stated: Mapping[str, int]) -> None:
+    def _restate(self, owner: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
         """Of a layer that is called as a function, the owner of the weight may state other things."""
         module = self.dag.model.get_submodule(owner)
         self.attributes[owner] = {
             **self.attributes.get(owner, {}),
-            **{k: v for k, v in stated.items() if getattr(module, k, None) == before[k]},
+            **{name: size for name, size in after.items() if getattr(module, name, None) == before[name]},
         }
 
-    def _ride(self, rider: Rider, landing: IndexMap) -> None:
+    def _widen_rider(self, rider: Rider, index_map: IndexMap) -> None:
         if rider.rule is None:
-            self.landings[rider.name] = (landing,)
+            self.index_maps[rider.name] = (index_map,)
             self._fresh(rider.name).fill_(rider.neutral)
             return
-        self.read[rider.name] = landing
+        self.read[rider.name] = index_map
         assert rider.module is not None
         entries = rider.rule.passing(rider.module)
         for entry, path in rider.paths:
             value = entries[entry]
-            self.landings[path] = (IndexMap(0, landing.size, landing.old, landing.new),)
+            self.index_maps[path] = (IndexMap(0, index_map.size, index_map.old, index_map.new),)
             fresh = self._fresh(path)
             if value.ndim:  # the entries of one group, as often as a unit has groups
-                value = value.repeat(landing.new.shape[1] // len(value), *[1] * (value.ndim - 1))
-            fresh[landing.new] = value.to(fresh)
-        before, after = (rider.rule.attributes(rider.module, size) for size in (len(landing.old), landing.size))
-        self._state(rider.owner, before, after)
+                value = value.repeat(index_map.new.shape[1] // len(value), *[1] * (value.ndim - 1))
+            fresh[index_map.new] = value.to(fresh)
+        before, after = (rider.rule.attributes(rider.module, size) for size in (len(index_map.old), index_map.size))
+        self._restate(rider.owner, before, after)
 
     def _fresh(self, name: str) -> Tensor:
         return self.fresh.setdefault(name, self._blank(name))
@@ -162,90 +196,105 @@ class Draft:
     def _blank(self, name: str) -> Tensor:
         tensor = tensor_at(self.dag.model, name)
         shape = list(tensor.shape)
-        for landing in self.landings.get(name, ()):
-            shape[landing.dim] = landing.size
+        for index_map in self.index_maps.get(name, ()):
+            shape[index_map.dim] = index_map.size
         return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
 
-    def fan_in(self, edge: Edge, landing: IndexMap, alpha: Tensor) -> None:
+    def fan_in(self, edge: Edge, index_map: IndexMap, alpha: Tensor) -> None:
         """New rows of a producer: ``alpha [k, slots, i]``, the constant last if the edge has a bias.
 
         Slots that must start at zero do.
         """
         if edge.name in self.zeros:
             alpha = alpha * ~self.zeros[edge.name][:, None]
-        self._write(self._fresh, edge, alpha.flatten(0, 1), landing.new.flatten(), None)
+        self._write(self._fresh, edge, alpha.flatten(0, 1), index_map.new.flatten())
 
-    def fan_out(self, edge: Edge, landing: IndexMap, omega: Tensor) -> None:
+    def fan_out(self, edge: Edge, index_map: IndexMap, omega: Tensor) -> None:
         """New columns of a consumer per unit of gamma: ``omega [o, k, slots]``, with each slot's taps side by side."""
         weight = edge.matrix(self._slope(edge.path("weight")))
         rows = self._old(edge.path("weight"), edge.rule.dims["weight"][0], len(weight))
-        columns = landing.new.flatten()
+        columns = index_map.new.flatten()
         weight[rows[:, None], columns] = omega.reshape(len(rows), len(columns), *weight.shape[2:]).to(weight)
 
     def move(self, edge: Edge, delta: Tensor) -> None:
         """A move of an edge's old weights per unit of gamma: ``delta [o, i]``, the constant last if it has a bias."""
         rows = self._old(edge.path("weight"), edge.rule.dims["weight"][0], edge.rule.widths(edge.module)[1])
-        self._write(self._slope, edge, delta, rows, delta)
+        self._write(self._slope, edge, delta, rows, added=True)
 
-    def branch(self, branch: NewPath, last: nn.Module) -> None:
+    def add_path(self, path: NewPath, last: nn.Module) -> None:
         """New layers. The last one, a part of them, grows from zero with gamma to the weights that it has."""
-        names = {id(parameter): name for name, parameter in branch.module.named_parameters(branch.name)}
+        names = {id(parameter): name for name, parameter in path.module.named_parameters(path.name)}
         for parameter in last.parameters():
             self.slope[names[id(parameter)]] = parameter.detach().clone()
             parameter.detach().zero_()
-        self.branches.append(branch)
+        self.new_paths.append(path)
         self.forward_written = True
 
-    def rider(self, rider: Rider, landing: IndexMap, values: Mapping[str, Tensor]) -> None:
+    def rider(self, rider: Rider, index_map: IndexMap, values: Mapping[str, Tensor]) -> None:
         """New entries of a norm layer."""
         for entry, value in values.items():
             tensor = self._fresh(dict(rider.paths)[entry])
-            tensor[landing.new] = value.to(tensor).view(landing.new.shape)
+            tensor[index_map.new] = value.to(tensor).view(index_map.new.shape)
 
-    def copy_rider(self, rider: Rider, landing: IndexMap, units: Tensor, copied: Tensor) -> None:
+    def copy_rider(self, rider: Rider, index_map: IndexMap, units: Tensor, copied: Tensor) -> None:
         """New entries of a rider that repeat those of old units. ``units`` tells which unit each old entry is of."""
-        pattern = units.movedim(landing.dim, 0).reshape(units.shape[landing.dim], -1)[:, 0]
+        pattern = units.movedim(index_map.dim, 0).reshape(units.shape[index_map.dim], -1)[:, 0]
         source = torch.cat([torch.nonzero(pattern == unit).flatten() for unit in copied.tolist()])
         for name in rider.tensors:
             old = tensor_at(self.dag.model, name).detach()
-            self._fresh(name).index_copy_(landing.dim, landing.new.flatten(), old.index_select(landing.dim, source))
+            self._fresh(name).index_copy_(
+                index_map.dim, index_map.new.flatten(), old.index_select(index_map.dim, source)
+            )
 
-    def _write(self, target: Any, edge: Edge, values: Tensor, rows: Tensor, add: Tensor | None) -> None:
-        inputs, bias = edge.rule.widths(edge.module)[0], edge.parameters().get("bias")
+    def _write(
+        self, target: Callable[[str], Tensor], edge: Edge, values: Tensor, rows: Tensor, *, added: bool = False
+    ) -> None:
+        """Values ``[row, i]`` in place of those of some rows of a layer, or added to them."""
+        inputs = edge.rule.widths(edge.module)[0]
         weight = edge.matrix(target(edge.path("weight")))
         at = rows[:, None], self._old(edge.path("weight"), edge.rule.dims["weight"][1], inputs)
         columns = inputs * edge.rule.taps(edge.module)
         entries = values[:, :columns].reshape(len(rows), inputs, *weight.shape[2:]).to(weight)
-        weight[at] = entries + (weight[at] if add is not None else 0)
-        if bias is not None and values.shape[1] > columns:
+        weight[at] = entries + (weight[at] if added else 0)
+        if edge.bias and values.shape[1] > columns:
             bias = target(edge.path("bias"))
-            bias[rows] = values[:, -1].to(bias) + (bias[rows] if add is not None else 0)
+            bias[rows] = values[:, -1].to(bias) + (bias[rows] if added else 0)
 
     def _old(self, name: str, dim: int | None, size: int) -> Tensor:
-        return next((at.old for at in self.landings.get(name, ()) if at.dim == dim), torch.arange(size))
+        """Where the old entries of a tensor lie along a dimension of this size."""
+        return next((at.old for at in self.index_maps.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:
+        """The finished change."""
         return Change(
-            self.landings,
+            self.index_maps,
             self.fresh,
             self.slope,
             self.attributes,
             self.literals,
             self.forward_written,
             self.dag.program,
-            tuple(self.branches),
+            tuple(self.new_paths),
         )
 
 
-def pad(tensor: Tensor, landings: Sequence[IndexMap], fresh: Tensor | None = None) -> Tensor:
+def pad(tensor: Tensor, index_maps: Sequence[IndexMap], fresh: Tensor | None = None) -> Tensor:
     """The tensor in its grown shape: old entries where they land, new ones from ``fresh`` or zero."""
-    if not landings:
+    if not index_maps:
         return tensor
-    shape, index = list(tensor.shape), [torch.arange(size) for size in tensor.shape]
-    for landing in landings:
-        if len(landing.old) != tensor.shape[landing.dim]:
+    shape = list(tensor.shape)
+    for index_map in index_maps:
+        if len(index_map.old) != tensor.shape[index_map.dim]:
             raise GrowthError("the model has changed its widths since the growth was measured; propose again.")
-        shape[landing.dim], index[landing.dim] = landing.size, landing.old
+        shape[index_map.dim] = index_map.size
     grown = tensor.new_zeros(shape) if fresh is None else fresh.detach().clone()
-    grown[torch.meshgrid(*(i.to(tensor.device) for i in index), indexing="ij")] = tensor
-    return grown
+    return _place(grown, tensor, index_maps)
+
+
+def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Tensor:
+    """Writes the entries of a tensor to where they land, one dimension after the other."""
+    index_map, *others = index_maps
+    old = index_map.old.to(tensor.device)
+    if others:
+        tensor = _place(grown.index_select(index_map.dim, old), tensor, others)
+    return grown.index_copy_(index_map.dim, old, tensor.to(grown.dtype))

@@ -6,17 +6,17 @@ from functools import partial
 from math import ceil, prod
 from types import NoneType
 from typing import Any
-from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dagrow._model_state import all_or_nothing
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, weight_uses
-from dagrow.solvers import LEVEL, Regression, Verdict, upper_tail
+from dagrow.solvers import LEVEL, Verdict, upper_tail
 from dagrow.statistics import Objective
-from dagrow.surgery._apply import Overwritten, UndoRecord, all_or_nothing, apply, preview, transaction, widen_copy
+from dagrow.surgery._apply import Overwritten, UndoRecord, apply, preview, transaction, widen_copy
 from dagrow.surgery._draft import Change
 from dagrow.surgery._optimizers import check_optimizer
 
@@ -55,7 +55,6 @@ class Growth:
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
             is drawn at random.
         notes: fallbacks that the solution needed.
-        regressions: tells what is regressed on what at each target, on features that do not depend on the goals.
     """
 
     operator: Any
@@ -75,7 +74,6 @@ class Growth:
     samples: int = 0
     z: float | None = None
     p_value: float | None = None
-    regressions: Callable[[], Sequence[Regression]] = field(default=tuple, repr=False)
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)
@@ -98,15 +96,21 @@ class Growth:
 
         The error falls with the root of the number of samples: ``n (error / gain / wanted)^2``, at least 1.
 
+        Args:
+            relative_error: the standard error over the gain that is wanted.
+
+        Returns:
+            The number of samples.
+
         Raises:
             GrowthError: the error that is wanted is not a positive number, or the gain is not known to be one: it was
                 measured without folds, or is not above zero.
         """
         check_real("samples_for", above=0, relative_error=relative_error)
         if self.heldout_gain is None or self.heldout_error is None or not self.heldout_gain > 0:
-            found = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
+            how = "without folds" if self.heldout_gain is None else f"and is {self.heldout_gain:.3g} held out"
             raise GrowthError(
-                f"samples_for: the gain at {self.where} was measured {found}, so there is no error relative to it. "
+                f"samples_for: the gain at {self.where} was measured {how}, so there is no error relative to it. "
                 "Measure it with folds of at least 2, on more samples."
             )
         return max(1, ceil(self.samples * (self.heldout_error / self.heldout_gain / relative_error) ** 2))
@@ -117,22 +121,45 @@ class Growth:
         Args:
             gamma: the amplitude.
             objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
+
+        Returns:
+            The loss, a mean over samples.
         """
-        self._check("loss", gamma)
+        check_real("loss", gamma=gamma)
+        return self.losses(objective)(gamma)
+
+    def losses(self, objective: Objective | None = None) -> Callable[[float], float]:
+        """The loss of the grown network as a function of the amplitude, while the model stays as it is.
+
+        Args:
+            objective: as for :meth:`loss`.
+
+        Returns:
+            A function from the amplitude to the loss; its tensors are built once.
+
+        Raises:
+            GrowthError: the model is no longer the one that was measured, or the objective is none.
+        """
+        self.check_fresh()
         if not isinstance(objective, (Objective, NoneType)):
             raise GrowthError(
                 f"loss(objective=...): a {type(objective).__name__} was given; leave it out, or for other batches give "
                 "growth.objective.with_batches(batches)."
             )
-        with preview(self.dag, self.change):
-            return (objective or self.objective).mean(self.change.tensors(self.dag.model, gamma))
+        judge, start = objective or self.objective, self.change.start(self.dag.model)
 
-    def _check(self, call: str, gamma: object) -> None:
-        check_real(call, gamma=gamma)
-        self.check_fresh()
+        def loss(gamma: float) -> float:
+            with preview(self.dag, self.change, self.change.at(start, gamma)):
+                return judge.mean()
+
+        return loss
 
     def check_fresh(self) -> None:
-        """Raises GrowthError if the model is no longer the one that was measured."""
+        """Makes sure that the model is still the one that was measured.
+
+        Raises:
+            GrowthError: another growth was applied or undone since.
+        """
         if self.change.program is not self.dag.program:
             raise GrowthError(
                 f"the growth at {self.where} is stale: another one was applied or undone since it was measured. Call "
@@ -147,30 +174,41 @@ class Growth:
             gamma: the amplitude; at 0 the function does not change.
             optimizer: its state is brought along at once (otherwise at its next step).
 
+        Returns:
+            What became of it, to be printed and undone.
+
         Raises:
             GrowthError: the model is no longer the one that was measured.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
         """
-        self._check("apply", gamma)
+        check_real("apply", gamma=gamma)
+        self.check_fresh()
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 
     def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
-        """Applies the growth when the losses are known already."""
+        """Applies the growth when the losses are known already.
+
+        Args:
+            gamma: the amplitude.
+            before: the loss of the model as it is.
+            after: the loss at the amplitude.
+            optimizer: as for :meth:`apply`.
+
+        Returns:
+            The receipt.
+        """
         undo = apply(self.dag, self.change, gamma, optimizer)
-        receipt = Receipt(
-            self.where, self.neurons, gamma, before, after, self.gain, where_new([self.change]), self, undo
-        )
-        undo.receipt = ref(receipt)
-        return receipt
+        new = where_new([self.change])
+        return Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo)
 
     def __str__(self) -> str:
-        held = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
-        held += "" if self.p_value is None else f", p {self.p_value:.2g}"
+        heldout = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
+        heldout += "" if self.p_value is None else f", p {self.p_value:.2g}"
         doubt = "" if self.significant else " (not more than chance)"
         doubt += " (raises the loss)" if self.gain < 0 else ""
         return (
-            f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{held}{doubt}, "
+            f"{self.operator!r} at {self.where}: {self.neurons} neurons, gain {self.gain:.4g}{heldout}{doubt}, "
             f"{self.cost.parameters:+,} parameters, {self.cost.flops:+,} FLOPs"
         )
 
@@ -216,18 +254,17 @@ class Receipt:
         For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
         working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
 
+        Args:
+            copy: of the model, from before the growth.
+
         Raises:
             GrowthError: the copy is not one of the model as it was before the growth. It is as it was.
         """
-        done: list[Overwritten] = []
-        try:
+        overwritten: list[Overwritten] = []
+        with all_or_nothing(partial(_restore, overwritten)):
             for part in self.parts:
                 if part.growth is not None and part._undo is not None:
-                    done.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
-        except BaseException:
-            for saved in reversed(done):
-                saved.restore()
-            raise
+                    overwritten.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
 
     def undo(self) -> None:
         """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
@@ -248,7 +285,8 @@ class Receipt:
                 f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
             )
         restore = partial(_restore, undos)
-        all_or_nothing(restore, restore)
+        with all_or_nothing(restore):
+            restore()
 
     def __str__(self) -> str:
         if self._parts:
@@ -262,39 +300,53 @@ class Receipt:
 
 
 def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
-    """Parameter or buffer -> for each dimension that grew where the new entries are, after changes in a row."""
-    found: dict[str, dict[int, list[int]]] = {}
+    """Where new entries are after changes in a row.
+
+    Args:
+        changes: oldest first.
+
+    Returns:
+        Parameter or buffer -> dimension that grew -> positions of the new entries.
+    """
+    new: dict[str, dict[int, list[int]]] = {}
     for change in changes:
-        for name, landings in change.landings.items():
-            places = found.setdefault(name, {})
-            for at in landings:
-                moved = [int(at.old[place]) for place in places.get(at.dim, [])]
-                places[at.dim] = sorted(moved + at.new.flatten().tolist())
+        for name, index_maps in change.index_maps.items():
+            positions = new.setdefault(name, {})
+            for at in index_maps:
+                earlier = [int(at.old[position]) for position in positions.get(at.dim, [])]
+                positions[at.dim] = sorted(earlier + at.new.flatten().tolist())
         for name, parameter in change.added.items():
-            found[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
-    return found
+            new[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
+    return new
 
 
-def _restore(undos: Sequence[UndoRecord]) -> None:
-    for undo in reversed(undos):
-        undo.restore()
+def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
+    for record in reversed(records):
+        record.restore()
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:
-    """Counted from shapes: an entry of a matrix or kernel costs one multiplication and one addition per position."""
+    """What a change adds, from shapes: an entry of a matrix or kernel costs two operations per position.
+
+    Args:
+        dag: of the model.
+        change: what the growth does to it.
+
+    Returns:
+        The new parameters and floating point operations.
+    """
     parameters = dict(dag.model.named_parameters())
-    added = {
-        n: _grown(parameters[n].shape, at) - parameters[n].numel()
-        for n, at in change.landings.items()
-        if n in parameters
+    entries = {
+        name: _grown_size(parameters[name].shape, at) - parameters[name].numel()
+        for name, at in change.index_maps.items()
+        if name in parameters
     }
     uses = weight_uses(dag.graph, dag.layers)
-    used = [name for name in uses if name in added and parameters[name].ndim > 1]
-    flops = sum(2 * added[name] * uses[name] for name in used)
-    new = [branch.cost() for branch in change.branches]
-    return Cost(sum(added.values()) + sum(p for p, _ in new), flops + sum(f for _, f in new))
+    flops = sum(2 * entries[name] * uses[name] for name in uses if name in entries and parameters[name].ndim > 1)
+    paths = [path.cost() for path in change.new_paths]
+    return Cost(sum(entries.values()) + sum(p for p, _ in paths), flops + sum(f for _, f in paths))
 
 
-def _grown(shape: Sequence[int], landings: Sequence[IndexMap]) -> int:
-    sizes = {landing.dim: landing.size for landing in landings}
+def _grown_size(shape: Sequence[int], index_maps: Sequence[IndexMap]) -> int:
+    sizes = {index_map.dim: index_map.size for index_map in index_maps}
     return prod(sizes.get(dim, size) for dim, size in enumerate(shape))

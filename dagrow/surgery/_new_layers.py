@@ -1,14 +1,13 @@
-"""Branches: new layers between an activation and a pre-activation that was computed without them.
+"""New paths: new layers between an activation and a pre-activation that was computed without them.
 
-A branch ``f`` turns ``a = W b`` into ``a = W b + f(x)``, where ``x`` is what some other layer reads.
+A path ``f`` turns ``a = W b`` into ``a = W b + f(x)``, where ``x`` is what some other layer reads.
 """
 
-import contextlib
 import copy
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +30,8 @@ class NewPath:
     Attributes:
         name: of the new module, an attribute of the model.
         module: what is computed, a layer or several in a row, with its weights at gamma = 0.
-        reader: the node before which the branch runs: a layer that reads ``source`` as well.
-        writer: the node of a layer; the branch is added to what that layer writes. Or ``source`` itself, in a residual
+        reader: the node before which they run: a layer that reads ``source`` as well.
+        writer: the node of a layer; what they compute is added to what it writes. Or ``source`` itself, in a residual
             block ``x + f(x)``; then ``reader`` is whatever comes next.
         reads: the name of a layer that reads ``source``.
         writes: the name of the layer that writes, "" in a residual block.
@@ -50,63 +49,51 @@ class NewPath:
 
     @property
     def record(self) -> PathRecord:
-        """How the branch is known once it is part of a model."""
+        """How the path is known once it is part of a model."""
         return self.name, self.reads, self.writes
 
     def cost(self) -> tuple[int, int]:
         """Parameters, and FLOPs of a sample of the example that was traced."""
-        image = torch.empty(self.source.meta["val"].shape, device="meta")
+        inputs = torch.empty(self.source.meta["val"].shape, device="meta")
         twin = copy.deepcopy(self.module).to("meta", torch.float32)
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
-            twin(image)
-        return sum(p.numel() for p in self.module.parameters()), counted.get_total_flops() // len(image)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(inputs)  # their graph is not written yet, so that its shapes could not be counted
+        return sum(p.numel() for p in self.module.parameters()), counter.get_total_flops() // len(inputs)
 
 
-def parameters_of(branches: Iterable[NewPath]) -> dict[str, Tensor]:
-    """The parameters of branches, by the names that they will have in the model."""
-    return {f"{b.name}.{name}": p for b in branches for name, p in b.module.named_parameters()}
+def parameters_of(new_paths: Iterable[NewPath]) -> dict[str, Tensor]:
+    """The parameters of new layers, by the names that they will have in the model."""
+    return {f"{path.name}.{name}": p for path in new_paths for name, p in path.module.named_parameters()}
 
 
-def attach(model: nn.Module, branches: Iterable[NewPath], *, copied: bool) -> None:
-    """Makes branches part of a model: the modules themselves, for a look, or copies, for good."""
-    for branch in branches:
-        module = copy.deepcopy(branch.module) if copied else branch.module
+def attach(model: nn.Module, new_paths: Iterable[NewPath], *, copied: bool) -> None:
+    """Makes new layers part of a model: the modules themselves, for a look, or copies, for good."""
+    for path in new_paths:
+        module = copy.deepcopy(path.module) if copied else path.module
         module.train(model.training)
-        model._modules[branch.name] = module
+        model._modules[path.name] = module
 
 
-def detach(model: nn.Module, branches: Iterable[NewPath]) -> None:
-    """Takes branches out of a model. May run twice."""
-    for branch in branches:
-        model._modules.pop(branch.name, None)
+def detach(model: nn.Module, new_paths: Iterable[NewPath]) -> None:
+    """Takes new layers out of a model. May run twice."""
+    for path in new_paths:
+        model._modules.pop(path.name, None)
 
 
-@contextlib.contextmanager
-def attached(model: nn.Module, branches: Sequence[NewPath]) -> Iterator[None]:
-    """Inside, the branches are part of the model."""
-    try:
-        attach(model, branches, copied=False)
-        yield
-    finally:
-        try:
-            detach(model, branches)
-        except BaseException:  # an interrupt while cleaning up: finish the cleaning first
-            detach(model, branches)
-            raise
+def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: Iterable[NewPath]) -> None:
+    """Puts new layers into a copy of the graph that they were made for.
 
-
-def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: Iterable[NewPath]) -> None:
-    """Puts branches into a copy of the graph that they were made for.
-
-    What reads the sum and comes before the branch has to wait for it.
+    What reads the sum and comes before them has to wait for it.
 
     Args:
+        graph: the copy.
         copies: nodes of that graph and their copies.
+        new_paths: what is put in.
     """
-    for branch in branches:
-        reader, writer = copies[branch.reader], copies[branch.writer]
+    for path in new_paths:
+        reader, writer = copies[path.reader], copies[path.writer]
         with graph.inserting_before(reader):
-            added = graph.call_module(branch.name, (copies[branch.source],))
+            added = graph.call_module(path.name, (copies[path.source],))
         needing, users = dependent(writer), [user for user in writer.users if user is not added]
         late = [node for node in crossed(writer, added) if node in needing]
         with graph.inserting_after(max(writer, added)):
@@ -121,34 +108,46 @@ def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], branches: I
 
 def crossed(writer: fx.Node, reader: fx.Node) -> list[fx.Node]:
     """The nodes that run after a layer has written and before another one reads; none if it reads before."""
-    found, node = [], writer.next
+    nodes, node = [], writer.next
     while node is not reader:
         if node.op == "root":
             return []
-        found.append(node)
+        nodes.append(node)
         node = node.next
-    return found
+    return nodes
 
 
 def dependent(origin: fx.Node) -> set[fx.Node]:
-    """Every node that needs this one."""
-    found, waiting = set(), [origin]
+    """Every node that needs this one.
+
+    Args:
+        origin: a node of a graph.
+
+    Returns:
+        Those nodes, without the origin.
+    """
+    nodes, waiting = set(), [origin]
     while waiting:
-        new = [user for user in waiting.pop().users if user not in found]
-        found.update(new)
-        waiting += new
-    return found
+        users = [user for user in waiting.pop().users if user not in nodes]
+        nodes.update(users)
+        waiting += users
+    return nodes
 
 
 def described(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The layers of a branch by their names: the names of their classes in ``torch.nn`` and their arguments.
+    """The layers of a path as plain values.
 
-    Raises StoreError for layers that are not torch's own."""
+    Returns:
+        Layer -> the name of its class in ``torch.nn``, as ``"type"``, and its arguments.
+
+    Raises:
+        StoreError: a layer is not torch's own.
+    """
     layers = dict(module.named_children()) if isinstance(module, nn.Sequential) else {"": module}
-    return {name: {"type": _own(layer), **_arguments(layer)} for name, layer in layers.items()}
+    return {name: {"type": _type_name(layer), **_arguments(layer)} for name, layer in layers.items()}
 
 
-def _own(layer: nn.Module) -> str:
+def _type_name(layer: nn.Module) -> str:
     name = type(layer).__name__
     if getattr(nn, name, None) is not type(layer):
         raise StoreError(
@@ -161,34 +160,41 @@ def _own(layer: nn.Module) -> str:
 
 def _arguments(layer: nn.Module) -> dict[str, Any]:
     names = [name for name in inspect.signature(type(layer).__init__).parameters if name not in ("self", "device")]
-    found = {name: getattr(layer, name) for name in names if hasattr(layer, name) and name != "dtype"}
-    return {name: value is not None if name == "bias" else value for name, value in found.items()}
+    arguments = {name: getattr(layer, name) for name in names if hasattr(layer, name) and name != "dtype"}
+    return {name: value is not None if name == "bias" else value for name, value in arguments.items()}
 
 
 def rebuilt(layers: Mapping[str, Mapping[str, Any]], inputs: int, outputs: int) -> nn.Module:
     """The inverse of :func:`described`, for other numbers of channels at both ends; all weights are zero."""
-    made = {name: dict(layer) for name, layer in layers.items()}
-    weighted = [layer for layer in made.values() if WIDTHS & layer.keys()]
+    arguments = {name: dict(layer) for name, layer in layers.items()}
+    weighted = [layer for layer in arguments.values() if WIDTHS & layer.keys()]
     for layer, side, size in ((weighted[0], "in_", inputs), (weighted[-1], "out_", outputs)):
         layer.update({name: size for name in WIDTHS & layer.keys() if name.startswith(side)})
-    modules = {name: _made(_kind(layer.pop("type")), layer) for name, layer in made.items()}
+    modules = {name: _built(_layer_type(layer.pop("type")), layer) for name, layer in arguments.items()}
     return blank(modules[""] if "" in modules else nn.Sequential(OrderedDict(modules)))
 
 
-def _kind(name: str) -> type[nn.Module]:
+def _layer_type(name: str) -> type[nn.Module]:
     kind = getattr(nn, name)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"torch.nn.{name} is no layer")
     return kind
 
 
-def _made(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+def _built(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
     """Draws no random numbers."""
     return skip_init(kind, **arguments) if WIDTHS & arguments.keys() else kind(**arguments)
 
 
 def blank(module: nn.Module) -> nn.Module:
-    """The module, all its parameters zero."""
+    """Makes all parameters of a module zero.
+
+    Args:
+        module: is changed in place.
+
+    Returns:
+        The module.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dagrow._model_state import all_or_nothing
 from dagrow.errors import GrowthError, StoreError, first_line
 from dagrow.graph import Dag, Rule, trace
-from dagrow.surgery._apply import all_or_nothing, apply, transaction
+from dagrow.surgery._apply import apply, transaction
 from dagrow.surgery._draft import Draft
 from dagrow.surgery._new_layers import NewPath, described, rebuilt
 from dagrow.tracing import added_paths
@@ -80,7 +81,6 @@ def load(
     """
     paths, widths, state = _read(_path(path))
     dag = trace(model, example_inputs, rules=rules)
-    count = len(dag.applied)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:
@@ -91,8 +91,8 @@ def load(
         _check_state(_tensors(model), state)
         model.load_state_dict(state)
 
-    all_or_nothing(lambda: transaction(dag, work), lambda: _refill(model, before))
-    dag.applied[count:] = [None for _ in dag.applied[count:]]  # for good
+    with all_or_nothing(lambda: _refill(model, before)):
+        transaction(dag, work)
     return dag
 
 
@@ -148,7 +148,7 @@ def _add_path(dag: Dag, name: str, reads: str, writes: str, layers: Mapping[str,
     module.to(writer.parameters()["weight"])
     reading, writing = (nodes[reads], nodes[writes]) if writes else (source.next, source)
     draft = Draft(dag)
-    draft.branch(NewPath(name, module, reading, writing, source, reads, writes, writer.path("weight")), nn.Identity())
+    draft.add_path(NewPath(name, module, reading, writing, source, reads, writes, writer.path("weight")), nn.Identity())
     apply(dag, draft.change(), 0.0)
 
 

@@ -188,7 +188,7 @@ def _random(dag: Dag, axes: Sequence[Widened], sign: int) -> Change:
 
 
 def _touched(model: nn.Module, change: Change) -> dict[str, Tensor]:
-    return {name: tensor_at(model, name) for name in change.landings}
+    return {name: tensor_at(model, name) for name in change.index_maps}
 
 
 def _outputs(model: nn.Module, arguments: Any) -> list[Tensor]:
@@ -221,7 +221,7 @@ def _unreached(
         (name, at.dim)
         for name, gradient in zip(tensors, gradients, strict=True)
         if gradient is not None
-        for at in change.landings[name]
+        for at in change.index_maps[name]
         if bool(gradient.index_select(at.dim, at.new.flatten()).any())
     }
     return [(axis, widening) for axis, widening in axes if not alive & set(_sides(axis))]

@@ -72,8 +72,8 @@ def targets_of(
     dag, change, names = growth.dag, growth.change, list(growth.gain_from)
     objective = Objective(dag.model, batches, loss, mode=mode)
     samples = sum(n for _, n in objective)
-    if change.branches:
-        return [_path_target(growth, branch, objective, samples) for branch in change.branches]
+    if change.new_paths:
+        return [_path_target(growth, branch, objective, samples) for branch in change.new_paths]
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
     before = _rows(objective, edges if producer is None or producer.name in names else [*edges, producer])
@@ -130,7 +130,7 @@ def _new_and_written(change: Change, edge: Edge, read: Tensor, goal: Tensor, pai
     weight, bias = (change.slope.get(edge.path(name)) for name in ("weight", "bias"))
     if weight is None:
         return read[:, :0], torch.zeros_like(goal)
-    index_maps = {index_map.dim: index_map for index_map in change.landings.get(edge.path("weight"), ())}
+    index_maps = {index_map.dim: index_map for index_map in change.index_maps.get(edge.path("weight"), ())}
     weight, (o, i) = edge.matrix(weight), edge.rule.dims["weight"]
     rows = index_maps[o].old if o in index_maps else torch.arange(len(weight))
     written = read @ weight[rows].flatten(1).T

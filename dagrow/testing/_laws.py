@@ -129,7 +129,7 @@ def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
 
     for growth in case.propose(_exact(operator), case.copy()):
         targets = _targets(growth, case)
-        if not all(t.certain for t in targets) or not growth.drop or not (growth.neurons or growth.change.branches):
+        if not all(t.certain for t in targets) or not growth.drop or not (growth.neurons or growth.change.new_paths):
             continue
         for t in targets:
             for scale in (1.0, 1e-2, 1e-4) * draws:
@@ -241,7 +241,7 @@ def regrowth(operator: Operator, case: Case) -> None:
     keys, optimizer = set(dag.model.state_dict()), torch.optim.Adam(dag.model.parameters(), lr=1e-4)
     _step(case, dag.model, optimizer)
     growths = case.propose(operator, dag)
-    places = [g.where for g in growths if not g.change.branches] + [g.where for g in growths if g.change.branches][:2]
+    places = [g.where for g in growths if not g.change.new_paths] + [g.where for g in growths if g.change.new_paths][:2]
     for where in [where for where in places for _ in range(2)]:
         for growth in [g for g in case.propose(operator, dag) if g.where == where][:1]:
             _grows_as_predicted(growth, case, optimizer)
@@ -261,9 +261,9 @@ def _grows_as_predicted(growth: Growth, case: Case, optimizer: torch.optim.Optim
     assert_close(loss, predicted, f"{growth} applied", rtol=1e-9, atol=1e-12)
     wider = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
     wider = {name: more for name, more in wider.items() if more}
-    expected = {growth.where: growth.neurons} if growth.neurons and not growth.change.branches else {}
+    expected = {growth.where: growth.neurons} if growth.neurons and not growth.change.new_paths else {}
     assert wider == expected, f"{growth} widened {wider}"
-    new = bool(growth.neurons or growth.change.branches)
+    new = bool(growth.neurons or growth.change.new_paths)
     assert bool(receipt.parameters) == new, f"{receipt} tells of {receipt.parameters}"
 
 
@@ -371,7 +371,7 @@ def _certain(growth: Growth, case: Case) -> bool:
 
 def _targets(growth: Growth, case: Case) -> list[Target]:
     paired, solver = getattr(growth.operator, "paired", False), getattr(growth.operator, "solver", "")
-    project = (growth.neurons > 0 or bool(growth.change.branches)) and solver != "unprojected"
+    project = (growth.neurons > 0 or bool(growth.change.new_paths)) and solver != "unprojected"
     return targets_of(growth, case.batches, case.loss, case.mode, project=project, paired=paired)
 
 

@@ -237,7 +237,7 @@ def scores(growth: Growth, bottlenecks: dagrow.Bottlenecks, norms: dict[str, flo
 
 def readers(growth: Growth) -> list[str]:
     """The layers that read the activation of a residual block."""
-    (branch,) = growth.change.branches
+    (branch,) = growth.change.new_paths
     return [edge.name for edge in growth.dag.edges if edge.layer.inputs is branch.source and not edge.shared]
 
 

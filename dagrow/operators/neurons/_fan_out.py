@@ -264,7 +264,6 @@ class FanOutStage(Stage):
             singular_values=proposal.values,
             invariant=proposal.invariant and self.origin.fan == "fitted",
             notes=tuple(dict.fromkeys(notes)),
-            regressions=self.place.regressions,
             change=change,
             dag=self.place.dag,
             objective=objective,

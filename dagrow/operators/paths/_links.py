@@ -309,7 +309,7 @@ class PathCandidate(Candidate):
     def _growth(self, basis: Tensor, fit: Fit, objective: Objective) -> Growth:
         link, draft = self.link, Draft(self.link.dag)
         layers = self.layout(link, basis, fit.weights)
-        draft.branch(link.branch(link.named(self.kind), layers), [*layers.values()][-1])
+        draft.add_path(link.branch(link.named(self.kind), layers), [*layers.values()][-1])
         if fit.compensation is not None:
             link.compensate(draft, fit.compensation)
         change = draft.change()
@@ -323,7 +323,6 @@ class PathCandidate(Candidate):
             drop=fit.drop,
             invariant=self.invariant,
             notes=(fit.note,) if fit.note else (),
-            regressions=lambda: [link.block(self.drawn or self.features)],
             change=change,
             dag=link.dag,
             objective=objective,

@@ -1,0 +1,221 @@
+"""What is read off a model at one time: its program, its layers, and which of its widths can grow."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import ref
+
+import networkx as nx
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from dagrow._model_state import preserve_state
+from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axes, labelled, widen
+from dagrow.errors import TraceError
+from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
+from dagrow.graph._other_mode import OtherMode, in_other_mode, unused
+from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, rule_for
+from dagrow.tracing import (
+    DynamicSizes,
+    Program,
+    added_paths,
+    dynamic_sizes,
+    record,
+    relax_guards,
+    symbolic,
+    two_samples,
+    unwritable,
+)
+
+Rule = LayerRule | OperationRule
+
+
+@dataclass(frozen=True, eq=False)
+class DagView:
+    """A model as it was when it was analysed. A growth gives its dag another view, undo gives the old one back.
+
+    Attributes:
+        program: the model's forward as a graph.
+        layers: the layers that a rule knows, by their nodes.
+        labels: which channels these read and write.
+        widths: edge -> how many channels it reads and writes.
+        obstacles: why an axis cannot grow although its channels go together.
+        growths: what undoes each growth of the model that was in place, oldest first.
+    """
+
+    program: Program
+    layers: Mapping[fx.Node, LayerSite]
+    labels: Labelling
+    edges: tuple[Edge, ...]
+    axes: tuple[Axis, ...]
+    widths: Mapping[str, tuple[int, int]]
+    obstacles: "Obstacles"
+    growths: tuple[ref[Any], ...]
+
+    @cached_property
+    def dynamic_sizes(self) -> DynamicSizes:
+        """How the sizes of activations follow those of the inputs."""
+        return dynamic_sizes(self.program)
+
+
+def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = False) -> DagView:
+    """Reads edges and axes off a model as it is now.
+
+    Args:
+        tracer: of the model.
+        growths: what undoes those that are in place.
+        verified: whether the graph is compared with the model at another batch size.
+
+    Returns:
+        The view.
+    """
+    model = tracer.model
+    with untouched(model):
+        program = tracer.program(verified=verified)
+        layers, labels = labelled(program.graph, model, layer_sites(program.graph, model, tracer.layer_rules))
+        obstacles = Obstacles(tracer, program, layers)
+        layouts, reasons = _layouts(labels, obstacles)
+        edges = {edge.name: edge for edge in edges_of(layers, labels, layouts, reasons)}
+        added = [path for path, *_ in added_paths(model)]
+        axes = tuple(axes_of(edges, layouts, reasons, added))
+        widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
+        return DagView(program, layers, labels, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
+
+
+def untouched(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Weights that are computed may write when they are only looked at, as spectral norms do."""
+    computed = any(map(parametrize.is_parametrized, model.modules()))
+    return preserve_state(model) if computed else contextlib.nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Tracer:
+    """Writes down the forward of a model, in whatever mode the model is."""
+
+    model: nn.Module
+    example_inputs: Any
+    rules: tuple[Rule, ...]
+
+    @property
+    def layer_rules(self) -> tuple[LayerRule, ...]:
+        """The user's own first."""
+        return (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
+
+    def program(self, *, verified: bool) -> Program:
+        """The program, from the example inputs."""
+        return self._program(self.example_inputs, verified=verified)
+
+    def quickly(self) -> Program:
+        """The program, from few samples if the model takes so few."""
+        try:
+            few = None if self.example_inputs is None else two_samples(self.example_inputs)
+            return self._program(few, verified=False)
+        except TraceError:
+            return self.program(verified=False)
+
+    def _program(self, example_inputs: Any, *, verified: bool) -> Program:
+        if example_inputs is None:
+            program = symbolic(self.model, self._is_known)
+        else:
+            program = record(self.model, example_inputs, verified=verified, closed=self._is_known)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for node in program.graph.nodes:
+            module = node.meta["module"] = modules[str(node.target)] if node.op == "call_module" else None
+            operations = (rule for rule in self.rules if isinstance(rule, OperationRule))
+            node.meta["kind"] = next((rule.kind for rule in operations if rule.covers(node, module)), None)
+        return program
+
+    def _is_known(self, module: nn.Module) -> bool:
+        """Whether a rule of the user speaks for the module."""
+        own = [rule for rule in self.rules if isinstance(rule, LayerRule)]
+        operations = [rule for rule in self.rules if isinstance(rule, OperationRule)]
+        return rule_for(module, own) is not None or any(type(module) in rule.targets for rule in operations)
+
+
+@dataclass(frozen=True, eq=False)
+class Obstacles:
+    """Why an axis cannot grow although its channels go together."""
+
+    tracer: Tracer
+    program: Program
+    layers: Mapping[fx.Node, LayerSite]
+
+    def obstacle(self, layout: AxisLayout) -> str | None:
+        """Why the axis cannot widen by one unit, or None."""
+        try:
+            widening = widen(self.program, self.layers, layout, 1)
+        except CannotWidenError as misfit:
+            return str(misfit)
+        if widening.written and self.unwritable:
+            return f"a size is written into the model's forward, {self.unwritable}"
+        return self._other_mode.obstacle(layout, widening) if self._other_mode else None
+
+    @cached_property
+    def unwritable(self) -> str | None:
+        """Why no other forward can be written from the graph, as a clause about the model's own, or None."""
+        if self.tracer.example_inputs is not None:
+            relax_guards(self.program, self.tracer.example_inputs)
+        return unwritable(self.program, lambda: self._other_program)
+
+    @cached_property
+    def _other_mode(self) -> OtherMode | None:
+        """The other mode, if it uses parameters that are not used in this one."""
+        idle = unused(self.program)
+        if not idle or isinstance(self._other_program, str) or unused(self._other_program) >= idle:
+            return None
+        return OtherMode.of(self._other_program, self.tracer.layer_rules)
+
+    @cached_property
+    def _other_program(self) -> Program | str:
+        """The graph in the mode that the model is not in, or why there is none."""
+        return in_other_mode(self.program.model, self.tracer.quickly)
+
+
+def _layouts(labels: Labelling, obstacles: Obstacles) -> tuple[list[AxisLayout], list[str | None]]:
+    """The axes, those of heads and head widths among them, and why each cannot widen."""
+    layouts = group(labels)
+    reasons = {layout: layout.reason or obstacles.obstacle(layout) for layout in layouts}
+    misfits = [layout for layout in layouts if reasons[layout] and not layout.reason]
+    if misfits:
+        heads, replaced = head_axes(obstacles.program, obstacles.layers, misfits, obstacles.obstacle)
+        layouts = [layout for layout in layouts if layout not in replaced] + heads
+        layouts.sort(key=lambda layout: int(layout.labels[0]))
+    return layouts, [reasons.get(layout) for layout in layouts]
+
+
+def network(graph: fx.Graph, edges: Mapping[fx.Node, LayerSite]) -> nx.MultiDiGraph:
+    """Every layer leads from the activation that it reads to every activation that its output reaches unweighted.
+
+    Args:
+        graph: of the model.
+        edges: the weighted layers, by their nodes.
+
+    Returns:
+        A graph with the activations that edges read, and the output, as nodes.
+    """
+    read = {layer.inputs for layer in edges.values()}
+    read |= {node for node in graph.nodes if node.op == "output"}
+    drawing = nx.MultiDiGraph()
+    reached = _reachable(graph, read, edges.__contains__)
+    for node in graph.nodes:
+        if node in read:
+            drawing.add_node(node.name)
+        if node in edges:
+            name = edges[node].name
+            for target in reached[node]:
+                drawing.add_edge(edges[node].inputs.name, target.name, key=name, edge=name)
+    return drawing
+
+
+def _reachable(graph: fx.Graph, read: set[fx.Node], is_edge: Callable[[fx.Node], bool]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node the activations in ``read`` that it reaches without passing a weighted layer."""
+    reached: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in reversed(graph.nodes):
+        targets = {node: None} if node in read else {}
+        for user in node.users:
+            if not is_edge(user):
+                targets |= reached[user]
+        reached[node] = targets
+    return {node: list(targets) for node, targets in reached.items()}
