@@ -1,6 +1,7 @@
 """Every law over the zoo: drawn models times drawn operators, then fixed awkward models, then wrong operators."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -13,8 +14,7 @@ from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoPro
 
 import dagrow
 from dagrow import AddNeurons, GrowthError, MoveWeights, testing
-from dagrow.operators import Candidate, Operator
-from dagrow.operators import Stage as Previewed
+from dagrow.operators import Candidate, Objective, Operator, Steps
 from dagrow.testing import Case, check_operator
 from dagrow.testing._snapshots_and_slopes import derivative, kink
 
@@ -110,37 +110,12 @@ class Wrong(Operator):
     factor: float = 1.01
 
     def candidates(self, dag: dagrow.Dag) -> Sequence[Candidate]:
-        return [WrongCandidate(self, inner) for inner in AddNeurons(k=1, folds=1).candidates(dag)]
+        inner = AddNeurons(k=1, folds=1).candidates(dag)
+        return [dataclasses.replace(c, steps=functools.partial(self.steps, c)) for c in inner]
 
-
-class WrongCandidate(Candidate):
-    def __init__(self, operator: Wrong, inner: Candidate) -> None:
-        self.operator, self.inner = operator, inner
-
-    def pairs(self):
-        return self.inner.pairs()
-
-    def solve(self, moments, objective):
-        found = self.inner.solve(moments, objective)
-        if not isinstance(found, dagrow.Growth):
-            return None if found is None else WrongStage(found, self.operator)
-        return found
-
-
-class WrongStage(Previewed):
-    def __init__(self, inner, operator: Wrong) -> None:
-        self.inner, self.operator = inner, operator
-        self.axis, self.widening = inner.axis, inner.widening
-
-    def pairs(self):
-        return self.inner.pairs()
-
-    def fill(self, draft) -> None:
-        self.inner.fill(draft)
-
-    def solve(self, moments, objective):
-        found = self.inner.solve(moments, objective)
-        return dataclasses.replace(found, gain=found.gain * self.operator.factor)
+    def steps(self, candidate: Candidate, objective: Objective) -> Steps:
+        found = yield from candidate.steps(objective)
+        return found and dataclasses.replace(found, gain=found.gain * self.factor)
 
 
 def test_an_operator_that_promises_too_much_is_found_out() -> None:

@@ -20,6 +20,7 @@ from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables
 from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, mixed_dims, rule_for
 from dagrow.tracing import (
     DynamicSizes,
+    PathRecord,
     Program,
     added_paths,
     dynamic_sizes,
@@ -84,7 +85,7 @@ class Dag:
         layouts, reasons = self._layouts()
         self.edges: tuple[Edge, ...] = tuple(edges_of(self.layers, self.labels, layouts, reasons))
         by_name = {edge.name: edge for edge in self.edges}
-        new = [branch for branch, *_ in added_paths(self.model)]
+        new = [branch for branch, *_ in self.added_paths]
         self.axes: tuple[Axis, ...] = tuple(axes_of(by_name, layouts, reasons, new))
         self._widths = {edge.name: edge.rule.widths(edge.module) for edge in self.edges}
 
@@ -116,6 +117,11 @@ class Dag:
     def layer(self, name: str) -> LayerSite:
         """A layer that a rule knows, by its name."""
         return next(layer for layer in self.layers.values() if layer.name == name)
+
+    @property
+    def added_paths(self) -> tuple[PathRecord, ...]:
+        """The new layers beside those of the user's, of growths that are in place: names, what they read and write."""
+        return added_paths(self.model)
 
     def widening(self, axis: Axis, k: int) -> WideningPlan:
         """What changes where when ``axis`` gets ``k`` units wider. Raises GrowthError if it cannot."""

@@ -89,11 +89,11 @@ def bottlenecks(
         BatchError, LossError: the batches or the loss do not fit.
     """
     check_real("bottlenecks", 0, ridge=ridge)
-    objective = _objective(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
 
-def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
     """Refuses what is no dag of its model any more before anything runs."""
     if not isinstance(dag, Dag):
         raise GrowthError(

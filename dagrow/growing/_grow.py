@@ -1,4 +1,4 @@
-"""The verbs: bottlenecks, propose, grow."""
+"""``grow``: measures, proposes, and applies what lowers the loss."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from torch.optim import Optimizer
 
 from dagrow.errors import listed
 from dagrow.graph import Dag
-from dagrow.growing._bottlenecks import _objective
+from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._line_search import applied, summed
 from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
-from dagrow.growing._propose import _growths, corrected
+from dagrow.growing._propose import corrected, growths_of
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, Objective, Step
 from dagrow.surgery import Receipt, check_optimizer, transaction
@@ -47,7 +47,7 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = _objective(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode)
     chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
@@ -68,7 +68,7 @@ def _grown(
     Args:
         operators: how many operators are asked, which share the 5 % of growths that may be chance.
     """
-    growths = applicable(corrected(*_growths(dag, objective, operator), operators))
+    growths = applicable(corrected(*growths_of(dag, objective, operator), operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):
         receipt = applied(growth, judge, before, optimizer)

@@ -1,5 +1,6 @@
 """TODO surgery."""
 
+from dagrow.axes import disjoint
 from dagrow.surgery._apply import all_or_nothing, grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
@@ -20,6 +21,7 @@ __all__ = [
     "check_steps",
     "cost_of",
     "dependent",
+    "disjoint",
     "grown",
     "load",
     "preview",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.growing import grow
-from dagrow.operators import Operator
+from dagrow.operators import Needs, Operator
 from dagrow.solvers import Moments, MomentView
 from dagrow.statistics import Objective, measure
 from dagrow.surgery import Growth, Receipt
@@ -135,7 +135,9 @@ def _less(fall: float, t: Target, what: str) -> None:
 def additivity(operator: Operator, case: Case) -> None:
     """Law 5: moments of two sets of batches add up; order and size of batches do not matter."""
     dag = case.copy()
-    pairs = [pair for candidate in operator.candidates(dag) for pair in candidate.pairs()]
+    objective = Objective(dag.model, case.batches, case.loss)
+    steps = [candidate.steps(objective) for candidate in operator.candidates(dag)]
+    pairs = [pair for step in steps for pair in next(step, Needs([])).pairs]
 
     def moments(batches: Sequence[Any], folds: int = 1) -> Moments:
         return measure(dag, Objective(dag.model, batches, case.loss, mode="eval"), pairs, folds=folds)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.growing._propose import _previewed
+from dagrow.growing._candidate_runs import previewed
+from dagrow.operators import Needs
+from dagrow.solvers import Moments
 from dagrow.statistics import Objective, measure
 
 WIDTH, SIZE, BATCH = 64, 16, 64
@@ -53,18 +55,26 @@ def ours(model: nn.Module, data: list[tuple[Tensor, Tensor]], folds: int) -> dic
     """The passes of one proposal: two of statistics, one of the preview; and the solve between them."""
     dag, objective = dagrow.trace(model, data[0][0]), Objective(model, data, loss)
     objective.probe()
-    first = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
-    pairs = [pair for c in first for pair in c.pairs()]
+    candidates = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
+
+    def needed(*moments: Moments) -> list[Needs]:
+        """What candidates need next, once they were sent some moments."""
+        waiting = [candidate.steps(objective) for candidate in candidates]
+        needs = [next(steps) for steps in waiting]
+        for m in moments:
+            needs = [steps.send(m) for steps in waiting]
+        return needs
+
+    pairs = [pair for needs in needed() for pair in needs.pairs]
     m = measure(dag, objective, pairs, folds=folds)
-    second = [c.solve(m, objective) for c in first]
-    more = [pair for c in second for pair in c.pairs()]
+    more = [pair for needs in needed(m) for pair in needs.pairs]
     n = measure(dag, objective, more, folds=folds)
-    stages = [c.solve(n, objective) for c in second]
+    previews = needed(m, n)
     return {
         "first pass": lambda: measure(dag, objective, pairs, folds=folds),
         "second pass": lambda: measure(dag, objective, more, folds=folds),
-        "preview": lambda: _previewed(dag, objective, stages, folds),
-        "solves": lambda: ([c.solve(m, objective) for c in first], [c.solve(n, objective) for c in second]),
+        "preview": lambda: previewed(dag, objective, previews, folds),
+        "solves": lambda: needed(m, n),
     }
 
 
