@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,6 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow.growing._candidate_runs import previewed
-from dagrow.operators import Needs
-from dagrow.solvers import Moments
 from dagrow.statistics import Objective, measure
 
 WIDTH, SIZE, BATCH = 64, 16, 64
@@ -56,25 +55,32 @@ def ours(model: nn.Module, data: list[tuple[Tensor, Tensor]], folds: int) -> dic
     dag, objective = dagrow.trace(model, data[0][0]), Objective(model, data, loss)
     objective.probe()
     candidates = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
-
-    def needed(*moments: Moments) -> list[Needs]:
-        """What candidates need next, once they were sent some moments."""
-        waiting = [candidate.steps(objective) for candidate in candidates]
-        needs = [next(steps) for steps in waiting]
-        for m in moments:
-            needs = [steps.send(m) for steps in waiting]
-        return needs
-
-    pairs = [pair for needs in needed() for pair in needs.pairs]
+    waiting = [candidate.steps(objective) for candidate in candidates]
+    pairs = [pair for steps in waiting for pair in next(steps).pairs]
     m = measure(dag, objective, pairs, folds=folds)
-    more = [pair for needs in needed(m) for pair in needs.pairs]
+    more = [pair for steps in waiting for pair in steps.send(m).pairs]
     n = measure(dag, objective, more, folds=folds)
-    previews = needed(m, n)
+    previews = [steps.send(n) for steps in waiting]
+
+    def solves() -> None:
+        """Both solutions again, by steps that name the features of the second anew."""
+        waiting = [candidate.steps(objective) for candidate in candidates]
+        for steps in waiting:
+            next(steps)
+        again = [pair for steps in waiting for pair in steps.send(m).pairs]
+        names = {
+            old: new for pair, other in zip(more, again, strict=True) for old, new in zip(pair, other, strict=True)
+        }
+        sums = {(names[x], names[y]): total for (x, y), total in n.sums.items()}
+        second = replace(n, sums=sums, positions={names[f]: count for f, count in n.positions.items()})
+        for steps in waiting:
+            steps.send(second)
+
     return {
         "first pass": lambda: measure(dag, objective, pairs, folds=folds),
         "second pass": lambda: measure(dag, objective, more, folds=folds),
         "preview": lambda: previewed(dag, objective, previews, folds),
-        "solves": lambda: needed(m, n),
+        "solves": solves,
     }
 
 
