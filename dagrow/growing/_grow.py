@@ -48,12 +48,12 @@ def grow(
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
     objective = objective_of(dag, batches, loss, step, mode)
-    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+    operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
 
     def work() -> Receipt:
-        grown = [_grown(dag, objective, judge, operator, optimizer, len(chosen)) for operator in chosen]
+        grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
         parts = [part for part in grown if part is not None]
         return summed(parts, parts[0].loss_before if parts else judge.mean())
 

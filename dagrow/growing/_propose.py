@@ -39,8 +39,8 @@ def propose(
         GrowthError: an operator was asked for a place that cannot grow, or nothing can.
     """
     objective = objective_of(dag, batches, loss, step, mode)
-    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in chosen])
+    operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+    proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in operators])
     tests = sum(count for _, count in proposals)
     growths = corrected([growth for growths, _ in proposals for growth in growths], tests)
     return sorted(growths, key=expected_gain, reverse=True)

@@ -12,6 +12,7 @@ from dagrow.operators.neurons import (
     OPEN,
     FanIn,
     FanOut,
+    NewUnits,
     Place,
     Proposal,
     add_copies,
@@ -95,8 +96,9 @@ class AddNeurons(Operator):
         axes = self._axes(dag)
         if self.init in PRESERVING:
             assert self.k is not None
-            add = PRESERVING[self.init]
-            return [Candidate(axis.name, partial(add, self, dag, axis, self.k, self.seed), tests=0) for axis in axes]
+            add, k = PRESERVING[self.init], self.k
+            units = [NewUnits(self, dag, axis, k, self.seed) for axis in axes]
+            return [Candidate(new.axis.name, partial(add, new), tests=0) for new in units]
         every = [place for axis in axes for place in places(dag, axis)]
         if self.init == "optimal":
             every = [place.split_channels() for place in every]

@@ -81,6 +81,9 @@ def scored(
         tested: whether chance is asked about.
         preview: new channels that the scores are of, if any.
 
+    Yields:
+        The scores of each sample.
+
     Returns:
         The growth with its held-out gain.
     """

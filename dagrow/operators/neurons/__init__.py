@@ -18,13 +18,14 @@ stays the same. All are steps of candidates: they yield what they need measured.
 from dagrow.operators.neurons._fan_in import FanIn, propose_directions
 from dagrow.operators.neurons._fan_out import FanOut, fit_fan_out
 from dagrow.operators.neurons._places import Place, places
-from dagrow.operators.neurons._preserving import add_copies, add_gradmax, add_zero
+from dagrow.operators.neurons._preserving import NewUnits, add_copies, add_gradmax, add_zero
 from dagrow.operators.neurons._proposal import OPEN, Proposal, drawn, propose_along
 
 __all__ = [
     "OPEN",
     "FanIn",
     "FanOut",
+    "NewUnits",
     "Place",
     "Proposal",
     "add_copies",

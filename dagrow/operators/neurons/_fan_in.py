@@ -80,18 +80,27 @@ class FanIn:
 
 
 def propose_directions(search: FanIn) -> ProposalSteps:
-    """The directions that explain most, scaled; None if there are none that are worth it."""
-    place = search.place
-    behind = [c for c in place.apart() if search.project and place.reads(c) is not None]  # they need a second pass
-    blocks = {c.name: search.regression(c) for c in place.linear()}
-    blocks = {name: block for name, block in blocks.items() if name not in {c.name for c in behind}}
-    size = place.measured, place.measured
-    moments = yield Needs([*_pairs(blocks), *_own_pairs(place, behind), *([] if behind else [size])])
-    left = {c.name: search.residual(moments, c) for c in behind}
-    if behind:
-        blocks_behind = {c.name: search.regression(c, left[c.name]) for c in behind}
-        moments = moments.joined((yield Needs([*_pairs(blocks_behind), size])))
-        blocks |= blocks_behind
+    """The directions that explain most, by linear theory; random ones where it does not reach the consumers.
+
+    Args:
+        search: where and how they are sought.
+
+    Yields:
+        What linear theory needs, in one to three passes.
+
+    Returns:
+        The directions, scaled; None if there are none that are worth it.
+    """
+    place, scale = search.place, (search.place.measured, search.place.measured)
+    moved = {c.name: c for c in place.apart() if search.project and place.reads(c) is not None}
+    blocks = {c.name: search.regression(c) for c in place.linear() if c.name not in moved}
+    own = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
+    moments = yield Needs([*_pairs(blocks), *own, *([] if moved else [scale])])
+    residuals = {name: search.residual(moments, consumer) for name, consumer in moved.items()}
+    if moved:
+        more = {name: search.regression(consumer, residuals[name]) for name, consumer in moved.items()}
+        moments = moments.joined((yield Needs([*_pairs(more), scale])))
+        blocks |= more
     if not blocks:
         random = drawn(place, search.k or OPEN, search.seed)
         notes = ("random: linear theory does not reach the consumers",)
@@ -101,11 +110,10 @@ def propose_directions(search: FanIn) -> ProposalSteps:
         return None
     proposal, turns = leading.proposal, bool(search.rank and leading.proposal.alpha.shape[1])
     if leading.fits or turns:
-        goals = {c.name: left.get(c.name) or search.residual(moments, c) for c in place.linear()}
+        goals = {c.name: residuals.get(c.name) or search.residual(moments, c) for c in place.linear()}
     if leading.fits:
-        proposal = replace(
-            proposal, explained=_explained(place, [(name, goals[name]) for name in blocks], leading.fits)
-        )
+        in_order = [(name, goals[name]) for name in blocks]
+        proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
     if turns:
         proposal = yield from _alternating(place, proposal, leading, goals)
     return scaled(_completed(search, proposal, moments), place, moments)
@@ -115,13 +123,10 @@ def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
     return [pair for block in blocks.values() for pair in block.pairs()]
 
 
-def _own_pairs(place: Place, consumers: list[Edge]) -> list[Pair]:
-    """What the moves of consumers' own weights are fitted to."""
-    pairs: list[Pair] = []
-    for consumer in consumers:
-        reads = place.reads(consumer)
-        pairs += [(reads, reads), (reads, OutputGoal(consumer.name))]
-    return pairs
+def _own_pairs(place: Place, consumer: Edge) -> list[Pair]:
+    """What the move of a consumer's own weights is fitted to."""
+    reads = place.reads(consumer)
+    return [(reads, reads), (reads, OutputGoal(consumer.name))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +141,14 @@ class _Leading:
 
 def _leading(search: FanIn, m: Moments, blocks: Mapping[str, Regression]) -> _Leading | None:
     """The leading singular directions of what is left of the goals; None if they are not worth it."""
-    each = search.place.directions
-    k = None if search.k is None else search.k * each
+    per_unit = search.place.directions
+    k = None if search.k is None else search.k * per_unit
     regressions, ridge, fits = list(blocks.values()), search.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
     if m.folds > 1:
         split = m.split()
         regressions = [with_cross_validated_ridge(split, block) for block in regressions]
         held_out = validate_directions(split, regressions, k, search.ridges)
-        ridge, k, fits = held_out.ridge, -(-held_out.k // each) * each, [*held_out.fits]
+        ridge, k, fits = held_out.ridge, -(-held_out.k // per_unit) * per_unit, [*held_out.fits]
         if search.k is None and not held_out.gain > 0:
             return None
     assert k is not None
@@ -192,8 +197,8 @@ def _alternating(
 
 def _completed(search: FanIn, proposal: Proposal, m: Moments) -> Proposal:
     """As fan-in of units, with random directions where linear theory holds fewer than were asked for."""
-    place, each, count = search.place, search.place.directions, proposal.alpha.shape[1]
-    missing = max((search.k or 0) * each - count, -count % each)
+    place, per_unit, count = search.place, search.place.directions, proposal.alpha.shape[1]
+    missing = max((search.k or 0) * per_unit - count, -count % per_unit)
     if missing:
         extra = normal(place, len(proposal.alpha), missing, search.seed).to(proposal.alpha)
         notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")

@@ -67,7 +67,19 @@ class FanOut:
 
 
 def fit_fan_out(task: FanOut, proposal: Proposal | None, objective: Objective) -> Steps:
-    """Neurons along scaled directions: a preview, fan-outs, scores, and the growth; None if there is nothing to add."""
+    """Neurons along directions: a preview, fan-outs, scores, and the growth.
+
+    Args:
+        task: where, and how the fan-out is fitted.
+        proposal: the directions, scaled; None if there are none.
+        objective: the loss that the growth is measured on.
+
+    Yields:
+        What the new neurons compute in a preview, and, where there are folds, what fits on the other folds explain.
+
+    Returns:
+        The growth, or None if there is nothing to add.
+    """
     if proposal is None:
         return None
     plan = task.place.dag.widening(task.place.axis, 2 * proposal.alpha.shape[1])
@@ -230,8 +242,8 @@ def _slopes(draft: Draft, m: Moments, units: _Units, kept: Tensor) -> dict[str, 
     """``tr(X R)`` of random fan-outs."""
     gains = {}
     for consumer in units.task.place.axis.consumers:
-        landing, written = draft.read[consumer.name], draft.written.get(consumer.name)
-        omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, landing.new.flatten()].flatten(1)
+        index_map, written = draft.read[consumer.name], draft.written.get(consumer.name)
+        omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, index_map.new.flatten()].flatten(1)
         omega = omega if written is None else omega[written.old]
         columns = _columns(kept, units.slots(consumer))
         goals = m[NewChannels(consumer.name), OutputGoal(consumer.name)]
@@ -246,16 +258,16 @@ def _calibrate(draft: Draft, m: Moments, place: Place, plan: WideningPlan, kept:
     then.
     """
     for rider, rule in _norms(place):
-        inputs, landing = NormInputs(rider.name), plan.entries[rider]
+        inputs, index_map = NormInputs(rider.name), plan.entries[rider]
         square = m[inputs, inputs] / m.positions[inputs]
         mean = square[-1, :-1]
         variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
-        columns = _columns(kept, landing.new.shape[1])
+        columns = _columns(kept, index_map.new.shape[1])
         assert rider.module is not None
         entries = rule.calibrated(rider.module, mean[columns], variance[columns])
         if mode == "train":
             entries = {name: entry for name, entry in entries.items() if name in dict(rider.module.named_buffers())}
-        draft.rider(rider, landing, entries)
+        draft.rider(rider, index_map, entries)
 
 
 def _norms(place: Place) -> list[tuple[Rider, RiderRule]]:

@@ -151,6 +151,13 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
 
     On a residual stream producers write at different depths: a new channel is written by one of them, and the
     others write zero. Producers whose output arrives everywhere in the same way write it together.
+
+    Args:
+        dag: the dag that the axis is of.
+        axis: the axis that is to widen.
+
+    Returns:
+        Places, in the order of their first producers.
     """
     grouped: dict[tuple, list[tuple[Edge, dict[str, PositionMap | None]]]] = {}
     for producer in axis.producers:

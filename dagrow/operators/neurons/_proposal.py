@@ -50,6 +50,9 @@ def propose_along(
         propose: from moments the directions, or None if there are none.
         pairs: the moments that it reads.
 
+    Yields:
+        These moments, and those that directions are scaled by.
+
     Returns:
         The directions, scaled.
     """
@@ -66,7 +69,16 @@ def scaled(proposal: Proposal | None, place: Place, m: Moments) -> Proposal | No
 
 
 def drawn(place: Place, k: int, seed: int) -> Proposal:
-    """Random fan-in, another one each time that the axis has another width."""
+    """Random fan-in, another one each time that the axis has another width.
+
+    Args:
+        place: where the new channels are written.
+        k: how many units.
+        seed: of the draw.
+
+    Returns:
+        The directions, not scaled yet.
+    """
     return Proposal(normal(place, place.width * place.channels, k, seed), invariant=False)
 
 

@@ -17,7 +17,14 @@ _INPLACE = {name for name in dir(operator) if name.startswith("i") and getattr(o
 
 
 def refuse_unwritable(dag: Dag) -> None:
-    """Raises GrowthError for a model whose forward cannot be written with a new path in it."""
+    """Refuses a model whose forward cannot be written with a new path in it.
+
+    Args:
+        dag: the model's.
+
+    Raises:
+        GrowthError: it cannot.
+    """
     if dag.unwritable:
         raise GrowthError(
             f"no new path can be added to this {type(dag.model).__name__}: its forward would have to be written anew, "

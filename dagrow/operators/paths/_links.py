@@ -214,7 +214,15 @@ def _short(name: str, dag: Dag) -> str:
 
 
 def filled(layer: nn.Module, matrix: Tensor) -> nn.Module:
-    """A layer with the weights ``[o, i]``, the constant's last where it has a bias."""
+    """Writes weights into a new layer.
+
+    Args:
+        layer: linear or a convolution.
+        matrix: ``[o, i]``, the constant's column last where the layer has a bias.
+
+    Returns:
+        The layer.
+    """
     weight, bias = layer.get_parameter("weight"), dict(layer.named_parameters()).get("bias")
     with torch.no_grad():
         weight.copy_(matrix[:, : weight[0].numel()].reshape(weight.shape))

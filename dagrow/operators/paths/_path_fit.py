@@ -57,19 +57,34 @@ class PathForm:
 
 
 def everything(m: MomentView, block: Regression, ridge: float) -> Tensor:
-    """All features, each by itself."""
+    """All features, each by itself.
+
+    Args:
+        m: moments of the features.
+        block: the regression at the target.
+        ridge: not needed.
+
+    Returns:
+        Their indices ``[p]``.
+    """
     p = m[block.features, block.features]
     return torch.arange(len(p), device=p.device)
 
 
 def fit_path(site: PathSite, features: Feature, form: PathForm, objective: Objective) -> Steps:
-    """A path whose last layer is fitted; None if there is nothing that it could read.
+    """A path whose last layer is fitted.
 
     Args:
         site: where it leads from and to.
         features: what the fit is on: what the last layer reads, the constant last if it has a bias.
         form: what it consists of.
         objective: the loss that the growth is measured on.
+
+    Yields:
+        What the last layer is fitted to, and, where there are folds, what fits on the other folds explain.
+
+    Returns:
+        The growth, or None if there is nothing that the layer could read.
     """
     block = site.regression(features)
     fitted = _fitted(block, form, (yield Needs(block.pairs())))

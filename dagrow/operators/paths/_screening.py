@@ -34,6 +34,9 @@ def screened(
         fit: the steps of one place.
         activation: of new hidden units, None for a path without.
         exact: how many places are few.
+
+    Returns:
+        A candidate for each place, or one that stands for all of them.
     """
     candidates = [Candidate(site.place, partial(fit, site)) for site in sites]
     if len(sites) <= exact:
