@@ -10,8 +10,7 @@ from dagrow.graph import Axis, Dag
 from dagrow.operators._base import Candidate, Operator, Steps, check_names
 from dagrow.operators.neurons import (
     OPEN,
-    FanIn,
-    FanOut,
+    NeuronSettings,
     NewUnits,
     Place,
     Proposal,
@@ -107,25 +106,21 @@ class AddNeurons(Operator):
 
     def _add(self, place: Place, objective: Objective) -> Steps:
         """Directions, by linear theory or at random, and the fan-out that is fitted to what they compute."""
-        ridges = neuron_ridges(self.ridge, self.folds)
-        joint, project = self.solver == "joint", self.solver != "unprojected"
-        if self.init == "optimal":
-            search = FanIn(place, self.k, ridges, joint, project, self.solver == "als", self.seed)
-            proposal = yield from propose_directions(search)
-        else:
-            proposal = yield from propose_along(place, self._drawn)
-        fan_out = FanOut(
+        settings = NeuronSettings(
             self,
             place,
-            ridges,
-            joint,
-            project,
+            neuron_ridges(self.ridge, self.folds),
+            self.k,
+            joint=self.solver == "joint",
+            project=self.solver != "unprojected",
+            alternating=self.solver == "als",
             fan="random" if self.init == "random" else "fitted",
             paired=self.paired,
-            exact=self.k is not None,
             seed=self.seed,
         )
-        return (yield from fit_fan_out(fan_out, proposal, objective))
+        by_theory = self.init == "optimal"
+        proposal = yield from propose_directions(settings) if by_theory else propose_along(place, self._drawn)
+        return (yield from fit_fan_out(settings, proposal, objective))
 
     def _drawn(self, m: Moments, place: Place) -> Proposal:
         return drawn(place, self.k or OPEN, self.seed)

@@ -7,7 +7,7 @@ from functools import partial
 
 from dagrow.graph import Dag
 from dagrow.operators._base import Candidate, Operator, Steps
-from dagrow.operators.neurons import FanOut, Place, Proposal, fit_fan_out, places, propose_along
+from dagrow.operators.neurons import NeuronSettings, Place, Proposal, fit_fan_out, places, propose_along
 from dagrow.solvers import Moments, neuron_ridges
 from dagrow.statistics import Objective
 
@@ -49,5 +49,5 @@ class Widen(Operator):
 
     def _add_neurons(self, place: Place, objective: Objective) -> Steps:
         proposal = yield from propose_along(place, self.propose, [(place.features, place.features)])
-        fan_out = FanOut(self, place, neuron_ridges(self.ridge, self.folds))
-        return (yield from fit_fan_out(fan_out, proposal, objective))
+        settings = NeuronSettings(self, place, neuron_ridges(self.ridge, self.folds))
+        return (yield from fit_fan_out(settings, proposal, objective))

@@ -15,16 +15,16 @@ stays the same. All are steps of candidates: they yield what they need measured.
 (['0'], 6)
 """
 
-from dagrow.operators.neurons._fan_in import FanIn, propose_directions
-from dagrow.operators.neurons._fan_out import FanOut, fit_fan_out
+from dagrow.operators.neurons._fan_in import propose_directions
+from dagrow.operators.neurons._fan_out import fit_fan_out
 from dagrow.operators.neurons._places import Place, places
 from dagrow.operators.neurons._preserving import NewUnits, add_copies, add_gradmax, add_zero
 from dagrow.operators.neurons._proposal import OPEN, Proposal, drawn, propose_along
+from dagrow.operators.neurons._settings import NeuronSettings
 
 __all__ = [
     "OPEN",
-    "FanIn",
-    "FanOut",
+    "NeuronSettings",
     "NewUnits",
     "Place",
     "Proposal",

@@ -15,6 +15,7 @@ from dagrow.graph import Edge
 from dagrow.operators._base import Needs
 from dagrow.operators.neurons._places import Place
 from dagrow.operators.neurons._proposal import OPEN, Proposal, ProposalSteps, drawn, normal, scaled
+from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
     Moments,
     Pair,
@@ -31,59 +32,11 @@ MOST = 1024  #: features in all slots among which turns are taken
 Goals = Mapping[str, OutputGoal | ResidualGoal]
 
 
-@dataclass(frozen=True, eq=False)
-class FanIn:
-    """How directions are sought.
-
-    Attributes:
-        place: where the new channels are written.
-        k: how many units; None for as many as the held-out drop supports.
-        ridges: to choose from.
-        joint: whether what the consumers read is regressed out of the new features as well.
-        project: whether ``v_perp`` is explained or, if not, ``v``.
-        alternating: whether directions for consumers that read in several slots are improved by turns.
-        seed: of random directions.
-    """
-
-    place: Place
-    k: int | None
-    ridges: tuple[float, ...] = (0.0,)
-    joint: bool = False
-    project: bool = True
-    alternating: bool = False
-    seed: int = 0
-
-    @property
-    def rank(self) -> int:
-        """The number of directions among which turns are taken; 0 for none."""
-        if not self.alternating or not self.place.apart():
-            return 0
-        slots = max(arrival.index.shape[1] for arrival in self.place.arrivals.values() if arrival is not None)
-        return max((self.k or 1) * self.place.directions, MOST // slots)
-
-    def regression(self, consumer: Edge, goal: OutputGoal | ResidualGoal | None = None) -> Regression:
-        """What the producers read, at a consumer."""
-        goal = goal or OutputGoal(consumer.name)
-        return self.place.regression(consumer, "all" if self.joint else "none", self.project, goal)
-
-    def residual(self, m: Moments, consumer: Edge) -> OutputGoal | ResidualGoal:
-        """What is to be explained at a consumer: what a move leaves that was fitted on the other folds."""
-        reads, goal = self.place.reads(consumer), OutputGoal(consumer.name)
-        if not self.project or reads is None:
-            return goal
-        if m.folds == 1:
-            return ResidualGoal(goal, reads, [m.whitening(reads).solve(m[reads, goal]).T])
-        split = m.split()
-        ridge = with_cross_validated_ridge(split, Regression(reads, reads, goal)).ridge
-        moves = [train.whitening(reads, ridge).solve(train[reads, goal]).T for train, _ in split]
-        return ResidualGoal(goal, reads, moves)
-
-
-def propose_directions(search: FanIn) -> ProposalSteps:
+def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     """The directions that explain most, by linear theory; random ones where it does not reach the consumers.
 
     Args:
-        search: where and how they are sought.
+        settings: where and how they are sought.
 
     Yields:
         What linear theory needs, in one to three passes.
@@ -91,32 +44,60 @@ def propose_directions(search: FanIn) -> ProposalSteps:
     Returns:
         The directions, scaled; None if there are none that are worth it.
     """
-    place, scale = search.place, (search.place.measured, search.place.measured)
-    moved = {c.name: c for c in place.apart() if search.project and place.reads(c) is not None}
-    blocks = {c.name: search.regression(c) for c in place.linear() if c.name not in moved}
+    place, scale = settings.place, (settings.place.measured, settings.place.measured)
+    moved = {c.name: c for c in place.apart() if settings.project and place.reads(c) is not None}
+    here = [c for c in place.linear() if c.name not in moved]
+    blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in here}
     own = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
     moments = yield Needs([*_pairs(blocks), *own, *([] if moved else [scale])])
-    residuals = {name: search.residual(moments, consumer) for name, consumer in moved.items()}
+    residuals = {name: _residual(settings, moments, consumer) for name, consumer in moved.items()}
     if moved:
-        more = {name: search.regression(consumer, residuals[name]) for name, consumer in moved.items()}
+        more = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
         moments = moments.joined((yield Needs([*_pairs(more), scale])))
         blocks |= more
     if not blocks:
-        random = drawn(place, search.k or OPEN, search.seed)
+        random = drawn(place, settings.k or OPEN, settings.seed)
         notes = ("random: linear theory does not reach the consumers",)
         return scaled(replace(random, notes=notes), place, moments)
-    leading = _leading(search, moments, blocks)
+    leading = _leading(settings, moments, blocks)
     if leading is None:
         return None
-    proposal, turns = leading.proposal, bool(search.rank and leading.proposal.alpha.shape[1])
+    proposal, turns = leading.proposal, bool(_rank(settings) and leading.proposal.alpha.shape[1])
     if leading.fits or turns:
-        goals = {c.name: residuals.get(c.name) or search.residual(moments, c) for c in place.linear()}
+        goals = {c.name: residuals.get(c.name) or _residual(settings, moments, c) for c in place.linear()}
     if leading.fits:
         in_order = [(name, goals[name]) for name in blocks]
         proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
     if turns:
         proposal = yield from _alternating(place, proposal, leading, goals)
-    return scaled(_completed(search, proposal, moments), place, moments)
+    return scaled(_completed(settings, proposal, moments), place, moments)
+
+
+def _rank(settings: NeuronSettings) -> int:
+    """The number of directions among which turns are taken; 0 for none."""
+    place = settings.place
+    if not settings.alternating or not place.apart():
+        return 0
+    slots = max(arrival.index.shape[1] for arrival in place.arrivals.values() if arrival is not None)
+    return max((settings.k or 1) * place.directions, MOST // slots)
+
+
+def _regression(settings: NeuronSettings, consumer: Edge, goal: OutputGoal | ResidualGoal) -> Regression:
+    """What the producers read, at a consumer."""
+    return settings.place.regression(consumer, "all" if settings.joint else "none", settings.project, goal)
+
+
+def _residual(settings: NeuronSettings, m: Moments, consumer: Edge) -> OutputGoal | ResidualGoal:
+    """What is to be explained at a consumer: what a move leaves that was fitted on the other folds."""
+    reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
+    if not settings.project or reads is None:
+        return goal
+    if m.folds == 1:
+        return ResidualGoal(goal, reads, [m.whitening(reads).solve(m[reads, goal]).T])
+    split = m.split()
+    ridge = with_cross_validated_ridge(split, Regression(reads, reads, goal)).ridge
+    moves = [train.whitening(reads, ridge).solve(train[reads, goal]).T for train, _ in split]
+    return ResidualGoal(goal, reads, moves)
 
 
 def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
@@ -139,20 +120,20 @@ class _Leading:
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = ()
 
 
-def _leading(search: FanIn, m: Moments, blocks: Mapping[str, Regression]) -> _Leading | None:
+def _leading(settings: NeuronSettings, m: Moments, blocks: Mapping[str, Regression]) -> _Leading | None:
     """The leading singular directions of what is left of the goals; None if they are not worth it."""
-    per_unit = search.place.directions
-    k = None if search.k is None else search.k * per_unit
-    regressions, ridge, fits = list(blocks.values()), search.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
+    per_unit = settings.place.directions
+    k = None if settings.k is None else settings.k * per_unit
+    regressions, ridge, fits = list(blocks.values()), settings.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
     if m.folds > 1:
         split = m.split()
         regressions = [with_cross_validated_ridge(split, block) for block in regressions]
-        held_out = validate_directions(split, regressions, k, search.ridges)
+        held_out = validate_directions(split, regressions, k, settings.ridges)
         ridge, k, fits = held_out.ridge, -(-held_out.k // per_unit) * per_unit, [*held_out.fits]
-        if search.k is None and not held_out.gain > 0:
+        if settings.k is None and not held_out.gain > 0:
             return None
     assert k is not None
-    leading = directions(m, regressions, max(k, search.rank), ridge)
+    leading = directions(m, regressions, max(k, _rank(settings)), ridge)
     notes = (leading.note,) if leading.note else ()
     return _Leading(Proposal(leading.alpha[:, :k], leading.values[:k], notes), leading.alpha, ridge, fits)
 
@@ -195,12 +176,12 @@ def _alternating(
     return replace(proposal, alpha=alpha, other=proposal.alpha)
 
 
-def _completed(search: FanIn, proposal: Proposal, m: Moments) -> Proposal:
+def _completed(settings: NeuronSettings, proposal: Proposal, m: Moments) -> Proposal:
     """As fan-in of units, with random directions where linear theory holds fewer than were asked for."""
-    place, per_unit, count = search.place, search.place.directions, proposal.alpha.shape[1]
-    missing = max((search.k or 0) * per_unit - count, -count % per_unit)
+    place, per_unit, count = settings.place, settings.place.directions, proposal.alpha.shape[1]
+    missing = max((settings.k or 0) * per_unit - count, -count % per_unit)
     if missing:
-        extra = normal(place, len(proposal.alpha), missing, search.seed).to(proposal.alpha)
+        extra = normal(place, len(proposal.alpha), missing, settings.seed).to(proposal.alpha)
         notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")
         alpha = torch.cat([proposal.alpha, extra], 1)
         proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False)

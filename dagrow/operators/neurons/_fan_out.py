@@ -7,7 +7,6 @@ any activation, norm layer or gate on the way.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from dagrow.layers import RiderRule
 from dagrow.operators._base import Needs, Preview, Steps, scored
 from dagrow.operators.neurons._places import Place
 from dagrow.operators.neurons._proposal import Proposal
+from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
     LEVEL,
     Compensation,
@@ -38,39 +38,11 @@ from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, Outp
 from dagrow.surgery import Draft, Growth, cost_of
 
 
-@dataclass(frozen=True, eq=False)
-class FanOut:
-    """How the fan-out of new channels at a place is fitted.
-
-    Attributes:
-        operator: what proposes the growth.
-        place: where the new channels are written.
-        ridges: to choose from.
-        joint: whether all that the consumers read is regressed out of the new features, and their weights move along;
-            else the constant only.
-        project: whether ``v_perp`` is explained or, if not, ``v``.
-        fan: whether fan-outs are fitted ("fitted") or random with the norm of the fitted ones ("random").
-        paired: adds (alpha, omega) and (-alpha, -omega) instead of choosing a sign.
-        exact: whether the number of neurons was asked for, so that chance is not asked about.
-        seed: of random fan-outs.
-    """
-
-    operator: Any
-    place: Place
-    ridges: tuple[float, ...] = (0.0,)
-    joint: bool = False
-    project: bool = True
-    fan: Literal["fitted", "random"] = "fitted"
-    paired: bool = False
-    exact: bool = False
-    seed: int = 0
-
-
-def fit_fan_out(task: FanOut, proposal: Proposal | None, objective: Objective) -> Steps:
+def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: Objective) -> Steps:
     """Neurons along directions: a preview, fan-outs, scores, and the growth.
 
     Args:
-        task: where, and how the fan-out is fitted.
+        settings: where, and how the fan-out is fitted.
         proposal: the directions, scaled; None if there are none.
         objective: the loss that the growth is measured on.
 
@@ -82,23 +54,23 @@ def fit_fan_out(task: FanOut, proposal: Proposal | None, objective: Objective) -
     """
     if proposal is None:
         return None
-    plan = task.place.dag.widening(task.place.axis, 2 * proposal.alpha.shape[1])
-    units = _Units(task, proposal, plan)
-    preview = Preview(task.place.axis, plan, task.place.split(units.alpha))
+    plan = settings.place.dag.widening(settings.place.axis, 2 * proposal.alpha.shape[1])
+    units = _Units(settings, proposal, plan)
+    preview = Preview(settings.place.axis, plan, settings.place.split(units.alpha))
     fitted = _fitted(units, objective, (yield Needs(units.pairs(), preview)))
     if fitted is None:
         return None
     growth, scores, z = fitted
     if not scores:
         return growth
-    return (yield from scored(growth, SampleScores(scores), z, not task.exact, preview))
+    return (yield from scored(growth, SampleScores(scores), z, settings.k is None, preview))
 
 
 @dataclass(frozen=True, eq=False)
 class _Units:
     """Both signs of each direction, as units of a preview in which the axis is wider."""
 
-    task: FanOut
+    settings: NeuronSettings
     proposal: Proposal
     plan: WideningPlan
 
@@ -109,15 +81,15 @@ class _Units:
 
     def regressions(self) -> list[Regression]:
         """The new features at every consumer."""
-        place = self.task.place
-        compensation: Compensation = "all" if self.task.joint else "constant"
+        place = self.settings.place
+        compensation: Compensation = "all" if self.settings.joint else "constant"
         return [
             Regression(
                 NewChannels(c.name),
                 place.reads(c),
                 OutputGoal(c.name),
                 compensation,
-                self.task.project,
+                self.settings.project,
                 constant=c.bias,
             )
             for c in place.axis.consumers
@@ -128,18 +100,18 @@ class _Units:
         return self.plan.columns[consumer.name].new.shape[1] * consumer.rule.taps(consumer.module)
 
     def pairs(self) -> list[Pair]:
-        explained, norms = self.proposal.explained, [NormInputs(rider.name) for rider, _ in _norms(self.task.place)]
+        explained, norms = self.proposal.explained, [NormInputs(rider.name) for rider, _ in _norms(self.settings.place)]
         pairs = [pair for block in self.regressions() for pair in block.pairs()] + [(norm, norm) for norm in norms]
         return pairs if explained is None else [*pairs, (explained, explained)]
 
     def kept(self, m: MomentView) -> Tensor:
         """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
         k = self.proposal.alpha.shape[1]
-        if self.task.paired:
+        if self.settings.paired:
             return torch.cat([torch.eye(k), -torch.eye(k)]).double()
         explained = torch.zeros(2 * k, dtype=torch.float64)
-        for consumer, block in zip(self.task.place.axis.consumers, self.regressions(), strict=True):
-            explained += explained_alone(m, block, self.slots(consumer), self.task.ridges[0])
+        for consumer, block in zip(self.settings.place.axis.consumers, self.regressions(), strict=True):
+            explained += explained_alone(m, block, self.slots(consumer), self.settings.ridges[0])
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
@@ -160,7 +132,7 @@ def _fitted(units: _Units, objective: Objective, m: Moments) -> tuple[Growth, Se
     explained, z = units.proposal.explained, None
     if explained is not None:
         z = Verdict.of(m.sums[explained, explained].sum(0)).z
-        if not units.task.exact and upper_tail(z) > LEVEL:
+        if units.settings.k is None and upper_tail(z) > LEVEL:
             return None
     kept, split = units.kept(m), m.split()
     blocks = [with_cross_validated_ridge(split, block) for block in units.regressions()]
@@ -174,8 +146,8 @@ def _fan_outs(
     units: _Units, m: Moments, split: FoldSplit, blocks: Sequence[Regression], kept: Tensor
 ) -> tuple[dict[str, Fit], list[FitScore]]:
     """Each consumer's fan-out for some units, and its scores if there are folds."""
-    fits, scores, ridges = {}, [], units.task.ridges
-    for consumer, block in zip(units.task.place.axis.consumers, blocks, strict=True):
+    fits, scores, ridges = {}, [], units.settings.ridges
+    for consumer, block in zip(units.settings.place.axis.consumers, blocks, strict=True):
         choice, ridge = _per_slot(kept, units.slots(consumer)), ridges[0]
         if m.folds > 1:
             ridge = validate_fan_out(split, block, choice, ridges).ridge
@@ -186,28 +158,28 @@ def _fan_outs(
 
 def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fits: Mapping[str, Fit]) -> Growth:
     """The units that are kept, drafted and described."""
-    task, proposal, axis = units.task, units.proposal, units.task.place.axis
-    kept, dag = _measured(choice), task.place.dag
-    generator = torch.Generator().manual_seed(task.seed + axis.width)
+    settings, proposal, axis = units.settings, units.proposal, units.settings.place.axis
+    kept, dag = _measured(choice), settings.place.dag
+    generator = torch.Generator().manual_seed(settings.seed + axis.width)
     plan = dag.widening(axis, len(kept))
     draft = Draft(dag, [(axis, plan)])
-    for edge, fan_in in task.place.split(units.alpha[:, kept]).items():
+    for edge, fan_in in settings.place.split(units.alpha[:, kept]).items():
         draft.fan_in(dag.edge(edge), plan.rows[edge], fan_in)
     for consumer in axis.consumers:
         fit = fits[consumer.name]
         omega = fit.weights.view(len(fit.weights), -1, units.slots(consumer))
         omega = torch.einsum("u k, o k e -> o u e", choice[kept], omega)
-        omega = omega if task.fan == "fitted" else _random_like(omega, generator)
+        omega = omega if settings.fan == "fitted" else _random_like(omega, generator)
         draft.fan_out(consumer, plan.columns[consumer.name], omega)
-        if fit.compensation is not None and task.fan == "fitted":
+        if fit.compensation is not None and settings.fan == "fitted":
             draft.move(consumer, fit.compensation)
-    _calibrate(draft, m, task.place, plan, kept, objective.mode)
+    _calibrate(draft, m, settings.place, plan, kept, objective.mode)
     gains, drop = {name: fit.gain for name, fit in fits.items()}, sum(fit.drop for fit in fits.values())
     change = draft.change()
-    if task.fan == "random":
+    if settings.fan == "random":
         gains, drop = _downhill(draft, _slopes(draft, m, units, kept)), 0.0
     return Growth(
-        task.operator,
+        settings.operator,
         axis.name,
         len(kept),
         sum(gains.values()),
@@ -215,7 +187,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
         cost_of(dag, change),
         drop=drop,
         singular_values=proposal.values,
-        invariant=proposal.invariant and task.fan == "fitted",
+        invariant=proposal.invariant and settings.fan == "fitted",
         notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note)))),
         change=change,
         dag=dag,
@@ -241,7 +213,7 @@ def _downhill(draft: Draft, gains: dict[str, float]) -> dict[str, float]:
 def _slopes(draft: Draft, m: Moments, units: _Units, kept: Tensor) -> dict[str, float]:
     """``tr(X R)`` of random fan-outs."""
     gains = {}
-    for consumer in units.task.place.axis.consumers:
+    for consumer in units.settings.place.axis.consumers:
         index_map, written = draft.read[consumer.name], draft.written.get(consumer.name)
         omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, index_map.new.flatten()].flatten(1)
         omega = omega if written is None else omega[written.old]
