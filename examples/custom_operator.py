@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import dagrow
-from dagrow.operators import Place, Proposal, Widen
-from dagrow.solvers import Moments
+from dagrow.operators import Moments, Place, Proposal, Widen
 from dagrow.testing import check_operator
 
 

@@ -11,8 +11,8 @@ MAY["axes"] = SUPPORT | {"tracing", "layers"}
 MAY["graph"] = MAY["axes"] | {"axes"}
 MAY["statistics"] = MAY["graph"] | {"graph", "solvers"}
 MAY["surgery"] = MAY["statistics"] | {"statistics"}
-MAY["operators"] = MAY["surgery"] | {"surgery"}
-MAY["growing"] = MAY["operators"] | {"operators", "pictures"}
+MAY["operators"] = SUPPORT | {"surgery", "statistics", "graph", "axes", "layers", "solvers"}
+MAY["growing"] = MAY["operators"] | {"operators", "pictures", "tracing"}
 MAY["reporting"] = SUPPORT | {"graph", "growing", "operators", "pictures", "surgery"}
 MAY["testing"] = MAY["growing"] | {"growing"}
 

@@ -15,7 +15,7 @@ from dagrow.graph._edges import Axis, Edge, in_place
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
 from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
 from dagrow.layers import LayerRule, LayerSite, OperationRule
-from dagrow.tracing import DynamicSizes, Program, is_opaque
+from dagrow.tracing import DynamicSizes, PathRecord, Program, added_paths, is_opaque
 
 #: model -> weak references to what undoes each growth of it that is in place, through whichever dag, oldest first
 _growths: Any = WeakIdKeyDictionary()
@@ -131,6 +131,11 @@ class Dag:
     def layer(self, name: str) -> LayerSite:
         """A layer that a rule knows, by its name."""
         return next(layer for layer in self.layers.values() if layer.name == name)
+
+    @property
+    def added_paths(self) -> tuple[PathRecord, ...]:
+        """The new layers beside those of the user's, of growths that are in place: names, what they read and write."""
+        return added_paths(self.model)
 
     def widening(self, axis: Axis, k: int) -> WideningPlan:
         """Plans what changes where when an axis widens.

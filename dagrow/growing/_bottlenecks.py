@@ -39,18 +39,20 @@ class Bottleneck:
 class Bottlenecks(Mapping[str, Bottleneck]):
     """Bottlenecks by edge, largest first; prints as a table."""
 
-    def __init__(self, found: Iterable[Bottleneck], samples: int, loss: float, left_out: tuple[str, ...] = ()) -> None:
-        self._found = {b.edge: b for b in sorted(found, key=lambda b: -b.bottleneck)}
+    def __init__(
+        self, bottlenecks: Iterable[Bottleneck], samples: int, loss: float, left_out: tuple[str, ...] = ()
+    ) -> None:
+        self._by_edge = {b.edge: b for b in sorted(bottlenecks, key=lambda b: -b.bottleneck)}
         self.samples, self.loss, self.left_out = samples, loss, left_out
 
     def __getitem__(self, edge: str) -> Bottleneck:
-        return self._found[edge]
+        return self._by_edge[edge]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._by_edge)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._by_edge)
 
     def __str__(self) -> str:
         table = Table(
@@ -85,16 +87,20 @@ def bottlenecks(
         mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
         ridge: relative to each feature's second moment.
 
+    Returns:
+        Bottlenecks by edge, largest first.
+
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
+        GrowthError: no layer can be measured.
     """
     check_real("bottlenecks", 0, ridge=ridge)
-    objective = _objective(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
 
-def _objective(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
-    """Refuses what is no dag of its model any more before anything runs."""
+def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+    """The loss on the batches. Refuses what is no dag of its model any more before anything runs."""
     if not isinstance(dag, Dag):
         raise GrowthError(
             f"a {type(dag).__name__} was given where a dag belongs; make one first: "

@@ -1,4 +1,4 @@
-"""The verbs: bottlenecks, propose, grow."""
+"""``grow``: measures, proposes, and applies what lowers the loss."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from torch.optim import Optimizer
 
 from dagrow.errors import listed
 from dagrow.graph import Dag
-from dagrow.growing._bottlenecks import _objective
+from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
-from dagrow.growing._propose import _growths, corrected
+from dagrow.growing._propose import corrected, growths_of
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, Objective, Step
 from dagrow.surgery import Receipt, check_optimizer, transaction
@@ -47,13 +47,13 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = _objective(dag, batches, loss, step, mode)
-    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+    objective = objective_of(dag, batches, loss, step, mode)
+    operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
 
     def work() -> Receipt:
-        grown = [_grown(dag, objective, judge, operator, optimizer, len(chosen)) for operator in chosen]
+        grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
         parts = [part for part in grown if part is not None]
         return combined(parts, parts[0].loss_before if parts else judge.mean())
 
@@ -68,7 +68,7 @@ def _grown(
     Args:
         operators: how many operators are asked, which share the 5 % of growths that may be chance.
     """
-    growths = applicable(corrected(*_growths(dag, objective, operator), operators))
+    growths = applicable(corrected(*growths_of(dag, objective, operator), operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):
         receipt = apply_best(growth, judge, before, optimizer)

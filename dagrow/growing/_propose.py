@@ -1,18 +1,18 @@
-"""From operators to proposed growths: passes over the batches, solutions, and what is more than chance."""
+"""``propose``: what operators could add, with p-values for all places that were looked at together."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dagrow.axes import disjoint
-from dagrow.errors import GrowthError, listed
+from dagrow.errors import listed
 from dagrow.graph import Dag
-from dagrow.growing._bottlenecks import _objective
+from dagrow.growing._bottlenecks import objective_of
+from dagrow.growing._candidate_runs import CandidateRuns
 from dagrow.growing._policies import expected_gain
-from dagrow.operators import AddNeurons, Candidate, Operator, Stage
-from dagrow.solvers import LEVEL, Moments, holm
-from dagrow.statistics import Loss, Objective, Step, measure
-from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, preview, transaction
+from dagrow.operators import AddNeurons, Operator
+from dagrow.solvers import LEVEL, holm
+from dagrow.statistics import Loss, Objective, Step
+from dagrow.surgery import Growth, transaction
 
 
 def propose(
@@ -38,41 +38,18 @@ def propose(
         BatchError, LossError: the batches or the loss do not fit.
         GrowthError: an operator was asked for a place that cannot grow, or nothing can.
     """
-    objective = _objective(dag, batches, loss, step, mode)
-    chosen = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    found = transaction(dag, lambda: [_growths(dag, objective, operator) for operator in chosen])
-    growths = corrected([growth for growths, _ in found for growth in growths], sum(tests for _, tests in found))
+    objective = objective_of(dag, batches, loss, step, mode)
+    operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
+    proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in operators])
+    tests = sum(count for _, count in proposals)
+    growths = corrected([growth for growths, _ in proposals for growth in growths], tests)
     return sorted(growths, key=expected_gain, reverse=True)
 
 
-def _growths(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
-    """What an operator could add, and how many places it looked at.
-
-    One pass for all candidates, more for those that ask for them, then as few as possible for previews.
-    """
-    waiting: Sequence[Candidate] = operator.candidates(dag)
-    growths, stages, folds, tests = list[Growth](), list[Stage](), operator.folds, sum(c.tests for c in waiting)
-    forward = True
-    while waiting:
-        m = measure(dag, objective, [pair for c in waiting for pair in c.pairs()], folds=folds)
-        forward = forward and m.forward
-        solved = [found for c in waiting for found in _listed(c.solve(m, objective))]
-        _check_solved(solved, operator, Growth, Candidate)
-        growths += [growth for growth in solved if isinstance(growth, Growth)]
-        stages += [stage for stage in solved if isinstance(stage, Stage)]
-        waiting = [c for c in solved if isinstance(c, Candidate) and not isinstance(c, Stage)]
-    for growth in growths:
-        if growth.preserving:
-            check_unchanged(growth)
-    while stages:
-        solved = [
-            found for group in disjoint(stages, lambda s: s.widening) for found in _solved(dag, objective, group, folds)
-        ]
-        _check_solved(solved, operator, Growth, Stage)
-        growths += [growth for growth in solved if isinstance(growth, Growth)]
-        stages = [stage for stage in solved if isinstance(stage, Stage)]
-    _check_run(growths, forward)
-    return growths, tests
+def growths_of(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
+    """What an operator could add, and how many places it looked at."""
+    candidates = operator.candidates(dag)
+    return CandidateRuns(dag, objective, operator).run(candidates), sum(candidate.tests for candidate in candidates)
 
 
 def corrected(growths: Sequence[Growth], tests: int, families: int = 1) -> list[Growth]:
@@ -91,52 +68,3 @@ def corrected(growths: Sequence[Growth], tests: int, families: int = 1) -> list[
         else growth
         for growth in growths
     ]
-
-
-def _solved(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: int) -> list[Any]:
-    m = _previewed(dag, objective, stages, folds)
-    return [found for stage in stages for found in _listed(stage.solve(m, objective))]
-
-
-def _listed(found: Any) -> Sequence[Any]:
-    """What a candidate came to, however many it is."""
-    if found is None:
-        return []
-    return found if isinstance(found, (list, tuple)) else [found]
-
-
-def _check_solved(found: Sequence[object], operator: Operator, *kinds: type) -> None:
-    wrong = [type(item).__name__ for item in found if not isinstance(item, kinds)]
-    if wrong:
-        raise GrowthError(
-            f"{operator!r}: solve of a candidate returned a {wrong[0]}; give a Growth, a Stage, None, or, before a "
-            "preview, another Candidate."
-        )
-
-
-def _check_run(growths: Sequence[Growth], forward: bool) -> None:
-    """New layers act in the model's own forward alone.
-
-    Args:
-        forward: whether it ran on every batch that was measured.
-    """
-    lost = [growth for growth in growths if growth.change.new_paths and not forward]
-    if lost:
-        raise GrowthError(
-            f"{lost[0].operator!r} at {lost[0].where}: the new layers would not run. They become part of the forward "
-            f"of the {type(lost[0].dag.model).__name__} that was traced, and the step does not call it on every batch, "
-            "but runs its layers in another way. Call the model itself in the step, model(...), or trace the module "
-            "that the step calls; widths can grow with any step, with AddNeurons."
-        )
-
-
-def _previewed(dag: Dag, objective: Objective, stages: Sequence[Stage], folds: int) -> Moments:
-    draft = Draft(dag, [(stage.axis, stage.widening) for stage in stages])
-    for stage in stages:
-        stage.fill(draft)
-    change = draft.change()
-    pairs = [pair for stage in stages for pair in stage.pairs()]
-    check_preserved(dag, objective, change, ", ".join(stage.axis.name for stage in stages))
-    with preview(dag, change):
-        tensors = change.tensors(dag.model, 0.0)
-        return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)

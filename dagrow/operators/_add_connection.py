@@ -7,18 +7,20 @@ from torch import Tensor, nn
 
 from dagrow.errors import check_whole
 from dagrow.graph import Dag
-from dagrow.operators._base import Candidate, Operator, check_names
+from dagrow.operators._base import Candidate, Operator, Steps, check_names
 from dagrow.operators.paths import (
     EXACT,
-    PathCandidate,
+    PathForm,
     PathSite,
     everything,
     filled,
+    fit_path,
     path_sites,
     refuse_unwritable,
     screened,
 )
 from dagrow.solvers import MomentView, Regression, directions, neuron_ridges
+from dagrow.statistics import Objective
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,12 @@ class AddConnection(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
-        found = path_sites(dag, self.kernel, self.targets)
-        basis, layout = (everything, _single) if self.rank is None else (self._leading, _pair)
-        ridges = neuron_ridges(self.ridge, self.folds)
+        return screened(path_sites(dag, self.kernel, self.targets), self._fit, None, self.exact)
 
-        def candidate(link: PathSite) -> Candidate:
-            return PathCandidate(self, link, link.features(link.bias), basis, layout, self.rank or 0, None, ridges)
-
-        return screened(found, candidate, None, self.exact)
+    def _fit(self, site: PathSite, objective: Objective) -> Steps:
+        basis, layers = (everything, _single) if self.rank is None else (self._leading, _pair)
+        form = PathForm(self, basis, layers, neuron_ridges(self.ridge, self.folds), self.rank or 0)
+        return fit_path(site, site.features(site.bias), form, objective)
 
     def _leading(self, m: MomentView, block: Regression, ridge: float) -> Tensor:
         """The directions of the best fit of a given rank."""
@@ -76,10 +76,10 @@ class AddConnection(Operator):
         return directions(m, [block], self.rank, ridge).alpha
 
 
-def _single(link: PathSite, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
-    return {"fan_out": filled(link.layer(link.outputs, link.bias), weights)}
+def _single(site: PathSite, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
+    return {"fan_out": filled(site.layer(site.outputs, site.bias), weights)}
 
 
-def _pair(link: PathSite, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
-    first = filled(link.layer(basis.shape[1], link.bias), basis.T)
-    return {"fan_in": first, "fan_out": filled(link.further(basis.shape[1]), weights)}
+def _pair(site: PathSite, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
+    first = filled(site.layer(basis.shape[1], site.bias), basis.T)
+    return {"fan_in": first, "fan_out": filled(site.further(basis.shape[1]), weights)}

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +11,19 @@ from torch import Tensor, nn
 from dagrow.errors import SEEDS, GrowthError, check_whole
 from dagrow.graph import Dag
 from dagrow.layers import is_pointwise_module
-from dagrow.operators._base import Candidate, Operator, check_names
+from dagrow.operators._base import Candidate, Needs, Operator, Steps, check_names
 from dagrow.operators.paths import (
     EXACT,
-    PathCandidate,
+    PathForm,
     PathSite,
     filled,
+    fit_path,
     path_sites,
     refuse_unwritable,
     residual_sites,
     screened,
 )
-from dagrow.solvers import FoldView, Moments, MomentView, Pair, Regression, directions, forward_selection, neuron_ridges
+from dagrow.solvers import FoldView, Moments, MomentView, Regression, directions, forward_selection, neuron_ridges
 from dagrow.statistics import Hidden, Objective
 
 OFFERED = 64  #: random directions that units are chosen from, at least
@@ -85,81 +85,55 @@ class AddLayer(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         refuse_unwritable(dag)
-        found = path_sites(dag, self.kernel, self.targets, known=True)
-        found += residual_sites(dag, self.kernel) if self.targets is None else []
-        return screened(found, partial(LayerCandidate, self), self.activation, self.exact)
+        sites = path_sites(dag, self.kernel, self.targets, known=True)
+        sites += residual_sites(dag, self.kernel) if self.targets is None else []
+        return screened(sites, self._fit, self.activation, self.exact)
 
-
-@dataclass(frozen=True, eq=False)
-class LayerCandidate(Candidate):
-    """One place: units along directions that are offered, of which the fit takes the best."""
-
-    operator: AddLayer
-    link: PathSite
-
-    @property
-    def block(self) -> Regression:
-        return self.link.block(self.link.features(True))
-
-    def pairs(self) -> list[Pair]:
-        return self.block.pairs()
-
-    def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
-        alpha, owners = self._offered(moments)
+    def _fit(self, site: PathSite, objective: Objective) -> Steps:
+        """Units along directions that are offered, of which the fit takes the best."""
+        features = site.features(True)
+        block = site.regression(features)
+        alpha, owners = self._offered(len(site.dag.edges), block, (yield Needs(block.pairs())))
         if not alpha.shape[1]:
             return None
-        hidden = Hidden(self.link.features(True), alpha, deepcopy(self.operator.activation))
-        ridges = neuron_ridges(self.operator.ridge, self.operator.folds)
-        layered = _Layered(alpha, hidden.activation)
-        return PathCandidate(
-            self.operator,
-            self.link,
-            hidden,
-            partial(self._chosen, owners),
-            layered,
-            self.operator.k,
-            "hidden",
-            ridges,
-            invariant=False,
-            drawn=Hidden(self.link.features(True), alpha[:, owners == DRAWN], hidden.activation),
-        )
+        hidden = Hidden(features, alpha, deepcopy(self.activation))
+        basis, layers = partial(self._chosen, owners), partial(_hidden_layers, alpha, hidden.activation)
+        ridges = neuron_ridges(self.ridge, self.folds)
+        form = PathForm(self, basis, layers, ridges, self.k, "hidden", invariant=False)
+        return (yield from fit_path(site, hidden, form, objective))
 
     def _chosen(self, owners: Tensor, m: MomentView, block: Regression, ridge: float) -> Tensor:
         """Of directions that were found with the moments at hand, or drawn without any."""
         own = m.fold if isinstance(m, FoldView) else ALL
         offered = torch.nonzero((owners == own) | (owners == DRAWN)).flatten()
-        return forward_selection(m, block, self.operator.k, ridge, offered)
+        return forward_selection(m, block, self.k, ridge, offered)
 
-    def _offered(self, m: Moments) -> tuple[Tensor, Tensor]:
+    def _offered(self, edges: int, block: Regression, m: Moments) -> tuple[Tensor, Tensor]:
         """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random.
 
         Also whose they are ``[q]``: found on all samples, on all but a fold, or drawn. What is fitted on the other
         folds must not choose directions that the fold itself helped to find, or it would explain noise.
         """
-        p = m[self.block.features, self.block.features]
-        count = max(OFFERED, PER_UNIT * self.operator.k)
-        generator = torch.Generator().manual_seed(self.operator.seed + 7919 * len(self.link.dag.edges))
+        p = m[block.features, block.features]
+        count = max(OFFERED, PER_UNIT * self.k)
+        generator = torch.Generator().manual_seed(self.seed + 7919 * edges)
         random = torch.randn(len(p), count, generator=generator, dtype=torch.float64).to(p)
         alive = p.diagonal() > 0
         random = random * torch.where(alive, p.diagonal(), 1).rsqrt()[:, None] * alive[:, None]
         parts, owners = [random], [DRAWN] * count
         for own, means in [(ALL, m), *((f, train) for f, (train, _) in enumerate(m.split()) if m.folds > 1)]:
-            leading = directions(means, [self.block], self.operator.k, 0.1).alpha.to(p)
+            leading = directions(means, [block], self.k, 0.1).alpha.to(p)
             parts += [leading, -leading]
             owners += [own] * 2 * leading.shape[1]
         alpha = torch.cat(parts, 1)
-        square = (alpha * (p @ alpha)).sum(0) / m.positions[self.block.features]
+        square = (alpha * (p @ alpha)).sum(0) / m.positions[block.features]
         return (alpha * square.clamp_min(1e-300).rsqrt())[:, square > 0], torch.tensor(owners)[(square > 0).cpu()]
 
 
-@dataclass(frozen=True, eq=False)
-class _Layered:
+def _hidden_layers(
+    alpha: Tensor, activation: nn.Module, site: PathSite, basis: Tensor, weights: Tensor
+) -> Mapping[str, nn.Module]:
     """The layers of a path with hidden units."""
-
-    alpha: Tensor
-    activation: Any
-
-    def __call__(self, link: PathSite, basis: Tensor, weights: Tensor) -> Mapping[str, nn.Module]:
-        first = filled(link.layer(len(basis), True), self.alpha[:, basis].T)
-        last = filled(link.further(len(basis)), weights)
-        return {"fan_in": first, "activation": deepcopy(self.activation), "fan_out": last}
+    first = filled(site.layer(len(basis), True), alpha[:, basis].T)
+    last = filled(site.further(len(basis)), weights)
+    return {"fan_in": first, "activation": deepcopy(activation), "fan_out": last}

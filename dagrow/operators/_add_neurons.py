@@ -1,33 +1,34 @@
 """``AddNeurons``: new neurons on a hidden axis."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from dagrow.errors import SEEDS, GrowthError, NoPlaceError, check_whole
 from dagrow.graph import Axis, Dag
-from dagrow.operators._base import Candidate, Operator, check_names
+from dagrow.operators._base import Candidate, Operator, Steps, check_names
 from dagrow.operators.neurons import (
     OPEN,
-    CopyCandidate,
-    GradMaxCandidate,
-    OptimalCandidate,
+    NeuronSettings,
+    NewUnits,
     Place,
     Proposal,
-    WidenCandidate,
-    ZeroCandidate,
+    add_copies,
+    add_gradmax,
+    add_zero,
     drawn,
+    fit_fan_out,
     places,
+    propose_along,
+    propose_directions,
 )
 from dagrow.solvers import Moments, neuron_ridges
+from dagrow.statistics import Objective
 
 Solver = Literal["sequential", "svd", "als", "joint", "unprojected"]
 Init = Literal["optimal", "random_features", "random", "gradmax", "copy", "zero"]
-PRESERVING: dict[str, Callable[..., Candidate]] = {
-    "gradmax": GradMaxCandidate,
-    "copy": CopyCandidate,
-    "zero": ZeroCandidate,
-}
+PRESERVING = {"gradmax": add_gradmax, "copy": add_copies, "zero": add_zero}
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,47 @@ class AddNeurons(Operator):
         return (self.k or 1) * (2 if self.paired and self.init not in PRESERVING else 1)
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        if self.init not in PRESERVING:
-            return [candidate for axis in self._axes(dag) for candidate in self._widening(dag, axis)]
-        assert self.k is not None
-        return [PRESERVING[self.init](self, dag, axis, self.k, self.seed) for axis in self._axes(dag)]
+        axes = self._axes(dag)
+        if self.init in PRESERVING:
+            assert self.k is not None
+            add, k = PRESERVING[self.init], self.k
+            units = [NewUnits(self, dag, axis, k, self.seed) for axis in axes]
+            return [Candidate(new.axis.name, partial(add, new), tests=0) for new in units]
+        every = [place for axis in axes for place in places(dag, axis)]
+        if self.init == "optimal":
+            every = [place.split_channels() for place in every]
+        tests = 1 if self.k is None else 0  # chance is asked about only if the number of neurons is open
+        return [Candidate(place.axis.name, partial(self._add, place), tests) for place in every]
+
+    def _add(self, place: Place, objective: Objective) -> Steps:
+        """Directions, by linear theory or at random, and the fan-out that is fitted to what they compute."""
+        settings = NeuronSettings(
+            self,
+            place,
+            neuron_ridges(self.ridge, self.folds),
+            self.k,
+            joint=self.solver == "joint",
+            project=self.solver != "unprojected",
+            alternating=self.solver == "als",
+            fan="random" if self.init == "random" else "fitted",
+            paired=self.paired,
+            seed=self.seed,
+        )
+        by_theory = self.init == "optimal"
+        proposal = yield from propose_directions(settings) if by_theory else propose_along(place, self._drawn)
+        return (yield from fit_fan_out(settings, proposal, objective))
+
+    def _drawn(self, m: Moments, place: Place) -> Proposal:
+        return drawn(place, self.k or OPEN, self.seed)
 
     def _axes(self, dag: Dag) -> list[Axis]:
         if self.axes is None:
             growable = [axis for axis in dag.axes if axis.growable]
-            found = [axis for axis in growable if not self._obstacle(axis)]
-            if not found:
+            axes = [axis for axis in growable if not self._obstacle(axis)]
+            if not axes:
                 causes = [f" with init={self.init!r}", *filter(None, map(self._obstacle, growable))]
                 raise NoPlaceError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
-            return found
+            return axes
         asked = [dag.axis(name) for name in self.axes]
         frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
         if frozen:
@@ -123,28 +152,3 @@ class AddNeurons(Operator):
         if axis.shared and self.init not in ("zero", "copy"):
             return f"no closed form holds for {axis.name}: {axis.shared}. Give init='zero' or 'copy'"
         return None
-
-    def _widening(self, dag: Dag, axis: Axis) -> list[Candidate]:
-        return [self._candidate(place) for place in places(dag, axis)]
-
-    def _candidate(self, place: Place) -> Candidate:
-        joint, project = self.solver == "joint", self.solver != "unprojected"
-        place = place.by_channel() if self.init == "optimal" else place
-        widen = WidenCandidate(
-            self,
-            place,
-            propose=self._random,
-            compensation="all" if joint else "constant",
-            project=project,
-            ridges=neuron_ridges(self.ridge, self.folds),
-            fan="random" if self.init == "random" else "fitted",
-            paired=self.paired,
-            exact=self.k is not None,
-            seed=self.seed,
-        )
-        if self.init != "optimal":
-            return widen
-        return OptimalCandidate(widen, self.k, "all" if joint else "none", project, self.solver == "als")
-
-    def _random(self, m: Moments, place: Place) -> Proposal:
-        return drawn(place, self.k or OPEN, self.seed)

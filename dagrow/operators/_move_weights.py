@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag, Edge
-from dagrow.operators._base import Candidate, Judged, Operator, check_names
-from dagrow.solvers import RIDGES, Moments, Move, Pair, best_move, validate_move
+from dagrow.operators._base import Candidate, Needs, Operator, Steps, check_names, scored
+from dagrow.solvers import RIDGES, Moments, Move, best_move, validate_move
 from dagrow.statistics import InputFeatures, Objective, OutputGoal, SampleScores, move_score
 from dagrow.surgery import Cost, Draft, Growth
 
@@ -34,58 +35,47 @@ class MoveWeights(Operator):
         return None
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
+        return [Candidate(edge.name, partial(self._move, dag, edge)) for edge in self._edges(dag)]
+
+    def _edges(self, dag: Dag) -> list[Edge]:
         if self.edges is None:
-            return [MoveCandidate(self, dag, edge) for edge in dag.edges if edge.trainable and not edge.shared]
-        chosen = [dag.edge(name) for name in self.edges]
-        frozen = [edge.name for edge in chosen if not edge.trainable]
+            return [edge for edge in dag.edges if edge.trainable and not edge.shared]
+        edges = [dag.edge(name) for name in self.edges]
+        frozen = [edge.name for edge in edges if not edge.trainable]
         if frozen:
             raise GrowthError(
                 f"the weights of {', '.join(frozen)} are frozen (requires_grad=False); leave them out of edges=."
             )
-        shared = [edge.shared for edge in chosen if edge.shared]
+        shared = [edge.shared for edge in edges if edge.shared]
         if shared:
             raise GrowthError(f"no closed form moves weights that act at several places: {'; '.join(shared)}.")
-        return [MoveCandidate(self, dag, edge) for edge in chosen]
+        return edges
 
-
-@dataclass(frozen=True)
-class MoveCandidate(Candidate):
-    """One edge."""
-
-    operator: MoveWeights
-    dag: Dag
-    edge: Edge
-
-    @property
-    def _features(self) -> tuple[InputFeatures, OutputGoal]:
-        return InputFeatures(self.edge.name, self.edge.bias), OutputGoal(self.edge.name)
-
-    def pairs(self) -> list[Pair]:
-        reads, goal = self._features
-        return [(reads, reads), (reads, goal), (goal, goal)]
-
-    def solve(self, moments: Moments, objective: Objective) -> Growth | Candidate | None:
-        reads, goal = self._features
-        if moments.folds == 1:
-            return self._growth(best_move(moments, reads, goal, self.operator.ridge or 0.0), objective)
-        split, ridge = moments.split(), self.operator.ridge
-        held = validate_move(split, reads, goal, RIDGES if ridge is None else (ridge,))
-        growth = self._growth(best_move(moments, reads, goal, held.ridge), objective)
-        return Judged(growth, SampleScores([move_score(split, reads, goal, held.ridge)]))
-
-    def _growth(self, move: Move, objective: Objective) -> Growth:
-        draft = Draft(self.dag)
-        draft.move(self.edge, move.weights)
-        return Growth(
-            self.operator,
-            self.edge.name,
+    def _move(self, dag: Dag, edge: Edge, objective: Objective) -> Steps:
+        reads, goal = InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)
+        move, scores = self._fitted(reads, goal, (yield Needs([(reads, reads), (reads, goal), (goal, goal)])))
+        draft = Draft(dag)
+        draft.move(edge, move.weights)
+        growth = Growth(
+            self,
+            edge.name,
             0,
             move.gain,
-            {self.edge.name: move.gain},
+            {edge.name: move.gain},
             Cost(),
             drop=move.goal - move.bottleneck,
             notes=(move.note,) if move.note else (),
             change=draft.change(),
-            dag=self.dag,
+            dag=dag,
             objective=objective,
         )
+        return growth if scores is None else (yield from scored(growth, scores))
+
+    def _fitted(self, reads: InputFeatures, goal: OutputGoal, m: Moments) -> tuple[Move, SampleScores | None]:
+        """The move, and its scores if there are folds."""
+        if m.folds == 1:
+            return best_move(m, reads, goal, self.ridge or 0.0), None
+        split = m.split()
+        ridge = validate_move(split, reads, goal, RIDGES if self.ridge is None else (self.ridge,)).ridge
+        scores = SampleScores([move_score(split, reads, goal, ridge)])
+        return best_move(m, reads, goal, ridge), scores

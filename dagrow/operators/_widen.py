@@ -3,11 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dagrow.graph import Dag
-from dagrow.operators._base import Candidate, Operator
-from dagrow.operators.neurons import Place, Proposal, WidenCandidate, places
+from dagrow.operators._base import Candidate, Operator, Steps
+from dagrow.operators.neurons import NeuronSettings, Place, Proposal, fit_fan_out, places, propose_along
 from dagrow.solvers import Moments, neuron_ridges
+from dagrow.statistics import Objective
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Widen(Operator):
         """
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        ridges = neuron_ridges(self.ridge, self.folds)
         axes = [axis for axis in dag.axes if axis.growable and axis.consumers and not axis.shared]
-        return [
-            WidenCandidate(self, place, propose=self.propose, needs=((place.features, place.features),), ridges=ridges)
-            for axis in axes
-            for place in places(dag, axis)
-        ]
+        return [Candidate(axis.name, partial(self._add_neurons, place)) for axis in axes for place in places(dag, axis)]
+
+    def _add_neurons(self, place: Place, objective: Objective) -> Steps:
+        proposal = yield from propose_along(place, self.propose, [(place.features, place.features)])
+        settings = NeuronSettings(self, place, neuron_ridges(self.ridge, self.folds))
+        return (yield from fit_fan_out(settings, proposal, objective))

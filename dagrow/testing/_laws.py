@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow.growing import grow
-from dagrow.operators import Operator
+from dagrow.operators import Needs, Operator
 from dagrow.solvers import Moments, MomentView
 from dagrow.statistics import Objective, measure
 from dagrow.surgery import Growth, Receipt
@@ -163,7 +163,9 @@ def additivity(operator: Operator, case: Case) -> None:
         case: what it is checked on.
     """
     dag = case.copy()
-    pairs = [pair for candidate in operator.candidates(dag) for pair in candidate.pairs()]
+    objective = Objective(dag.model, case.batches, case.loss)
+    steps = [candidate.steps(objective) for candidate in operator.candidates(dag)]
+    pairs = [pair for step in steps for pair in next(step, Needs([])).pairs]
 
     def moments(batches: Sequence[Any], folds: int = 1) -> Moments:
         return measure(dag, Objective(dag.model, batches, case.loss, mode="eval"), pairs, folds=folds)

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import dagrow
-from dagrow.growing._propose import _previewed
+from dagrow.growing._candidate_runs import previewed
 from dagrow.statistics import Objective, measure
 
 WIDTH, SIZE, BATCH = 64, 16, 64
@@ -53,18 +54,33 @@ def ours(model: nn.Module, data: list[tuple[Tensor, Tensor]], folds: int) -> dic
     """The passes of one proposal: two of statistics, one of the preview; and the solve between them."""
     dag, objective = dagrow.trace(model, data[0][0]), Objective(model, data, loss)
     objective.probe()
-    first = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
-    pairs = [pair for c in first for pair in c.pairs()]
+    candidates = dagrow.AddNeurons(k=8, folds=folds).candidates(dag)
+    waiting = [candidate.steps(objective) for candidate in candidates]
+    pairs = [pair for steps in waiting for pair in next(steps).pairs]
     m = measure(dag, objective, pairs, folds=folds)
-    second = [c.solve(m, objective) for c in first]
-    more = [pair for c in second for pair in c.pairs()]
+    more = [pair for steps in waiting for pair in steps.send(m).pairs]
     n = measure(dag, objective, more, folds=folds)
-    stages = [c.solve(n, objective) for c in second]
+    previews = [steps.send(n) for steps in waiting]
+
+    def solves() -> None:
+        """Both solutions again, by steps that name the features of the second anew."""
+        waiting = [candidate.steps(objective) for candidate in candidates]
+        for steps in waiting:
+            next(steps)
+        again = [pair for steps in waiting for pair in steps.send(m).pairs]
+        names = {
+            old: new for pair, other in zip(more, again, strict=True) for old, new in zip(pair, other, strict=True)
+        }
+        sums = {(names[x], names[y]): total for (x, y), total in n.sums.items()}
+        second = replace(n, sums=sums, positions={names[f]: count for f, count in n.positions.items()})
+        for steps in waiting:
+            steps.send(second)
+
     return {
         "first pass": lambda: measure(dag, objective, pairs, folds=folds),
         "second pass": lambda: measure(dag, objective, more, folds=folds),
-        "preview": lambda: _previewed(dag, objective, stages, folds),
-        "solves": lambda: ([c.solve(m, objective) for c in first], [c.solve(n, objective) for c in second]),
+        "preview": lambda: previewed(dag, objective, previews, folds),
+        "solves": solves,
     }
 
 

@@ -40,14 +40,17 @@ def main(batches: int = 40, repeats: int = 9) -> None:
     for folds in (1, 4):
         operator = dagrow.AddNeurons(k=16, folds=folds)
         candidates = operator.candidates(dag)
-        pairs = [pair for candidate in candidates for pair in candidate.pairs()]
+        pairs = [pair for candidate in candidates for pair in next(candidate.steps(objective)).pairs]
         moments = measure(dag, objective, pairs, folds=folds)
         plain()
         ratios, solves, wholes = [], [], []
         for _ in range(repeats):
             base = (seconds(plain) + seconds(plain)) / 2
             ratios.append(seconds(lambda: measure(dag, objective, pairs, folds=folds)) / base)  # noqa: B023
-            solves.append(seconds(lambda: [c.solve(moments, objective) for c in candidates]))  # noqa: B023
+            waiting = [candidate.steps(objective) for candidate in candidates]
+            for steps in waiting:
+                next(steps)
+            solves.append(seconds(lambda: [steps.send(moments) for steps in waiting]))  # noqa: B023
             wholes.append(seconds(lambda: dagrow.propose(dag, data, loss, [operator])) / base)  # noqa: B023
         print(
             f"folds {folds}: statistics pass / plain forward+backward {statistics.median(ratios):.2f} "

@@ -25,15 +25,23 @@ DRAWN = settings(
 SPACES = st.sampled_from((1, 2, 3)).flatmap(lambda space: st.tuples(kernels(space), kernels(space)))
 
 
-def captured(case, candidates) -> Batch:
-    """What the first batch leaves at the layers of all candidates."""
-    dag = candidates[0].place.dag if hasattr(candidates[0], "place") else candidates[0].origin.place.dag
+def captured(case, dag, pairs) -> Batch:
+    """What the first batch leaves at the layers of all features."""
     objective = Objective(dag.model.eval(), case.batches, case.loss)
     objective.probe()
-    with CaptureHooks(dag, {f for c in candidates for pair in c.pairs() for f in pair}, {}, {}) as watch:
+    with CaptureHooks(dag, {f for pair in pairs for f in pair}, {}, {}) as watch:
         batch, n = next(iter(objective))
         captures = watch.captures(objective.value(batch), -1.0)
     return Batch(captures, n, seen=1, folds=3)
+
+
+def resumed(steps, moments=None):
+    """What comes next, unless that needs a preview; None at the end."""
+    try:
+        needs = steps.send(moments)
+    except StopIteration:
+        return None
+    return needs if needs.preview is None else None
 
 
 def norm(feature: Feature, batch: Batch) -> float:
@@ -56,17 +64,17 @@ def test_sums_from_images_are_those_from_rows(plan: Plan, solver: str) -> None:
         waiting = AddNeurons(k=2, solver=solver, folds=3).candidates(dag)
     except NoPlaceError:  # nothing grows, or by no closed form
         assume(False)
+    objective = Objective(dag.model, case.batches, case.loss)
+    waiting = [(steps, next(steps)) for steps in (c.steps(objective) for c in waiting)]
     while waiting:
-        batch = captured(case, waiting)
-        for x, y in {pair for c in waiting for pair in c.pairs()}:
+        pairs = [pair for _, needs in waiting for pair in needs.pairs]
+        batch = captured(case, dag, pairs)
+        for x, y in set(pairs):
             expected = _from_rows(x, y, batch)
             if isinstance(x, LayerInputs):
                 basis = torch.randn(x.rows(batch).shape[1], 2).double()
                 torch.testing.assert_close(x.projected(batch, basis), x.rows(batch) @ basis, rtol=1e-10, atol=1e-10)
             size = norm(x, batch) * norm(y, batch)
             torch.testing.assert_close(product(x, y, batch), expected, rtol=0, atol=1e-11 * size)
-        m = measure(
-            dag, Objective(dag.model, case.batches, case.loss), [p for c in waiting for p in c.pairs()], folds=3
-        )
-        solved = [c.solve(m, None) for c in waiting]
-        waiting = [c for c in solved if c is not None and not hasattr(c, "widening")]
+        m = measure(dag, objective, pairs, folds=3)
+        waiting = [(steps, needs) for steps, _ in waiting if (needs := resumed(steps, m)) is not None]

@@ -1,13 +1,14 @@
 """The check of operators, as users call it, and wrong operators."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import pytest
 
 import dagrow
 from dagrow import AddNeurons, MoveWeights, testing
-from dagrow.operators import Candidate, Operator, Stage
+from dagrow.operators import Candidate, Objective, Operator, Steps
 from dagrow.testing import check_operator
 
 
@@ -24,37 +25,12 @@ class Wrong(Operator):
     factor: float = 1.01
 
     def candidates(self, dag: dagrow.Dag) -> Sequence[Candidate]:
-        return [WrongCandidate(self, inner) for inner in AddNeurons(k=1, folds=1).candidates(dag)]
+        inner = AddNeurons(k=1, folds=1).candidates(dag)
+        return [dataclasses.replace(c, steps=functools.partial(self.steps, c)) for c in inner]
 
-
-class WrongCandidate(Candidate):
-    def __init__(self, operator: Wrong, inner: Candidate) -> None:
-        self.operator, self.inner = operator, inner
-
-    def pairs(self):
-        return self.inner.pairs()
-
-    def solve(self, moments, objective):
-        found = self.inner.solve(moments, objective)
-        if not isinstance(found, dagrow.Growth):
-            return None if found is None else WrongStage(found, self.operator)
-        return found
-
-
-class WrongStage(Stage):
-    def __init__(self, inner, operator: Wrong) -> None:
-        self.inner, self.operator = inner, operator
-        self.axis, self.widening = inner.axis, inner.widening
-
-    def pairs(self):
-        return self.inner.pairs()
-
-    def fill(self, draft) -> None:
-        self.inner.fill(draft)
-
-    def solve(self, moments, objective):
-        found = self.inner.solve(moments, objective)
-        return dataclasses.replace(found, gain=found.gain * self.operator.factor)
+    def steps(self, candidate: Candidate, objective: Objective) -> Steps:
+        growth = yield from candidate.steps(objective)
+        return growth and dataclasses.replace(growth, gain=growth.gain * self.factor)
 
 
 def test_an_operator_that_promises_too_much_is_found_out() -> None:

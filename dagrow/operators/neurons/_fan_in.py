@@ -5,20 +5,18 @@ elsewhere, or in several slots at once as a convolution does, would need ``C = E
 of its own weights is fitted in a first pass, out of fold, and ``N = E p v_perp^T`` is measured in a second one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dagrow.graph import Edge
-from dagrow.operators._base import Candidate
-from dagrow.operators.neurons._fan_out import Proposal, WidenCandidate
+from dagrow.operators._base import Needs
 from dagrow.operators.neurons._places import Place
+from dagrow.operators.neurons._proposal import OPEN, Proposal, ProposalSteps, drawn, normal, scaled
+from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
-    Compensation,
-    HeldOutDirections,
     Moments,
     Pair,
     Regression,
@@ -28,205 +26,167 @@ from dagrow.solvers import (
     validate_directions,
     with_cross_validated_ridge,
 )
-from dagrow.statistics import DirectionScore, Objective, OutputGoal, ResidualGoal, SampleScores, TapFeatures
+from dagrow.statistics import DirectionScore, OutputGoal, ResidualGoal, SampleScores, TapFeatures
 
 MOST = 1024  #: features in all slots among which turns are taken
-OPEN = 16  #: random directions offered when their number is open
+Goals = Mapping[str, OutputGoal | ResidualGoal]
 
 
-@dataclass(frozen=True, eq=False)
-class OptimalCandidate(Candidate):
-    """New channels along the directions that linear theory finds.
+def propose_directions(settings: NeuronSettings) -> ProposalSteps:
+    """The directions that explain most, by linear theory; random ones where it does not reach the consumers.
 
-    Attributes:
-        widen: what is done with the directions.
-        k: how many units; None for as many as the held-out drop supports.
-        compensation, project: see :class:`dagrow.solvers.Regression`.
-        alternating: whether directions for consumers that read in several slots are improved by turns.
+    Args:
+        settings: where and how they are sought.
+
+    Yields:
+        What linear theory needs, in one to three passes.
+
+    Returns:
+        The directions, scaled; None if there are none that are worth it.
     """
+    place, scale = settings.place, (settings.place.measured, settings.place.measured)
+    moved = {c.name: c for c in place.apart() if settings.project and place.reads(c) is not None}
+    here = [c for c in place.linear() if c.name not in moved]
+    blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in here}
+    own = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
+    moments = yield Needs([*_pairs(blocks), *own, *([] if moved else [scale])])
+    residuals = {name: _residual(settings, moments, consumer) for name, consumer in moved.items()}
+    if moved:
+        more = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
+        moments = moments.joined((yield Needs([*_pairs(more), scale])))
+        blocks |= more
+    if not blocks:
+        random = drawn(place, settings.k or OPEN, settings.seed)
+        notes = ("random: linear theory does not reach the consumers",)
+        return scaled(replace(random, notes=notes), place, moments)
+    leading = _leading(settings, moments, blocks)
+    if leading is None:
+        return None
+    proposal, turns = leading.proposal, bool(_rank(settings) and leading.proposal.alpha.shape[1])
+    if leading.fits or turns:
+        goals = {c.name: residuals.get(c.name) or _residual(settings, moments, c) for c in place.linear()}
+    if leading.fits:
+        in_order = [(name, goals[name]) for name in blocks]
+        proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
+    if turns:
+        proposal = yield from _alternating(place, proposal, leading, goals)
+    return scaled(_completed(settings, proposal, moments), place, moments)
 
-    widen: WidenCandidate
-    k: int | None
-    compensation: Compensation
-    project: bool
-    alternating: bool = False
 
-    @property
-    def tests(self) -> int:
-        return self.widen.tests
+def _rank(settings: NeuronSettings) -> int:
+    """The number of directions among which turns are taken; 0 for none."""
+    place = settings.place
+    if not settings.alternating or not place.apart():
+        return 0
+    slots = max(arrival.slots for arrival in place.arrivals.values() if arrival is not None)
+    return max((settings.k or 1) * place.directions, MOST // slots)
 
-    @property
-    def place(self) -> Place:
-        return self.widen.place
 
-    @cached_property
-    def behind(self) -> list[Edge]:
-        """The consumers that need a second pass."""
-        return [c for c in self.place.apart() if self.project and self.place.reads(c) is not None]
+def _regression(settings: NeuronSettings, consumer: Edge, goal: OutputGoal | ResidualGoal) -> Regression:
+    """What the producers read, at a consumer."""
+    return settings.place.regression(consumer, "all" if settings.joint else "none", settings.project, goal)
 
-    @cached_property
-    def blocks(self) -> dict[str, Regression]:
-        """What is known of the other consumers from one pass."""
-        behind = {c.name for c in self.behind}
-        return {c.name: self._block(c) for c in self.place.linear() if c.name not in behind}
 
-    def _block(self, consumer: Edge, goal: OutputGoal | ResidualGoal | None = None) -> Regression:
-        return self.place.block(consumer, self.compensation, self.project, goal or OutputGoal(consumer.name))
+def _residual(settings: NeuronSettings, m: Moments, consumer: Edge) -> OutputGoal | ResidualGoal:
+    """What is to be explained at a consumer: what a move leaves that was fitted on the other folds."""
+    reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
+    if not settings.project or reads is None:
+        return goal
+    if m.folds == 1:
+        return ResidualGoal(goal, reads, [m.whitening(reads).solve(m[reads, goal]).T])
+    split = m.split()
+    ridge = with_cross_validated_ridge(split, Regression(reads, reads, goal)).ridge
+    moves = [train.whitening(reads, ridge).solve(train[reads, goal]).T for train, _ in split]
+    return ResidualGoal(goal, reads, moves)
 
-    def pairs(self) -> list[Pair]:
-        found = [pair for block in self.blocks.values() for pair in block.pairs()]
-        for consumer in self.behind:
-            reads, goal = self.place.reads(consumer), OutputGoal(consumer.name)
-            assert reads is not None
-            found += [(reads, reads), (reads, goal)]
-        return found if self.behind else [*found, *self.widen.pairs()]
 
-    def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
-        left = {c.name: self._remaining(moments, c) for c in self.behind}
-        if not left:
-            return self.proposed(moments, self.blocks, {})
-        blocks = {c.name: self._block(c, left[c.name]) for c in self.behind}
-        return SecondPass(self, moments, left, {**self.blocks, **blocks})
+def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
+    return [pair for block in blocks.values() for pair in block.pairs()]
 
-    def remaining_goal(self, m: Moments, consumer: Edge) -> OutputGoal | ResidualGoal:
-        """What is to be explained at a consumer."""
-        if self.project and self.place.reads(consumer) is not None:
-            return self._remaining(m, consumer)
-        return OutputGoal(consumer.name)
 
-    def _remaining(self, m: Moments, consumer: Edge) -> ResidualGoal:
-        """With a move that was fitted on the other folds, its ridge by cross-validation."""
-        reads, goal = self.place.reads(consumer), OutputGoal(consumer.name)
-        assert reads is not None
-        if m.folds == 1:
-            return ResidualGoal(goal, reads, [m.whitening(reads).solve(m[reads, goal]).T])
-        split = m.split()
-        ridge = with_cross_validated_ridge(split, Regression(reads, reads, goal)).ridge
-        return ResidualGoal(
-            goal, reads, [train.whitening(reads, ridge).solve(train[reads, goal]).T for train, _ in split]
-        )
-
-    def proposed(
-        self, m: Moments, blocks: Mapping[str, Regression], left: Mapping[str, ResidualGoal]
-    ) -> Candidate | None:
-        """The directions, put into a preview."""
-        if not blocks:
-            random = drawn(self.place, self.k or OPEN, self.widen.seed)
-            return self.widen.stage(replace(random, notes=("random: linear theory does not reach the consumers",)), m)
-        each = self.place.directions
-        k = None if self.k is None else self.k * each
-        chosen, ridge, held = list(blocks.values()), self.widen.ridges[0], None
-        if m.folds > 1:
-            split = m.split()
-            chosen = [with_cross_validated_ridge(split, block) for block in chosen]
-            held = validate_directions(split, chosen, k, self.widen.ridges)
-            ridge, k = held.ridge, -(-held.k // each) * each
-            if self.k is None and not held.gain > 0:
-                return None
-        assert k is not None
-        found = directions(m, chosen, max(k, self.rank), ridge)
-        notes = (found.note,) if found.note else ()
-        explained = None if held is None else self._explained(m, held, blocks, left)
-        proposal = Proposal(found.alpha[:, :k], found.values[:k], notes, explained=explained)
-        if self.rank and proposal.alpha.shape[1]:
-            return Alternating(self, m, proposal, found.alpha, left, ridge)
-        return self.completed(proposal, m)
-
-    @property
-    def rank(self) -> int:
-        """The number of directions among which turns are taken; 0 for none."""
-        if not self.alternating or not self.place.apart():
-            return 0
-        slots = max(arrival.slots for arrival in self.place.arrivals.values() if arrival is not None)
-        return max((self.k or 1) * self.place.directions, MOST // slots)
-
-    def completed(self, proposal: Proposal, m: Moments) -> Candidate | None:
-        """With random directions where linear theory holds fewer than were asked for."""
-        each, found = self.place.directions, proposal.alpha.shape[1]
-        missing = max((self.k or 0) * each - found, -found % each)
-        if missing:
-            extra = _random(self.place, len(proposal.alpha), missing, self.widen.seed).to(proposal.alpha)
-            notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")
-            alpha = torch.cat([proposal.alpha, extra], 1)
-            proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False)
-        alpha, other = self._packed(proposal.alpha, m), proposal.other
-        return self.widen.stage(
-            replace(proposal, alpha=alpha, other=None if other is None else self._packed(other, m)), m
-        )
-
-    def _packed(self, alpha: Tensor, m: Moments) -> Tensor:
-        """Directions of one size as fan-in of units."""
-        return self.place.packed(self.place.scaled(alpha, m)) if self.place.alike else alpha
-
-    def _explained(
-        self, m: Moments, held: HeldOutDirections, blocks: Mapping[str, Regression], left: Mapping[str, ResidualGoal]
-    ) -> SampleScores:
-        """What directions from the other folds explain of each sample: whether that is more than chance."""
-        targets, consumers = [], {consumer.name: consumer for consumer in self.place.linear()}
-        for name in blocks:  # in the order of the fits
-            goal = left.get(name) or self.remaining_goal(m, consumers[name])
-            arrival = self.place.arrivals[name]
-            assert arrival is not None
-            targets.append((self.place.features, arrival, goal))
-        return SampleScores([DirectionScore(targets, held.fits)])
+def _own_pairs(place: Place, consumer: Edge) -> list[Pair]:
+    """What the move of a consumer's own weights is fitted to."""
+    reads = place.reads(consumer)
+    return [(reads, reads), (reads, OutputGoal(consumer.name))]
 
 
 @dataclass(frozen=True, eq=False)
-class SecondPass(Candidate):
-    """Measures what moves of the consumers' own weights leave of their goals."""
+class _Leading:
+    """The directions that are taken, all those among which turns may be taken, and the fits on the other folds."""
 
-    origin: OptimalCandidate
-    first: Moments
-    left: Mapping[str, ResidualGoal]
-    blocks: Mapping[str, Regression]
-
-    def pairs(self) -> list[Pair]:
-        found = [pair for name in self.left for pair in self.blocks[name].pairs()]
-        return [*found, *self.origin.widen.pairs()]
-
-    def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
-        return self.origin.proposed(self.first.joined(moments), self.blocks, self.left)
-
-
-@dataclass(frozen=True, eq=False)
-class Alternating(Candidate):
-    """Measures the leading directions in all slots at once, and takes turns from the first of them."""
-
-    origin: OptimalCandidate
-    first: Moments
     proposal: Proposal
     basis: Tensor
-    left: Mapping[str, ResidualGoal]
     ridge: float
-
-    @cached_property
-    def parts(self) -> dict[str, tuple[TapFeatures, OutputGoal | ResidualGoal]]:
-        found = {}
-        for consumer in self.origin.place.linear():
-            arrival = self.origin.place.arrivals[consumer.name]
-            assert arrival is not None
-            goal = self.left.get(consumer.name) or self.origin.remaining_goal(self.first, consumer)
-            found[consumer.name] = TapFeatures(self.origin.place.features, arrival, self.basis, consumer.name), goal
-        return found
-
-    def pairs(self) -> list[Pair]:
-        return [pair for z, goal in self.parts.values() for pair in ((z, z), (z, goal))]
-
-    def solve(self, moments: Moments, objective: Objective) -> Candidate | None:
-        parts = [
-            SlotMoments.of(moments[z, z], moments[z, goal], z.position_map.slots, self.ridge)
-            for z, goal in self.parts.values()
-        ]
-        start = torch.eye(self.basis.shape[1], self.proposal.alpha.shape[1]).to(self.basis)
-        turned = self.basis @ alternating_least_squares(parts, start, moments.resolution)
-        return self.origin.completed(replace(self.proposal, alpha=turned, other=self.proposal.alpha), self.first)
+    fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = ()
 
 
-def drawn(place: Place, k: int, seed: int) -> Proposal:
-    """Random fan-in, another one each time that the axis has another width."""
-    return Proposal(_random(place, place.width * place.channels, k, seed), invariant=False)
+def _leading(settings: NeuronSettings, m: Moments, blocks: Mapping[str, Regression]) -> _Leading | None:
+    """The leading singular directions of what is left of the goals; None if they are not worth it."""
+    per_unit = settings.place.directions
+    k = None if settings.k is None else settings.k * per_unit
+    regressions, ridge, fits = list(blocks.values()), settings.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
+    if m.folds > 1:
+        split = m.split()
+        regressions = [with_cross_validated_ridge(split, block) for block in regressions]
+        held_out = validate_directions(split, regressions, k, settings.ridges)
+        ridge, k, fits = held_out.ridge, -(-held_out.k // per_unit) * per_unit, [*held_out.fits]
+        if settings.k is None and not held_out.gain > 0:
+            return None
+    assert k is not None
+    leading = directions(m, regressions, max(k, _rank(settings)), ridge)
+    notes = (leading.note,) if leading.note else ()
+    return _Leading(Proposal(leading.alpha[:, :k], leading.values[:k], notes), leading.alpha, ridge, fits)
 
 
-def _random(place: Place, rows: int, k: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 7919 * place.axis.width)
-    return torch.randn(rows, k, generator=generator, dtype=torch.float64)
+def _explained(
+    place: Place,
+    goals: Sequence[tuple[str, OutputGoal | ResidualGoal]],
+    fits: Sequence[tuple[Tensor, Sequence[Tensor]]],
+) -> SampleScores:
+    """What directions from the other folds explain of each sample: whether that is more than chance.
+
+    Args:
+        goals: of consumers, in the order of the fits.
+    """
+    targets = []
+    for name, goal in goals:
+        arrival = place.arrivals[name]
+        assert arrival is not None
+        targets.append((place.features, arrival, goal))
+    return SampleScores([DirectionScore(targets, fits)])
+
+
+def _alternating(
+    place: Place, proposal: Proposal, leading: _Leading, goals: Goals
+) -> Generator[Needs, Moments, Proposal]:
+    """Measures the leading directions in all slots at once, and takes turns from the first of them."""
+    parts = []
+    for consumer in place.linear():
+        arrival = place.arrivals[consumer.name]
+        assert arrival is not None
+        taps = TapFeatures(place.features, arrival, leading.basis, consumer.name)
+        parts.append((taps, goals[consumer.name]))
+    moments = yield Needs([pair for taps, goal in parts for pair in ((taps, taps), (taps, goal))])
+    slotted = [
+        SlotMoments.of(moments[taps, taps], moments[taps, goal], taps.position_map.slots, leading.ridge)
+        for taps, goal in parts
+    ]
+    start = torch.eye(leading.basis.shape[1], proposal.alpha.shape[1]).to(leading.basis)
+    alpha = leading.basis @ alternating_least_squares(slotted, start, moments.resolution)
+    return replace(proposal, alpha=alpha, other=proposal.alpha)
+
+
+def _completed(settings: NeuronSettings, proposal: Proposal, m: Moments) -> Proposal:
+    """As fan-in of units, with random directions where linear theory holds fewer than were asked for."""
+    place, per_unit, count = settings.place, settings.place.directions, proposal.alpha.shape[1]
+    missing = max((settings.k or 0) * per_unit - count, -count % per_unit)
+    if missing:
+        extra = normal(place, len(proposal.alpha), missing, settings.seed).to(proposal.alpha)
+        notes = (*proposal.notes, f"{missing} random directions beyond the rank of the goal")
+        alpha = torch.cat([proposal.alpha, extra], 1)
+        proposal = replace(proposal, alpha=alpha, other=None, notes=notes, invariant=False)
+    if not place.per_channel:
+        return proposal
+    packed = [None if a is None else place.packed(place.scaled(a, m)) for a in (proposal.alpha, proposal.other)]
+    assert packed[0] is not None
+    return replace(proposal, alpha=packed[0], other=packed[1])

@@ -1,23 +1,23 @@
-"""Widening an axis, in two stages: propose fan-in directions, then fit the fan-out to what they really compute.
+"""The fan-out of new neurons, fitted to what they really compute.
 
-The first stage is linear theory: directions ``alpha`` of what the producers read that explain most of what the
-consumers' goals leave over. The second puts the directions into a preview of the network with zero fan-out, so
-that nothing changes, and measures the new features ``h = sigma(alpha^T p)`` where the consumers read them. The
-regression of ``v_perp`` on ``h`` is exact for any activation, norm layer or gate on the way.
+Directions are put into a preview of the network with zero fan-out, so that nothing changes, and the new features
+``h = sigma(alpha^T p)`` are measured where the consumers read them. The regression of ``v_perp`` on ``h`` is exact for
+any activation, norm layer or gate on the way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dagrow.axes import Rider, WideningPlan
-from dagrow.graph import Axis, Edge
+from dagrow.graph import Edge
 from dagrow.layers import RiderRule
-from dagrow.operators._base import Candidate, Judged, Stage
+from dagrow.operators._base import Needs, Preview, Steps, scored
 from dagrow.operators.neurons._places import Place
+from dagrow.operators.neurons._proposal import Proposal
+from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
     LEVEL,
     Compensation,
@@ -38,280 +38,211 @@ from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, Outp
 from dagrow.surgery import Draft, Growth, cost_of
 
 
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """Directions from the first stage.
+def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: Objective) -> Steps:
+    """Neurons along directions: a preview, fan-outs, scores, and the growth.
 
-    Attributes:
-        alpha: ``[p, k]``.
-        values: singular values, if linear theory chose the directions.
-        invariant: whether permuted units or other units of measurement lead to the same directions.
-        other: as many directions, that are taken where they explain more ``[p, k]``.
-        explained: what directions that were fitted on the other folds explain of each sample; without it, directions
-            count as independent of the goals.
+    Args:
+        settings: where, and how the fan-out is fitted.
+        proposal: the directions, scaled; None if there are none.
+        objective: the loss that the growth is measured on.
+
+    Yields:
+        What the new neurons compute in a preview, and, where there are folds, what fits on the other folds explain.
+
+    Returns:
+        The growth, or None if there is nothing to add.
     """
-
-    alpha: Tensor
-    values: Tensor | None = None
-    notes: tuple[str, ...] = ()
-    invariant: bool = True
-    other: Tensor | None = None
-    explained: SampleScores | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class WidenCandidate(Candidate):
-    """New channels at one place, along directions that need no more than ``E p p^T``.
-
-    Attributes:
-        propose: ``propose(moments, place) -> Proposal`` with the fan-in directions, or None if there are none.
-        needs: the moments that ``propose`` reads.
-        fan: whether fan-outs are fitted ("fitted") or random with the norm of the fitted ones ("random").
-        paired: adds (alpha, omega) and (-alpha, -omega) instead of choosing a sign.
-        exact: whether the number of neurons was asked for, so that chance is not asked about.
-    """
-
-    operator: Any
-    place: Place
-    propose: Callable[[Moments, Place], Proposal | None]
-    needs: tuple[Pair, ...] = ()
-    compensation: Compensation = "constant"
-    project: bool = True
-    ridges: tuple[float, ...] = (0.0,)
-    fan: Literal["fitted", "random"] = "fitted"
-    paired: bool = False
-    exact: bool = False
-    seed: int = 0
-
-    @property
-    def tests(self) -> int:
-        """Chance is asked about only if the number of neurons is open."""
-        return 0 if self.exact else 1
-
-    def pairs(self) -> list[Pair]:
-        return [(self.place.measured, self.place.measured), *self.needs]
-
-    def solve(self, moments: Moments, objective: Objective) -> "FanOutStage | None":
-        return self.stage(self.propose(moments, self.place), moments)
-
-    def stage(self, proposal: Proposal | None, moments: Moments) -> "FanOutStage | None":
-        """The directions in a preview, scaled to pre-activations of mean square 1 per position."""
-        if proposal is None or not proposal.alpha.shape[1]:
-            return None
-        both = [proposal.alpha] if proposal.other is None else [proposal.alpha, proposal.other]
-        alpha = self.place.scaled(torch.cat(both, 1), moments)
-        widening = self.place.dag.widening(self.place.axis, 2 * alpha.shape[1])
-        return FanOutStage(self, replace(proposal, alpha=alpha), self.place.axis, widening)
+    if proposal is None:
+        return None
+    plan = settings.place.dag.widening(settings.place.axis, 2 * proposal.alpha.shape[1])
+    units = _Units(settings, proposal, plan)
+    preview = Preview(settings.place.axis, plan, settings.place.split(units.alpha))
+    fitted = _fitted(units, objective, (yield Needs(units.pairs(), preview)))
+    if fitted is None:
+        return None
+    growth, scores, z = fitted
+    if not scores:
+        return growth
+    return (yield from scored(growth, SampleScores(scores), z, settings.k is None, preview))
 
 
 @dataclass(frozen=True, eq=False)
-class FanOutStage(Stage):
-    """Both signs of each direction, in a preview of the network with zero fan-out."""
+class _Units:
+    """Both signs of each direction, as units of a preview in which the axis is wider."""
 
-    origin: WidenCandidate
+    settings: NeuronSettings
     proposal: Proposal
-    axis: Axis
-    widening: WideningPlan
+    plan: WideningPlan
 
     @property
-    def place(self) -> Place:
-        return self.origin.place
+    def alpha(self) -> Tensor:
+        """Their fan-in ``[p, 2k]``."""
+        return torch.cat([self.proposal.alpha, -self.proposal.alpha], 1)
 
-    def fill(self, draft: Draft) -> None:
-        alpha = self.proposal.alpha
-        for edge, fan_in in self.place.split(torch.cat([alpha, -alpha], 1)).items():
-            draft.fan_in(self.place.dag.edge(edge), self.widening.rows[edge], fan_in)
-
-    def blocks(self) -> list[Regression]:
+    def regressions(self) -> list[Regression]:
         """The new features at every consumer."""
+        place = self.settings.place
+        compensation: Compensation = "all" if self.settings.joint else "constant"
         return [
             Regression(
                 NewChannels(c.name),
-                self.place.reads(c),
+                place.reads(c),
                 OutputGoal(c.name),
-                self.origin.compensation,
-                self.origin.project,
+                compensation,
+                self.settings.project,
                 constant=c.bias,
             )
-            for c in self.axis.consumers
+            for c in place.axis.consumers
         ]
 
     def slots(self, consumer: Edge) -> int:
         """Features of a new unit at a consumer: its channels there, times their taps."""
-        return self.widening.columns[consumer.name].new.shape[1] * consumer.rule.taps(consumer.module)
-
-    def _norms(self) -> list[NormInputs]:
-        """Where statistics of new channels are needed."""
-        return [NormInputs(rider.name) for rider, _ in _keeping_statistics(self.place)]
+        return self.plan.columns[consumer.name].new.shape[1] * consumer.rule.taps(consumer.module)
 
     def pairs(self) -> list[Pair]:
-        explained = self.proposal.explained
-        found = [pair for block in self.blocks() for pair in block.pairs()] + [(norm, norm) for norm in self._norms()]
-        return found if explained is None else [*found, (explained, explained)]
+        explained, norms = self.proposal.explained, [NormInputs(rider.name) for rider, _ in _norms(self.settings.place)]
+        pairs = [pair for block in self.regressions() for pair in block.pairs()] + [(norm, norm) for norm in norms]
+        return pairs if explained is None else [*pairs, (explained, explained)]
 
-    def solve(self, moments: Moments, objective: Objective) -> "Growth | JudgedNeurons | None":
-        explained, z = self.proposal.explained, None
-        if explained is not None:
-            z = Verdict.of(moments.sums[explained, explained].sum(0)).z
-            if not self.origin.exact and upper_tail(z) > LEVEL:
-                return None
-        units, split = self._units(moments), moments.split()
-        blocks = [with_cross_validated_ridge(split, block) for block in self.blocks()]
-        offered = [units] if self.proposal.other is None else units.chunk(2, 1)
-        fitted = [(some, *self._fitted(moments, split, blocks, some)) for some in offered]
-        units, fits, scores = max(fitted, key=lambda found: sum(fit.drop for fit in found[1].values()))
-        growth = self._growth(moments, objective, units, fits)
-        if moments.folds == 1:
-            return growth
-        judged = Judged(growth, SampleScores(scores), z, not self.origin.exact)
-        return JudgedNeurons(self, judged, self.axis, self.widening)
+    def kept(self, m: MomentView) -> Tensor:
+        """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
+        k = self.proposal.alpha.shape[1]
+        if self.settings.paired:
+            return torch.cat([torch.eye(k), -torch.eye(k)]).double()
+        explained = torch.zeros(2 * k, dtype=torch.float64)
+        for consumer, block in zip(self.settings.place.axis.consumers, self.regressions(), strict=True):
+            explained += marginal_drops(m, block, self.slots(consumer), self.settings.ridges[0])
+        negative = explained[k:] > explained[:k] * (1 + 1e-9)
+        return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
-    def _fitted(
-        self, m: Moments, split: FoldSplit, blocks: Sequence[Regression], units: Tensor
-    ) -> tuple[dict[str, Fit], list[FitScore]]:
-        """Each consumer's fan-out for some units, and its scores if there are folds."""
-        fits, scores = {}, []
-        for consumer, block in zip(self.axis.consumers, blocks, strict=True):
-            choice, ridge = _per_slot(units, self.slots(consumer)), self.origin.ridges[0]
-            if m.folds > 1:
-                ridge = validate_fan_out(split, block, choice, self.origin.ridges).ridge
-                scores.append(fan_out_score(split, block, self._basis(consumer, block, choice), ridge))
-            fits[consumer.name] = fan_out(m, block, choice, ridge)
-        return fits, scores
-
-    def _basis(self, consumer: Edge, block: Regression, choice: Tensor) -> Callable[[MomentView], Tensor]:
-        """From moments of the other folds the units that they would have kept.
+    def kept_of(self, consumer: Edge, choice: Tensor) -> Callable[[MomentView], Tensor]:
+        """From moments of the other folds the units that they would have kept, as measured features at a consumer.
 
         Where directions are scored by themselves, those that are kept are scored only by what they are fitted to.
         """
 
         def kept(train: MomentView) -> Tensor:
-            return choice if self.proposal.explained else _per_slot(self._units(train), self.slots(consumer))
+            return choice if self.proposal.explained else _per_slot(self.kept(train), self.slots(consumer))
 
         return kept
 
-    def _units(self, m: MomentView) -> Tensor:
-        """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
-        k = self.proposal.alpha.shape[1]
-        if self.origin.paired:
-            return torch.cat([torch.eye(k), -torch.eye(k)]).double()
-        explained = torch.zeros(2 * k, dtype=torch.float64)
-        for consumer, block in zip(self.axis.consumers, self.blocks(), strict=True):
-            explained += marginal_drops(m, block, self.slots(consumer), self.origin.ridges[0])
-        negative = explained[k:] > explained[:k] * (1 + 1e-9)
-        return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
-    def _growth(self, m: Moments, objective: Objective, units: Tensor, fits: Mapping[str, Fit]) -> Growth:
-        kept, dag = _kept(units), self.place.dag
-        generator = torch.Generator().manual_seed(self.origin.seed + self.axis.width)
-        widening = dag.widening(self.axis, len(kept))
-        draft = Draft(dag, [(self.axis, widening)])
-        alpha = torch.cat([self.proposal.alpha, -self.proposal.alpha], 1)[:, kept]
-        for edge, fan_in in self.place.split(alpha).items():
-            draft.fan_in(dag.edge(edge), widening.rows[edge], fan_in)
-        for consumer in self.axis.consumers:
-            fit = fits[consumer.name]
-            omega = fit.weights.view(len(fit.weights), -1, self.slots(consumer))
-            omega = torch.einsum("u k, o k e -> o u e", units[kept], omega)
-            draft.fan_out(consumer, widening.columns[consumer.name], self._fan(omega, generator))
-            if fit.compensation is not None and self.origin.fan == "fitted":
-                draft.move(consumer, fit.compensation)
-        self._calibrate(draft, m, widening, kept, objective.mode)
-        return self._described(draft, m, objective, kept, fits)
+def _fitted(units: _Units, objective: Objective, m: Moments) -> tuple[Growth, Sequence[FitScore], float | None] | None:
+    """The growth, its scores if there are folds, and z of the directions if it is known; None if that is chance."""
+    explained, z = units.proposal.explained, None
+    if explained is not None:
+        z = Verdict.of(m.sums[explained, explained].sum(0)).z
+        if units.settings.k is None and upper_tail(z) > LEVEL:
+            return None
+    kept, split = units.kept(m), m.split()
+    blocks = [with_cross_validated_ridge(split, block) for block in units.regressions()]
+    offered = [kept] if units.proposal.other is None else kept.chunk(2, 1)
+    fitted = [(choice, *_fan_outs(units, m, split, blocks, choice)) for choice in offered]
+    choice, fits, scores = max(fitted, key=lambda fit: sum(f.drop for f in fit[1].values()))
+    return _growth(units, m, objective, choice, fits), scores, z
 
-    def _fan(self, omega: Tensor, generator: torch.Generator) -> Tensor:
-        if self.origin.fan == "fitted":
-            return omega
-        noise = torch.randn(omega.shape, generator=generator, dtype=omega.dtype)
-        return noise * omega.norm() / noise.norm()
 
-    def _calibrate(self, draft: Draft, m: Moments, widening: WideningPlan, kept: Tensor, mode: str) -> None:
-        """NewChannels channels pass a BatchNorm unchanged in train mode as well: they get their own mean and variance.
+def _fan_outs(
+    units: _Units, m: Moments, split: FoldSplit, blocks: Sequence[Regression], kept: Tensor
+) -> tuple[dict[str, Fit], list[FitScore]]:
+    """Each consumer's fan-out for some units, and its scores if there are folds."""
+    fits, scores, ridges = {}, [], units.settings.ridges
+    for consumer, block in zip(units.settings.place.axis.consumers, blocks, strict=True):
+        choice, ridge = _per_slot(kept, units.slots(consumer)), ridges[0]
+        if m.folds > 1:
+            ridge = validate_fan_out(split, block, choice, ridges).ridge
+            scores.append(fan_out_score(split, block, units.kept_of(consumer, choice), ridge))
+        fits[consumer.name] = fan_out(m, block, choice, ridge)
+    return fits, scores
 
-        Where features were measured in train mode, downstream of the norm of the batch, its affine part stays as it was
-        then.
-        """
-        for rider, rule in _keeping_statistics(self.place):
-            carried = NormInputs(rider.name)
-            landing = widening.entries[rider]
-            square = m[carried, carried] / m.positions[carried]
-            mean = square[-1, :-1]
-            variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
-            columns = _columns(kept, landing.new.shape[1])
-            assert rider.module is not None
-            entries = rule.calibrated(rider.module, mean[columns], variance[columns])
-            if mode == "train":
-                entries = {name: entry for name, entry in entries.items() if name in dict(rider.module.named_buffers())}
-            draft.rider(rider, landing, entries)
 
-    def _described(
-        self, draft: Draft, m: Moments, objective: Objective, kept: Tensor, fits: Mapping[str, Fit]
-    ) -> Growth:
-        change, proposal = draft.change(), self.proposal
-        gains = {name: fit.gain for name, fit in fits.items()}
-        drop = sum(fit.drop for fit in fits.values())
-        if self.origin.fan == "random":
-            gains, drop = self._uphill_turned(draft, self._measured_slopes(draft, m, kept)), 0.0
-        notes = (*proposal.notes, *(fit.note for fit in fits.values() if fit.note))
-        return Growth(
-            self.origin.operator,
-            self.axis.name,
-            len(kept),
-            sum(gains.values()),
-            gains,
-            cost_of(self.place.dag, change),
-            drop=drop,
-            singular_values=proposal.values,
-            invariant=proposal.invariant and self.origin.fan == "fitted",
-            notes=tuple(dict.fromkeys(notes)),
-            change=change,
-            dag=self.place.dag,
-            objective=objective,
-        )
+def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fits: Mapping[str, Fit]) -> Growth:
+    """The units that are kept, drafted and described."""
+    settings, proposal, axis = units.settings, units.proposal, units.settings.place.axis
+    kept, dag = _measured(choice), settings.place.dag
+    generator = torch.Generator().manual_seed(settings.seed + axis.width)
+    plan = dag.widening(axis, len(kept))
+    draft = Draft(dag, [(axis, plan)])
+    for edge, fan_in in settings.place.split(units.alpha[:, kept]).items():
+        draft.fan_in(dag.edge(edge), plan.rows[edge], fan_in)
+    for consumer in axis.consumers:
+        fit = fits[consumer.name]
+        omega = fit.weights.view(len(fit.weights), -1, units.slots(consumer))
+        omega = torch.einsum("u k, o k e -> o u e", choice[kept], omega)
+        omega = omega if settings.fan == "fitted" else _random_like(omega, generator)
+        draft.fan_out(consumer, plan.columns[consumer.name], omega)
+        if fit.compensation is not None and settings.fan == "fitted":
+            draft.move(consumer, fit.compensation)
+    _calibrate(draft, m, settings.place, plan, kept, objective.mode)
+    gains, drop = {name: fit.gain for name, fit in fits.items()}, sum(fit.drop for fit in fits.values())
+    change = draft.change()
+    if settings.fan == "random":
+        gains, drop = _downhill(draft, _slopes(draft, m, units, kept)), 0.0
+    return Growth(
+        settings.operator,
+        axis.name,
+        len(kept),
+        sum(gains.values()),
+        gains,
+        cost_of(dag, change),
+        drop=drop,
+        singular_values=proposal.values,
+        invariant=proposal.invariant and settings.fan == "fitted",
+        notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note)))),
+        change=change,
+        dag=dag,
+        objective=objective,
+    )
 
-    @staticmethod
-    def _uphill_turned(draft: Draft, gains: dict[str, float]) -> dict[str, float]:
-        """Random fan-outs that would raise the loss get the other sign."""
-        if sum(gains.values()) >= 0:
-            return gains
-        for slope in draft.slope.values():
-            slope.neg_()
-        return {name: -gain for name, gain in gains.items()}
 
-    def _measured_slopes(self, draft: Draft, m: Moments, kept: Tensor) -> dict[str, float]:
-        """``tr(X R)`` of random fan-outs."""
-        gains = {}
-        for consumer in self.axis.consumers:
-            landing, written = draft.read[consumer.name], draft.written.get(consumer.name)
-            omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, landing.new.flatten()].flatten(1)
-            omega = omega if written is None else omega[written.old]
-            columns = _columns(kept, self.slots(consumer))
-            gains[consumer.name] = float(
-                (omega.T * m[NewChannels(consumer.name), OutputGoal(consumer.name)][columns]).sum()
-            )
+def _random_like(omega: Tensor, generator: torch.Generator) -> Tensor:
+    """A random fan-out of the same norm."""
+    noise = torch.randn(omega.shape, generator=generator, dtype=omega.dtype)
+    return noise * omega.norm() / noise.norm()
+
+
+def _downhill(draft: Draft, gains: dict[str, float]) -> dict[str, float]:
+    """Random fan-outs that would raise the loss get the other sign."""
+    if sum(gains.values()) >= 0:
         return gains
+    for slope in draft.slope.values():
+        slope.neg_()
+    return {name: -gain for name, gain in gains.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class JudgedNeurons(Stage):
-    """Fitted neurons in the same preview again, to see what fan-outs from the other folds explain of each sample."""
-
-    origin: FanOutStage
-    judged: Judged
-    axis: Axis
-    widening: WideningPlan
-
-    def fill(self, draft: Draft) -> None:
-        self.origin.fill(draft)
-
-    def pairs(self) -> list[Pair]:
-        return self.judged.pairs()
-
-    def solve(self, moments: Moments, objective: Objective) -> Growth:
-        return self.judged.solve(moments, objective)
+def _slopes(draft: Draft, m: Moments, units: _Units, kept: Tensor) -> dict[str, float]:
+    """``tr(X R)`` of random fan-outs."""
+    gains = {}
+    for consumer in units.settings.place.axis.consumers:
+        index_map, written = draft.read[consumer.name], draft.written.get(consumer.name)
+        omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, index_map.new.flatten()].flatten(1)
+        omega = omega if written is None else omega[written.old]
+        columns = _columns(kept, units.slots(consumer))
+        goals = m[NewChannels(consumer.name), OutputGoal(consumer.name)]
+        gains[consumer.name] = float((omega.T * goals[columns]).sum())
+    return gains
 
 
-def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:
+def _calibrate(draft: Draft, m: Moments, place: Place, plan: WideningPlan, kept: Tensor, mode: str) -> None:
+    """New channels pass a BatchNorm unchanged in train mode as well: they get their own mean and variance.
+
+    Where features were measured in train mode, downstream of the norm of the batch, its affine part stays as it was
+    then.
+    """
+    for rider, rule in _norms(place):
+        inputs, index_map = NormInputs(rider.name), plan.entries[rider]
+        square = m[inputs, inputs] / m.positions[inputs]
+        mean = square[-1, :-1]
+        variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)
+        columns = _columns(kept, index_map.new.shape[1])
+        assert rider.module is not None
+        entries = rule.calibrated(rider.module, mean[columns], variance[columns])
+        if mode == "train":
+            entries = {name: entry for name, entry in entries.items() if name in dict(rider.module.named_buffers())}
+        draft.rider(rider, index_map, entries)
+
+
+def _norms(place: Place) -> list[tuple[Rider, RiderRule]]:
     """The norms on the way that new channels are calibrated for."""
     unit = torch.tensor(1.0)
     return [
@@ -321,10 +252,10 @@ def _keeping_statistics(place: Place) -> list[tuple[Rider, RiderRule]]:
     ]
 
 
-def _kept(units: Tensor) -> Tensor:
+def _measured(choice: Tensor) -> Tensor:
     """The measured units that stay, the best direction first."""
-    measured = torch.nonzero(units.abs().sum(1) > 0).flatten()
-    k = len(units) // 2
+    measured = torch.nonzero(choice.abs().sum(1) > 0).flatten()
+    k = len(choice) // 2
     return measured[torch.argsort((measured % k) * 2 + measured // k)]
 
 

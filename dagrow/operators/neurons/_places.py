@@ -19,7 +19,6 @@ from dagrow.statistics import (
     PulledGoal,
     ResidualGoal,
     Stacked,
-    TapFeatures,
     per_channel,
     position_map,
 )
@@ -32,14 +31,14 @@ class Place:
     Attributes:
         producers: each with the part of ``p`` that it reads.
         arrivals: consumer -> how the new channels arrive, or None where linear theory does not reach.
-        alike: whether arrivals speak of one of a unit's channels, see :meth:`by_channel`.
+        per_channel: whether arrivals speak of one of a unit's channels, see :meth:`split_channels`.
     """
 
     dag: Dag
     axis: Axis
     producers: tuple[Edge, ...]
     arrivals: Mapping[str, PositionMap | None]
-    alike: bool = False
+    per_channel: bool = False
 
     @cached_property
     def features(self) -> Feature:
@@ -62,9 +61,9 @@ class Place:
     def arriving(self) -> dict[str, Feature]:
         """``p`` as it arrives at each consumer that linear theory reaches."""
         return {
-            name: self.features if found.is_identity else MovedFeatures(self.features, found)
-            for name, found in self.arrivals.items()
-            if found is not None
+            name: self.features if arrival.is_identity else MovedFeatures(self.features, arrival)
+            for name, arrival in self.arrivals.items()
+            if arrival is not None
         }
 
     def reads(self, consumer: Edge) -> InputFeatures | None:
@@ -79,7 +78,7 @@ class Place:
         """Those of them that read new channels at other positions, or at several at once."""
         return [c for c in self.linear() if isinstance(self.arriving[c.name], MovedFeatures)]
 
-    def block(
+    def regression(
         self, consumer: Edge, compensation: Compensation, project: bool, goal: OutputGoal | ResidualGoal
     ) -> Regression:
         """First stage: what the producers read, at a consumer that linear theory reaches."""
@@ -88,18 +87,6 @@ class Place:
             return Regression(arriving, None, PulledGoal(goal, arriving.position_map))
         reads = self.reads(consumer)
         return Regression(arriving, reads, goal, compensation, project, constant=reads is not None and reads.bias)
-
-    def regressions(self) -> list[Regression]:
-        """What the producers read, in the slots in which each consumer that linear theory reaches reads it."""
-        return [Regression(self._in_slots(c), self.reads(c), OutputGoal(c.name)) for c in self.linear()]
-
-    def _in_slots(self, consumer: Edge) -> Feature:
-        position_map, arriving = self.arrivals[consumer.name], self.arriving[consumer.name]
-        if not isinstance(arriving, MovedFeatures):
-            return arriving
-        assert position_map is not None
-        every = torch.eye(self.width * position_map.channels, dtype=torch.float64)
-        return TapFeatures(self.features, position_map, every, consumer.name)
 
     @property
     def width(self) -> int:
@@ -126,24 +113,24 @@ class Place:
         p, positions = m[features, features], m.positions[features]
         if isinstance(features, MovedFeatures):
             positions *= float(features.position_map.weights.mean())
-        by_channel = alpha.to(p).view(-1, len(p), alpha.shape[1])
-        square = (by_channel * (p @ by_channel)).sum(1).mean(0) / positions
+        channels = alpha.to(p).view(-1, len(p), alpha.shape[1])
+        square = (channels * (p @ channels)).sum(1).mean(0) / positions
         return alpha.to(p) * torch.where(square > 0, square, 1).rsqrt()
 
-    def by_channel(self) -> "Place":
+    def split_channels(self) -> "Place":
         """With a direction for each channel of a unit, if all arrive alike, each in slots of its own."""
         if self.channels == 1 or not self.linear():
             return self
         (producer,) = self.producers
-        found = {c.name: per_channel(a, producer, c) for c in self.linear() if (a := self.arrivals[c.name]) is not None}
-        if any(a is None for a in found.values()):
+        first = {c.name: per_channel(a, producer, c) for c in self.linear() if (a := self.arrivals[c.name]) is not None}
+        if any(arrival is None for arrival in first.values()):
             return self
-        return replace(self, arrivals={**self.arrivals, **found}, alike=True)
+        return replace(self, arrivals={**self.arrivals, **first}, per_channel=True)
 
     @property
     def directions(self) -> int:
         """How many a unit has."""
-        return self.channels if self.alike else 1
+        return self.channels if self.per_channel else 1
 
     def packed(self, alpha: Tensor) -> Tensor:
         """Directions ``[p, k directions]`` as the fan-in of k units, channel by channel ``[channels p, k]``."""
@@ -164,6 +151,13 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
 
     On a residual stream producers write at different depths: a new channel is written by one of them, and the
     others write zero. Producers whose output arrives everywhere in the same way write it together.
+
+    Args:
+        dag: the dag that the axis is of.
+        axis: the axis that is to widen.
+
+    Returns:
+        Places, in the order of their first producers.
     """
     grouped: dict[tuple, list[tuple[Edge, dict[str, PositionMap | None]]]] = {}
     for producer in axis.producers:

@@ -12,13 +12,19 @@ from dagrow.graph import Dag, Edge
 from dagrow.layers import MODES, Geometry, LinearRule, op_name
 from dagrow.operators.paths._links import PathSite, ResidualSite
 from dagrow.surgery import dependent
-from dagrow.tracing import added_paths
 
 _INPLACE = {name for name in dir(operator) if name.startswith("i") and getattr(operator, f"__{name}__", None)}
 
 
 def refuse_unwritable(dag: Dag) -> None:
-    """Raises GrowthError for a model whose forward cannot be written with a new path in it."""
+    """Refuses a model whose forward cannot be written with a new path in it.
+
+    Args:
+        dag: the model's.
+
+    Raises:
+        GrowthError: it cannot.
+    """
     if dag.unwritable:
         raise GrowthError(
             f"no new path can be added to this {type(dag.model).__name__}: its forward would have to be written anew, "
@@ -32,42 +38,55 @@ def path_sites(
     """Every pair of an activation and a pre-activation that a new path could join without a cycle.
 
     Args:
+        dag: where paths are laid.
         kernel: the smallest kernel of new convolutions; larger where the grids fit no other way.
         targets: names of layers whose pre-activations are meant; all by default.
         known: whether activations are offered to pre-activations that read them already.
 
-    Raises GrowthError for a target that no path can lead to.
+    Returns:
+        The places, target by target.
+
+    Raises:
+        GrowthError: no path can lead to one of the targets.
     """
     nodes, edges, order = _nodes(dag), [edge for edge in dag.edges if not edge.shared], _Order(dag)
-    new = {branch for branch, *_ in added_paths(dag.model)}
+    new = {path for path, *_ in dag.added_paths}
     readers = [edge for edge in _readers(edges) if order.graded(nodes[edge.name])]
-    found: list[PathSite] = []
+    sites: list[PathSite] = []
     for members in _summed(edges, nodes):
         # the user's own layers come first, then new hidden layers, then new connections
         target = min(members, key=lambda edge: (edge.name.partition(".")[0] in new, edge.name in new))
         writing = nodes[target.name]
         beyond = {writing} | dependent(writing)
-        heard = {edge.layer.inputs for edge in members}
+        read = {edge.layer.inputs for edge in members}
         for reader in readers:
             source, reading = reader.layer.inputs, nodes[reader.name]
-            if source in beyond or (source in heard and not known) or order.bound(writing, reading):
+            if source in beyond or (source in read and not known) or order.bound(writing, reading):
                 continue
             form = _form(dag, source, reader, target, writing, kernel)
             if form is not None:
-                found.append(PathSite(dag, reader, source, reading, target, writing, members, *form))
-    found = list(_told_apart(found))
-    return found if targets is None else _meant(dag, found, targets)
+                sites.append(PathSite(dag, reader, source, reading, target, writing, members, *form))
+    sites = list(_numbered(sites))
+    return sites if targets is None else _leading_to(dag, sites, targets)
 
 
 def residual_sites(dag: Dag, kernel: int = 1) -> list[PathSite]:
-    """Every activation that a residual block can be put on."""
-    nodes, order, found = _nodes(dag), _Order(dag), dict[fx.Node, PathSite]()
+    """Every activation that a residual block can be put on.
+
+    Args:
+        dag: where blocks are put.
+        kernel: the smallest kernel of new convolutions.
+
+    Returns:
+        One place for each activation.
+    """
+    nodes, order, sites = _nodes(dag), _Order(dag), dict[fx.Node, PathSite]()
     for reader in _readers([edge for edge in dag.edges if not edge.shared]):
         source = reader.layer.inputs
         form = _form(dag, source, reader, reader, source, kernel)
         if source.op != "placeholder" and form is not None and order.graded(nodes[reader.name]):
-            found.setdefault(source, ResidualSite(dag, reader, source, source.next, reader, source, (), *form))
-    return list(_told_apart(found.values()))
+            sites.setdefault(source, ResidualSite(dag, reader, source, source.next, reader, source, (), *form))
+    return list(_numbered(sites.values()))
 
 
 def _nodes(dag: Dag) -> dict[str, fx.Node]:
@@ -75,13 +94,13 @@ def _nodes(dag: Dag) -> dict[str, fx.Node]:
     return {layer.name: node for node, layer in dag.layers.items()}
 
 
-def _told_apart(found: Iterable[PathSite]) -> Iterator[PathSite]:
-    """Activations that come from the same layer are numbered."""
+def _numbered(sites: Iterable[PathSite]) -> Iterator[PathSite]:
+    """With a number where several activations come from the same layer."""
     sources: dict[str, list[fx.Node]] = {}
-    for link in found:
-        same = sources.setdefault(link.place, [])
-        same.append(link.source)
-        yield replace(link, number=len(same) - 1)
+    for site in sites:
+        same = sources.setdefault(site.place, [])
+        same.append(site.source)
+        yield replace(site, number=len(same) - 1)
 
 
 class _Order:
@@ -120,8 +139,9 @@ def _is_fixed(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return inside or written or "out" in node.kwargs or op_name(node) in MODES or bool(node.kwargs.get("inplace"))
 
 
-def _meant(dag: Dag, found: Sequence[PathSite], targets: Sequence[str]) -> list[PathSite]:
-    reached = {edge.name for link in found for edge in link.members}
+def _leading_to(dag: Dag, sites: Sequence[PathSite], targets: Sequence[str]) -> list[PathSite]:
+    """Those that lead to the targets. Raises GrowthError if none leads to one of them."""
+    reached = {edge.name for site in sites for edge in site.members}
     missing = [name for name in targets if dag.edge(name).name not in reached]
     if missing:
         why = next((edge.shared for edge in map(dag.edge, missing) if edge.shared), None)
@@ -130,7 +150,7 @@ def _meant(dag: Dag, found: Sequence[PathSite], targets: Sequence[str]) -> list[
             + (why or "all that comes before is read there already, or may have another number of positions")
             + ". Leave it out of targets=."
         )
-    return [link for link in found if {edge.name for edge in link.members} & set(targets)]
+    return [site for site in sites if {edge.name for edge in site.members} & set(targets)]
 
 
 def _readers(edges: Sequence[Edge]) -> Iterator[Edge]:
@@ -171,25 +191,25 @@ def _form(
     if not read.dtype == written.dtype == weight.dtype or read.device != written.device:
         return None
     linear = isinstance(target.rule, LinearRule) and target.rule.channel_dim(written.ndim) == written.ndim - 1
-    slid = reader.rule.geometry(reader.module)
-    if linear and slid is None:
-        straight = reader.rule.channel_dim(read.ndim) == read.ndim - 1
-        return (None, False) if straight and _alike(dag, source, writing, -1) else None
-    if slid is None or read.ndim != slid.space + 2 or not _alike(dag, source, writing, 1):
+    geometry = reader.rule.geometry(reader.module)
+    if linear and geometry is None:
+        channels_last = reader.rule.channel_dim(read.ndim) == read.ndim - 1
+        return (None, False) if channels_last and _same_sizes(dag, source, writing, -1) else None
+    if geometry is None or read.ndim != geometry.space + 2 or not _same_sizes(dag, source, writing, 1):
         return None
     if linear:
         return (None, True) if written.ndim == 2 else None
-    over = target.rule.geometry(target.module)
-    if over is None or over.space != slid.space or written.ndim != read.ndim:
+    target_geometry = target.rule.geometry(target.module)
+    if target_geometry is None or target_geometry.space != geometry.space or written.ndim != read.ndim:
         return None
     if all(size == 1 for size in written.shape[2:]) and read.shape[2:].numel() > 1:
         return None  # one position is a mean, whatever the image's size: no kernel is
     grids = (dag.dynamic_sizes.shapes[node][2:] for node in (source, writing))
-    fitted = _fitted([*map(dag.dynamic_sizes.together, *grids)], kernel)
-    return None if fitted is None else (fitted, False)
+    new_geometry = _smallest_kernel([*map(dag.dynamic_sizes.together, *grids)], kernel)
+    return None if new_geometry is None else (new_geometry, False)
 
 
-def _alike(dag: Dag, source: fx.Node, writing: fx.Node, until: int) -> bool:
+def _same_sizes(dag: Dag, source: fx.Node, writing: fx.Node, until: int) -> bool:
     """Whether two activations have the same first sizes, for any inputs. Where these are samples alone they have."""
     read, written = (node.meta["val"].shape[:until] for node in (source, writing))
     if read != written or read == _samples(dag):
@@ -204,17 +224,17 @@ def _samples(dag: Dag) -> torch.Size | None:
     return first.shape[:1] if isinstance(first, torch.Tensor) else None
 
 
-def _fitted(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) -> Geometry | None:
+def _smallest_kernel(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) -> Geometry | None:
     """The smallest kernel, its margins as even as they can be, that makes one grid of another.
 
     Args:
         sizes: along each dimension both sizes, for some inputs that the model takes.
+        kernel: the least that is wanted.
     """
-    lines = [_line(along, kernel) for along in sizes]
-    found = [line for line in lines if line is not None]
-    if len(found) < len(lines):
+    lines = [line for along in sizes if (line := _line(along, kernel)) is not None]
+    if len(lines) < len(sizes):
         return None
-    kernels, strides, margins = zip(*found, strict=True)
+    kernels, strides, margins = zip(*lines, strict=True)
     return Geometry(kernels, strides, (1,) * len(sizes), tuple((margin, margin) for margin in margins))
 
 

@@ -1,14 +1,12 @@
-"""A place for a new path: what it reads and writes, and its best last layer in closed form.
+"""Places for new paths: what the new layers read and write, and which weights move along.
 
-What a new layer reads is regressed on what a pre-activation still wants. With ``p`` what the new layer reads, ``b``
-what the pre-activation reads already and ``P' = P - C S^-1 C^T``, the best weights are ``X = N^T P'^-1``; the old
-weights move by ``-X C S^-1`` along, so that only what is new in ``p`` acts. A path of rank K has the leading K singular
-directions of ``P'^-1/2 N``.
+What a new layer reads, ``p``, comes from an activation; it writes to a pre-activation that reads ``b`` already. Or to
+the activation itself, as a residual block does.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,31 +17,9 @@ from torch.nn.utils import skip_init
 
 from dagrow.graph import Dag, Edge
 from dagrow.layers import Geometry
-from dagrow.operators._base import Candidate, Judged
-from dagrow.solvers import (
-    Fit,
-    Moments,
-    MomentView,
-    Pair,
-    Regression,
-    fan_out,
-    validate_fan_out,
-    with_cross_validated_ridge,
-)
-from dagrow.statistics import (
-    ActivationGoal,
-    Feature,
-    InputFeatures,
-    MeanInputs,
-    Objective,
-    OutputGoal,
-    PatchInputs,
-    SampleScores,
-    Stacked,
-    fan_out_score,
-)
-from dagrow.surgery import Draft, Growth, NewPath, blank, cost_of
-from dagrow.tracing import added_paths
+from dagrow.solvers import Regression
+from dagrow.statistics import ActivationGoal, Feature, InputFeatures, MeanInputs, OutputGoal, PatchInputs, Stacked
+from dagrow.surgery import Draft, NewPath, blank
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MEANS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -85,11 +61,11 @@ class PathSite:
         return f"{self.start} -> {self.target.name}"
 
     @property
-    def fed(self) -> str:
+    def target_name(self) -> str:
         """What its gain is for."""
         return self.target.name
 
-    def named(self, kind: str | None = None) -> str:
+    def module_name(self, kind: str | None = None) -> str:
         """A name for the new module: where it leads from and to, or a kind with a number."""
         ends = _origin(self.source, self.dag), self.target.name
         plain = kind or "_to_".join(_short(end, self.dag) for end in ends)
@@ -129,7 +105,7 @@ class PathSite:
     def goal(self) -> Feature:
         return OutputGoal(self.target.name)
 
-    def block(self, features: Feature) -> Regression:
+    def regression(self, features: Feature) -> Regression:
         """New features at the pre-activation: what it reads already is regressed out of them, and moves along."""
         return Regression(features, self.reads, self.goal, "all", constant=self.reads is not None and self.reads.bias)
 
@@ -148,8 +124,8 @@ class PathSite:
         return self._blank(_CONVOLUTIONS[self.geometry.space - 1], inputs, self.outputs, 1, bias=False)
 
     def _blank(self, kind: type[nn.Module], *sizes: Any, bias: bool) -> nn.Module:
-        made: nn.Module = skip_init(kind, *sizes, bias=bias)  # draws no random numbers
-        return blank(made).to(self.target.parameters()["weight"])
+        layer: nn.Module = skip_init(kind, *sizes, bias=bias)  # draws no random numbers
+        return blank(layer).to(self.target.parameters()["weight"])
 
     @property
     def outputs(self) -> int:
@@ -160,7 +136,7 @@ class PathSite:
         rule, value = self.reader.rule, self.source.meta["val"]
         return value.shape[rule.channel_dim(value.ndim)]
 
-    def branch(self, name: str, layers: Mapping[str, nn.Module]) -> NewPath:
+    def new_path(self, name: str, layers: Mapping[str, nn.Module]) -> NewPath:
         """The new layers by their names, at their place."""
         if self.pooled:
             mean = _MEANS[self.source.meta["val"].ndim - 3](1)
@@ -197,7 +173,7 @@ class ResidualSite(PathSite):
         return f"{self.start} -> itself"
 
     @property
-    def fed(self) -> str:
+    def target_name(self) -> str:
         return self.place
 
     @property
@@ -208,122 +184,48 @@ class ResidualSite(PathSite):
     def outputs(self) -> int:
         return self._inputs
 
-    def branch(self, name: str, layers: Mapping[str, nn.Module]) -> NewPath:
-        return replace(super().branch(name, layers), writes="")
+    def new_path(self, name: str, layers: Mapping[str, nn.Module]) -> NewPath:
+        return replace(super().new_path(name, layers), writes="")
 
 
 def _origin(node: fx.Node, dag: Dag) -> str:
     """The layer that an activation comes from, or the input; of several the last, new connections aside."""
-    waiting, seen, found = [node], set(), []
+    waiting, seen, origins = [node], set(), list[tuple[fx.Node, str]]()
     while waiting:
-        one = waiting.pop()
-        if one in seen:
+        source = waiting.pop()
+        if source in seen:
             continue
-        seen.add(one)
-        if one.op == "placeholder":
-            found.append((one, str(one.target).lstrip("*")))
-        elif one in dag.layers:
-            found.append((one, dag.layers[one].name))
+        seen.add(source)
+        if source.op == "placeholder":
+            origins.append((source, str(source.target).lstrip("*")))
+        elif source in dag.layers:
+            origins.append((source, dag.layers[source].name))
         else:
-            waiting += one.all_input_nodes
-    bypasses = {name for name, *_ in added_paths(dag.model)}
-    return max(found, key=lambda one: (one[1] not in bypasses, one[0]))[1] if found else node.name
+            waiting += source.all_input_nodes
+    new = {name for name, *_ in dag.added_paths}
+    return max(origins, key=lambda origin: (origin[1] not in new, origin[0]))[1] if origins else node.name
 
 
 def _short(name: str, dag: Dag) -> str:
-    """A layer's name as part of another: of new layers the name of their branch."""
-    branches = {branch for branch, *_ in added_paths(dag.model)}
+    """A layer's name as part of another: of new layers the name of their path."""
+    new = {path for path, *_ in dag.added_paths}
     first = name.partition(".")[0]
-    return first if first in branches else name.replace(".", "_").strip("_")
+    return first if first in new else name.replace(".", "_").strip("_")
 
 
 def filled(layer: nn.Module, matrix: Tensor) -> nn.Module:
-    """A layer with the weights ``[o, i]``, the constant's last where it has a bias."""
+    """Writes weights into a new layer.
+
+    Args:
+        layer: linear or a convolution.
+        matrix: ``[o, i]``, the constant's column last where the layer has a bias.
+
+    Returns:
+        The layer.
+    """
     weight, bias = layer.get_parameter("weight"), dict(layer.named_parameters()).get("bias")
     with torch.no_grad():
         weight.copy_(matrix[:, : weight[0].numel()].reshape(weight.shape))
         if bias is not None:
             bias.copy_(matrix[:, -1])
     return layer
-
-
-#: what is fitted, from moments and a ridge: combinations ``A [p, q]`` of the features, or the indices of some ``[q]``
-Basis = Callable[[MomentView, Regression, float], Tensor]
-#: the layers of a path with ``a += X A^T p``, from A and ``X [o, q]``; all but the last as they will be
-LayerBuilder = Callable[[PathSite, Tensor, Tensor], Mapping[str, nn.Module]]
-
-
-def everything(m: MomentView, block: Regression, ridge: float) -> Tensor:
-    """All features, each by itself."""
-    p = m[block.features, block.features]
-    return torch.arange(len(p), device=p.device)
-
-
-@dataclass(frozen=True, eq=False)
-class PathCandidate(Candidate):
-    """A path whose last layer is fitted.
-
-    Attributes:
-        features: what the fit is on: what the last layer reads, the constant last if it has a bias.
-        basis: which combinations of them.
-        layout: builds the layers, the last with its weights at gamma = 1.
-        neurons: new hidden units.
-        kind: what the new module is called, with a number; by where it leads if None.
-        ridges: to choose from.
-        drawn: those of the features that do not depend on the goals, unless all are such.
-    """
-
-    operator: Any
-    link: PathSite
-    features: Feature
-    basis: Basis
-    layout: LayerBuilder
-    neurons: int = 0
-    kind: str | None = None
-    ridges: tuple[float, ...] = (0.0,)
-    invariant: bool = True
-    drawn: Feature | None = None
-
-    @property
-    def block(self) -> Regression:
-        return self.link.block(self.features)
-
-    def pairs(self) -> list[Pair]:
-        return self.block.pairs()
-
-    def solve(self, moments: Moments, objective: Objective) -> "Growth | Candidate | None":
-        if not float(moments[self.features, self.features].diagonal().sum()):
-            return None
-        split = moments.split()
-        block = with_cross_validated_ridge(split, self.block)
-        basis = self.basis(moments, block, self.ridges[0])
-        if not basis.shape[-1]:
-            return None
-        if moments.folds == 1:
-            return self._growth(basis, fan_out(moments, block, basis, self.ridges[0]), objective)
-        held = validate_fan_out(split, block, basis, self.ridges)
-        growth = self._growth(basis, fan_out(moments, block, basis, held.ridge), objective)
-        scores = fan_out_score(split, block, lambda train: self.basis(train, block, self.ridges[0]), held.ridge)
-        return Judged(growth, SampleScores([scores]))
-
-    def _growth(self, basis: Tensor, fit: Fit, objective: Objective) -> Growth:
-        link, draft = self.link, Draft(self.link.dag)
-        layers = self.layout(link, basis, fit.weights)
-        draft.add_path(link.branch(link.named(self.kind), layers), [*layers.values()][-1])
-        if fit.compensation is not None:
-            link.compensate(draft, fit.compensation)
-        change = draft.change()
-        return Growth(
-            self.operator,
-            link.place,
-            self.neurons,
-            fit.gain,
-            {link.fed: fit.gain},
-            cost_of(link.dag, change),
-            drop=fit.drop,
-            invariant=self.invariant,
-            notes=(fit.note,) if fit.note else (),
-            change=change,
-            dag=link.dag,
-            objective=objective,
-        )
