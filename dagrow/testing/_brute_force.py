@@ -6,10 +6,10 @@ Nothing here uses the package's moments or solvers.
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from dagrow._model_state import preserve_state
 from dagrow.graph import Dag, Edge
@@ -211,7 +211,8 @@ def _residual_goal(growth: Growth, branch: NewPath, objective: Objective) -> Ten
         objective.model.train(objective.mode == "train")
         for batch, n in objective:
             probes: list[Tensor] = []
-            loss = objective.function(lambda *a, **k: program._run(Probed(program), a, k), batch)  # type: ignore
+            probed = cast(nn.Module, lambda *a, **k: program.run_with(Probed(program), a, k))
+            loss = objective.function(probed, batch)
             (gradient,) = torch.autograd.grad(loss.sum() * (n if mean else 1), probes)
             goals.append(-gradient.movedim(reader.rule.channel_dim(gradient.ndim), -1).flatten(0, -2))
     return torch.cat(goals)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dagrow
-from dagrow.statistics import samples_of
+from dagrow.statistics import sample_count
 
 RIDGE = 0.1  #: of the new features, relative to each one's second moment
 SLACK = 1e-9  #: parts that differ by less, relatively, are equal
@@ -193,7 +193,7 @@ def _observed(growth: dagrow.Growth, edges: Sequence[dagrow.Edge]) -> dict[str, 
     for name, module in modules.items():
         module.register_forward_hook(partial(keep, name))
     for batch in objective.batches:
-        n = samples_of(batch)
+        n = sample_count(batch)
         loss = objective.function(model, batch) * objective.scale(n) * n
         gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
         for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):

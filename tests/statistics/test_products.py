@@ -45,12 +45,14 @@ def resumed(steps, moments=None):
 
 
 def norm(feature: Feature, batch: Batch) -> float:
-    """Of its rows; of a difference, that of the larger side."""
+    """Of its rows; of a difference, that of the larger side; of patches at least that of the image: sums over all of it
+    are taken, and what no patch reads is taken off."""
     if isinstance(feature, ResidualGoal):
         return max(norm(feature.goal, batch), float((feature.goal.rows(batch) - feature.rows(batch)).norm()))
     if isinstance(feature, PulledGoal):
         return norm(feature.goal, batch) * feature.position_map.index.shape[1]
-    return float(feature.rows(batch).norm())
+    rows = float(feature.rows(batch).norm())
+    return max(rows, float(feature.inputs(batch).norm())) if isinstance(feature, LayerInputs) else rows
 
 
 @pytest.mark.parametrize("solver", ["svd", "als"])
