@@ -49,7 +49,8 @@ class Target:
 @dataclass(frozen=True)
 class _Rows:
     """What an edge reads, as it comes and as rows; and minus the gradient of each sample's loss at a zero that is added
-    to what it writes, as rows."""
+    to what it writes, as rows.
+    """
 
     inputs: Tensor
     read: Tensor
@@ -180,7 +181,8 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
 
 def _last_layer(branch: NewPath, change: Change, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """What the last of some new layers reads, with the constant of its bias, and what it writes at gamma = 1, as
-    rows."""
+    rows.
+    """
     module = copy.deepcopy(branch.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters(branch.name):
@@ -221,7 +223,8 @@ def _residual_goal(growth: Growth, branch: NewPath, objective: Objective) -> Ten
 def _certain(x: Tensor) -> bool:
     """No direction is so weak, ``5e-5 > s > 1e-10`` of the largest, that its square in float64 is lost in noise.
 
-    Normal equations are off by about ``2e-16 / s^2``, less than 1e-7 of what they explain only for larger s."""
+    Normal equations are off by about ``2e-16 / s^2``, less than 1e-7 of what they explain only for larger s.
+    """
     s = torch.linalg.svdvals(x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny))
     return not bool(((s < 5e-5 * s.max()) & (s > 1e-10 * s.max())).any()) if len(s) else True
 

@@ -192,7 +192,7 @@ def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
 
 
 def _thawed(tree: Any) -> Any:
-    """fx's immutable containers as plain ones."""
+    """Fx's immutable containers as plain ones."""
     if isinstance(tree, list):
         return [_thawed(child) for child in tree]
     if isinstance(tree, dict):

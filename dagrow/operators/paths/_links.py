@@ -166,7 +166,8 @@ class PathSite:
 class ResidualSite(PathSite):
     """From an activation to itself: a residual block, ``x <- x + f(x)``, for all that read it.
 
-    The target is a layer that does; nothing moves along."""
+    The target is a layer that does; nothing moves along.
+    """
 
     @property
     def place(self) -> str:
