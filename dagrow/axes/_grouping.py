@@ -57,7 +57,7 @@ class _Table:
     """
 
     kind: str
-    key: Any
+    key: str | Rider
     roots: np.ndarray
 
 
@@ -107,10 +107,8 @@ def _tables(labelling: Labelling, roots: Tensor) -> list[_Table]:
 
 
 def _axis_numbers(tables: list[_Table], reason_numbers: np.ndarray) -> np.ndarray:
-    """The number of each root's axis: roots that occur equally often in every table, and froze for the same reason.
-
-    Tables are told apart by random weights of 62 bits: two different roots hardly have the same sum by chance.
-    """
+    """The number of each root's axis: roots that occur equally often in every table, and froze for the same reason."""
+    # tables are told apart by random weights of 62 bits: two different roots hardly have the same sum by chance
     draws = torch.randint(2**62, (len(tables) + 1,), generator=torch.Generator().manual_seed(0)).numpy()
     sums = np.zeros(len(reason_numbers) + 1, dtype=np.int64)  # the last is NO_CHANNEL's
     sums[:-1] = reason_numbers * draws[-1]

@@ -19,7 +19,7 @@ from dagrow.axes._attribute_sizes import AttributeSizes, layer_sizes, resized_ca
 from dagrow.axes._channel_labels import ChannelLabeller, Labelling, Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap, arrived_units, insert_along, insert_units
-from dagrow.axes._label_interpreter import located, moved
+from dagrow.axes._label_interpreter import located, moved, name_of
 from dagrow.axes._label_tensors import NO_CHANNEL, unexpanded
 from dagrow.axes._size_rewriting import Arguments, Shapes, expected_shape, rewritten_arguments, unflattened_sizes
 from dagrow.axes._widening_checks import (
@@ -144,8 +144,7 @@ class WidenedLabeller(ChannelLabeller):
             self._prepare(node)
             value = self.evaluate(node, self.values)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            name = op_name(node) or str(node.target)
-            raise CannotWidenError(located(node, f"{name} does not accept the wider axis")) from error
+            raise CannotWidenError(located(node, f"{name_of(node)} does not accept the wider axis")) from error
         layer, before = self.layers.get(node), self.before.values[node]
         check_numbers(node, layer is not None, self.values, self.before.values, self.sizes)
         only_reads = layer is not None and layer.name in self.before.rows and layer.name not in self.row_maps
@@ -179,7 +178,7 @@ class WidenedLabeller(ChannelLabeller):
             end = ATTENTION_ARGUMENTS.index("scale")
             self.literals[node] = node.args[:end], {**node.kwargs, "scale": width**-0.5}
 
-    def _is_checked(self, node: fx.Node, value: Any, before: Any) -> bool:
+    def _is_checked(self, node: fx.Node, value: object, before: object) -> bool:
         """Whether a node gives out the labels that it got, now and before, checked as the classes are now."""
         return isinstance(value, Tensor) and any(
             self._checked.get(source) == self.classes.unions
@@ -188,7 +187,7 @@ class WidenedLabeller(ChannelLabeller):
             for source in node.all_input_nodes
         )
 
-    def _is_unchanged(self, value: Any, before: Any) -> bool:
+    def _is_unchanged(self, value: object, before: object) -> bool:
         if value is before:
             return True
         if not (isinstance(value, Tensor) and isinstance(before, Tensor)):
@@ -235,7 +234,6 @@ class WidenedLabeller(ChannelLabeller):
         """What the operation gives, with the sizes that it needs."""
         before = _parts(self.before.values[node])
         shapes = [expected_shape(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in before]
-        is_known = any(shape is not None for shape in shapes)
         try:
             value = moved(node, args, kwargs)
             if all(shape in (None, v.shape) for shape, v in zip(shapes, _parts(value), strict=False)):
@@ -243,24 +241,21 @@ class WidenedLabeller(ChannelLabeller):
                 check_split(node, args[0], source, _parts(value), before)
                 return value
         except (RuntimeError, IndexError):
-            if not is_known:
+            if all(shape is None for shape in shapes):
                 raise
-        return self._moved_otherwise(node, args, shapes if is_known else None)
+        return self._moved_otherwise(node, args, shapes)
 
-    def _moved_otherwise(self, node: fx.Node, args: tuple, shapes: Shapes | None) -> Any:
-        """What the operation gives with other sizes; None instead of the shapes if they are not known."""
+    def _moved_otherwise(self, node: fx.Node, args: tuple, shapes: Shapes) -> object:
+        """What the operation gives with other sizes, where some of the shapes that it must give are known."""
         module = node.meta["module"]
-        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes and shapes[0] is not None:
+        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes[0] is not None:
             sizes = unflattened_sizes(module.dim, module.unflattened_size, node, shapes[0])
             self.attributes[str(node.target)] = {"unflattened_size": sizes}
             return args[0].unflatten(module.dim, sizes)
-        arguments, before = None, self.before.values
-        if shapes is not None:
-            call = self.call_arguments(node)
-            arguments = rewritten_arguments(node, call, self.values, before, shapes, self.is_new)
+        call, before = self.call_arguments(node), self.before.values
+        arguments = rewritten_arguments(node, call, self.values, before, shapes, self.is_new)
         if arguments is None:
-            name = op_name(node) or node.target
-            raise CannotWidenError(located(node, f"what {name} gives does not follow the axis"))
+            raise CannotWidenError(located(node, f"what {name_of(node)} gives does not follow the axis"))
         self.literals[node] = arguments
         return moved(node, *fx.map_arg(arguments, lambda n: self.values[n]))
 
@@ -274,5 +269,5 @@ def _widened(labels: Tensor, index_map: IndexMap, new: Tensor) -> Tensor:
     return widened.movedim(0, index_map.dim)
 
 
-def _parts(value: Any) -> Sequence[Any]:
+def _parts(value: object) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else [value]

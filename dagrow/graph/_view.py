@@ -95,7 +95,7 @@ class Tracer:
     """Writes down the forward of a model, in whatever mode the model is."""
 
     model: nn.Module
-    example_inputs: Any
+    example_inputs: object
     rules: tuple[Rule, ...]
 
     @property
@@ -115,7 +115,7 @@ class Tracer:
         except TraceError:
             return self.program(verified=False)
 
-    def _program(self, example_inputs: Any, *, verified: bool) -> Program:
+    def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
             program = symbolic(self.model, self._is_known)
         else:
