@@ -86,7 +86,7 @@ def resolve_sizes(
     resized: AttributeSizes,
     everywhere: AttributeSizes,
 ) -> tuple[Mapping[fx.Node, Arguments], Attributes, bool]:
-    """What changes in a forward: arguments of nodes, attributes, and whether it must be written anew.
+    """What changes in a forward.
 
     Args:
         program: the graph of the forward.
@@ -96,7 +96,7 @@ def resolve_sizes(
         everywhere: attributes that change with all their uses in the graph.
 
     Returns:
-        Arguments, attributes, and whether the forward must be written anew.
+        Arguments of nodes, attributes of modules, and whether the forward must be written anew.
     """
     agree = all(size == everywhere.get(place) for place, size in resized.items() if place in program.attribute_uses)
     users = [node for place in everywhere for node in program.attribute_uses[place]]

@@ -48,7 +48,6 @@ class WidenedLabeller(ChannelLabeller):
         attributes: module -> its attributes that change.
         row_maps: producer -> where its new rows are.
         rider_maps: parameter or buffer used directly -> where its new entries are.
-        new_rows: producer -> labels of its new rows ``[k, slots]``.
         sums: products of activations, and the new labels that both operands sum over.
         reached: nodes whose values change.
         reads: layer -> how many of its calls were reached.
@@ -74,7 +73,6 @@ class WidenedLabeller(ChannelLabeller):
         self.attributes: dict[str, dict[str, Any]] = {}
         self.row_maps: dict[str, IndexMap] = {}
         self.rider_maps: dict[Rider, IndexMap] = {}
-        self.new_rows: dict[str, Tensor] = {}
         self.sums: list[tuple[fx.Node, Tensor, Tensor]] = []
         self.reached: list[fx.Node] = []
         self.reads: dict[str, int] = Counter()
@@ -88,18 +86,21 @@ class WidenedLabeller(ChannelLabeller):
             units = torch.full((len(before.rows[edge]),), NO_CHANNEL)
             units[rows] = torch.arange(layout.width)[:, None]
             index_map = self.row_maps[edge] = insert_units(units, layout.width, self.k, 0, edge)
-            self.new_rows[edge] = self._fresh(index_map)
-            labelling.rows[edge] = _widened(before.rows[edge], index_map, self.new_rows[edge])
+            labelling.rows[edge] = self._widened(before.rows[edge], index_map)
         for rider, units in layout.entries.items():
             if rider.rule is None:
                 index_map = self.rider_maps[rider] = insert_along(units, layout.width, self.k, rider.name)
-                labelling.entries[rider] = _widened(before.entries[rider], index_map, self._fresh(index_map))
+                labelling.entries[rider] = self._widened(before.entries[rider], index_map)
 
-    def _fresh(self, index_map: IndexMap) -> Tensor:
-        """A label for each entry of each new unit ``[k, slots]``."""
-        labels = self.classes.fresh(index_map.new.numel()).view(index_map.new.shape)
-        self.units = torch.cat([self.units, torch.arange(self.k)[:, None].expand_as(labels).flatten()])
-        return labels
+    def _widened(self, labels: Tensor, index_map: IndexMap) -> Tensor:
+        """Labels, and among them new ones: one for each entry of each new unit."""
+        new = self.classes.fresh(index_map.new.numel())
+        self.units = torch.cat([self.units, torch.arange(self.k)[:, None].expand_as(index_map.new).flatten()])
+        labels = labels.movedim(index_map.dim, 0)
+        widened = labels.new_empty(index_map.size, *labels.shape[1:])
+        widened[index_map.old] = labels
+        widened[index_map.new.flatten()] = new.view(-1, *[1] * (labels.ndim - 1)).expand(-1, *labels.shape[1:])
+        return widened.movedim(0, index_map.dim)
 
     def is_new(self, labels: Tensor) -> Tensor:
         """Which labels are those of new channels."""
@@ -258,15 +259,6 @@ class WidenedLabeller(ChannelLabeller):
             raise CannotWidenError(located(node, f"what {name_of(node)} gives does not follow the axis"))
         self.literals[node] = arguments
         return moved(node, *fx.map_arg(arguments, lambda n: self.values[n]))
-
-
-def _widened(labels: Tensor, index_map: IndexMap, new: Tensor) -> Tensor:
-    """Labels with new ones ``[k, slots]`` among them."""
-    labels = labels.movedim(index_map.dim, 0)
-    widened = labels.new_empty(index_map.size, *labels.shape[1:])
-    widened[index_map.old] = labels
-    widened[index_map.new.flatten()] = new.reshape(-1, *[1] * (labels.ndim - 1)).expand(-1, *labels.shape[1:])
-    return widened.movedim(0, index_map.dim)
 
 
 def _parts(value: object) -> Sequence[Any]:

@@ -142,7 +142,10 @@ def _zero_slots(run: WidenedLabeller) -> dict[str, Tensor]:
             side = right if len(right) else left
             _check_stays_zero(run, node, side)
             zero = torch.cat([zero, torch.unique(side)])
-    slots = {edge: torch.isin(run.classes.roots(labels), zero)[0] for edge, labels in run.new_rows.items()}
+    slots = {}
+    for edge, index_map in run.row_maps.items():
+        unit = run.labelling.rows[edge][index_map.new[0]]  # the first new one, as which all are
+        slots[edge] = torch.isin(run.classes.roots(unit), zero)
     if run.sums and all(bool(is_zero.all()) for is_zero in slots.values()):
         raise CannotWidenError("all that is written there would have to start at zero, so that it could not learn")
     return {edge: is_zero for edge, is_zero in slots.items() if bool(is_zero.any())}
