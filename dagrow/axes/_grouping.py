@@ -126,10 +126,10 @@ def _axes_in(roots: np.ndarray, axis: np.ndarray) -> Iterator[tuple[int, np.ndar
             yield number, numbers == number
 
 
-def _layout(labelling: Labelling, labels: Tensor, at: Mapping[str, Mapping[Any, Tensor]]) -> AxisLayout:
+def _layout(labelling: Labelling, labels: Tensor, places: Mapping[str, Mapping[Any, Tensor]]) -> AxisLayout:
     reason = labelling.classes.reason(int(labels[0]))
-    if reason is None and not at["columns"]:
+    if reason is None and not places["columns"]:
         broadcast = labelling.classes.roots(torch.cat(labelling.broadcast)) if labelling.broadcast else labels[:0]
         is_broadcast = bool(torch.isin(labels, broadcast).any())
         reason = "is broadcast over the channels of another axis" if is_broadcast else None
-    return AxisLayout(len(labels), at["rows"], at["columns"], at["entries"], labels, labelling, reason)
+    return AxisLayout(len(labels), places["rows"], places["columns"], places["entries"], labels, labelling, reason)

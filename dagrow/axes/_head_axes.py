@@ -81,8 +81,8 @@ def _equal_splits(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iter
     for node in graph.nodes:
         parts = labelling.values.get(node)
         if op_name(node) in CUTS and isinstance(parts, (tuple, list)):
-            hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
-            if hold and len({part.shape for part in parts}) == 1:
+            all_hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
+            if all_hold and len({part.shape for part in parts}) == 1:
                 yield list(parts)
 
 

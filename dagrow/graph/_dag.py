@@ -235,8 +235,8 @@ def trace(model: nn.Module, example_inputs: object = None, *, rules: Sequence[Ru
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )
-    wrong = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
-    if wrong:
+    others = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
+    if others:
         raise TraceError(
             f"rules={rules!r}: give a list of instances of EdgeRule, RiderRule or OperationRule of dagrow.layers."
         )

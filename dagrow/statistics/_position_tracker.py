@@ -82,11 +82,11 @@ class PositionTracker(LabelInterpreter):
         reached: set[fx.Node] = set()
         for node in self.dag.program.graph.nodes:
             layer = self.layers.get(node)
-            start = layer is not None and layer.name == self.producer.name
-            if start or any(source in reached for source in node.all_input_nodes):
+            is_start = layer is not None and layer.name == self.producer.name
+            if is_start or any(source in reached for source in node.all_input_nodes):
                 values[node] = self.evaluate(node, values)
-                through = start or layer is None or layer.name not in self.dag.view.labels.rows
-                if through and _carries(values[node]):  # not so sizes
+                passes = is_start or layer is None or layer.name not in self.dag.view.labels.rows
+                if passes and _carries(values[node]):  # not so sizes
                     reached.add(node)
         return self.inputs.get(consumer.name)
 
