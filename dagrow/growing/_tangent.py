@@ -26,7 +26,8 @@ from dagrow._text import render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
-from dagrow.statistics import Loss, Objective, bind
+from dagrow.statistics import Loss, Objective
+from dagrow.tracing import bind
 
 WINDOW = 10  #: iterations over which progress is judged
 KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
