@@ -3,11 +3,12 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
+from dagrow.axes import disjoint
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
 from dagrow.statistics import Objective, measure
-from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, disjoint, preview
+from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +120,7 @@ def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int
 
 
 def _check_run(growths: Sequence[Growth], forward: bool) -> None:
-    """New layers act in the model's own forward alone.
-
-    Args:
-        forward: whether it ran on every batch that was measured.
-    """
+    """Raises GrowthError for new layers that act in a forward of the model's own which did not run on every batch."""
     lost = [growth for growth in growths if growth.change.new_paths and not forward]
     if lost:
         raise GrowthError(

@@ -89,7 +89,7 @@ class _Structure:
         detach(self.model, self.change.new_paths)
 
 
-def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, object]]) -> None:
     for name, sizes in attributes.items():
         for key, size in sizes.items():
             setattr(model.get_submodule(name), key, size)

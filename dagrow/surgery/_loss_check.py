@@ -16,6 +16,9 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
     """New channels with zero fan-out do not change the loss.
 
     Args:
+        dag: of the model.
+        objective: the loss, of which one batch is looked at.
+        change: the widening.
         where: the axes that are wider, for the message.
 
     Raises:

@@ -143,11 +143,7 @@ def _explained(
     goals: Sequence[tuple[str, OutputGoal | ResidualGoal]],
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]],
 ) -> SampleScores:
-    """What directions from the other folds explain of each sample: whether that is more than chance.
-
-    Args:
-        goals: of consumers, in the order of the fits.
-    """
+    """What directions from the other folds explain of each sample; the goals of consumers, in the order of the fits."""
     targets = []
     for name, goal in goals:
         arrival = place.arrivals[name]
