@@ -94,14 +94,14 @@ def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: 
         reader, writer = copies[path.reader], copies[path.writer]
         with graph.inserting_before(reader):
             added = graph.call_module(path.name, (copies[path.source],))
-        needing, users = dependent(writer), [user for user in writer.users if user is not added]
-        late = [node for node in crossed(writer, added) if node in needing]
+        dependents, users = dependent(writer), [user for user in writer.users if user is not added]
+        late_nodes = [node for node in crossed(writer, added) if node in dependents]
         with graph.inserting_after(max(writer, added)):
             total = graph.call_function(operator.add, (writer, added))
         for user in users:
             user.replace_input_with(writer, total)
         last = total
-        for node in late:
+        for node in late_nodes:
             last.append(node)
             last = node
 

@@ -183,14 +183,14 @@ def _widen(dag: Dag, name: str, width: int) -> None:
         raise StoreError(f"the model does not take the widths in the file: {error}") from error
 
 
-def _check_state(here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
+def _check_state(present: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(present.keys() - state.keys()), sorted(state.keys() - present.keys())
     if missing or extra:
         raise StoreError(
             f"the file is of another architecture: it lacks {missing} and has {extra} instead. Build the model as it "
             "was built before it was grown and saved."
         )
-    for name, tensor in here.items():
+    for name, tensor in present.items():
         stored = state[name]
         if (tensor.shape, tensor.dtype) != (stored.shape, stored.dtype):
             raise StoreError(

@@ -35,8 +35,8 @@ class NewUnits:
 
     def checked(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
-        near = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
-        goals = [OutputGoal(edge.name) for edge in near if not edge.shared]
+        edges = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
+        goals = [OutputGoal(edge.name) for edge in edges if not edge.shared]
         return [(goal, goal) for goal in goals[:1]]
 
     def draft(self) -> tuple[Draft, WideningPlan]:
