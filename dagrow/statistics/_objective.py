@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
@@ -116,27 +115,21 @@ class Objective:
                 error.args = (f"{self.name}: {error}",)
             raise
 
-    def value(self, batch: object, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    def value(self, batch: object) -> Tensor:
         """The user's own scalar for one batch.
 
         Args:
             batch: one of the batches, or another like them.
-            tensors: parameters or buffers to replace, by name.
 
         Returns:
             A tensor without dimensions.
         """
         with self._naming_batches():
-            return self._value(batch, tensors)
+            return self._value(batch)
 
-    def _value(self, batch: object, tensors: Mapping[str, Tensor] | None) -> Tensor:
+    def _value(self, batch: object) -> Tensor:
         try:
-            if tensors:
-                replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
-                evaluation = _Evaluation(self.model, self.function)
-                value = functional_call(evaluation, replaced, (batch,), tie_weights=False)
-            else:
-                value = self.function(self.model, batch)
+            value = self.function(self.model, batch)
         except DagrowError:
             raise
         except Exception as error:
@@ -210,11 +203,8 @@ class Objective:
             )
         return "mean"
 
-    def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
+    def mean(self) -> float:
         """The loss, in eval mode unless asked otherwise.
-
-        Args:
-            tensors: parameters or buffers to replace, by name.
 
         Returns:
             A mean over all samples of all batches.
@@ -224,20 +214,9 @@ class Objective:
         with preserve_state(self.model), torch.no_grad():
             self.model.train(self.mode == "train")
             for batch, n in self:
-                total += float(self.value(batch, tensors)) * self.scale(n) * n
+                total += float(self.value(batch)) * self.scale(n) * n
                 count += n
         return total / count
-
-
-class _Evaluation(nn.Module):
-    """Lets ``functional_call`` replace tensors of the model while the user's own function runs it."""
-
-    def __init__(self, model: nn.Module, function: Step) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch: object) -> Tensor:
-        return self.function(self.model, batch)
 
 
 def _check_batches(batches: object, name: str) -> None:

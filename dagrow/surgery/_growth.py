@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, prod
 from types import NoneType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -57,7 +56,7 @@ class Growth:
         notes: fallbacks that the solution needed.
     """
 
-    operator: Any
+    operator: object
     where: str
     neurons: int
     gain: float

@@ -230,6 +230,9 @@ def _smallest_kernel(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) ->
     Args:
         sizes: along each dimension both sizes, for some inputs that the model takes.
         kernel: the least that is wanted.
+
+    Returns:
+        The kernel, its stride and its margins; None if there is none.
     """
     lines = [line for along in sizes if (line := _line(along, kernel)) is not None]
     if len(lines) < len(sizes):
