@@ -52,7 +52,7 @@ class Growth:
         significant: whether the held-out gain is more than chance: its p-value is at most 5 %. True where nobody asked.
         preserving: whether the function stays the same at every amplitude, so that there is nothing to search.
         invariant: whether permuted units or other units of measurement lead to the same growth; not so where something
-            is drawn at random.
+            is drawn at random, or where a new unit has several channels with directions of their own.
         notes: fallbacks that the solution needed.
     """
 

@@ -135,7 +135,9 @@ def _leading(settings: NeuronSettings, m: Moments, blocks: Mapping[str, Regressi
     assert k is not None
     leading = directions(m, regressions, max(k, _rank(settings)), ridge)
     notes = (leading.note,) if leading.note else ()
-    return _Leading(Proposal(leading.alpha[:, :k], leading.values[:k], notes), leading.alpha, ridge, fits)
+    # singular vectors have no sign: where a unit has several, what it computes depends on their signs to each other
+    proposal = Proposal(leading.alpha[:, :k], leading.values[:k], notes, invariant=per_unit == 1)
+    return _Leading(proposal, leading.alpha, ridge, fits)
 
 
 def _explained(
