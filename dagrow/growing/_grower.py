@@ -17,7 +17,7 @@ from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
-from dagrow.growing._records import growable_widths, grown_of, snapshot
+from dagrow.growing._records import growable_widths, grown_of, snapshot_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
@@ -86,7 +86,7 @@ class Grower:
         self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
-        self._state = _State(budget, History(snapshots=(snapshot(dag),)))
+        self._state = _State(budget, History(snapshots=(snapshot_of(dag),)))
         self._check_places()
 
     @property
@@ -238,7 +238,7 @@ class Grower:
         history = self.history
         steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
         if record.added:
-            snapshots = (*snapshots, snapshot(self.dag, record.epoch))
+            snapshots = (*snapshots, snapshot_of(self.dag, record.epoch))
         is_spent = left.is_spent(self._least_neurons())
         reasons = ["the budget is spent"] if is_spent else [rule.over(steps) for rule in self.stop]
         over = over or next((reason for reason in reasons if reason), None)

@@ -44,7 +44,7 @@ def _backend() -> tuple[Any, dict[str, str]]:
     return Figure, FigureCanvasAgg.get_supported_filetypes()
 
 
-def blank(width: float, height: float) -> Any:
+def empty_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure.
 
     Args:

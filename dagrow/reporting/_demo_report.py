@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dagrow.pictures import blank, draw_widths, log_scale, tidy, write
+from dagrow.pictures import draw_widths, empty_figure, log_scale, tidy, write
 from dagrow.reporting._data import Dataset
 from dagrow.reporting._demo import Config, Training
 
@@ -136,7 +136,7 @@ def figure(trainings: Sequence[Training], data: Dataset, path: Path) -> None:
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
     """
-    drawing = blank(13, 4.2)
+    drawing = empty_figure(13, 4.2)
     loss, accuracy, widths = drawing.subplots(1, 3)
     for training in trainings:
         color, line = STYLES[training.name]

@@ -24,12 +24,12 @@ from dagrow.testing._cases import Case, rescaled
 from dagrow.testing._snapshots_and_slopes import (
     assert_close,
     derivative,
+    full_state,
     is_picklable,
     kink,
     permute,
     same,
     sample,
-    snapshot,
 )
 from dagrow.tracing import bind
 
@@ -223,10 +223,10 @@ def undoing(operator: Operator, case: Case) -> None:
     optimizer = torch.optim.Adam(dag.model.parameters(), lr=1e-3)
     _step(case, dag.model, optimizer)
     for growth in case.propose(operator, dag):
-        before = snapshot(dag, optimizer)
+        before = full_state(dag, optimizer)
         receipt = growth.apply(0.3, optimizer=optimizer)
         receipt.undo()
-        same(before, snapshot(dag, optimizer), f"undo of {growth}")
+        same(before, full_state(dag, optimizer), f"undo of {growth}")
 
 
 def regrowth(operator: Operator, case: Case) -> None:
@@ -344,16 +344,16 @@ def atomicity(operator: Operator, case: Case) -> None:
     def attempt() -> Receipt:
         return grow(dag, case.batches, loss, [operator, operator], optimizer=optimizer, mode=case.mode)
 
-    before = snapshot(dag, optimizer)
+    before = full_state(dag, optimizer)
     attempt().undo()
-    same(before, snapshot(dag, optimizer), "undo of grow")
+    same(before, full_state(dag, optimizer), "undo of grow")
     total = calls[0]
     for at in sorted({1, 2, total // 4, total // 2, 3 * total // 4, total - 1, total} - {0}):
         calls[:] = [0, at]
         try:
             attempt()
         except Interruption:
-            same(before, snapshot(dag, optimizer), f"loss call {at} of {total} interrupted")
+            same(before, full_state(dag, optimizer), f"loss call {at} of {total} interrupted")
         else:
             raise AssertionError(f"the interruption of loss call {at} of {total} was swallowed")
 

@@ -60,7 +60,7 @@ def _steepness(function: Callable[[float], float]) -> float:
     return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / size)
 
 
-def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, Any]:
+def full_state(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, Any]:
     """Every bit that a growth could leave changed: to be compared with :func:`same`."""
     model = dag.model
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

@@ -7,6 +7,7 @@ medians of ratios over repeats. Where gromo is installed, its growing convolutio
 the resident set over what was there before, in a second process that gives freed memory back at once (Linux only).
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -152,9 +153,14 @@ def memory() -> None:
         print(f"{name}: peak memory {megabytes(update) / space:.2f} times plain")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if MALLOC.items() <= os.environ.items():
         memory()
     else:
         times()
         subprocess.run([sys.executable, *sys.argv], env={**os.environ, **MALLOC}, check=True)
+
+
+if __name__ == "__main__":
+    main()
