@@ -163,7 +163,7 @@ class _Jacobian:
             self.model.train(self.objective.mode == "train")
             yield
 
-    def _at_output(self, output: Any, target: Any) -> Tensor:
+    def _at_output(self, output: object, target: object) -> Tensor:
         """The user's loss as a function of the output alone."""
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -232,12 +232,10 @@ class _Jacobian:
 
 
 def _names(model: nn.Module, kept: set[str]) -> dict[str, str]:
-    """Every place of a module that holds a tensor (shared ones have several) -> the first name of the tensor.
-
-    A module that is used twice counts once: ``functional_call`` would not put its tensors back under two names.
-    """
+    """Every place of a module that holds a tensor (shared ones have several) -> the first name of the tensor."""
     first: dict[int, str] = {}
     places: dict[str, str] = {}
+    # a module that is used twice counts once: functional_call would not put its tensors back under two names
     for path, module in model.named_modules():
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             name = f"{path}.{leaf}" if path else leaf
@@ -272,11 +270,9 @@ class _Basis:
 def _conjugate_gradients(
     jacobian: _Jacobian, slope: Tensor, goal: float, iterations: int, tolerance: float
 ) -> _Solution:
-    """Minimises ``E |v - J x|^2`` from ``slope = E J^T v``; a step lowers it by ``step * |slope|^2``.
-
-    The slope at x is ``E J^T (v - J x)``. Slopes are kept orthogonal, so that in exact arithmetic and here too there
-    are no more iterations than directions that J can follow.
-    """
+    """Minimises ``E |v - J x|^2`` from ``slope = E J^T v``; a step lowers it by ``step * |slope|^2``."""
+    # the slope at x is E J^T (v - J x); slopes are kept orthogonal, so that in exact arithmetic and here too there are
+    # no more iterations than directions that J can follow
     move, direction, square, residual = torch.zeros_like(slope), slope.clone(), float(slope @ slope), goal
     smallest, basis = jacobian.resolution**2 * square, _Basis(len(slope))
     recent: deque[float] = deque([goal], maxlen=WINDOW)

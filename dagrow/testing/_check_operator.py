@@ -6,18 +6,8 @@ from torch import nn
 
 from dagrow.operators import Operator
 from dagrow.testing._cases import Case, built_in, case_of
-from dagrow.testing._laws import (
-    additivity,
-    atomicity,
-    descent,
-    invariance,
-    optimality,
-    preservation,
-    regrowth,
-    residual,
-    slope,
-    undoing,
-)
+from dagrow.testing._laws import additivity, descent, invariance, optimality, preservation, residual, slope
+from dagrow.testing._laws_of_state import atomicity, regrowth, undoing
 
 Law = Callable[[Operator, Case], None]
 LAWS: tuple[Law, ...] = (
