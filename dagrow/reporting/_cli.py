@@ -22,16 +22,7 @@ from dagrow.graph import Dag, trace
 from dagrow.pictures import check_figure
 from dagrow.reporting._data import Dataset, digits, mnist
 from dagrow.reporting._demo import Config, Training, compare
-from dagrow.reporting._demo_report import (
-    comparison,
-    ending,
-    equal,
-    figure,
-    growth_head,
-    growth_lines,
-    legend,
-    refusals,
-)
+from dagrow.reporting._demo_report import comparison, ending, equal, figure, growth_head, growth_lines, legend, refusals
 
 WRONG, INTERRUPTED = 2, 130
 ITSELF = "(the model itself)"
