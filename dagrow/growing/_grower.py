@@ -154,7 +154,8 @@ class Grower:
         if asked:
             parts = self._grow(objective, judge or objective, budget)
             for part in parts:
-                budget = budget.minus(_growth(part))
+                assert part.growth is not None
+                budget = budget.minus(part.growth)
         record = Record(
             epoch,
             time.perf_counter() - self._begun,
@@ -246,11 +247,6 @@ class Grower:
 
     def __repr__(self) -> str:
         return f"Grower({self.dag!r}, {len(self.history)} steps, {self.over or 'growing'})"
-
-
-def _growth(part: Receipt) -> Growth:
-    assert part.growth is not None
-    return part.growth
 
 
 def _finite(train_loss: float) -> float:

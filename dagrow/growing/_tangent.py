@@ -231,7 +231,7 @@ class _Jacobian:
         return {n: part.view(p.shape).to(p) for (n, p), part in zip(self.parameters.items(), parts, strict=True)}
 
 
-def _names(model: nn.Module, kept: set[str]) -> dict[str, str]:
+def _names(model: nn.Module, names: set[str]) -> dict[str, str]:
     """Every place of a module that holds a tensor (shared ones have several) -> the first name of the tensor."""
     first: dict[int, str] = {}
     places: dict[str, str] = {}
@@ -239,7 +239,7 @@ def _names(model: nn.Module, kept: set[str]) -> dict[str, str]:
     for path, module in model.named_modules():
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             name = f"{path}.{leaf}" if path else leaf
-            if first.setdefault(id(tensor), name) in kept:
+            if first.setdefault(id(tensor), name) in names:
                 places[name] = first[id(tensor)]
     return places
 
@@ -255,15 +255,15 @@ class _Basis:
     """Earlier slopes, to which later ones stay orthogonal: without rounding they would be so by themselves."""
 
     def __init__(self, size: int) -> None:
-        self.most, self.kept = max(1, KEPT // max(1, size)), torch.zeros(0, size, dtype=torch.float64)
+        self.limit, self.slopes = max(1, KEPT // max(1, size)), torch.zeros(0, size, dtype=torch.float64)
 
     def add(self, slope: Tensor) -> None:
-        if len(self.kept) < self.most:
-            self.kept = torch.cat([self.kept, slope[None] / slope.norm()])
+        if len(self.slopes) < self.limit:
+            self.slopes = torch.cat([self.slopes, slope[None] / slope.norm()])
 
     def without(self, slope: Tensor) -> Tensor:
         for _ in range(2):
-            slope = slope - self.kept.T @ (self.kept @ slope)
+            slope = slope - self.slopes.T @ (self.slopes @ slope)
         return slope
 
 

@@ -56,9 +56,9 @@ class _Colors:
     def legend(self, drawing: Any) -> None:
         from matplotlib.patches import Patch
 
-        shown = self.epochs[:: max(1, -(-len(self.epochs) // 8))]
+        labelled = self.epochs[:: max(1, -(-len(self.epochs) // 8))]
         patches = [Patch(color=BEGINNING, label="at first")]
-        patches += [Patch(color=self(epoch), label=f"epoch {epoch}") for epoch in shown]
+        patches += [Patch(color=self(epoch), label=f"epoch {epoch}") for epoch in labelled]
         drawing.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
 
 

@@ -159,11 +159,11 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
     still = [target] * (bool(branch.writes) and target.trainable)
     movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or still
     rows = _rows(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
-    known = [rows[edge.name].read for edge in movers]
+    columns = [rows[edge.name].read for edge in movers]
     goal = rows[target.name].goal if branch.writes else _residual_goal(growth, branch, objective)
     if any(edge.bias for edge in movers):
-        known.append(goal.new_ones(len(goal), 1))
-    reads = torch.cat(known, 1) if known else goal[:, :0]
+        columns.append(goal.new_ones(len(goal), 1))
+    reads = torch.cat(columns, 1) if columns else goal[:, :0]
     read, written = _last_layer(branch, change, rows[reader.name].inputs)
     for edge in movers:
         weight, bias = change.slope.get(edge.path("weight")), change.slope.get(edge.path("bias"))

@@ -38,8 +38,8 @@ def check_operator(
     Raises:
         AssertionError: a law does not hold, or the operator proposes nothing on any of the models.
     """
-    chosen = built_in() if models is None else models
-    cases = [model if isinstance(model, Case) else case_of(model) for model in chosen]
+    models = built_in() if models is None else models
+    cases = [model if isinstance(model, Case) else case_of(model) for model in models]
     assert any(case.propose(operator, case.copy()) for case in cases), f"{operator!r} proposes nothing"
     for case in cases:
         for law in laws:

@@ -22,8 +22,8 @@ def assert_close(
     assert a.shape == e.shape, f"{what}: shape {tuple(a.shape)}, not {tuple(e.shape)}"
     if a.numel():
         apart, allowed = float((a - e).abs().max()), atol + rtol * float(e.abs().max())
-        shown = f"{float(a):.10g}, not {float(e):.10g}" if a.ndim == 0 else "tensors"
-        assert apart <= allowed, f"{what}: {shown}; apart by {apart:.3g}, allowed {allowed:.3g}"
+        numbers = f"{float(a):.10g}, not {float(e):.10g}" if a.ndim == 0 else "tensors"
+        assert apart <= allowed, f"{what}: {numbers}; apart by {apart:.3g}, allowed {allowed:.3g}"
 
 
 def derivative(function: Callable[[float], float]) -> float:
@@ -126,8 +126,8 @@ def permute(dag: Dag, axis: Axis, order: Tensor) -> None:
     """Puts unit ``order[u]`` of an axis in the place of unit u, in producers, consumers and riders."""
 
     def moved(tensor: Tensor, places: Tensor, dim: int) -> None:
-        chosen = tensor.detach().index_select(dim, places[order].flatten())
-        tensor.index_copy_(dim, places.flatten(), chosen)
+        units = tensor.detach().index_select(dim, places[order].flatten())
+        tensor.index_copy_(dim, places.flatten(), units)
 
     with torch.no_grad():
         for edges, places, side in ((axis.producers, axis.layout.rows, 0), (axis.consumers, axis.layout.columns, 1)):
