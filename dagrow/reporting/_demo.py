@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dagrow.graph import trace
-from dagrow.growing import AfterEpoch, EveryEpochs, Grower, History, NothingToAdd, RoundRobin, Schedule, StopRule, grow
+from dagrow.growing import AfterEpoch, EveryEpochs, Grower, History, NothingToAdd, RoundRobin, grow
 from dagrow.operators import AddNeurons
 from dagrow.pictures import Grown
 from dagrow.reporting._data import Dataset, Samples
@@ -103,8 +103,7 @@ def compare(data: Dataset, config: Config, started: Listener = _ignore, trained:
     Returns:
         The three, trained.
     """
-    stop = [NothingToAdd(config.patience), AfterEpoch(config.growing)]
-    grown = _Trainee("grown", data, config, config.start, EveryEpochs(), stop).train({}, started, trained)
+    grown = _Trainee("grown", data, config, config.start, grows=True).train({}, started, trained)
     random = twin_of(grown, data, config, started, trained)
     scratch = _Trainee("from scratch", data, config, grown.widths).train({}, started, trained)
     return [grown, random, scratch]
@@ -121,15 +120,7 @@ def twin_of(
 class _Trainee:
     """A network, its optimizer, and its grower, which also keeps the records of a network that does not grow."""
 
-    def __init__(
-        self,
-        name: str,
-        data: Dataset,
-        config: Config,
-        widths: Sequence[int],
-        schedule: Schedule = NEVER,
-        stop: Sequence[StopRule] = (),
-    ) -> None:
+    def __init__(self, name: str, data: Dataset, config: Config, widths: Sequence[int], grows: bool = False) -> None:
         self.training, self.data, self.config = Training(name), data, config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -141,6 +132,8 @@ class _Trainee:
             list(zip(s.inputs[: config.measured].split(1000), s.target[: config.measured].split(1000), strict=True))
             for s in (data.train, data.validation)
         )
+        schedule = EveryEpochs() if grows else NEVER
+        stop = [NothingToAdd(config.patience), AfterEpoch(config.growing)] if grows else []
         self.grower = Grower(
             self.dag, cross_entropy, schedule=schedule, policy=RoundRobin(), stop=stop, optimizer=self.optimizer
         )
