@@ -1,5 +1,9 @@
 """Whatever README, docs and examples show runs as it is printed."""
 
+import dataclasses
+import doctest
+import importlib
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -76,3 +80,31 @@ def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+DOORS = sorted(str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dagrow").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_example_of_a_door_runs(door: str) -> None:
+    torch.manual_seed(0)
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.testmod(importlib.import_module(door), optionflags=options)
+    assert result.attempted > 1
+    assert not result.failed
+
+
+@pytest.mark.parametrize("door", ["dagrow", "dagrow.operators", "dagrow.layers", "dagrow.testing"])
+def test_what_users_name_says_what_it_takes(door: str) -> None:
+    module = importlib.import_module(door)
+    for name in module.__all__:
+        item = getattr(module, name)
+        if inspect.isfunction(item):
+            takes = len(inspect.signature(item).parameters) > 1
+        elif inspect.isclass(item):
+            takes = dataclasses.is_dataclass(item) and len(dataclasses.fields(item)) > 0
+        else:
+            continue
+        text = inspect.getdoc(item) or ""
+        assert text, f"{door}.{name} has no docstring"
+        assert not takes or re.search("^(Args|Attributes):", text, re.MULTILINE), f"{door}.{name} does not say"

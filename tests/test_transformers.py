@@ -54,10 +54,10 @@ def slope(growth: Growth) -> float:
     dag, change, gamma = growth.dag, growth.change, torch.zeros((), dtype=torch.float64, requires_grad=True)
     start, objective = change.tensors(dag.model, 0.0), growth.objective
     total, count = torch.zeros(()), 0
-    with preview(dag, change):
+    ray = {name: tensor + gamma * change.slope.get(name, 0.0) for name, tensor in start.items()}
+    with preview(dag, change, ray):
         for batch, samples in objective:
-            ray = {name: tensor + gamma * change.slope.get(name, 0.0) for name, tensor in start.items()}
-            total, count = total + objective.value(batch, ray) * samples, count + samples
+            total, count = total + objective.value(batch) * samples, count + samples
     return float(torch.autograd.grad(total / count, gamma)[0])
 
 

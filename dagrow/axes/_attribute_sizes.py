@@ -37,26 +37,24 @@ def with_attributes(arguments: Arguments, sizes: AttributeSizes) -> Arguments:
     if not sizes:
         return arguments
 
-    def resized(value: Any) -> Any:
+    def resized(value: fx.node.Argument) -> fx.node.Argument:
         return sizes.get(value.path, value) if isinstance(value, AttributeInt) else value
 
     args, kwargs = fx.node.map_aggregate(arguments, resized)  # type: ignore[misc]
     return tuple(args), dict(kwargs)
 
 
-def layer_sizes(layer: LayerSite, labelling: Labelling, before: Labelling) -> dict[str, Any]:
+def layer_sizes(layer: LayerSite, labelling: Labelling, before: Labelling) -> dict[str, int]:
     """What the layer states as a module, in the network that was run on labels, where it was reached; else before."""
-    name = layer.name
-    if isinstance(layer.rule, EdgeRule):
+    name, rule = layer.name, layer.rule
+    if isinstance(rule, EdgeRule):
         columns = labelling.columns.get(name, before.columns[name])
-        rows = labelling.rows.get(name, before.rows[name])
-        return dict(layer.rule.attributes(len(columns), len(rows)))
-    assert isinstance(layer.rule, RiderRule)
-    width = next(len(labels) for rider, labels in labelling.entries.items() if rider.name == name)
-    return dict(layer.rule.attributes(layer.module, width))
+        return rule.attributes(len(columns), len(labelling.rows[name]))
+    assert isinstance(rule, RiderRule)
+    return rule.attributes(layer.module, len(labelling.entries[labelling.riders[name]]))
 
 
-def resized_call(node: fx.Node, layer: LayerSite, sizes: Mapping[str, Any], values: Values) -> Arguments | None:
+def resized_call(node: fx.Node, layer: LayerSite, sizes: Mapping[str, int], values: Values) -> Arguments | None:
     """The arguments of a function that is called with sizes, such as a number of groups, if they change; else None."""
     arguments = {**dict(zip(layer.names, node.args, strict=False)), **node.kwargs}
     stated = {name: fx.map_arg(arguments[name], lambda n: values[n]) for name in arguments.keys() & sizes.keys()}
@@ -88,7 +86,7 @@ def resolve_sizes(
     resized: AttributeSizes,
     everywhere: AttributeSizes,
 ) -> tuple[Mapping[fx.Node, Arguments], Attributes, bool]:
-    """What changes in a forward: arguments of nodes, attributes, and whether it must be written anew.
+    """What changes in a forward.
 
     Args:
         program: the graph of the forward.
@@ -96,6 +94,9 @@ def resolve_sizes(
         attributes: that change in any case.
         resized: attributes that layers restate, and what they become.
         everywhere: attributes that change with all their uses in the graph.
+
+    Returns:
+        Arguments of nodes, attributes of modules, and whether the forward must be written anew.
     """
     agree = all(size == everywhere.get(place) for place, size in resized.items() if place in program.attribute_uses)
     users = [node for place in everywhere for node in program.attribute_uses[place]]

@@ -106,7 +106,7 @@ class ChannelLabeller(LabelInterpreter):
     def comparable(self, entries: Tensor) -> Tensor:
         return self.classes.roots(entries)
 
-    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         labels = self.moved(node, args, kwargs)
         if node in self.labelling.unit_dims:
             self.unite_units(labels, self.labelling.unit_dims[node])
@@ -166,7 +166,7 @@ class ChannelLabeller(LabelInterpreter):
         for tensor in tensors:
             self.classes.freeze(tensor, reason)
 
-    def opaque(self, node: fx.Node, reason: str) -> Any:
+    def opaque(self, node: fx.Node, reason: str) -> object:
         def frozen(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
@@ -176,13 +176,13 @@ class ChannelLabeller(LabelInterpreter):
 
         return tree_map(frozen, node.meta.get("val"))
 
-    def table(self, node: fx.Node, reason: str) -> Any:
+    def table(self, node: fx.Node, reason: str) -> object:
         shape = node.meta["val"].shape
         labels = self.classes.fresh(shape[-1])
         self.classes.freeze(labels, located(node, reason))
         return labels.expand(shape)
 
-    def source(self, node: fx.Node) -> Any:
+    def source(self, node: fx.Node) -> object:
         if node.op == "placeholder":
             return self.opaque(node, "is an input of the model")
         if node.target not in self.labelling.tensor_names:
@@ -202,7 +202,7 @@ class ChannelLabeller(LabelInterpreter):
         self.labelling.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = labels
         return labels
 
-    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         name, rule, labelling = layer.name, layer.rule, self.labelling
         assert isinstance(rule, EdgeRule)
         if name not in labelling.rows:
@@ -217,7 +217,7 @@ class ChannelLabeller(LabelInterpreter):
             self.freeze([inputs, rows], f"{name} reads channels along the first dimension, that of the samples")
         return _written(rows, rule, node)
 
-    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         name, rule, module = layer.name, layer.rule, layer.module
         assert isinstance(rule, RiderRule)
         refusal = rule.refusal(module)

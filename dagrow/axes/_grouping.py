@@ -57,7 +57,7 @@ class _Table:
     """
 
     kind: str
-    key: Any
+    key: str | Rider
     roots: np.ndarray
 
 
@@ -107,10 +107,8 @@ def _tables(labelling: Labelling, roots: Tensor) -> list[_Table]:
 
 
 def _axis_numbers(tables: list[_Table], reason_numbers: np.ndarray) -> np.ndarray:
-    """The number of each root's axis: roots that occur equally often in every table, and froze for the same reason.
-
-    Tables are told apart by random weights of 62 bits: two different roots hardly have the same sum by chance.
-    """
+    """The number of each root's axis: roots that occur equally often in every table, and froze for the same reason."""
+    # tables are told apart by random weights of 62 bits: two different roots hardly have the same sum by chance
     draws = torch.randint(2**62, (len(tables) + 1,), generator=torch.Generator().manual_seed(0)).numpy()
     sums = np.zeros(len(reason_numbers) + 1, dtype=np.int64)  # the last is NO_CHANNEL's
     sums[:-1] = reason_numbers * draws[-1]
@@ -128,10 +126,10 @@ def _axes_in(roots: np.ndarray, axis: np.ndarray) -> Iterator[tuple[int, np.ndar
             yield number, numbers == number
 
 
-def _layout(labelling: Labelling, labels: Tensor, at: Mapping[str, Mapping[Any, Tensor]]) -> AxisLayout:
+def _layout(labelling: Labelling, labels: Tensor, places: Mapping[str, Mapping[Any, Tensor]]) -> AxisLayout:
     reason = labelling.classes.reason(int(labels[0]))
-    if reason is None and not at["columns"]:
+    if reason is None and not places["columns"]:
         broadcast = labelling.classes.roots(torch.cat(labelling.broadcast)) if labelling.broadcast else labels[:0]
         is_broadcast = bool(torch.isin(labels, broadcast).any())
         reason = "is broadcast over the channels of another axis" if is_broadcast else None
-    return AxisLayout(len(labels), at["rows"], at["columns"], at["entries"], labels, labelling, reason)
+    return AxisLayout(len(labels), places["rows"], places["columns"], places["entries"], labels, labelling, reason)

@@ -81,18 +81,15 @@ def _equal_splits(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iter
     for node in graph.nodes:
         parts = labelling.values.get(node)
         if op_name(node) in CUTS and isinstance(parts, (tuple, list)):
-            hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
-            if hold and len({part.shape for part in parts}) == 1:
+            all_hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
+            if all_hold and len({part.shape for part in parts}) == 1:
                 yield list(parts)
 
 
 def _merged(
     program: Program, layers: Mapping[fx.Node, LayerSite], before: Labelling, splits: Iterable[Sequence[Tensor]]
 ) -> Labelling:
-    """A labelling in which channels are one along all but the unit dimensions, and equal parts among each other.
-
-    What follows them is labelled again.
-    """
+    """A labelling in which channels are one along all but the unit dimensions, and the parts of each split are one."""
     labelling = replace(
         before,
         classes=before.classes.copy(),
@@ -108,7 +105,7 @@ def _merged(
     for node, dim in labelling.unit_dims.items():
         labeller.unite_units(values[node], dim)
     changed, arrived = set(labelling.unit_dims), set()
-    for node in program.graph.nodes:
+    for node in program.graph.nodes:  # what follows them is labelled again
         if not any(source in changed for source in node.all_input_nodes):
             continue
         layer = layers.get(node)

@@ -74,6 +74,9 @@ def arrived_units(grown: Tensor, before: Tensor, units: Tensor, k: int, dim: int
         dim: the layer's dimension of these channels.
         name: the layer.
 
+    Returns:
+        The map.
+
     Raises:
         CannotWidenError: old channels changed their order, or new ones did not arrive as the old ones did.
     """

@@ -69,19 +69,19 @@ class LabelInterpreter(ABC):
         """Marks all channels in the tensors as not growable."""
 
     @abstractmethod
-    def opaque(self, node: fx.Node, reason: str) -> Any:
+    def opaque(self, node: fx.Node, reason: str) -> object:
         """The value of a node that nothing is known of."""
 
     @abstractmethod
-    def source(self, node: fx.Node) -> Any:
+    def source(self, node: fx.Node) -> object:
         """The value of a placeholder or of a tensor used directly."""
 
     @abstractmethod
-    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         """The output of a weighted layer."""
 
     @abstractmethod
-    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         """The output of a layer with one entry per channel."""
 
     @abstractmethod
@@ -121,7 +121,7 @@ class LabelInterpreter(ABC):
                 touched = [values[source] for source in node.all_input_nodes]
                 values[node] = self.unknown(node, touched, f"operation {op_name(node)} cannot run on labels")
 
-    def evaluate(self, node: fx.Node, values: Values) -> Any:
+    def evaluate(self, node: fx.Node, values: Values) -> object:
         """The node's value, from those of the nodes before it."""
         if node.op in ("placeholder", "get_attr"):
             return self.source(node)
@@ -145,7 +145,7 @@ class LabelInterpreter(ABC):
         """What the node is called with."""
         return fx.map_arg(self.call_arguments(node), lambda n: values[n])
 
-    def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         module = node.meta["module"]
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             if is_pointwise_module(module):
@@ -166,7 +166,7 @@ class LabelInterpreter(ABC):
         reason = next((why for kind, why in REFUSALS.items() if isinstance(module, kind)), no_rule)
         return self.unknown(node, (args, kwargs), f"{type(module).__name__} ({node.target}) {reason}")
 
-    def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def call_function(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         name, tensors = op_name(node), tensors_in((args, kwargs))
         if name in MODES:
             return None
@@ -197,9 +197,9 @@ class LabelInterpreter(ABC):
         if dims is not None:
             self.freeze(tensors[1:], f"is used in {name}")
             return self.mixed(node, str(name), dims, args[0])
-        return self.unknown(node, (args, kwargs), f"operation {name or node.target} has no rule")
+        return self.unknown(node, (args, kwargs), f"operation {name_of(node)} has no rule")
 
-    def created(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def created(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         """A constant, whose shape may follow a width. Channels stay apart in one that is the same everywhere."""
         name = str(op_name(node))
         shaping = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "generator")}
@@ -211,7 +211,7 @@ class LabelInterpreter(ABC):
             raise RuntimeError(f"the size of what {name} makes follows a width")
         return self.opaque(node, f"is a constant made by {name}")
 
-    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> Any:
+    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> object:
         """A gated linear unit: the halves of a dimension meet."""
         if inputs.shape[dim] % 2:
             return self.unknown(node, inputs, "glu halves an odd number of channels")
@@ -222,7 +222,7 @@ class LabelInterpreter(ABC):
         self.check_product(node, product, left, right)
         return self.contract(node, *product.aligned(left, right), len(product.summed))
 
-    def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def attend(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         """Scaled dot-product attention: scores are summed over the width of a head, and values over positions."""
         arguments = {**dict(zip(ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
         query, key, value, mask = (arguments.get(name) for name in ("query", "key", "value", "attn_mask"))
@@ -236,11 +236,11 @@ class LabelInterpreter(ABC):
             scores = self.merge([scores, mask])
         return self.multiply(node, Contraction.over("...ts,...sd->...td", scores.ndim, value.ndim), scores, value)
 
-    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def move(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         """An operation that only moves entries."""
         return moved(node, args, kwargs)
 
-    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         """Entries along the reduced dimensions meet; different channels must not."""
         inputs, dims = args[0], reduced_dims(node, args, kwargs)
         self.check_taken_together(node, inputs, dims)
@@ -254,7 +254,7 @@ class LabelInterpreter(ABC):
             return reduced
         return type(result)([reduced, torch.tensor(NO_CHANNEL).expand(reduced.shape)])  # values and their indices
 
-    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> object:
         """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
         taps = tables(inputs.shape)
         dims = range(inputs.ndim - len(taps), inputs.ndim)
@@ -267,10 +267,10 @@ class LabelInterpreter(ABC):
                 none = (table[:, 0] < 0).view([-1 if d == dim else 1 for d in range(inputs.ndim)])
                 inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NO_CHANNEL)
             else:
-                return self.unknown(node, inputs, f"{op_name(node) or node.target} mixes channels")
+                return self.unknown(node, inputs, f"{name_of(node)} mixes channels")
         return inputs
 
-    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> object:
         """A norm or softmax over some dimensions, which must not hold different channels."""
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, dim) for dim in dims):
@@ -278,15 +278,20 @@ class LabelInterpreter(ABC):
             self.freeze([inputs], located(node, reason))
         return inputs
 
-    def table(self, node: fx.Node, reason: str) -> Any:
+    def table(self, node: fx.Node, reason: str) -> object:
         """What is looked up in a table, whose width is not known to change."""
         return self.opaque(node, located(node, reason))
 
-    def unknown(self, node: fx.Node, touched: object, reason: str) -> Any:
+    def unknown(self, node: fx.Node, touched: object, reason: str) -> object:
         """Unknown never means pointwise: all that the operation touches freezes."""
         reason = located(node, reason)
         self.freeze(tensors_in(touched), reason)
         return self.opaque(node, reason)
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node's operation is called; of a module, its path."""
+    return op_name(node) or str(node.target)
 
 
 def located(node: fx.Node, reason: str) -> str:

@@ -143,6 +143,9 @@ def _reads_no_width(node: fx.Node, shape: torch.Size, whole: torch.Size) -> bool
         node: the reader.
         shape: of what it reads.
         whole: the shape of the parameter itself.
+
+    Returns:
+        Whether it is such a fact.
     """
     name = op_name(node)
     if name in ("dtype", "device", "ndim", "dim", "is_floating_point"):

@@ -43,7 +43,7 @@ def rewritten_arguments(
     shapes: Shapes,
     is_new: Callable[[Tensor], Tensor],
 ) -> Arguments | None:
-    """The node's arguments with the sizes that its results need, or None.
+    """The node's arguments with the sizes that its results need.
 
     Args:
         node: an operation that moves entries.
@@ -52,6 +52,9 @@ def rewritten_arguments(
         before: their labels of channels before.
         shapes: of the results.
         is_new: which labels are of new channels.
+
+    Returns:
+        The arguments; None if none would do.
     """
     name, (args, kwargs) = op_name(node), arguments
     if name in ("split", "split_with_sizes"):
@@ -76,8 +79,8 @@ def rewritten_arguments(
 
 
 def _resized(
-    sizes: Sequence[Any], old: Sequence[int], new: Sequence[int], values: Values, before: Values
-) -> tuple[Any, ...] | None:
+    sizes: Sequence[object], old: Sequence[int], new: Sequence[int], values: Values, before: Values
+) -> tuple[object, ...] | None:
     """Sizes that a layout is made with, as they must be; None if one that follows the input would have to be fixed."""
     resized = []
     for size, size_before, size_after in zip(sizes, old, new, strict=False):
@@ -100,7 +103,7 @@ def _is_width(size: fx.Node, before: Values) -> bool:
     return name == "size" and len(size.args) > 1 and _varies(size, size.args[1], before)
 
 
-def _varies(shape: fx.Node, dim: Any, before: Values) -> bool:
+def _varies(shape: fx.Node, dim: object, before: Values) -> bool:
     """Whether a dimension of the tensor, whose shape this is, holds several channels."""
     labels = before[shape.all_input_nodes[0]]
     return isinstance(labels, Tensor) and isinstance(dim, int) and labels.shape[dim] > 1 and labels.stride(dim) != 0
@@ -109,7 +112,7 @@ def _varies(shape: fx.Node, dim: Any, before: Values) -> bool:
 def _split(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes) -> Arguments:
     """A cut into parts of other sizes."""
     keyword = next((key for key in ("split_size", "split_size_or_sections", "split_sizes") if key in kwargs), None)
-    sizes_before: Any = kwargs[keyword] if keyword else args[1]
+    sizes_before = kwargs[keyword] if keyword else args[1]
     dim: Any = kwargs.get("dim", args[-1] if len(args) > 1 + (keyword is None) else 0)
     parts = zip(node.meta["val"], shapes, strict=True)
     part_sizes = [part.shape[dim] if shape is None else shape[dim] for part, shape in parts]
@@ -144,7 +147,7 @@ def _sliced(
     return (args[0], tuple(index)), {}
 
 
-def unflattened_sizes(dim: int, sizes: Any, node: fx.Node, shape: torch.Size) -> tuple[int, ...]:
+def unflattened_sizes(dim: int, sizes: Sequence[int], node: fx.Node, shape: torch.Size) -> tuple[int, ...]:
     """The sizes of an ``unflatten``, as the wider axis needs them; a -1 stays."""
     start = dim % (node.meta["val"].ndim - len(sizes) + 1)
     return tuple(-1 if size == -1 else shape[start + i] for i, size in enumerate(sizes))

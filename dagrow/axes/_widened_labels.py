@@ -19,7 +19,7 @@ from dagrow.axes._attribute_sizes import AttributeSizes, layer_sizes, resized_ca
 from dagrow.axes._channel_labels import ChannelLabeller, Labelling, Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap, arrived_units, insert_along, insert_units
-from dagrow.axes._label_interpreter import located, moved
+from dagrow.axes._label_interpreter import located, moved, name_of
 from dagrow.axes._label_tensors import NO_CHANNEL, unexpanded
 from dagrow.axes._size_rewriting import Arguments, Shapes, expected_shape, rewritten_arguments, unflattened_sizes
 from dagrow.axes._widening_checks import (
@@ -48,7 +48,6 @@ class WidenedLabeller(ChannelLabeller):
         attributes: module -> its attributes that change.
         row_maps: producer -> where its new rows are.
         rider_maps: parameter or buffer used directly -> where its new entries are.
-        new_rows: producer -> labels of its new rows ``[k, slots]``.
         sums: products of activations, and the new labels that both operands sum over.
         reached: nodes whose values change.
         reads: layer -> how many of its calls were reached.
@@ -74,7 +73,6 @@ class WidenedLabeller(ChannelLabeller):
         self.attributes: dict[str, dict[str, Any]] = {}
         self.row_maps: dict[str, IndexMap] = {}
         self.rider_maps: dict[Rider, IndexMap] = {}
-        self.new_rows: dict[str, Tensor] = {}
         self.sums: list[tuple[fx.Node, Tensor, Tensor]] = []
         self.reached: list[fx.Node] = []
         self.reads: dict[str, int] = Counter()
@@ -88,18 +86,21 @@ class WidenedLabeller(ChannelLabeller):
             units = torch.full((len(before.rows[edge]),), NO_CHANNEL)
             units[rows] = torch.arange(layout.width)[:, None]
             index_map = self.row_maps[edge] = insert_units(units, layout.width, self.k, 0, edge)
-            self.new_rows[edge] = self._fresh(index_map)
-            labelling.rows[edge] = _widened(before.rows[edge], index_map, self.new_rows[edge])
+            labelling.rows[edge] = self._widened(before.rows[edge], index_map)
         for rider, units in layout.entries.items():
             if rider.rule is None:
                 index_map = self.rider_maps[rider] = insert_along(units, layout.width, self.k, rider.name)
-                labelling.entries[rider] = _widened(before.entries[rider], index_map, self._fresh(index_map))
+                labelling.entries[rider] = self._widened(before.entries[rider], index_map)
 
-    def _fresh(self, index_map: IndexMap) -> Tensor:
-        """A label for each entry of each new unit ``[k, slots]``."""
-        labels = self.classes.fresh(index_map.new.numel()).view(index_map.new.shape)
-        self.units = torch.cat([self.units, torch.arange(self.k)[:, None].expand_as(labels).flatten()])
-        return labels
+    def _widened(self, labels: Tensor, index_map: IndexMap) -> Tensor:
+        """Labels, and among them new ones: one for each entry of each new unit."""
+        new = self.classes.fresh(index_map.new.numel())
+        self.units = torch.cat([self.units, torch.arange(self.k)[:, None].expand_as(index_map.new).flatten()])
+        labels = labels.movedim(index_map.dim, 0)
+        widened = labels.new_empty(index_map.size, *labels.shape[1:])
+        widened[index_map.old] = labels
+        widened[index_map.new.flatten()] = new.view(-1, *[1] * (labels.ndim - 1)).expand(-1, *labels.shape[1:])
+        return widened.movedim(0, index_map.dim)
 
     def is_new(self, labels: Tensor) -> Tensor:
         """Which labels are those of new channels."""
@@ -144,8 +145,7 @@ class WidenedLabeller(ChannelLabeller):
             self._prepare(node)
             value = self.evaluate(node, self.values)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            name = op_name(node) or str(node.target)
-            raise CannotWidenError(located(node, f"{name} does not accept the wider axis")) from error
+            raise CannotWidenError(located(node, f"{name_of(node)} does not accept the wider axis")) from error
         layer, before = self.layers.get(node), self.before.values[node]
         check_numbers(node, layer is not None, self.values, self.before.values, self.sizes)
         only_reads = layer is not None and layer.name in self.before.rows and layer.name not in self.row_maps
@@ -179,7 +179,7 @@ class WidenedLabeller(ChannelLabeller):
             end = ATTENTION_ARGUMENTS.index("scale")
             self.literals[node] = node.args[:end], {**node.kwargs, "scale": width**-0.5}
 
-    def _is_checked(self, node: fx.Node, value: Any, before: Any) -> bool:
+    def _is_checked(self, node: fx.Node, value: object, before: object) -> bool:
         """Whether a node gives out the labels that it got, now and before, checked as the classes are now."""
         return isinstance(value, Tensor) and any(
             self._checked.get(source) == self.classes.unions
@@ -188,7 +188,7 @@ class WidenedLabeller(ChannelLabeller):
             for source in node.all_input_nodes
         )
 
-    def _is_unchanged(self, value: Any, before: Any) -> bool:
+    def _is_unchanged(self, value: object, before: object) -> bool:
         if value is before:
             return True
         if not (isinstance(value, Tensor) and isinstance(before, Tensor)):
@@ -235,7 +235,6 @@ class WidenedLabeller(ChannelLabeller):
         """What the operation gives, with the sizes that it needs."""
         before = _parts(self.before.values[node])
         shapes = [expected_shape(self.layout, b, self.k) if isinstance(b, Tensor) else None for b in before]
-        is_known = any(shape is not None for shape in shapes)
         try:
             value = moved(node, args, kwargs)
             if all(shape in (None, v.shape) for shape, v in zip(shapes, _parts(value), strict=False)):
@@ -243,36 +242,24 @@ class WidenedLabeller(ChannelLabeller):
                 check_split(node, args[0], source, _parts(value), before)
                 return value
         except (RuntimeError, IndexError):
-            if not is_known:
+            if all(shape is None for shape in shapes):
                 raise
-        return self._moved_otherwise(node, args, shapes if is_known else None)
+        return self._moved_otherwise(node, args, shapes)
 
-    def _moved_otherwise(self, node: fx.Node, args: tuple, shapes: Shapes | None) -> Any:
-        """What the operation gives with other sizes; None instead of the shapes if they are not known."""
+    def _moved_otherwise(self, node: fx.Node, args: tuple, shapes: Shapes) -> object:
+        """What the operation gives with other sizes, where some of the shapes that it must give are known."""
         module = node.meta["module"]
-        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes and shapes[0] is not None:
+        if isinstance(module, nn.Unflatten) and isinstance(module.dim, int) and shapes[0] is not None:
             sizes = unflattened_sizes(module.dim, module.unflattened_size, node, shapes[0])
             self.attributes[str(node.target)] = {"unflattened_size": sizes}
             return args[0].unflatten(module.dim, sizes)
-        arguments, before = None, self.before.values
-        if shapes is not None:
-            call = self.call_arguments(node)
-            arguments = rewritten_arguments(node, call, self.values, before, shapes, self.is_new)
+        call, before = self.call_arguments(node), self.before.values
+        arguments = rewritten_arguments(node, call, self.values, before, shapes, self.is_new)
         if arguments is None:
-            name = op_name(node) or node.target
-            raise CannotWidenError(located(node, f"what {name} gives does not follow the axis"))
+            raise CannotWidenError(located(node, f"what {name_of(node)} gives does not follow the axis"))
         self.literals[node] = arguments
         return moved(node, *fx.map_arg(arguments, lambda n: self.values[n]))
 
 
-def _widened(labels: Tensor, index_map: IndexMap, new: Tensor) -> Tensor:
-    """Labels with new ones ``[k, slots]`` among them."""
-    labels = labels.movedim(index_map.dim, 0)
-    widened = labels.new_empty(index_map.size, *labels.shape[1:])
-    widened[index_map.old] = labels
-    widened[index_map.new.flatten()] = new.reshape(-1, *[1] * (labels.ndim - 1)).expand(-1, *labels.shape[1:])
-    return widened.movedim(0, index_map.dim)
-
-
-def _parts(value: Any) -> Sequence[Any]:
+def _parts(value: object) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else [value]

@@ -8,12 +8,12 @@ at the sum as zero.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from dagrow.axes._attribute_sizes import changed_attributes, resized_attributes, resolve_sizes
+from dagrow.axes._attribute_sizes import Attributes, changed_attributes, resized_attributes, resolve_sizes
 from dagrow.axes._channel_labels import Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap
@@ -45,7 +45,7 @@ class WideningPlan:
     columns: Mapping[str, IndexMap]
     entries: Mapping[Rider, IndexMap]
     literals: Mapping[fx.Node, Arguments] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
     written: bool = False
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -113,10 +113,7 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
 
 
 def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLayout, k: int) -> WidenedLabeller:
-    """A run in which a number that a module states changes wherever it is used, if there is one that fits.
-
-    Else one in which sizes change only where they must.
-    """
+    """A run in which numbers that modules state change wherever they are used; else only where they must."""
     sizes: dict[AttributePath, int] = {}
     fitting, first_error = None, None
     while True:
@@ -145,7 +142,10 @@ def _zero_slots(run: WidenedLabeller) -> dict[str, Tensor]:
             side = right if len(right) else left
             _check_stays_zero(run, node, side)
             zero = torch.cat([zero, torch.unique(side)])
-    slots = {edge: torch.isin(run.classes.roots(labels), zero)[0] for edge, labels in run.new_rows.items()}
+    slots = {}
+    for edge, index_map in run.row_maps.items():
+        unit = run.labelling.rows[edge][index_map.new[0]]  # the first new one, as which all are
+        slots[edge] = torch.isin(run.classes.roots(unit), zero)
     if run.sums and all(bool(is_zero.all()) for is_zero in slots.values()):
         raise CannotWidenError("all that is written there would have to start at zero, so that it could not learn")
     return {edge: is_zero for edge, is_zero in slots.items() if bool(is_zero.any())}

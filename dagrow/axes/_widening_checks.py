@@ -18,7 +18,7 @@ from dagrow._pytree import leaf_values
 from dagrow.axes._channel_labels import Labelling
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError
-from dagrow.axes._label_interpreter import Values, located
+from dagrow.axes._label_interpreter import Values, located, name_of
 from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._union_find import UnionFind
 from dagrow.layers import ATTENTION, CREATION, CUTS, MOVES, UNIFORM, EdgeRule, LayerSite, op_name
@@ -35,6 +35,9 @@ def check_new_labels(classes: UnionFind, first_new: int, units: Tensor) -> None:
         classes: of all labels.
         first_new: the first of the new labels.
         units: the unit of each of the new labels.
+
+    Raises:
+        CannotWidenError: they did not.
     """
     roots = classes.roots(torch.arange(first_new, len(classes)))
     frozen = roots[classes.reason_numbers(roots) > 0]
@@ -56,6 +59,9 @@ def check_arrivals(
         labelling: of the wider network.
         reads: layer -> how many of its calls were reached.
         is_summed: whether the axis is summed over in a product of activations.
+
+    Raises:
+        CannotWidenError: they do not, or nothing reads the axis.
     """
     missed = [edge for edge in layout.columns if edge not in labelling.columns]
     missed += [rider.name for rider in layout.entries if rider not in labelling.entries]
@@ -73,7 +79,7 @@ def check_order(node: fx.Node, classes: UnionFind, first_new: int, labels: Tenso
         labels, before = unexpanded(labels), unexpanded(before)
     roots = classes.roots(labels).numpy().ravel()
     if not np.array_equal(roots[roots < first_new], classes.roots(before).numpy().ravel()):
-        raise CannotWidenError(located(node, f"{_name(node)} would take other channels than before"))
+        raise CannotWidenError(located(node, f"{name_of(node)} would take other channels than before"))
 
 
 def check_read(layer: LayerSite, shape: torch.Size, layout: AxisLayout) -> None:
@@ -92,7 +98,7 @@ def check_read(layer: LayerSite, shape: torch.Size, layout: AxisLayout) -> None:
 def check_size(node: fx.Node, shape: torch.Size, before: torch.Size, dims: Iterable[int]) -> None:
     """A constant as wide as an axis, whose entries are taken together, would change."""
     if any(shape[d] != before[d] for d in dims):
-        raise CannotWidenError(located(node, f"{_name(node)} takes all channels together"))
+        raise CannotWidenError(located(node, f"{name_of(node)} takes all channels together"))
 
 
 def check_split(node: fx.Node, inputs: Any, before: Any, parts: Sequence[Any], parts_before: Sequence[Any]) -> None:
@@ -116,6 +122,9 @@ def check_numbers(
         values: of nodes in the wider network.
         before: the same before it became wider.
         sizes: what numbers that modules state become.
+
+    Raises:
+        CannotWidenError: one is.
     """
     if node.target is operator.floordiv and any(_rounds(node, numbers) for numbers in (values, before)):
         raise CannotWidenError(located(node, "its width is rounded in the model's forward"))
@@ -136,7 +145,3 @@ def check_numbers(
 def _rounds(node: fx.Node, values: Values) -> bool:
     left, right = fx.map_arg(node.args, lambda n: values[n])
     return isinstance(left, int) and isinstance(right, int) and left % right != 0
-
-
-def _name(node: fx.Node) -> str:
-    return op_name(node) or str(node.target)

@@ -1,7 +1,7 @@
 """The dag: a view of a model as weighted layers (edges) between activations, and the axes that can widen."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 from weakref import ref
 
 import networkx as nx
@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dagrow._text import render
-from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
+from dagrow.axes import CannotWidenError, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._edges import Axis, Edge, in_place
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
@@ -17,8 +17,9 @@ from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouche
 from dagrow.layers import LayerRule, LayerSite, OperationRule
 from dagrow.tracing import DynamicSizes, PathRecord, Program, added_paths, is_opaque
 
+T = TypeVar("T", Edge, Axis)
 #: model -> weak references to what undoes each growth of it that is in place, through whichever dag, oldest first
-_growths: Any = WeakIdKeyDictionary()
+_growths: MutableMapping[nn.Module, list[ref[Any]]] = WeakIdKeyDictionary()
 
 
 class Dag:
@@ -32,10 +33,10 @@ class Dag:
         undos: what undoes the growths of the transaction that is open, oldest first; None where none is.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, rules: Sequence[Rule]) -> None:
+    def __init__(self, model: nn.Module, example_inputs: object, rules: Sequence[Rule]) -> None:
         self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
         self._tracer = Tracer(model, example_inputs, self.rules)
-        self._growths: list[ref[Any]] = _growths.setdefault(model, [])
+        self._growths = _growths.setdefault(model, [])
         self.undos: list[Any] | None = None
         self.view: DagView = analyse(self._tracer, self._growths, verified=True)
 
@@ -45,19 +46,9 @@ class Dag:
         return self.view.program
 
     @property
-    def graph(self) -> fx.Graph:
-        """The graph alone."""
-        return self.program.graph
-
-    @property
     def layers(self) -> Mapping[fx.Node, LayerSite]:
         """The layers that a rule knows, by their nodes."""
         return self.view.layers
-
-    @property
-    def labels(self) -> Labelling:
-        """Which channels the layers read and write."""
-        return self.view.labels
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -87,14 +78,14 @@ class Dag:
         """
         return [growth() for growth in self._growths]
 
-    def add_growth(self, undo: Any) -> None:
+    def add_growth(self, undo: object) -> None:
         """Notes a growth that is in place now, and reads edges and axes off the grown model."""
         self._growths.append(ref(undo))
         if self.undos is not None:
             self.undos.append(undo)
         self.view = analyse(self._tracer, self._growths)
 
-    def remove_growth(self, undo: Any, view: DagView) -> None:
+    def remove_growth(self, undo: object, view: DagView) -> None:
         """Shows an earlier view again, as a growth has been undone. May run twice."""
         self.view = view
         if ref(undo) in self._growths:
@@ -181,9 +172,8 @@ class Dag:
 
     def network(self) -> nx.MultiDiGraph:
         """A networkx view: nodes are activations that a layer reads (or the output), edges are weighted layers."""
-        return network(
-            self.graph, {node: layer for node, layer in self.layers.items() if layer.name in self.view.widths}
-        )
+        edges = {node: layer for node, layer in self.layers.items() if layer.name in self.view.widths}
+        return network(self.program.graph, edges)
 
     def coverage(self) -> Coverage:
         """Edges and parameters that can grow, and those that cannot and why; print it."""
@@ -195,9 +185,9 @@ class Dag:
 
     def flop_count(self) -> int:
         """Floating point operations of one sample's forward pass: of layers, and of products of activations."""
-        return count_flops(self.graph, self.layers)
+        return count_flops(self.program.graph, self.layers)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are traced anew, with the model and without the receipts that could undo growths."""
         return Dag, (self.model, self.example_inputs, self.rules)
 
@@ -223,7 +213,7 @@ class Dag:
         return self.describe()
 
 
-def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Rule] = ()) -> Dag:
+def trace(model: nn.Module, example_inputs: object = None, *, rules: Sequence[Rule] = ()) -> Dag:
     """Views a model as a dag. Changes nothing.
 
     Args:
@@ -245,15 +235,15 @@ def trace(model: nn.Module, example_inputs: Any = None, *, rules: Sequence[Rule]
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )
-    wrong = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
-    if wrong:
+    others = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
+    if others:
         raise TraceError(
             f"rules={rules!r}: give a list of instances of EdgeRule, RiderRule or OperationRule of dagrow.layers."
         )
     return Dag(model, example_inputs, rules)
 
 
-def _lookup(kind: str, name: str, items: Sequence[Any]) -> Any:
+def _lookup(kind: str, name: str, items: Sequence[T]) -> T:
     for item in items:
         if item.name == name:
             return item

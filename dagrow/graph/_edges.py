@@ -93,16 +93,12 @@ class Axis:
 
 
 def edges_of(
-    layers: Mapping[fx.Node, LayerSite], labels: Labelling, layouts: Sequence[AxisLayout], reasons: Sequence[str | None]
+    layers: Mapping[fx.Node, LayerSite], labels: Labelling, reasons: Mapping[AxisLayout, str | None]
 ) -> Iterator[Edge]:
     """The weighted layers, and whether an axis beside them can widen."""
     by_name = {layer.name: layer for layer in reversed([*layers.values()])}  # of one that is called twice the first
     for name in labels.rows:
-        around = [
-            (layout, why)
-            for layout, why in zip(layouts, reasons, strict=True)
-            if name in layout.rows or name in layout.columns
-        ]
+        around = [(layout, why) for layout, why in reasons.items() if name in layout.rows or name in layout.columns]
         growable = any(why is None for _, why in around)
         causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
@@ -119,33 +115,22 @@ def in_place(edge: Edge, model: nn.Module) -> bool:
     return all(parameters.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
 
 
-def axes_of(
-    edges: Mapping[str, Edge], layouts: Sequence[AxisLayout], reasons: Sequence[str | None], new: Sequence[str]
-) -> Iterator[Axis]:
+def axes_of(edges: Mapping[str, Edge], reasons: Mapping[AxisLayout, str | None], new: Sequence[str]) -> Iterator[Axis]:
     """Axes, named after their oldest producers; a number tells apart those of the same producers.
 
     Args:
         edges: by their names.
-        layouts: of the axes.
-        reasons: why each cannot widen, or None.
+        reasons: why the axis of each layout cannot widen, or None.
         new: the modules that growths have put into the model, oldest first.
 
     Yields:
         One axis for each layout.
     """
-    base = ["+".join(_oldest(layout.rows, new)) for layout in layouts]
-    for index, (layout, why) in enumerate(zip(layouts, reasons, strict=True)):
+    base = ["+".join(_oldest(layout.rows, new)) for layout in reasons]
+    for index, (layout, why) in enumerate(reasons.items()):
         name = base[index] if base.count(base[index]) == 1 else f"{base[index]}[{base[:index].count(base[index])}]"
-        yield Axis(
-            name,
-            layout.width,
-            tuple(edges[e] for e in layout.rows),
-            tuple(edges[e] for e in layout.columns),
-            tuple(layout.entries),
-            why is None,
-            why,
-            layout,
-        )
+        producers, consumers = (tuple(edges[edge] for edge in sides) for sides in (layout.rows, layout.columns))
+        yield Axis(name, layout.width, producers, consumers, tuple(layout.entries), why is None, why, layout)
 
 
 def _oldest(names: Iterable[str], new: Sequence[str]) -> list[str]:

@@ -64,21 +64,23 @@ class OtherMode:
             tried out.
         """
         mode = "evaluation" if self.program.model.training else "training"
-        rows = [self.labels.rows[edge][at.flatten()] for edge, at in layout.rows.items() if edge in self.labels.rows]
+        labels = self.labels.rows
+        rows = [labels[edge][channels.flatten()] for edge, channels in layout.rows.items() if edge in labels]
         parts = group(self.labels, only=torch.cat(rows)) if rows else []
-        more = {name for part in parts for name in _names(part)} - _names(layout)
-        if more:
-            return f"in {mode}, {min(more)} has its channels too; trace the model in that mode"
+        names = {name for part in parts for name in _names(part)} - _names(layout)
+        if names:
+            return f"in {mode}, {min(names)} has its channels too; trace the model in that mode"
         frozen = [part.reason for part in parts if part.reason]
         if frozen:
             return f"in {mode} it {frozen[0]}"
         if len(parts) != 1 or _units(parts[0]) != _units(layout):
             return None
         try:
-            there = widen(self.program, self.layers, parts[0], 1)
+            plan = widen(self.program, self.layers, parts[0], 1)
         except CannotWidenError as misfit:
             return f"in {mode}: {misfit}"
-        moved = [name for name, at in there.columns.items() if not torch.equal(at.new, widening.columns[name].new)]
+        columns = widening.columns
+        moved = [name for name, there in plan.columns.items() if not torch.equal(there.new, columns[name].new)]
         return f"in {mode} new channels would arrive at other places of {moved[0]}" if moved else None
 
 

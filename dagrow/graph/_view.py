@@ -76,10 +76,10 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         program = tracer.program(verified=verified)
         layers, labels = labelled(program.graph, model, layer_sites(program.graph, model, tracer.layer_rules))
         obstacles = Obstacles(tracer, program, layers)
-        layouts, reasons = _layouts(labels, obstacles)
-        edges = {edge.name: edge for edge in edges_of(layers, labels, layouts, reasons)}
+        reasons = _reasons(labels, obstacles)
+        edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
         added = [path for path, *_ in added_paths(model)]
-        axes = tuple(axes_of(edges, layouts, reasons, added))
+        axes = tuple(axes_of(edges, reasons, added))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
         return DagView(program, layers, labels, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
 
@@ -95,7 +95,7 @@ class Tracer:
     """Writes down the forward of a model, in whatever mode the model is."""
 
     model: nn.Module
-    example_inputs: Any
+    example_inputs: object
     rules: tuple[Rule, ...]
 
     @property
@@ -115,7 +115,7 @@ class Tracer:
         except TraceError:
             return self.program(verified=False)
 
-    def _program(self, example_inputs: Any, *, verified: bool) -> Program:
+    def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
             program = symbolic(self.model, self._is_known)
         else:
@@ -173,8 +173,8 @@ class Obstacles:
         return in_other_mode(self.program.model, self.tracer.quickly)
 
 
-def _layouts(labels: Labelling, obstacles: Obstacles) -> tuple[list[AxisLayout], list[str | None]]:
-    """The axes, those of heads and head widths among them, and why each cannot widen."""
+def _reasons(labels: Labelling, obstacles: Obstacles) -> dict[AxisLayout, str | None]:
+    """The axes, those of heads and head widths among them, and why each cannot widen, or None."""
     layouts = group(labels)
     reasons = {layout: layout.reason or obstacles.obstacle(layout) for layout in layouts}
     misfits = [layout for layout in layouts if reasons[layout] and not layout.reason]
@@ -182,7 +182,7 @@ def _layouts(labels: Labelling, obstacles: Obstacles) -> tuple[list[AxisLayout],
         heads, replaced = head_axes(obstacles.program, obstacles.layers, misfits, obstacles.obstacle)
         layouts = [layout for layout in layouts if layout not in replaced] + heads
         layouts.sort(key=lambda layout: int(layout.labels[0]))
-    return layouts, [reasons.get(layout) for layout in layouts]
+    return {layout: reasons.get(layout) for layout in layouts}
 
 
 def network(graph: fx.Graph, edges: Mapping[fx.Node, LayerSite]) -> nx.MultiDiGraph:

@@ -113,17 +113,12 @@ def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int
     change = draft.change()
     pairs = [pair for need in needs for pair in need.pairs]
     check_preserved(dag, objective, change, ", ".join(each.axis.name for each in previews))
-    with preview(dag, change):
-        tensors = change.tensors(dag.model, 0.0)
-        return measure(dag, objective, pairs, folds=folds, preview=tensors, read=draft.read, written=draft.written)
+    with preview(dag, change, change.tensors(dag.model, 0.0)):
+        return measure(dag, objective, pairs, folds=folds, read=draft.read, written=draft.written)
 
 
 def _check_run(growths: Sequence[Growth], forward: bool) -> None:
-    """New layers act in the model's own forward alone.
-
-    Args:
-        forward: whether it ran on every batch that was measured.
-    """
+    """Raises GrowthError for new layers that act in a forward of the model's own which did not run on every batch."""
     lost = [growth for growth in growths if growth.change.new_paths and not forward]
     if lost:
         raise GrowthError(

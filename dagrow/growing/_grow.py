@@ -36,10 +36,13 @@ def grow(
 
     Args:
         dag: what :func:`dagrow.trace` returned; its model grows in place.
-        batches, loss, step, mode: as for :func:`bottlenecks`.
+        batches: as for :func:`bottlenecks`, like ``loss``, ``step`` and ``mode``.
+        loss: of a batch.
         operators: asked one after the other, each on the model that the one before has grown.
         validation: batches for the line search; by default those that were measured.
         optimizer: its state is brought along at once, for every parameter that grows.
+        step: instead of ``loss``.
+        mode: that the model runs in.
 
     Returns:
         A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
@@ -63,11 +66,7 @@ def grow(
 def _grown(
     dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None, operators: int
 ) -> Receipt | None:
-    """The operator's best growth that lowers the loss, applied; None if there is none.
-
-    Args:
-        operators: how many operators are asked, which share the 5 % of growths that may be chance.
-    """
+    """The operator's best growth that lowers the loss, applied; None if there is none. All operators share the 5 %."""
     growths = applicable(corrected(*growths_of(dag, objective, operator), operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):

@@ -27,8 +27,12 @@ def propose(
     """Measures what every operator could add at every place. Changes nothing.
 
     Args:
-        dag, batches, loss, step, mode: as for :func:`bottlenecks`.
+        dag: as for :func:`bottlenecks`, like all but the operators.
+        batches: what is measured.
+        loss: of a batch.
         operators: ways to grow.
+        step: instead of ``loss``.
+        mode: that the model runs in.
 
     Returns:
         Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples. Their
@@ -59,6 +63,9 @@ def corrected(growths: Sequence[Growth], tests: int, families: int = 1) -> list[
         growths: with p-values for one test each, or None where chance was not asked about.
         tests: how many places were looked at, those where nothing was found among them.
         families: how many such calls share the 5 %.
+
+    Returns:
+        The same growths, in their order.
     """
     alone = {growth: growth.p_value for growth in growths if growth.p_value is not None}
     together = dict(zip(alone, holm(list(alone.values()), tests, families), strict=True))

@@ -34,12 +34,13 @@ _RANDOM = (nn.RReLU, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dro
 
 @dataclass(frozen=True)
 class AddLayer(Operator):
-    """Lays a new path of k hidden units from an activation to a pre-activation, ``a <- a + X sigma(alpha^T x)``, or to
-    the activation itself, a residual block ``x <- x + X sigma(alpha^T x)`` for all that read it.
+    """Lays a new path of k hidden units between two activations.
 
-    Fan-ins are chosen one after the other, each the one that explains most beside those before, among the directions of
-    linear theory, with both signs, and random ones. What units compute is measured, and the fan-out is the regression
-    of what the pre-activation still wants on it, exact for any activation.
+    It leads from an activation to a pre-activation, ``a <- a + X sigma(alpha^T x)``, or to the activation itself, a
+    residual block ``x <- x + X sigma(alpha^T x)`` for all that read it. Fan-ins are chosen one after the other, each
+    the one that explains most beside those before, among the directions of linear theory, with both signs, and random
+    ones. What units compute is measured, and the fan-out is the regression of what the pre-activation still wants on
+    it, exact for any activation.
 
     Args:
         k: hidden units.
@@ -109,10 +110,12 @@ class AddLayer(Operator):
         return forward_selection(m, block, self.k, ridge, offered)
 
     def _offered(self, edges: int, block: Regression, m: Moments) -> tuple[Tensor, Tensor]:
-        """Directions ``[p, q]`` with pre-activations of mean square 1: of linear theory, and at random.
+        """Directions ``[p, q]`` with pre-activations of mean square 1, of linear theory and at random.
 
-        Also whose they are ``[q]``: found on all samples, on all but a fold, or drawn. What is fitted on the other
-        folds must not choose directions that the fold itself helped to find, or it would explain noise.
+        Returns:
+            The directions, and whose they are ``[q]``: found on all samples, on all but a fold, or drawn. What is
+            fitted on the other folds must not choose directions that the fold itself helped to find, or it would
+            explain noise.
         """
         p = m[block.features, block.features]
         count = max(OFFERED, PER_UNIT * self.k)

@@ -98,11 +98,11 @@ class AddNeurons(Operator):
             add, k = PRESERVING[self.init], self.k
             units = [NewUnits(self, dag, axis, k, self.seed) for axis in axes]
             return [Candidate(new.axis.name, partial(add, new), tests=0) for new in units]
-        every = [place for axis in axes for place in places(dag, axis)]
+        options = [place for axis in axes for place in places(dag, axis)]
         if self.init == "optimal":
-            every = [place.split_channels() for place in every]
+            options = [place.split_channels() for place in options]
         tests = 1 if self.k is None else 0  # chance is asked about only if the number of neurons is open
-        return [Candidate(place.axis.name, partial(self._add, place), tests) for place in every]
+        return [Candidate(place.axis.name, partial(self._add, place), tests) for place in options]
 
     def _add(self, place: Place, objective: Objective) -> Steps:
         """Directions, by linear theory or at random, and the fan-out that is fitted to what they compute."""
@@ -133,14 +133,14 @@ class AddNeurons(Operator):
                 causes = [f" with init={self.init!r}", *filter(None, map(self._obstacle, growable))]
                 raise NoPlaceError(f"no axis can grow{': '.join(causes) if growable else ''}:\n{dag}")
             return axes
-        asked = [dag.axis(name) for name in self.axes]
-        frozen = [f"{axis.name} ({axis.reason})" for axis in asked if not axis.growable]
+        axes = [dag.axis(name) for name in self.axes]
+        frozen = [f"{axis.name} ({axis.reason})" for axis in axes if not axis.growable]
         if frozen:
             raise GrowthError(f"cannot grow {', '.join(frozen)}; leave it out of axes=.")
-        obstacles = [why for axis in asked if (why := self._obstacle(axis))]
+        obstacles = [why for axis in axes if (why := self._obstacle(axis))]
         if obstacles:
             raise GrowthError(f"AddNeurons(init={self.init!r}): {'; '.join(obstacles)}, or leave it out of axes=.")
-        return asked
+        return axes
 
     def _obstacle(self, axis: Axis) -> str | None:
         """Why this init does not fit the axis, and which does; or None."""

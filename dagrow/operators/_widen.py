@@ -14,10 +14,10 @@ from dagrow.statistics import Objective
 
 @dataclass(frozen=True)
 class Widen(Operator):
-    """Adds neurons to every axis that can grow and that a layer reads. A subclass says in which directions: it
-    defines :meth:`propose`.
+    """Adds neurons to every axis that can grow and that a layer reads; a subclass says in which directions.
 
-    The fan-out ``X = argmin E|v_perp - X h|^2`` is fitted to what the new neurons compute, ``h = sigma(alpha^T p)``.
+    It defines :meth:`propose`. The fan-out ``X = argmin E|v_perp - X h|^2`` is fitted to what the new neurons compute,
+    ``h = sigma(alpha^T p)``.
 
     Args:
         ridge: of that fit, relative to each feature's second moment; None chooses it by cross-validation.

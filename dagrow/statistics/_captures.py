@@ -184,13 +184,10 @@ class Batch:
         return total.flatten(0, 1)
 
     def grouped(self, image: Tensor) -> Tensor:
-        """Groups with channels of their own, ``[n r, c, *space]`` to ``[m r, G c, *space]`` with zeros at the end.
-
-        A sample may be r images.
-        """
+        """Groups with channels of their own: ``[n r, c, *space]``, r images a sample, to ``[m r, G c, *space]``."""
         groups, images = len(self.groups), len(image) // self.samples
         missing = -self.samples % groups
-        if missing:
+        if missing:  # zeros at the end
             image = torch.cat([image, image.new_zeros(missing * images, *image.shape[1:])])
         return rearrange(image, "(m g r) c ... -> (m r) (g c) ...", g=groups, r=images)
 

@@ -68,7 +68,7 @@ class ForwardProbe:
 
     def __enter__(self) -> "ForwardProbe":
         @functools.wraps(self.forward)
-        def probed(*args: Any, **kwargs: Any) -> Any:
+        def probed(*args: object, **kwargs: object) -> object:
             self.ran = True
             return self.forward(*args, **kwargs)
 

@@ -25,7 +25,6 @@ def measure(
     *,
     folds: int = 4,
     dtype: torch.dtype = torch.float64,
-    preview: Mapping[str, Tensor] | None = None,
     read: Mapping[str, IndexMap] | None = None,
     written: Mapping[str, IndexMap] | None = None,
 ) -> Moments:
@@ -42,8 +41,7 @@ def measure(
         folds: samples go round-robin into this many folds.
         dtype: of the sums; products over FLUSH_ROWS rows, or one batch, are taken in the activations' own. Those of
             convolutions are large and few, and are summed in their own type, which keeps memory small.
-        preview: parameters and buffers to replace, for a look at a grown network.
-        read: layer -> which of its input channels are new in the preview.
+        read: layer -> which of its input channels are new, in a preview of a grown network.
         written: layer -> which of its output channels are.
 
     Returns:
@@ -60,7 +58,7 @@ def measure(
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
             with ForwardProbe(objective.model) as probe:
-                loss = objective.value(batch, preview)
+                loss = objective.value(batch)
             forward = forward and probe.ran
             captures = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
@@ -44,7 +43,7 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         loss: Loss | None = None,
         *,
         step: Step | None = None,
@@ -68,7 +67,7 @@ class Objective:
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
 
-    def with_batches(self, batches: Iterable[Any], name: str = "batches") -> "Objective":
+    def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
 
         Args:
@@ -116,27 +115,21 @@ class Objective:
                 error.args = (f"{self.name}: {error}",)
             raise
 
-    def value(self, batch: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    def value(self, batch: object) -> Tensor:
         """The user's own scalar for one batch.
 
         Args:
             batch: one of the batches, or another like them.
-            tensors: parameters or buffers to replace, by name.
 
         Returns:
             A tensor without dimensions.
         """
         with self._naming_batches():
-            return self._value(batch, tensors)
+            return self._value(batch)
 
-    def _value(self, batch: Any, tensors: Mapping[str, Tensor] | None) -> Tensor:
+    def _value(self, batch: object) -> Tensor:
         try:
-            if tensors:
-                replaced = {f"model.{name.removeprefix('.')}": tensor for name, tensor in tensors.items()}
-                evaluation = _Evaluation(self.model, self.function)
-                value = functional_call(evaluation, replaced, (batch,), tie_weights=False)
-            else:
-                value = self.function(self.model, batch)
+            value = self.function(self.model, batch)
         except DagrowError:
             raise
         except Exception as error:
@@ -154,7 +147,7 @@ class Objective:
             )
         return value.reshape(())
 
-    def _failure(self, batch: Any, error: Exception) -> str:
+    def _failure(self, batch: object, error: Exception) -> str:
         kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
         return (
             f"the model or the loss failed on a batch of {_description(batch)} ({type(error).__name__}: {error}). The "
@@ -210,11 +203,8 @@ class Objective:
             )
         return "mean"
 
-    def mean(self, tensors: Mapping[str, Tensor] | None = None) -> float:
+    def mean(self) -> float:
         """The loss, in eval mode unless asked otherwise.
-
-        Args:
-            tensors: parameters or buffers to replace, by name.
 
         Returns:
             A mean over all samples of all batches.
@@ -224,20 +214,9 @@ class Objective:
         with preserve_state(self.model), torch.no_grad():
             self.model.train(self.mode == "train")
             for batch, n in self:
-                total += float(self.value(batch, tensors)) * self.scale(n) * n
+                total += float(self.value(batch)) * self.scale(n) * n
                 count += n
         return total / count
-
-
-class _Evaluation(nn.Module):
-    """Lets ``functional_call`` replace tensors of the model while the user's own function runs it."""
-
-    def __init__(self, model: nn.Module, function: Step) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.function(self.model, batch)
 
 
 def _check_batches(batches: object, name: str) -> None:
@@ -255,7 +234,7 @@ def _check_batches(batches: object, name: str) -> None:
         )
 
 
-def _generators(batches: Any) -> list[torch.Generator]:
+def _generators(batches: object) -> list[torch.Generator]:
     """The random generators of a loader's own."""
     generators = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
     return [generator for generator in generators if isinstance(generator, torch.Generator)]
@@ -264,7 +243,7 @@ def _generators(batches: Any) -> list[torch.Generator]:
 def _supervised(loss: Loss | None) -> Step:
     assert loss is not None
 
-    def step(model: nn.Module, batch: Any) -> Tensor:
+    def step(model: nn.Module, batch: object) -> Tensor:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise BatchError(
                 f"a batch is {_description(batch)}; it must be (inputs, target). One batch alone goes into a list, "
@@ -281,7 +260,7 @@ def _supervised(loss: Loss | None) -> Step:
     return step
 
 
-def sample_count(batch: Any) -> int:
+def sample_count(batch: object) -> int:
     """The size of the first dimension of a batch's first tensor.
 
     Args:
@@ -301,7 +280,7 @@ def sample_count(batch: Any) -> int:
     raise BatchError(f"a batch holds no tensor with a sample dimension: {_description(batch)}.")
 
 
-def _doubled(batch: Any, n: int) -> Any:
+def _doubled(batch: object, n: int) -> object:
     """The batch followed by itself."""
 
     def twice(leaf: object) -> object:
@@ -310,7 +289,7 @@ def _doubled(batch: Any, n: int) -> Any:
     return tree_map(twice, batch)
 
 
-def _description(batch: Any) -> str:
+def _description(batch: object) -> str:
     """Shapes and types of a batch, for messages."""
 
     def describe(leaf: object) -> str:

@@ -102,6 +102,9 @@ def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1
         >>> lagged(image, image, [taps]).view(2, 2)  # 14 - 9 and 14 - 1 on the diagonal
         tensor([[ 5.,  8.],
                 [ 8., 13.]])
+
+    Returns:
+        The sums.
     """
     sizes = [*(len(offsets.first) for offsets in dims), *(len(offsets.second) for offsets in dims)]
     total = left.new_zeros(*sizes, groups, left.shape[1] // groups, right.shape[1] // groups)

@@ -71,39 +71,39 @@ class PositionTracker(LabelInterpreter):
 
     def inputs_of(self, consumer: Edge) -> Tensor | None:
         """What a consumer reads, from a run of all nodes that the producer reaches; None if it is not among them."""
-        values = {node: tree_map(_neutral, value) for node, value in self.dag.labels.values.items()}
+        values = {node: tree_map(_neutral, value) for node, value in self.dag.view.labels.values.items()}
         self.samples = next(
             leaf.shape[0]
-            for node in self.dag.graph.nodes
+            for node in self.dag.program.graph.nodes
             if node.op == "placeholder"
             for leaf in tree_leaves(values[node])
             if isinstance(leaf, Tensor) and leaf.ndim
         )
         reached: set[fx.Node] = set()
-        for node in self.dag.graph.nodes:
+        for node in self.dag.program.graph.nodes:
             layer = self.layers.get(node)
-            start = layer is not None and layer.name == self.producer.name
-            if start or any(source in reached for source in node.all_input_nodes):
+            is_start = layer is not None and layer.name == self.producer.name
+            if is_start or any(source in reached for source in node.all_input_nodes):
                 values[node] = self.evaluate(node, values)
-                through = start or layer is None or layer.name not in self.dag.labels.rows
-                if through and _carries(values[node]):  # not so sizes
+                passes = is_start or layer is None or layer.name not in self.dag.view.labels.rows
+                if passes and _carries(values[node]):  # not so sizes
                     reached.add(node)
         return self.inputs.get(consumer.name)
 
-    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         inputs, dims = args[0], reduced_dims(node, args, kwargs)
         if not isinstance(node.meta["val"], Tensor):
             return self.unknown(node, inputs, "")
         kept = [d for d in range(inputs.ndim) if d not in dims]
         return self.means.of(inputs.permute(*kept, *dims).flatten(len(kept))).view(node.meta["val"].shape)
 
-    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> Any:
+    def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> object:
         return self.windowed(inputs, tables(inputs.shape))
 
-    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> Any:
+    def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> object:
         return self.unknown(node, inputs, "")
 
-    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> Any:
+    def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> object:
         return self.unknown(node, inputs, "") if any(self.varies(inputs, dim) for dim in dims) else inputs
 
     def windowed(self, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -130,20 +130,20 @@ class PositionTracker(LabelInterpreter):
     def freeze(self, tensors: Iterable[Tensor], cause: str) -> None:
         """Nothing to mark: what is opaque to positions is MIXED."""
 
-    def unknown(self, node: fx.Node, touched: object, cause: str) -> Any:
+    def unknown(self, node: fx.Node, touched: object, cause: str) -> object:
         number = MIXED if _carries(touched) else NO_CHANNEL
         return tree_map(
             lambda value: torch.full((), number).expand(value.shape) if isinstance(value, Tensor) else value,
             node.meta["val"],
         )
 
-    def opaque(self, node: fx.Node, cause: str) -> Any:
+    def opaque(self, node: fx.Node, cause: str) -> object:
         return tree_map(_neutral, node.meta["val"])
 
-    def source(self, node: fx.Node) -> Any:
+    def source(self, node: fx.Node) -> object:
         return self.opaque(node, "")
 
-    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         self.inputs[layer.name] = inputs
         output, rule = _neutral(node.meta["val"]).clone(), layer.rule
         if layer.name == self.producer.name:
@@ -155,7 +155,7 @@ class PositionTracker(LabelInterpreter):
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))
         return output
 
-    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> Any:
+    def rider(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         """A new channel passes as the rule says."""
         module, rule = layer.module, layer.rule
         assert isinstance(rule, RiderRule)

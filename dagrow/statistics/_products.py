@@ -157,6 +157,9 @@ class _Patches:
             columns: sums of what patches are multiplied with ``[G, d]``.
             bias: whether that has the constant 1, too.
             lines: weights of positions.
+
+        Returns:
+            The products, and a view of the part.
         """
         rows = self.sums(lines)
         products = rows.new_empty(self.groups, rows.shape[1] + self.bias, columns.shape[1] + bias)

@@ -29,7 +29,7 @@ from dagrow.surgery._apply import grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
 from dagrow.surgery._loss_check import check_preserved, check_unchanged
-from dagrow.surgery._new_layers import NewPath, blank, dependent
+from dagrow.surgery._new_layers import NewPath, dependent, zeroed
 from dagrow.surgery._optimizers import check_optimizer, check_steps
 from dagrow.surgery._store import load, save
 
@@ -40,7 +40,6 @@ __all__ = [
     "Growth",
     "NewPath",
     "Receipt",
-    "blank",
     "check_optimizer",
     "check_preserved",
     "check_steps",
@@ -54,4 +53,5 @@ __all__ = [
     "save",
     "transaction",
     "where_new",
+    "zeroed",
 ]

@@ -50,7 +50,27 @@ def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = Non
     with restoring(structure.restore):
         attach(dag.model, change.new_paths, copied=False)
         structure.write(grown_class)
-        structure.replace(tensors or {})
+        with replaced(dag.model, tensors or {}):
+            yield
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def restore() -> None:
+        for holder, leaf, tensor in reversed(originals):
+            holder[leaf] = tensor
+
+    with restoring(restore):
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            originals.append((holder, leaf, holder[leaf]))
+            holder[leaf] = tensor
         yield
 
 
@@ -59,7 +79,6 @@ class _Structure:
 
     def __init__(self, model: nn.Module, change: Change) -> None:
         self.model, self.change, self.kind = model, change, type(model)
-        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []
         self.attributes = {
             name: {key: getattr(model.get_submodule(name), key) for key in sizes}
             for name, sizes in change.attributes.items()
@@ -70,26 +89,14 @@ class _Structure:
         _set(self.model, self.change.attributes)
         self.model.__class__ = kind
 
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts tensors where others are."""
-        for name, tensor in tensors.items():
-            path, _, leaf = name.removeprefix(".").rpartition(".")
-            module = self.model.get_submodule(path)
-            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-            holder = next(holder for holder in holders if leaf in holder)
-            self.replaced.append((holder, leaf, holder[leaf]))
-            holder[leaf] = tensor
-
     def restore(self) -> None:
         """Puts everything back, without new layers. May run twice."""
-        for holder, leaf, tensor in reversed(self.replaced):
-            holder[leaf] = tensor
         self.model.__class__ = self.kind
         _set(self.model, self.attributes)
         detach(self.model, self.change.new_paths)
 
 
-def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def _set(model: nn.Module, attributes: Mapping[str, Mapping[str, object]]) -> None:
     for name, sizes in attributes.items():
         for key, size in sizes.items():
             setattr(model.get_submodule(name), key, size)

@@ -6,7 +6,6 @@ At gamma = 0 the grown network computes what the network computed before.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,7 +35,7 @@ class Change:
     index_maps: Mapping[str, tuple[IndexMap, ...]]
     fresh: Mapping[str, Tensor]
     slope: Mapping[str, Tensor]
-    attributes: Mapping[str, Mapping[str, Any]]
+    attributes: Mapping[str, Mapping[str, object]]
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
@@ -123,7 +122,7 @@ class Draft:
         self.index_maps: dict[str, tuple[IndexMap, ...]] = {}
         self.fresh: dict[str, Tensor] = {}
         self.slope: dict[str, Tensor] = {}
-        self.attributes: dict[str, Mapping[str, Any]] = {}
+        self.attributes: dict[str, Mapping[str, object]] = {}
         self.literals: dict[fx.Node, Arguments] = {}
         self.new_paths: list[NewPath] = []
         self.forward_written = any(widening.written for _, widening in widenings)

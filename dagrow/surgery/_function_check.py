@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dagrow._comparison import alike, close, jittered, rounding
-from dagrow._model_state import NoDropout, preserve_state
+from dagrow._model_state import ModelState, NoDropout
 from dagrow._pytree import leaves
 from dagrow.errors import first_line
 from dagrow.tracing import bind, hold_values
@@ -25,7 +25,7 @@ class _Run:
         drawn: the random generators after it.
     """
 
-    outputs: dict[str, Any]
+    outputs: dict[str, object]
     failure: Exception | None
     drawn: list[Tensor]
 
@@ -46,30 +46,40 @@ class Difference:
 def difference(
     model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]
 ) -> Difference | None:
-    """How the model inside ``grown()`` differs from the model as it is, or None.
+    """Compares the model as it is with the model inside ``grown()``.
 
     Both run without dropout, which draws other numbers where widths are others. A mode in which the model as it is
     fails is left out. Where the grown model still draws more random numbers or fewer, its outputs must only have the
     same shapes.
+
+    Args:
+        model: as it is.
+        example_inputs: what both run on.
+        grown: a context in which the model is grown.
+
+    Returns:
+        How they differ, or None if they do not.
     """
     if example_inputs is None or not hold_values(model, bind(example_inputs)):
         return None
-    before = {training: _run(model, example_inputs, training) for training in (model.training, not model.training)}
+    state = ModelState(model, weights=True)
+    before = {training: _run(state, example_inputs, training) for training in (model.training, not model.training)}
     with grown():
-        after = {training: _run(model, example_inputs, training) for training in before}
+        grown_state = ModelState(model, weights=True)
+        after = {training: _run(grown_state, example_inputs, training) for training in before}
     for training, run in before.items():
         now, mode = after[training], "training" if training else "evaluation"
         if run.failure is not None:
             continue
         if now.failure is not None:
             return Difference(f"it would fail in {mode}: {first_line(now.failure)}", now.failure)
-        changed = _changed(model, example_inputs, training, run, now)
+        changed = _changed(state, example_inputs, training, run, now)
         if changed or run.outputs.keys() != now.outputs.keys():
             return Difference(f"its output{next(iter(changed), '')} would change in {mode}")
     return None
 
 
-def _changed(model: nn.Module, example_inputs: Any, training: bool, run: _Run, now: _Run) -> list[str]:
+def _changed(state: ModelState, example_inputs: Any, training: bool, run: _Run, now: _Run) -> list[str]:
     """The outputs that differ by more than rounding explains."""
     outputs = {path: (output, now.outputs.get(path)) for path, output in run.outputs.items()}
     if not all(map(torch.equal, run.drawn, now.drawn)):
@@ -77,7 +87,7 @@ def _changed(model: nn.Module, example_inputs: Any, training: bool, run: _Run, n
     outputs = {path: pair for path, pair in outputs.items() if not close(*pair)}
     if not outputs:
         return []
-    others = [_run(model, example_inputs, training, weights).outputs for weights in jittered(model)]
+    others = [_run(state, example_inputs, training, weights).outputs for weights in jittered(state.model)]
     return [
         path
         for path, pair in outputs.items()
@@ -85,9 +95,12 @@ def _changed(model: nn.Module, example_inputs: Any, training: bool, run: _Run, n
     ]
 
 
-def _run(model: nn.Module, example_inputs: Any, training: bool, weights: dict[str, Tensor] | None = None) -> _Run:
-    """What the model gives in a mode, with other weights if there are any."""
-    with preserve_state(model, weights=True), torch.no_grad(), NoDropout():
+def _run(state: ModelState, example_inputs: Any, training: bool, weights: dict[str, Tensor] | None = None) -> _Run:
+    """What a model gives in a mode, with other weights if there are any. It comes back to its state."""
+    model = state.model
+    with state.kept(), torch.no_grad(), NoDropout():
+        for parameter in model.parameters():
+            parameter.grad = None  # the user's forward may run backward
         torch.manual_seed(0)
         args, kwargs = bind(example_inputs)
         try:
@@ -105,5 +118,5 @@ def _drawn() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
-def _kept(value: Any) -> Any:
+def _kept(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, prod
 from types import NoneType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -57,7 +56,7 @@ class Growth:
         notes: fallbacks that the solution needed.
     """
 
-    operator: Any
+    operator: object
     where: str
     neurons: int
     gain: float
@@ -341,7 +340,7 @@ def cost_of(dag: Dag, change: Change) -> Cost:
         for name, at in change.index_maps.items()
         if name in parameters
     }
-    uses = weight_uses(dag.graph, dag.layers)
+    uses = weight_uses(dag.program.graph, dag.layers)
     flops = sum(2 * entries[name] * uses[name] for name in uses if name in entries and parameters[name].ndim > 1)
     paths = [path.cost() for path in change.new_paths]
     return Cost(sum(entries.values()) + sum(p for p, _ in paths), flops + sum(f for _, f in paths))

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -69,7 +68,7 @@ class GrowthLog:
     since: int = field(default_factory=perf_counter_ns)
     informed: set[ref[Optimizer]] = field(default_factory=set)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         """What a copy or a pickle holds in its place: something empty that every reader of pickles knows."""
         return OrderedDict, ()
 

@@ -1,13 +1,16 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from dagrow._comparison import close, jittered, rounding
 from dagrow._model_state import preserve_state
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.statistics import Objective
-from dagrow.surgery._apply import preview
+from dagrow.surgery._apply import preview, replaced
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
 
@@ -16,6 +19,9 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
     """New channels with zero fan-out do not change the loss.
 
     Args:
+        dag: of the model.
+        objective: the loss, of which one batch is looked at.
+        change: the widening.
         where: the axes that are wider, for the message.
 
     Raises:
@@ -51,10 +57,18 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)
-        with preview(dag, change):
-            after = objective.value(batch, change.tensors(dag.model, gamma))
+        with preview(dag, change, change.tensors(dag.model, gamma)):
+            after = objective.value(batch)
         allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
         same = close(before, after, allowed)
         if not same:
-            same = close(before, after, rounding(before, [objective.value(batch, w) for w in jittered(dag.model)]))
+            same = close(before, after, rounding(before, _jittered_losses(dag, objective, batch)))
     return float(before), float(after), same
+
+
+def _jittered_losses(dag: Dag, objective: Objective, batch: object) -> Iterator[Tensor]:
+    """The loss of a batch where weights are off in their last digit."""
+    for weights in jittered(dag.model):
+        with replaced(dag.model, weights):
+            loss = objective.value(batch)
+        yield loss

@@ -94,14 +94,14 @@ def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: 
         reader, writer = copies[path.reader], copies[path.writer]
         with graph.inserting_before(reader):
             added = graph.call_module(path.name, (copies[path.source],))
-        needing, users = dependent(writer), [user for user in writer.users if user is not added]
-        late = [node for node in crossed(writer, added) if node in needing]
+        dependents, users = dependent(writer), [user for user in writer.users if user is not added]
+        late_nodes = [node for node in crossed(writer, added) if node in dependents]
         with graph.inserting_after(max(writer, added)):
             total = graph.call_function(operator.add, (writer, added))
         for user in users:
             user.replace_input_with(writer, total)
         last = total
-        for node in late:
+        for node in late_nodes:
             last.append(node)
             last = node
 
@@ -134,7 +134,7 @@ def dependent(origin: fx.Node) -> set[fx.Node]:
     return nodes
 
 
-def described(module: nn.Module) -> dict[str, dict[str, Any]]:
+def layer_specs(module: nn.Module) -> dict[str, dict[str, object]]:
     """The layers of a path as plain values.
 
     Returns:
@@ -158,20 +158,20 @@ def _type_name(layer: nn.Module) -> str:
     return name
 
 
-def _arguments(layer: nn.Module) -> dict[str, Any]:
+def _arguments(layer: nn.Module) -> dict[str, object]:
     names = [name for name in inspect.signature(type(layer).__init__).parameters if name not in ("self", "device")]
     arguments = {name: getattr(layer, name) for name in names if hasattr(layer, name) and name != "dtype"}
     return {name: value is not None if name == "bias" else value for name, value in arguments.items()}
 
 
 def rebuilt(layers: Mapping[str, Mapping[str, Any]], inputs: int, outputs: int) -> nn.Module:
-    """The inverse of :func:`described`, for other numbers of channels at both ends; all weights are zero."""
+    """The inverse of :func:`layer_specs`, for other numbers of channels at both ends; all weights are zero."""
     arguments = {name: dict(layer) for name, layer in layers.items()}
     weighted = [layer for layer in arguments.values() if WIDTHS & layer.keys()]
     for layer, side, size in ((weighted[0], "in_", inputs), (weighted[-1], "out_", outputs)):
         layer.update({name: size for name in WIDTHS & layer.keys() if name.startswith(side)})
     modules = {name: _built(_layer_type(layer.pop("type")), layer) for name, layer in arguments.items()}
-    return blank(modules[""] if "" in modules else nn.Sequential(OrderedDict(modules)))
+    return zeroed(modules[""] if "" in modules else nn.Sequential(OrderedDict(modules)))
 
 
 def _layer_type(name: str) -> type[nn.Module]:
@@ -186,7 +186,7 @@ def _built(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
     return skip_init(kind, **arguments) if WIDTHS & arguments.keys() else kind(**arguments)
 
 
-def blank(module: nn.Module) -> nn.Module:
+def zeroed(module: nn.Module) -> nn.Module:
     """Makes all parameters of a module zero.
 
     Args:

@@ -123,10 +123,10 @@ def adopt(optimizer: Optimizer, new: Iterable[Tensor], others: Iterable[Tensor])
     They join the first of the others that it has. No other optimizer takes them then.
     """
     mine = {id(p) for p in _parameters(optimizer)}
-    near = next(p for p in others if id(p) in mine)
+    neighbour = next(p for p in others if id(p) in mine)
     for parameter in new:
         if id(parameter) not in mine:
-            log_added(parameter, near)
+            log_added(parameter, neighbour)
     regroup(optimizer)
 
 

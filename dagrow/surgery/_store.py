@@ -15,7 +15,7 @@ from dagrow.errors import GrowthError, StoreError, first_line
 from dagrow.graph import Dag, Rule, trace
 from dagrow.surgery._apply import apply, transaction
 from dagrow.surgery._draft import Draft
-from dagrow.surgery._new_layers import NewPath, described, rebuilt
+from dagrow.surgery._new_layers import NewPath, layer_specs, rebuilt
 from dagrow.tracing import added_paths
 
 FORMAT, VERSION = "dagrow", 2
@@ -41,7 +41,7 @@ def save(dag: Dag, path: str | os.PathLike[str]) -> None:
     odd = [name for name, value in state.items() if not isinstance(value, Tensor) or value.layout is not torch.strided]
     if odd:
         raise StoreError(f"{', '.join(odd)} in the model's state_dict cannot be saved: only dense tensors can.")
-    paths = [[*record, described(dag.model.get_submodule(record[0]))] for record in added_paths(dag.model)]
+    paths = [[*record, layer_specs(dag.model.get_submodule(record[0]))] for record in added_paths(dag.model)]
     content = {"format": FORMAT, "version": VERSION, "branches": paths, "widths": widths, "state": state}
     target = _path(path)
     try:
@@ -96,7 +96,7 @@ def load(
     return dag
 
 
-def _read(path: Path) -> tuple[list[Any], dict[str, int], dict[str, Any]]:
+def _read(path: Path) -> tuple[list[Any], dict[str, int], dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -183,14 +183,14 @@ def _widen(dag: Dag, name: str, width: int) -> None:
         raise StoreError(f"the model does not take the widths in the file: {error}") from error
 
 
-def _check_state(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    missing, extra = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
+def _check_state(present: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(present.keys() - state.keys()), sorted(state.keys() - present.keys())
     if missing or extra:
         raise StoreError(
             f"the file is of another architecture: it lacks {missing} and has {extra} instead. Build the model as it "
             "was built before it was grown and saved."
         )
-    for name, tensor in here.items():
+    for name, tensor in present.items():
         stored = state[name]
         if (tensor.shape, tensor.dtype) != (stored.shape, stored.dtype):
             raise StoreError(

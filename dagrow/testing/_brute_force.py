@@ -4,7 +4,7 @@ Nothing here uses the package's moments or solvers.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,8 +85,8 @@ def targets_of(
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
     before = _rows(objective, edges if producer is None or producer.name in names else [*edges, producer])
-    with preview(dag, change):
-        grown = _rows(objective, edges, change.tensors(dag.model, 0.0))
+    with preview(dag, change, change.tensors(dag.model, 0.0)):
+        grown = _rows(objective, edges)
     offered = None if producer is None else (producer, before[producer.name].read)
     return [
         _edge_target(change, edge, before[edge.name], grown[edge.name].read, offered, samples, project, paired)
@@ -237,8 +237,8 @@ def regressed(x: Tensor, y: Tensor) -> Tensor:
     return u @ (u.T @ y)
 
 
-def _rows(objective: Objective, edges: Iterable[Edge], tensors: Mapping[str, Tensor] | None = None) -> dict[str, _Rows]:
-    """The rows of edges, of the model with some parameters or buffers replaced by ``tensors``."""
+def _rows(objective: Objective, edges: Iterable[Edge]) -> dict[str, _Rows]:
+    """The rows of edges."""
     edges, mean = list(edges), objective.reduction == "mean"  # finding that out runs the model, too
     inputs: dict[str, list[Tensor]] = {edge.name: [] for edge in edges}
     goals: dict[str, list[Tensor]] = {edge.name: [] for edge in edges}
@@ -254,7 +254,7 @@ def _rows(objective: Objective, edges: Iterable[Edge], tensors: Mapping[str, Ten
         for batch, n in objective:
             last: dict[str, Tensor] = {}
             with LayerHooks(objective.model, [edge.layer for edge in edges], catch):
-                loss = objective.value(batch, tensors) * (n if mean else 1)
+                loss = objective.value(batch) * (n if mean else 1)
             zeros = [probes[edge.name] for edge in edges]
             for edge, gradient in zip(edges, torch.autograd.grad(loss, zeros, materialize_grads=True), strict=True):
                 inputs[edge.name].append(last[edge.name])

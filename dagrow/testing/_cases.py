@@ -98,7 +98,7 @@ class Case:
 def rescaled(case: Case) -> Case | None:
     """The first input channel times 1000 and its weights divided by it; None if more than layers read the input."""
     dag = case.copy()
-    readers = [user for node in dag.graph.nodes if node.op == "placeholder" for user in node.users]
+    readers = [user for node in dag.program.graph.nodes if node.op == "placeholder" for user in node.users]
     names = {edge.name for edge in dag.edges}
     if not all(user.op == "call_module" and user.target in names for user in readers):
         return None
@@ -116,7 +116,7 @@ def case_of(model: nn.Module) -> Case:
     """A model on random numbers that fit its first layer."""
     model = copy.deepcopy(model).double()
     dag, generator = trace(model), torch.Generator().manual_seed(0)
-    value = next(node.meta["val"] for node in dag.graph.nodes if node.op == "placeholder")
+    value = next(node.meta["val"] for node in dag.program.graph.nodes if node.op == "placeholder")
     x = torch.randn(60, *value.shape[1:], generator=generator, dtype=torch.float64)
     with preserve_state(model), torch.no_grad():
         y = model.eval()(x)

@@ -62,7 +62,7 @@ def full_state(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, object
     return {
         "tensors": {name: _bits(tensor) for name, tensor in tensors.items()},
         "modules": {name: _facts(module) for name, module in model.named_modules()},
-        "dag": (str(dag), str(dag.graph), [repr(layer) for layer in (*dag.edges, *dag.axes)], len(dag.applied)),
+        "dag": (str(dag), str(dag.program.graph), [repr(layer) for layer in (*dag.edges, *dag.axes)], len(dag.applied)),
         "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state(), torch.is_grad_enabled()),
         "optimizer": None
         if optimizer is None

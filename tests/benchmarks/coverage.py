@@ -133,8 +133,8 @@ def _weighed(coverage: Any) -> dict[str, int]:
 
 def _attends(dag: Dag) -> bool:
     """Whether the model has attention: a softmax over what two activations made together, and a product with it."""
-    named = {op_name(node) for node in dag.graph.nodes if node.op != "call_module"}
-    modules = {type(dag.model.get_submodule(str(n.target))) for n in dag.graph.nodes if n.op == "call_module"}
+    named = {op_name(node) for node in dag.program.graph.nodes if node.op != "call_module"}
+    modules = {type(dag.model.get_submodule(str(n.target))) for n in dag.program.graph.nodes if n.op == "call_module"}
     soft = "softmax" in named or nn.Softmax in modules
     return ATTENTION in named or (soft and bool(named & {"matmul", "bmm", "einsum", "baddbmm"}))
 

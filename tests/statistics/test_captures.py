@@ -57,6 +57,6 @@ def test_groups_of_samples(folds: int, samples: int, images: int, seen: int) -> 
     for group, fold in enumerate(batch.groups):
         own = [i for i in range(samples) if (seen + i) % folds == fold]
         expected = image.view(samples, -1)[own].flatten()
-        found = grouped.unflatten(1, (len(batch.groups), 2))[:, group].flatten()
-        assert torch.equal(found[: len(expected)], expected)
-        assert not found[len(expected) :].any()
+        samples_of_fold = grouped.unflatten(1, (len(batch.groups), 2))[:, group].flatten()
+        assert torch.equal(samples_of_fold[: len(expected)], expected)
+        assert not samples_of_fold[len(expected) :].any()

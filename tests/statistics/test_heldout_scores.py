@@ -128,10 +128,10 @@ def test_what_judges_a_sample_has_not_seen_its_goals(
     rows = SampleScores.rows
 
     def kept(self: SampleScores, batch: Any) -> Tensor:
-        found = rows(self, batch)
+        scores = rows(self, batch)
         if isinstance(self.parts[0], honest):
-            seen.append(2 * found[:, 1] - found[:, 0])
-        return found
+            seen.append(2 * scores[:, 1] - scores[:, 0])
+        return scores
 
     monkeypatch.setattr(SampleScores, "rows", kept)
     x, y = data()
@@ -183,20 +183,20 @@ def test_the_order_in_which_consumers_run_makes_no_difference(kernel: int, strid
             self.double()
 
         def forward(self, x: Tensor) -> Tensor:
-            h, found = torch.tanh(self.one(x)), {}
+            h, means = torch.tanh(self.one(x)), {}
             for layer in (self.near, self.far) if self.turned else (self.far, self.near):
-                found[layer] = layer(h).mean((2, 3))
-            return torch.cat([found[self.far], found[self.near]], 1)
+                means[layer] = layer(h).mean((2, 3))
+            return torch.cat([means[self.far], means[self.near]], 1)
 
     torch.manual_seed(3)
     x = torch.randn(80, 2, 6, 6, dtype=DOUBLE)
     y = torch.sin(3 * x).mean((2, 3)).repeat(1, 2)
-    one, other = (
+    growth, turned_growth = (
         dagrow.propose(dagrow.trace(Both(turned), x[:2]), [(x, y)], loss, [AddNeurons(k=1, ridge=RIDGE)])[0]
         for turned in (False, True)
     )
-    assert one.z == pytest.approx(other.z, rel=1e-6)
-    assert one.heldout_gain == pytest.approx(other.heldout_gain, rel=1e-6)
+    assert growth.z == pytest.approx(turned_growth.z, rel=1e-6)
+    assert growth.heldout_gain == pytest.approx(turned_growth.heldout_gain, rel=1e-6)
 
 
 @dataclass(frozen=True)

@@ -80,15 +80,15 @@ def test_gradients_need_not_be_enabled(switch) -> None:
     net, (x, y) = model(), samples()
     expected = measured(net, x, y)
     with switch():
-        found = measured(net, x, y)
-    close(found[READS, GOAL], expected[READS, GOAL])
+        moments = measured(net, x, y)
+    close(moments[READS, GOAL], expected[READS, GOAL])
 
 
 def test_frozen_weights_have_goals_too() -> None:
     net, (x, y) = model(), samples()
     expected = measured(net, x, y)
-    found = measured(net.requires_grad_(False), x, y)
-    close(found[READS, GOAL], expected[READS, GOAL])
+    moments = measured(net.requires_grad_(False), x, y)
+    close(moments[READS, GOAL], expected[READS, GOAL])
 
 
 def test_a_model_that_takes_another_way_than_when_it_was_traced() -> None:

@@ -46,15 +46,15 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     """
     place, scale = settings.place, (settings.place.measured, settings.place.measured)
     moved = {c.name: c for c in place.apart() if settings.project and place.reads(c) is not None}
-    here = [c for c in place.linear() if c.name not in moved]
-    blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in here}
-    own = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
-    moments = yield Needs([*_pairs(blocks), *own, *([] if moved else [scale])])
+    unmoved = [c for c in place.linear() if c.name not in moved]
+    blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in unmoved}
+    move_pairs = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
+    moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else [scale])])
     residuals = {name: _residual(settings, moments, consumer) for name, consumer in moved.items()}
     if moved:
-        more = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
-        moments = moments.joined((yield Needs([*_pairs(more), scale])))
-        blocks |= more
+        residual_blocks = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
+        moments = moments.joined((yield Needs([*_pairs(residual_blocks), scale])))
+        blocks |= residual_blocks
     if not blocks:
         random = drawn(place, settings.k or OPEN, settings.seed)
         notes = ("random: linear theory does not reach the consumers",)
@@ -143,11 +143,7 @@ def _explained(
     goals: Sequence[tuple[str, OutputGoal | ResidualGoal]],
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]],
 ) -> SampleScores:
-    """What directions from the other folds explain of each sample: whether that is more than chance.
-
-    Args:
-        goals: of consumers, in the order of the fits.
-    """
+    """What directions from the other folds explain of each sample; the goals of consumers, in the order of the fits."""
     targets = []
     for name, goal in goals:
         arrival = place.arrivals[name]

@@ -116,13 +116,14 @@ class _Units:
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
     def kept_of(self, consumer: Edge, choice: Tensor) -> Callable[[MomentView], Tensor]:
-        """From moments of the other folds the units that they would have kept, as measured features at a consumer.
-
-        Where directions are scored by themselves, those that are kept are scored only by what they are fitted to.
-        """
+        """From moments of the other folds the units that they would have kept, as measured features at a consumer."""
 
         def kept(train: MomentView) -> Tensor:
-            return choice if self.proposal.explained else _per_slot(self.kept(train), self.slots(consumer))
+            if (
+                self.proposal.explained
+            ):  # directions are scored by themselves, and units only by what they are fitted to
+                return choice
+            return _per_slot(self.kept(train), self.slots(consumer))
 
         return kept
 

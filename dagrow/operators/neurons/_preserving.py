@@ -1,7 +1,6 @@
 """Initialisations that leave the function as it is at every amplitude: zero fan-out, GradMax, Net2Net copies."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dagrow.axes import WideningPlan
 from dagrow.graph import Axis, Dag
-from dagrow.operators._base import Needs, Steps
+from dagrow.operators._base import Needs, Operator, Steps
 from dagrow.operators.neurons._places import places
 from dagrow.solvers import Moments, Pair, leading_svd
 from dagrow.statistics import Objective, OutputGoal
@@ -28,7 +27,7 @@ class NewUnits:
         seed: of random draws.
     """
 
-    operator: Any
+    operator: Operator
     dag: Dag
     axis: Axis
     k: int
@@ -36,8 +35,8 @@ class NewUnits:
 
     def checked(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
-        near = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
-        goals = [OutputGoal(edge.name) for edge in near if not edge.shared]
+        edges = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
+        goals = [OutputGoal(edge.name) for edge in edges if not edge.shared]
         return [(goal, goal) for goal in goals[:1]]
 
     def draft(self) -> tuple[Draft, WideningPlan]:

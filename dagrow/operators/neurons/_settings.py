@@ -1,8 +1,9 @@
 """What operators ask for where they add neurons."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from dagrow.operators._base import Operator
 from dagrow.operators.neurons._places import Place
 
 
@@ -24,7 +25,7 @@ class NeuronSettings:
         seed: of random draws.
     """
 
-    operator: Any
+    operator: Operator
     place: Place
     ridges: tuple[float, ...] = (0.0,)
     k: int | None = None

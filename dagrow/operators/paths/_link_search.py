@@ -112,7 +112,7 @@ class _Order:
         self.fixed = [0]  #: how many of the first nodes could not run later
         self.without: set[fx.Node] = set()
         graded = True
-        for index, node in enumerate(dag.graph.nodes):
+        for index, node in enumerate(dag.program.graph.nodes):
             self.place[node] = index
             graded = bool(node.args[0]) if node.target is torch._C._set_grad_enabled else graded
             self.fixed.append(self.fixed[-1] + _is_fixed(node, modules))
@@ -220,7 +220,7 @@ def _same_sizes(dag: Dag, source: fx.Node, writing: fx.Node, until: int) -> bool
 
 def _samples(dag: Dag) -> torch.Size | None:
     """How many there were in the example, if the first input tells."""
-    first = next((node.meta["val"] for node in dag.graph.nodes if node.op == "placeholder"), None)
+    first = next((node.meta["val"] for node in dag.program.graph.nodes if node.op == "placeholder"), None)
     return first.shape[:1] if isinstance(first, torch.Tensor) else None
 
 
@@ -230,6 +230,9 @@ def _smallest_kernel(sizes: Sequence[Sequence[tuple[int, int]]], kernel: int) ->
     Args:
         sizes: along each dimension both sizes, for some inputs that the model takes.
         kernel: the least that is wanted.
+
+    Returns:
+        The kernel, its stride and its margins; None if there is none.
     """
     lines = [line for along in sizes if (line := _line(along, kernel)) is not None]
     if len(lines) < len(sizes):

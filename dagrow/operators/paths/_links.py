@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +18,7 @@ from dagrow.graph import Dag, Edge
 from dagrow.layers import Geometry
 from dagrow.solvers import Regression
 from dagrow.statistics import ActivationGoal, Feature, InputFeatures, MeanInputs, OutputGoal, PatchInputs, Stacked
-from dagrow.surgery import Draft, NewPath, blank
+from dagrow.surgery import Draft, NewPath, zeroed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MEANS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -123,9 +122,9 @@ class PathSite:
             return self._blank(nn.Linear, inputs, self.outputs, bias=False)
         return self._blank(_CONVOLUTIONS[self.geometry.space - 1], inputs, self.outputs, 1, bias=False)
 
-    def _blank(self, kind: type[nn.Module], *sizes: Any, bias: bool) -> nn.Module:
+    def _blank(self, kind: type[nn.Module], *sizes: int | tuple[int, ...], bias: bool) -> nn.Module:
         layer: nn.Module = skip_init(kind, *sizes, bias=bias)  # draws no random numbers
-        return blank(layer).to(self.target.parameters()["weight"])
+        return zeroed(layer).to(self.target.parameters()["weight"])
 
     @property
     def outputs(self) -> int:

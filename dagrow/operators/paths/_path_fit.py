@@ -8,12 +8,11 @@ directions of ``P'^-1/2 N``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dagrow.operators._base import Needs, Steps, scored
+from dagrow.operators._base import Needs, Operator, Steps, scored
 from dagrow.operators.paths._links import PathSite
 from dagrow.solvers import (
     Fit,
@@ -47,7 +46,7 @@ class PathForm:
         invariant: see :class:`dagrow.Growth`.
     """
 
-    operator: Any
+    operator: Operator
     basis: Basis
     layers: LayerBuilder
     ridges: tuple[float, ...]

@@ -61,13 +61,7 @@ def screen_sites(
 
 
 def _sketch(features: Feature, squares: Tensor, activation: nn.Module | None) -> Feature:
-    """Random combinations of features of equal size.
-
-    Args:
-        features: what is combined.
-        squares: the mean square of each.
-        activation: of new hidden units, None for a path without.
-    """
+    """Random combinations of features, brought to equal size by the mean square of each."""
     scale = torch.where(squares > 0, squares, 1).rsqrt() * (squares > 0)
     if activation is None and len(squares) <= COLUMNS:
         return Hidden(features, scale.diag(), nn.Identity())
