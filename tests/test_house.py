@@ -12,9 +12,9 @@ MAY["graph"] = MAY["axes"] | {"axes"}
 MAY["statistics"] = MAY["graph"] | {"graph", "solvers"}
 MAY["surgery"] = MAY["statistics"] | {"statistics"}
 MAY["operators"] = SUPPORT | {"surgery", "statistics", "graph", "axes", "layers", "solvers"}
-MAY["growing"] = MAY["operators"] | {"operators", "pictures", "tracing"}
+MAY["growing"] = SUPPORT | {"operators", "surgery", "statistics", "graph", "solvers", "pictures"}
 MAY["reporting"] = SUPPORT | {"graph", "growing", "operators", "pictures", "surgery"}
-MAY["testing"] = MAY["growing"] | {"growing"}
+MAY["testing"] = MAY["surgery"] | {"surgery", "operators", "growing"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -3,12 +3,11 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
-from dagrow.axes import disjoint
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
 from dagrow.statistics import Objective, measure
-from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, preview
+from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, disjoint, preview
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
-from dagrow.growing._records import growable_widths, grown_of, snapshot
+from dagrow.growing._records import growable_widths, grown_of, snapshot_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
@@ -29,7 +29,7 @@ from dagrow.surgery import Growth, Receipt, check_optimizer, transaction
 class _State:
     """What changes from step to step."""
 
-    left: Budget
+    budget: Budget  # what is left of it
     history: History
 
 
@@ -86,7 +86,7 @@ class Grower:
         self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
-        self._state = _State(budget, History(snapshots=(snapshot(dag),)))
+        self._state = _State(budget, History(snapshots=(snapshot_of(dag),)))
         self._check_places()
 
     @property
@@ -97,7 +97,7 @@ class Grower:
     @property
     def left(self) -> Budget:
         """What is left of the budget."""
-        return self._state.left
+        return self._state.budget
 
     @property
     def over(self) -> str | None:
@@ -149,12 +149,13 @@ class Grower:
         validation_loss = None if judge is None else judge.mean()
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
-        asked, left, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
+        asked, budget, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
         share = now.share if asked or "share" in vars(now) else None
         if asked:
-            parts = self._grow(objective, judge or objective, left)
+            parts = self._grow(objective, judge or objective, budget)
             for part in parts:
-                left = left.minus(_growth(part))
+                assert part.growth is not None
+                budget = budget.minus(part.growth)
         record = Record(
             epoch,
             time.perf_counter() - self._begun,
@@ -168,7 +169,7 @@ class Grower:
             self.dag.flop_count(),
         )
         receipt = combined(parts, loss)
-        self._state = _State(left, self._recorded(record, left))
+        self._state = _State(budget, self._recorded(record, budget))
         return receipt
 
     def _share(self, objective: Objective) -> float:
@@ -178,10 +179,10 @@ class Grower:
         goal = sum(edge.goal for edge in edges)
         return sum(edge.bottleneck for edge in edges) / goal if goal else 0.0
 
-    def _grow(self, objective: Objective, judge: Objective, left: Budget) -> list[Receipt]:
+    def _grow(self, objective: Objective, judge: Objective, budget: Budget) -> list[Receipt]:
         """Applies a plan. After each growth what is left of it is measured and planned again."""
-        left, parts = left.intersect(self.per_step), list[Receipt]()
-        plan = self._plan(objective, judge, left, parts)
+        budget, parts = budget.intersect(self.per_step), list[Receipt]()
+        plan = self._plan(objective, judge, budget, parts)
         places = {place(growth) for growth in plan}
         while plan:
             growth = plan.pop(0)
@@ -190,26 +191,26 @@ class Grower:
             if receipt is None:
                 continue
             parts.append(receipt)
-            left = left.minus(growth)
-            plan = self._plan(objective, judge, left, parts, places) if places else []
+            budget = budget.minus(growth)
+            plan = self._plan(objective, judge, budget, parts, places) if places else []
         return parts
 
     def _plan(
         self,
         objective: Objective,
         judge: Objective,
-        left: Budget,
+        budget: Budget,
         parts: Sequence[Receipt],
         places: set[tuple[str, str]] | None = None,
     ) -> list[Growth]:
-        affordable = [operator for operator in self.operators if not left.is_spent(operator.least_neurons or 0)]
+        affordable = [operator for operator in self.operators if not budget.is_spent(operator.least_neurons or 0)]
         operators = [operator for operator in affordable if self._has_places(operator)]
         if not operators:
             return []
         growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
         candidates = [growth for growth in applicable(growths) if places is None or place(growth) in places]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
-        return greedy_plan(candidates, left, self.policy, judge, past)
+        return greedy_plan(candidates, budget, self.policy, judge, past)
 
     def _check_places(self) -> None:
         """Refuses early what nothing can be made of. An operator may find its places in what others grow."""
@@ -234,12 +235,12 @@ class Grower:
         adding = [operator.least_neurons for operator in self.operators]
         return min((neurons for neurons in adding if neurons is not None), default=1)
 
-    def _recorded(self, record: Record, left: Budget) -> History:
+    def _recorded(self, record: Record, budget: Budget) -> History:
         history = self.history
         steps, snapshots, over = (*history.steps, record), history.snapshots, history.over
         if record.added:
-            snapshots = (*snapshots, snapshot(self.dag, record.epoch))
-        is_spent = left.is_spent(self._least_neurons())
+            snapshots = (*snapshots, snapshot_of(self.dag, record.epoch))
+        is_spent = budget.is_spent(self._least_neurons())
         reasons = ["the budget is spent"] if is_spent else [rule.over(steps) for rule in self.stop]
         over = over or next((reason for reason in reasons if reason), None)
         return replace(history, steps=steps, snapshots=snapshots, over=over)
@@ -248,12 +249,7 @@ class Grower:
         return f"Grower({self.dag!r}, {len(self.history)} steps, {self.over or 'growing'})"
 
 
-def _growth(part: Receipt) -> Growth:
-    assert part.growth is not None
-    return part.growth
-
-
-def _finite(train_loss: Any) -> float:
+def _finite(train_loss: float) -> float:
     """A loss that was given as a number of any kind."""
     try:
         number = float(train_loss)

@@ -27,7 +27,7 @@ def grown_of(receipt: Receipt) -> Grown:
     )
 
 
-def snapshot(dag: Dag, epoch: int | None = None) -> Snapshot:
+def snapshot_of(dag: Dag, epoch: int | None = None) -> Snapshot:
     """The dag as it is now, in plain values."""
     graph, edges = dag.network(), {edge.name: edge for edge in dag.edges}
     links = tuple(

@@ -26,8 +26,7 @@ from dagrow._text import render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
-from dagrow.statistics import Loss, Objective
-from dagrow.tracing import bind
+from dagrow.statistics import Loss, Objective, bind
 
 WINDOW = 10  #: iterations over which progress is judged
 KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
@@ -164,7 +163,7 @@ class _Jacobian:
             self.model.train(self.objective.mode == "train")
             yield
 
-    def _at_output(self, output: Any, target: Any) -> Tensor:
+    def _at_output(self, output: object, target: object) -> Tensor:
         """The user's loss as a function of the output alone."""
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -232,17 +231,15 @@ class _Jacobian:
         return {n: part.view(p.shape).to(p) for (n, p), part in zip(self.parameters.items(), parts, strict=True)}
 
 
-def _names(model: nn.Module, kept: set[str]) -> dict[str, str]:
-    """Every place of a module that holds a tensor (shared ones have several) -> the first name of the tensor.
-
-    A module that is used twice counts once: ``functional_call`` would not put its tensors back under two names.
-    """
+def _names(model: nn.Module, names: set[str]) -> dict[str, str]:
+    """Every place of a module that holds a tensor (shared ones have several) -> the first name of the tensor."""
     first: dict[int, str] = {}
     places: dict[str, str] = {}
+    # a module that is used twice counts once: functional_call would not put its tensors back under two names
     for path, module in model.named_modules():
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             name = f"{path}.{leaf}" if path else leaf
-            if first.setdefault(id(tensor), name) in kept:
+            if first.setdefault(id(tensor), name) in names:
                 places[name] = first[id(tensor)]
     return places
 
@@ -258,26 +255,24 @@ class _Basis:
     """Earlier slopes, to which later ones stay orthogonal: without rounding they would be so by themselves."""
 
     def __init__(self, size: int) -> None:
-        self.most, self.kept = max(1, KEPT // max(1, size)), torch.zeros(0, size, dtype=torch.float64)
+        self.limit, self.slopes = max(1, KEPT // max(1, size)), torch.zeros(0, size, dtype=torch.float64)
 
     def add(self, slope: Tensor) -> None:
-        if len(self.kept) < self.most:
-            self.kept = torch.cat([self.kept, slope[None] / slope.norm()])
+        if len(self.slopes) < self.limit:
+            self.slopes = torch.cat([self.slopes, slope[None] / slope.norm()])
 
     def without(self, slope: Tensor) -> Tensor:
         for _ in range(2):
-            slope = slope - self.kept.T @ (self.kept @ slope)
+            slope = slope - self.slopes.T @ (self.slopes @ slope)
         return slope
 
 
 def _conjugate_gradients(
     jacobian: _Jacobian, slope: Tensor, goal: float, iterations: int, tolerance: float
 ) -> _Solution:
-    """Minimises ``E |v - J x|^2`` from ``slope = E J^T v``; a step lowers it by ``step * |slope|^2``.
-
-    The slope at x is ``E J^T (v - J x)``. Slopes are kept orthogonal, so that in exact arithmetic and here too there
-    are no more iterations than directions that J can follow.
-    """
+    """Minimises ``E |v - J x|^2`` from ``slope = E J^T v``; a step lowers it by ``step * |slope|^2``."""
+    # the slope at x is E J^T (v - J x); slopes are kept orthogonal, so that in exact arithmetic and here too there are
+    # no more iterations than directions that J can follow
     move, direction, square, residual = torch.zeros_like(slope), slope.clone(), float(slope @ slope), goal
     smallest, basis = jacobian.resolution**2 * square, _Basis(len(slope))
     recent: deque[float] = deque([goal], maxlen=WINDOW)

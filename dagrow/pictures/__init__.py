@@ -16,7 +16,7 @@ It knows nothing of models, dags or growths, so that a history can be drawn wher
 True
 """
 
-from dagrow.pictures._figures import blank, check_figure, tidy, write
+from dagrow.pictures._figures import check_figure, empty_figure, tidy, write
 from dagrow.pictures._graph_plot import draw_graph
 from dagrow.pictures._history_plots import draw_plot, draw_widths, log_scale
 from dagrow.pictures._page import write_page
@@ -28,11 +28,11 @@ __all__ = [
     "Link",
     "Record",
     "Snapshot",
-    "blank",
     "check_figure",
     "draw_graph",
     "draw_plot",
     "draw_widths",
+    "empty_figure",
     "log_scale",
     "tidy",
     "write",

@@ -44,7 +44,7 @@ def _backend() -> tuple[Any, dict[str, str]]:
     return Figure, FigureCanvasAgg.get_supported_filetypes()
 
 
-def blank(width: float, height: float) -> Any:
+def empty_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure.
 
     Args:
@@ -100,6 +100,6 @@ def colormap(name: str) -> Any:
     return colormaps[name]
 
 
-def short_name(name: str, most: int = 22) -> str:
+def short_name(name: str, length: int = 22) -> str:
     """The end tells names of modules apart."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dagrow.pictures._figures import BAND, BEGINNING, blank, check_figure, colormap, short_name, write
+from dagrow.pictures._figures import BAND, BEGINNING, check_figure, colormap, empty_figure, short_name, write
 from dagrow.pictures._graph_layout import Arrow, Bar, Layout, graph_layout
 from dagrow.pictures._records import Snapshot
 
@@ -25,7 +25,7 @@ def draw_graph(snapshots: Sequence[Snapshot], path: Path) -> None:
     check_figure(path)
     layout = graph_layout(snapshots)
     crowded = layout.columns > CROWDED
-    drawing = blank(
+    drawing = empty_figure(
         min(40, max(7, (0.8 if crowded else 1.5) * layout.columns + 1)), min(20, max(3.8, 1.8 * layout.lanes + 2))
     )
     axes = drawing.subplots()
@@ -56,9 +56,9 @@ class _Colors:
     def legend(self, drawing: Any) -> None:
         from matplotlib.patches import Patch
 
-        shown = self.epochs[:: max(1, -(-len(self.epochs) // 8))]
+        labelled = self.epochs[:: max(1, -(-len(self.epochs) // 8))]
         patches = [Patch(color=BEGINNING, label="at first")]
-        patches += [Patch(color=self(epoch), label=f"epoch {epoch}") for epoch in shown]
+        patches += [Patch(color=self(epoch), label=f"epoch {epoch}") for epoch in labelled]
         drawing.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
 
 

@@ -9,9 +9,9 @@ from dagrow.pictures._figures import (
     SHARE,
     TRAIN,
     VALIDATION,
-    blank,
     check_figure,
     colormap,
+    empty_figure,
     short_name,
     tidy,
     write,
@@ -33,7 +33,7 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
         FigureError: matplotlib is not installed, or the file cannot be written.
     """
     check_figure(path)
-    drawing = blank(13, 4.2)
+    drawing = empty_figure(13, 4.2)
     loss, widths, share = drawing.subplots(1, 3)
     _draw_losses(loss, records)
     draw_widths(widths, [(records[0].epoch, first), *((r.epoch, r.widths) for r in records)] if records else [])

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from dagrow.pictures._figures import check_place, write_bytes
 from dagrow.pictures._graph_layout import graph_layout
@@ -17,7 +16,7 @@ PLACE = "/*DATA*/"  #: where the page takes its data
 
 def write_page(
     records: Sequence[Record],
-    growths: Sequence[Mapping[str, Any]],
+    growths: Sequence[Mapping[str, object]],
     snapshots: Sequence[Snapshot],
     over: str | None,
     path: Path,
@@ -47,7 +46,7 @@ def write_page(
     write_bytes(page.replace(PLACE, text).encode(), path)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON has no numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

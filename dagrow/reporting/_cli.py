@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -22,32 +22,15 @@ from dagrow.graph import Dag, trace
 from dagrow.pictures import check_figure
 from dagrow.reporting._data import Dataset, digits, mnist
 from dagrow.reporting._demo import Config, Training, compare
-from dagrow.reporting._demo_report import (
-    comparison,
-    ending,
-    equal,
-    figure,
-    growth_head,
-    growth_lines,
-    legend,
-    refusals,
-)
+from dagrow.reporting._demo_report import comparison, ending, equal, figure, growth_head, growth_lines, legend, refusals
 
 WRONG, INTERRUPTED = 2, 130
 ITSELF = "(the model itself)"
 DIGITS, MNIST = Config(epochs=30, growing=20, batch=32), Config(epochs=12, growing=8, batch=128)
-DTYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "long": torch.int64,
-    "int": torch.int32,
-    "bool": torch.bool,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float", "double", "half", "bfloat16", "long", "int", "bool")}
 
 
-class CommandError(Exception):
+class CommandError(DagrowError):
     """What the user gave does not work."""
 
 
@@ -71,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
         sys.stdout.flush()
-    except (CommandError, DagrowError) as error:
+    except DagrowError as error:
         print(f"dagrow {arguments.command}: {_line(error)}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
@@ -153,14 +136,10 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
-
-
 def _say(console: Console, text: str) -> None:
     """Prose, wrapped where it is easy to read."""
     for paragraph in text.split("\n"):
-        _print(console, textwrap.fill(paragraph, min(console.width, 100), break_long_words=False))
+        print(textwrap.fill(paragraph, min(console.width, 100), break_long_words=False))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -199,10 +178,10 @@ def _compared(console: Console, data: Dataset, config: Config) -> list[Training]
 
         def trained(training: Training) -> None:
             for line in growth_lines(training, console.width):
-                _print(console, line)
+                print(line)
             bar.advance(task)
 
-        _print(console, "\n" + growth_head(console.width))
+        print("\n" + growth_head(console.width))
         return compare(data, config, lambda training: bar.update(task, description=training.name), trained)
 
 
@@ -215,9 +194,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     except Exception as error:  # whatever a model does with inputs that do not suit it
         cause = f"{type(error).__name__}: {_line(error)}"
         raise CommandError(f"{arguments.target} cannot be traced with these inputs: {cause}") from error
-    console = Console(highlight=False)
-    _print(console, dag.describe(max(console.width, 60)))
-    _print(console, "\n" + "\n".join(_summary(dag)))
+    print(dag.describe(max(Console().width, 60)), "", *_summary(dag), sep="\n")
 
 
 def _summary(dag: Dag) -> Iterable[str]:
@@ -239,7 +216,7 @@ def _model(target: str) -> nn.Module:
     if not all(f"{module}.{attribute}".split(".")):
         raise CommandError(f"{target!r} does not name a model; give module:name, such as mypackage.models:make.")
     try:
-        named: Any = reduce(getattr, attribute.split("."), _imported(module))
+        named: object = reduce(getattr, attribute.split("."), _imported(module))
     except AttributeError as error:
         raise CommandError(f"module {module!r} has no {attribute!r}.") from error
     if isinstance(named, nn.Module):
@@ -255,7 +232,7 @@ def _model(target: str) -> nn.Module:
     return model
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()

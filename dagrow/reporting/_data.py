@@ -52,11 +52,7 @@ class Dataset:
 
 
 def digits(seed: int = 0) -> Dataset:
-    """1797 images of 8 x 8 pixels, bundled with scikit-learn: a fifth to test, a fifth of the rest to validate.
-
-    Raises:
-        DataError: scikit-learn is not installed.
-    """
+    """1797 images of 8 x 8 pixels, bundled with scikit-learn: a fifth to test, a fifth of the rest to validate."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -73,6 +69,9 @@ def mnist(folder: str | Path, seed: int = 0) -> Dataset:
     Args:
         folder: where the four IDX files are, gzipped or not; torchvision's ``MNIST/raw`` below it does as well.
         seed: of the split.
+
+    Returns:
+        Its three parts, standardized by what is trained on.
 
     Raises:
         DataError: a file is missing, damaged, or does not fit the others.
@@ -130,11 +129,7 @@ def _images(images: Path, labels: Path) -> Samples:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The array in an IDX file: two zero bytes, a type code, the number of dimensions, their sizes, the entries.
-
-    Raises:
-        DataError: it cannot be read, or is not a complete IDX file.
-    """
+    """The array in an IDX file: two zero bytes, a type code, the number of dimensions, their sizes, the entries."""
     content = _unzipped(Path(path))
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not content[3]:
         raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}.")

@@ -4,13 +4,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dagrow.graph import trace
-from dagrow.growing import AfterEpoch, EveryEpochs, Grower, History, NothingToAdd, RoundRobin, Schedule, StopRule, grow
+from dagrow.growing import AfterEpoch, EveryEpochs, Grower, History, NothingToAdd, RoundRobin, grow
 from dagrow.operators import AddNeurons
 from dagrow.pictures import Grown
 from dagrow.reporting._data import Dataset, Samples
@@ -96,11 +97,13 @@ def compare(data: Dataset, config: Config, started: Listener = _ignore, trained:
     Args:
         data: what to learn.
         config: what is equal between them.
-        started: told of each of them at first.
-        trained: told of it after each of its epochs.
+        started: hears of each of them at first.
+        trained: hears of it after each of its epochs.
+
+    Returns:
+        The three, trained.
     """
-    stop = [NothingToAdd(config.patience), AfterEpoch(config.growing)]
-    grown = _Trainee("grown", data, config, config.start, EveryEpochs(), stop).train({}, started, trained)
+    grown = _Trainee("grown", data, config, config.start, grows=True).train({}, started, trained)
     random = twin_of(grown, data, config, started, trained)
     scratch = _Trainee("from scratch", data, config, grown.widths).train({}, started, trained)
     return [grown, random, scratch]
@@ -117,15 +120,7 @@ def twin_of(
 class _Trainee:
     """A network, its optimizer, and its grower, which also keeps the records of a network that does not grow."""
 
-    def __init__(
-        self,
-        name: str,
-        data: Dataset,
-        config: Config,
-        widths: Sequence[int],
-        schedule: Schedule = NEVER,
-        stop: Sequence[StopRule] = (),
-    ) -> None:
+    def __init__(self, name: str, data: Dataset, config: Config, widths: Sequence[int], grows: bool = False) -> None:
         self.training, self.data, self.config = Training(name), data, config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -137,18 +132,14 @@ class _Trainee:
             list(zip(s.inputs[: config.measured].split(1000), s.target[: config.measured].split(1000), strict=True))
             for s in (data.train, data.validation)
         )
+        schedule = EveryEpochs() if grows else NEVER
+        stop = [NothingToAdd(config.patience), AfterEpoch(config.growing)] if grows else []
         self.grower = Grower(
             self.dag, cross_entropy, schedule=schedule, policy=RoundRobin(), stop=stop, optimizer=self.optimizer
         )
 
     def train(self, repeated: Mapping[int, Sequence[Grown]], started: Listener, trained: Listener) -> Training:
-        """Trains for all epochs.
-
-        Args:
-            repeated: epoch -> growths of another network after it, whose places get as many random neurons.
-            started: told of the training at first.
-            trained: told of it after each epoch.
-        """
+        """Trains for all epochs; ``repeated`` growths, by epoch, become as many random neurons at the same places."""
         training, begun = self.training, time.perf_counter()
         training.history = self.grower.history
         started(training)
@@ -177,12 +168,7 @@ class _Trainee:
         for init in ("random", "zero"):
             operator = AddNeurons(k=grown.neurons, init=init, axes=(grown.where,), seed=self.config.seed)
             receipt = grow(
-                self.dag,
-                self.measured,
-                cross_entropy,
-                [operator],
-                validation=self.validation,
-                optimizer=self.optimizer,
+                self.dag, self.measured, cross_entropy, [operator], validation=self.validation, optimizer=self.optimizer
             )
             if receipt.parts:
                 self.training.falls.append(receipt.loss_before - receipt.loss_after)
@@ -201,12 +187,5 @@ def _score(part: str, model: nn.Module, samples: Samples) -> dict[str, float]:
 
 
 def _network(features: int, widths: Sequence[int], classes: int) -> nn.Sequential:
-    first, second = widths
-    layers = {
-        "hidden1": nn.Linear(features, first),
-        "act1": nn.SELU(),
-        "hidden2": nn.Linear(first, second),
-        "act2": nn.SELU(),
-        "output": nn.Linear(second, classes),
-    }
-    return nn.Sequential(OrderedDict(layers))
+    first, second, output = (nn.Linear(*sizes) for sizes in pairwise((features, *widths, classes)))
+    return nn.Sequential(OrderedDict(hidden1=first, act1=nn.SELU(), hidden2=second, act2=nn.SELU(), output=output))

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dagrow.pictures import blank, draw_widths, log_scale, tidy, write
+from dagrow.pictures import draw_widths, empty_figure, log_scale, tidy, write
 from dagrow.reporting._data import Dataset
 from dagrow.reporting._demo import Config, Training
 
@@ -105,8 +105,8 @@ def comparison(trainings: Sequence[Training], data: Dataset) -> Table:
         column.justify = "right"
     work = max(training.work for training in trainings)
     rows: dict[str, Callable[[Training], str]] = {
-        "hidden widths, start": lambda t: _list(t.history.snapshots[0].widths.values()),
-        "hidden widths, end": lambda t: _list(t.widths),
+        "hidden widths, start": lambda t: f"{[*t.history.snapshots[0].widths.values()]}",
+        "hidden widths, end": lambda t: f"{[*t.widths]}",
         "parameters": lambda t: f"{t.parameters[-1]:,}",
         "loss fall at growths": lambda t: f"{sum(t.falls):.3f}" if t.falls else "-",
         "train loss": lambda t: f"{t.scores[-1]['train loss']:.4f}",
@@ -126,17 +126,13 @@ def _with_error(accuracy: float, samples: int) -> str:
     return f"{accuracy:.1%} +/- {(accuracy * (1 - accuracy) / samples) ** 0.5:.1%}"
 
 
-def _list(widths: Any) -> str:
-    return f"[{', '.join(map(str, widths))}]"
-
-
 def figure(trainings: Sequence[Training], data: Dataset, path: Path) -> None:
     """Test loss and accuracy of all trainings over epochs, and the widths of the one that grew.
 
     Raises:
         FigureError: matplotlib is not installed, or the file cannot be written.
     """
-    drawing = blank(13, 4.2)
+    drawing = empty_figure(13, 4.2)
     loss, accuracy, widths = drawing.subplots(1, 3)
     for training in trainings:
         color, line = STYLES[training.name]
@@ -153,5 +149,5 @@ def figure(trainings: Sequence[Training], data: Dataset, path: Path) -> None:
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy, widths):
         tidy(axes)
-    drawing.suptitle(f"{data.name}: from {_list(first.values())} to {_list(trainings[0].widths)}")
+    drawing.suptitle(f"{data.name}: from {[*first.values()]} to {[*trainings[0].widths]}")
     write(drawing, path)

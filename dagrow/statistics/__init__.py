@@ -42,6 +42,7 @@ from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
+from dagrow.tracing import bind
 
 __all__ = [
     "ActivationGoal",
@@ -69,6 +70,7 @@ __all__ = [
     "Stacked",
     "Step",
     "TapFeatures",
+    "bind",
     "fan_out_score",
     "measure",
     "move_score",

@@ -24,6 +24,7 @@ Sequential(
 Linear(in_features=5, out_features=3, bias=True)
 """
 
+from dagrow.axes import disjoint
 from dagrow.surgery._apply import grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
@@ -45,6 +46,7 @@ __all__ = [
     "check_unchanged",
     "cost_of",
     "dependent",
+    "disjoint",
     "grown",
     "load",
     "preview",

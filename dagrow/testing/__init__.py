@@ -20,22 +20,18 @@ from dagrow.testing._axis_trial import try_axes, try_axis
 from dagrow.testing._cases import Case
 from dagrow.testing._check_operator import LAWS, Law, check_operator
 from dagrow.testing._laws import (
-    Interruption,
     additivity,
-    atomicity,
     check_descent,
     check_drop,
     check_slope,
     descent,
-    gentle,
     invariance,
     optimality,
     preservation,
-    regrowth,
     residual,
     slope,
-    undoing,
 )
+from dagrow.testing._laws_of_state import Interruption, atomicity, gentle, regrowth, undoing
 
 __all__ = [
     "LAWS",

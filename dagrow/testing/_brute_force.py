@@ -48,8 +48,12 @@ class Target:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What an edge reads, as it comes and as rows; and minus the gradient of each sample's loss at a zero that is added
-    to what it writes, as rows.
+    """An edge in one run.
+
+    Attributes:
+        inputs: what it reads, as it comes.
+        read: the same as rows ``[rows, i]``.
+        goal: minus the gradient of each sample's loss at a zero that is added to what it writes ``[rows, o]``.
     """
 
     inputs: Tensor
@@ -69,6 +73,9 @@ def targets_of(
         mode: of the model.
         project: whether the growth is after ``v_perp`` rather than ``v``.
         paired: whether every two new units are one feature, with opposite fan-in and fan-out.
+
+    Returns:
+        One for each target that the gain is of.
     """
     dag, change, names = growth.dag, growth.change, list(growth.gain_from)
     objective = Objective(dag.model, batches, loss, mode=mode)
@@ -96,18 +103,13 @@ def _edge_target(
     change: Change,
     edge: Edge,
     before: _Rows,
-    read: Tensor,
-    offered: tuple[Edge, Tensor] | None,
+    read: Tensor,  # in the grown model
+    offered: tuple[Edge, Tensor] | None,  # the only producer of the new features, and what that reads
     samples: int,
     project: bool,
     paired: bool,
 ) -> Target:
-    """A layer that reads new features, or whose weights move.
-
-    Args:
-        read: what it reads in the grown model.
-        offered: the only producer of the new features, and what that reads.
-    """
+    """A layer that reads new features, or whose weights move."""
     reads, goal = before.read, before.goal
     if edge.bias:
         reads = torch.cat([reads, reads.new_ones(len(reads), 1)], 1)
@@ -157,11 +159,11 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
     still = [target] * (bool(branch.writes) and target.trainable)
     movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or still
     rows = _rows(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
-    known = [rows[edge.name].read for edge in movers]
+    columns = [rows[edge.name].read for edge in movers]
     goal = rows[target.name].goal if branch.writes else _residual_goal(growth, branch, objective)
     if any(edge.bias for edge in movers):
-        known.append(goal.new_ones(len(goal), 1))
-    reads = torch.cat(known, 1) if known else goal[:, :0]
+        columns.append(goal.new_ones(len(goal), 1))
+    reads = torch.cat(columns, 1) if columns else goal[:, :0]
     read, written = _last_layer(branch, change, rows[reader.name].inputs)
     for edge in movers:
         weight, bias = change.slope.get(edge.path("weight")), change.slope.get(edge.path("bias"))
@@ -180,9 +182,7 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
 
 
 def _last_layer(branch: NewPath, change: Change, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What the last of some new layers reads, with the constant of its bias, and what it writes at gamma = 1, as
-    rows.
-    """
+    """Rows that the last of the new layers reads, with the constant of its bias, and writes at gamma = 1."""
     module = copy.deepcopy(branch.module)
     with torch.no_grad():
         for name, parameter in module.named_parameters(branch.name):
@@ -221,10 +221,8 @@ def _residual_goal(growth: Growth, branch: NewPath, objective: Objective) -> Ten
 
 
 def _certain(x: Tensor) -> bool:
-    """No direction is so weak, ``5e-5 > s > 1e-10`` of the largest, that its square in float64 is lost in noise.
-
-    Normal equations are off by about ``2e-16 / s^2``, less than 1e-7 of what they explain only for larger s.
-    """
+    """No direction is so weak, ``5e-5 > s > 1e-10`` of the largest, that its square in float64 is lost in noise."""
+    # normal equations are off by about 2e-16 / s^2, less than 1e-7 of what they explain only for larger s
     s = torch.linalg.svdvals(x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny))
     return not bool(((s < 5e-5 * s.max()) & (s > 1e-10 * s.max())).any()) if len(s) else True
 

@@ -78,7 +78,7 @@ class Case:
                 if isinstance(module, nn.modules.dropout._DropoutNd):
                     module.eval()
             arguments = [bind(inputs) for inputs, _ in self.batches]
-            return torch.cat([functional_call(model, dict(tensors or {}), *both) for both in arguments])
+            return torch.cat([functional_call(model, dict(tensors or {}), *call) for call in arguments])
 
     def grown(self, growth: Growth, gamma: float, mode: str = "eval") -> Tensor:
         """Computes what :meth:`outputs` would give after a growth.
@@ -98,12 +98,12 @@ class Case:
 def rescaled(case: Case) -> Case | None:
     """The first input channel times 1000 and its weights divided by it; None if more than layers read the input."""
     dag = case.copy()
-    read = [user for node in dag.program.graph.nodes if node.op == "placeholder" for user in node.users]
+    readers = [user for node in dag.program.graph.nodes if node.op == "placeholder" for user in node.users]
     names = {edge.name for edge in dag.edges}
-    if not all(user.op == "call_module" and user.target in names for user in read):
+    if not all(user.op == "call_module" and user.target in names for user in readers):
         return None
     batches = [(x.clone(), y) for x, y in case.batches]
-    edges = [dag.edge(str(user.target)) for user in read]
+    edges = [dag.edge(str(user.target)) for user in readers]
     with torch.no_grad():
         for edge in edges:
             edge.matrix(edge.parameters()["weight"])[:, 0] /= 1000

@@ -6,18 +6,8 @@ from torch import nn
 
 from dagrow.operators import Operator
 from dagrow.testing._cases import Case, built_in, case_of
-from dagrow.testing._laws import (
-    additivity,
-    atomicity,
-    descent,
-    invariance,
-    optimality,
-    preservation,
-    regrowth,
-    residual,
-    slope,
-    undoing,
-)
+from dagrow.testing._laws import additivity, descent, invariance, optimality, preservation, residual, slope
+from dagrow.testing._laws_of_state import atomicity, regrowth, undoing
 
 Law = Callable[[Operator, Case], None]
 LAWS: tuple[Law, ...] = (
@@ -48,8 +38,8 @@ def check_operator(
     Raises:
         AssertionError: a law does not hold, or the operator proposes nothing on any of the models.
     """
-    chosen = built_in() if models is None else models
-    cases = [model if isinstance(model, Case) else case_of(model) for model in chosen]
+    models = built_in() if models is None else models
+    cases = [model if isinstance(model, Case) else case_of(model) for model in models]
     assert any(case.propose(operator, case.copy()) for case in cases), f"{operator!r} proposes nothing"
     for case in cases:
         for law in laws:

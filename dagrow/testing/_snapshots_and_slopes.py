@@ -22,15 +22,12 @@ def assert_close(
     assert a.shape == e.shape, f"{what}: shape {tuple(a.shape)}, not {tuple(e.shape)}"
     if a.numel():
         apart, allowed = float((a - e).abs().max()), atol + rtol * float(e.abs().max())
-        shown = f"{float(a):.10g}, not {float(e):.10g}" if a.ndim == 0 else "tensors"
-        assert apart <= allowed, f"{what}: {shown}; apart by {apart:.3g}, allowed {allowed:.3g}"
+        numbers = f"{float(a):.10g}, not {float(e):.10g}" if a.ndim == 0 else "tensors"
+        assert apart <= allowed, f"{what}: {numbers}; apart by {apart:.3g}, allowed {allowed:.3g}"
 
 
 def derivative(function: Callable[[float], float]) -> float:
-    """f'(0) by central differences, at the two neighbouring steps out of six that agree best.
-
-    Steps are smaller where f is so steep that it would change by more than its own size.
-    """
+    """f'(0) by central differences, at the two neighbouring steps out of six that agree best."""
 
     def difference(h: float) -> float:
         return (function(h) - function(-h)) / (2 * h)
@@ -42,10 +39,8 @@ def derivative(function: Callable[[float], float]) -> float:
 
 
 def kink(function: Callable[[float], float]) -> float:
-    """Half of the jump of f' at 0: there units may be exactly where their activation bends, as behind dead ones.
-
-    What autograd gives there is some number between the slopes on both sides.
-    """
+    """Half of the jump of f' at 0, where autograd gives some number between the slopes on both sides."""
+    # units may be exactly where their activation bends, as behind dead ones
     h = 1e-7 / _steepness(function)
     return abs(function(h) + function(-h) - 2 * function(0.0)) / (2 * h)
 
@@ -60,7 +55,7 @@ def _steepness(function: Callable[[float], float]) -> float:
     return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / size)
 
 
-def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, Any]:
+def full_state(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, object]:
     """Every bit that a growth could leave changed: to be compared with :func:`same`."""
     model = dag.model
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -96,12 +91,12 @@ def same(before: object, after: object, what: str, path: str = "") -> None:
         assert equal, f"{what}: {path} is {after}, was {before}"
 
 
-def _bits(tensor: Tensor) -> tuple[Any, ...]:
+def _bits(tensor: Tensor) -> tuple[object, ...]:
     gradient = None if tensor.grad is None else tensor.grad.clone()
     return id(tensor), tensor.requires_grad, tensor.detach().clone(), gradient
 
 
-def _facts(module: nn.Module) -> tuple[Any, ...]:
+def _facts(module: nn.Module) -> tuple[object, ...]:
     plain = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
     hooks = {name: list(value) for name, value in vars(module).items() if name.endswith("_hooks")}
     return id(type(module)), plain, hooks
@@ -131,8 +126,8 @@ def permute(dag: Dag, axis: Axis, order: Tensor) -> None:
     """Puts unit ``order[u]`` of an axis in the place of unit u, in producers, consumers and riders."""
 
     def moved(tensor: Tensor, places: Tensor, dim: int) -> None:
-        chosen = tensor.detach().index_select(dim, places[order].flatten())
-        tensor.index_copy_(dim, places.flatten(), chosen)
+        units = tensor.detach().index_select(dim, places[order].flatten())
+        tensor.index_copy_(dim, places.flatten(), units)
 
     with torch.no_grad():
         for edges, places, side in ((axis.producers, axis.layout.rows, 0), (axis.consumers, axis.layout.columns, 1)):

@@ -71,9 +71,12 @@ def _cifar(path: Path) -> Data:
 def load(kind: str, folder: str) -> tuple[Data, Data]:
     """10,000 training images and the test images, normalised by channel."""
     if kind == "mnist":
-        found = mnist(folder)
-        train = found.train.inputs[: TRAINED + HELD_OUT].view(-1, 1, 28, 28), found.train.target[: TRAINED + HELD_OUT]
-        test = found.test.inputs.view(-1, 1, 28, 28), found.test.target
+        dataset = mnist(folder)
+        train = (
+            dataset.train.inputs[: TRAINED + HELD_OUT].view(-1, 1, 28, 28),
+            dataset.train.target[: TRAINED + HELD_OUT],
+        )
+        test = dataset.test.inputs.view(-1, 1, 28, 28), dataset.test.target
     else:
         root = Path(folder)
         train, test = (_cifar(sorted(root.glob(name))[0]) for name in ("data_batch_1.bin*", "test_batch*.bin*"))
@@ -148,8 +151,8 @@ class Run:
             validation=self.batches(self.held_out),
             optimizer=self.optimizer,
         )
-        found = {"axis": axis, "asked": k, "added": receipt.neurons, "init": neurons.init}
-        self.growths.append({**found, "before": receipt.loss_before, "after": receipt.loss_after})
+        growth = {"axis": axis, "asked": k, "added": receipt.neurons, "init": neurons.init}
+        self.growths.append({**growth, "before": receipt.loss_before, "after": receipt.loss_after})
         return receipt.neurons
 
     def width(self, axis: str) -> int:
@@ -192,9 +195,10 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
     titles = {"mnist": "MNIST, 9,000 training images", "cifar": "CIFAR-10, 9,000 training images, 1,000 test images"}
     parts = [f"{len(runs)} runs. Package sources {', '.join(sorted({r['version'] for r in runs}))}."]
     for kind, title in titles.items():
-        found = {name: [r for r in runs if (r["data"], r["variant"]) == (kind, name)] for name in VARIANTS}
+        by_variant = {name: [r for r in runs if (r["data"], r["variant"]) == (kind, name)] for name in VARIANTS}
         rows = sorted(
-            (_row(name, some, found[DEFAULT]) for name, some in found.items() if some), key=lambda row: row[2]
+            (_row(name, group, by_variant[DEFAULT]) for name, group in by_variant.items() if group),
+            key=lambda row: row[2],
         )
         if rows:
             head = (
@@ -213,7 +217,7 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(name: str, runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> list[str]:
-    losses, standard = ({r["seed"]: r["test_loss"] for r in some} for some in (runs, base))
+    losses, standard = ({r["seed"]: r["test_loss"] for r in group} for group in (runs, base))
     difference, error, _ = paired(losses, standard)
     falls = [1 - g["after"] / g["before"] for r in runs for g in r["growths"]]
     return [
@@ -238,10 +242,10 @@ def main() -> None:
     parser = options(__doc__, VARIANTS, seeds="0-4")
     parser.add_argument("--mnist", help="folder with the four files of MNIST")
     parser.add_argument("--cifar", help="folder with data_batch_1.bin and a test_batch of CIFAR-10")
-    given = parser.parse_args()
-    done = {(r["data"], r["variant"], r["seed"]) for r in read(given.out)}
-    folders = {kind: folder for kind, folder in (("mnist", given.mnist), ("cifar", given.cifar)) if folder}
-    study(given, run, tasks(folders, given.variants, given.seeds, done), SCRIPT, results)
+    arguments = parser.parse_args()
+    done = {(r["data"], r["variant"], r["seed"]) for r in read(arguments.out)}
+    folders = {kind: folder for kind, folder in (("mnist", arguments.mnist), ("cifar", arguments.cifar)) if folder}
+    study(arguments, run, tasks(folders, arguments.variants, arguments.seeds, done), SCRIPT, results)
 
 
 if __name__ == "__main__":

@@ -152,16 +152,16 @@ def _seeds(text: str) -> range:
 
 
 def study(
-    given: argparse.Namespace,
+    arguments: argparse.Namespace,
     run: Callable[[tuple], dict[str, Any]],
     tasks: Iterable[tuple],
     script: str,
     tables: Callable[[list[dict[str, Any]]], str],
 ) -> None:
     """Runs tasks in processes, keeps each result at once, and writes the tables if that was asked for."""
-    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         for result in pool.imap_unordered(run, tasks):
-            append(given.out, result)
+            append(arguments.out, result)
             print(f"{result['variant']}, seed {result['seed']}: test loss {result['test_loss']:.4f}", flush=True)
-    if given.table:
-        write_block(given.table, script, tables(read(given.out)))
+    if arguments.table:
+        write_block(arguments.table, script, tables(read(arguments.out)))

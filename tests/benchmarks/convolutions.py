@@ -7,6 +7,7 @@ medians of ratios over repeats. Where gromo is installed, its growing convolutio
 the resident set over what was there before, in a second process that gives freed memory back at once (Linux only).
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -92,9 +93,9 @@ def theirs(x: Tensor, y: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
         return
     for name in ("Restricted", "Full"):
         kind = getattr(peer, f"{name}Conv2dGrowingModule")
-        given = {"kernel_size": 3, "padding": 1, "input_size": (SIZE, SIZE)}
-        first = kind(WIDTH, WIDTH, post_layer_function=nn.ReLU(), **given)
-        second = kind(WIDTH, WIDTH, previous_module=first, allow_growing=True, **given)
+        shape = {"kernel_size": 3, "padding": 1, "input_size": (SIZE, SIZE)}
+        first = kind(WIDTH, WIDTH, post_layer_function=nn.ReLU(), **shape)
+        second = kind(WIDTH, WIDTH, previous_module=first, allow_growing=True, **shape)
         second.init_computation()
 
         def update(first: nn.Module = first, second: nn.Module = second) -> None:
@@ -131,12 +132,12 @@ def times(repeats: int = 9) -> None:
             for name, part in parts.items():
                 ratios[name].append(seconds(part) / base)
         sums = [sum(both) for both in zip(ratios["first pass"], ratios["second pass"], strict=True)]
-        each = ", ".join(f"{name} {statistics.median(found):.2f}" for name, found in ratios.items())
+        each = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in ratios.items())
         print(f"folds {folds}: statistics {statistics.median(sums):.2f} times plain ({each})")
     for name, update in theirs(x, y):
         update()
-        found = [seconds(update) / seconds(plain) for _ in range(3)]
-        print(f"{name}: statistics {statistics.median(found):.2f} times plain")
+        quotients = [seconds(update) / seconds(plain) for _ in range(3)]
+        print(f"{name}: statistics {statistics.median(quotients):.2f} times plain")
 
 
 def memory() -> None:
@@ -152,9 +153,14 @@ def memory() -> None:
         print(f"{name}: peak memory {megabytes(update) / space:.2f} times plain")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if MALLOC.items() <= os.environ.items():
         memory()
     else:
         times()
         subprocess.run([sys.executable, *sys.argv], env={**os.environ, **MALLOC}, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ MLP 784-512-512-10, batch 256, one thread, both hidden axes measured at once, si
 ratios over repeats.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def main(batches: int = 40, repeats: int = 9) -> None:
+def compare(batches: int = 40, repeats: int = 9) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
@@ -57,6 +58,11 @@ def main(batches: int = 40, repeats: int = 9) -> None:
             f"({min(ratios):.2f} to {max(ratios):.2f}); solve for two axes {statistics.median(solves):.3f} s; "
             f"all of propose / plain {statistics.median(wholes):.2f}"
         )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    compare()
 
 
 if __name__ == "__main__":

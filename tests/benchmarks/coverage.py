@@ -51,12 +51,12 @@ def specs(zoo: Path) -> list[Spec]:
     """The zoo's models."""
     sys.path.insert(0, str(zoo))
     for name in ("torchvision_on_cpu", "models"):
-        found = importlib.util.spec_from_file_location(name, zoo / f"{name}.py")
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
+        spec = importlib.util.spec_from_file_location(name, zoo / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        found.loader.exec_module(module)
+        spec.loader.exec_module(module)
     sys.modules["models"].cheap_init()
     return list(sys.modules["models"].all_specs())
 
@@ -82,7 +82,7 @@ def study(spec: Spec, *, timed_only: bool) -> Iterator[dict[str, Any]]:
     dag = dagrow.trace(model, _to(example, kind))
     others = [_to(inputs(size), kind) for size in (1, OTHER)]
     tolerance = TOLERANCE if kind is torch.float64 else SINGLE_TOLERANCE
-    yield {"precision": str(kind)[6:], "equal": all(_equal(dag, given, tolerance) for given in others)}
+    yield {"precision": str(kind)[6:], "equal": all(_equal(dag, batch, tolerance) for batch in others)}
     yield _grown(dag, [_to(inputs(size), kind) for size in (1, BATCH)], tolerance)
 
 
@@ -139,37 +139,39 @@ def _attends(dag: Dag) -> bool:
     return ATTENTION in named or (soft and bool(named & {"matmul", "bmm", "einsum", "baddbmm"}))
 
 
-def _equal(dag: Dag, given: Any, tolerance: float) -> bool:
+def _equal(dag: Dag, inputs: Any, tolerance: float) -> bool:
     torch.manual_seed(1)
     with torch.no_grad():
-        expected = tensors_in(dag.model(*given))
+        expected = tensors_in(dag.model(*inputs))
         torch.manual_seed(1)
-        found = tensors_in(dag.program.run(*given))
-    return len(expected) == len(found) and all(_close(a, b, tolerance) for a, b in zip(expected, found, strict=True))
+        outputs = tensors_in(dag.program.run(*inputs))
+    return len(expected) == len(outputs) and all(
+        _close(a, b, tolerance) for a, b in zip(expected, outputs, strict=True)
+    )
 
 
 def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """Every growable axis."""
-    found = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
-    failed = {axis: wrong for axis, wrong in found.items() if wrong}
+    faults = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
+    failed = {axis: wrong for axis, wrong in faults.items() if wrong}
     noise = last_bit_change(dag, inputs)
     return {
-        "tried": len(found),
-        "exact": len(found) - len(failed),
+        "tried": len(faults),
+        "exact": len(faults) - len(failed),
         "failed": failed,
         "rounding": noise,
         "loosened": 10 * noise > tolerance,
     }
 
 
-def _run(model: nn.Module, given: Any) -> list[Tensor]:
+def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     torch.manual_seed(1)
     with torch.no_grad():
-        return tensors_in(model(*given))
+        return tensors_in(model(*inputs))
 
 
-def _to(given: Any, kind: torch.dtype) -> Any:
-    return tuple(t.to(kind) if t.is_floating_point() else t for t in given)
+def _to(inputs: Any, kind: torch.dtype) -> Any:
+    return tuple(t.to(kind) if t.is_floating_point() else t for t in inputs)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -200,19 +202,19 @@ def alone(zoo: Path, suite: str, name: str, *, timed_only: bool) -> None:
 # ---------------------------------------------------------------- the zoo
 
 
-def watched(given: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
+def watched(arguments: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, "--zoo", str(given.zoo), "--alone", suite, name]
-    command += ["--timed-only"] if given.timed_only else []
+    command = [sys.executable, __file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
+    command += ["--timed-only"] if arguments.timed_only else []
     result: dict[str, Any] = {"suite": suite, "name": name, "version": source_version()}
     start = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=given.limit, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit, check=False)
         text = done.stdout
         if done.returncode:
             result["error"] = f"ended with {done.returncode}: {done.stderr[-300:]}"
     except subprocess.TimeoutExpired as expired:
-        result["error"] = f"did not end in {given.limit} s"
+        result["error"] = f"did not end in {arguments.limit} s"
         text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
     for line in text.splitlines():
         if line.startswith("{"):
@@ -231,34 +233,36 @@ def main() -> None:
     parser.add_argument("--timed-only", action="store_true", help="trace and time, but compare and grow nothing")
     parser.add_argument("--every", type=int, default=1, help="only one model in so many")
     parser.add_argument("--alone", nargs=2, metavar=("SUITE", "NAME"), help="one model, in this process")
-    given = parser.parse_args()
-    if given.alone:
-        return alone(given.zoo, *given.alone, timed_only=given.timed_only)
-    done = {(run["suite"], run["name"]) for run in known(given.out) if "error" not in run and not given.timed_only}
+    arguments = parser.parse_args()
+    if arguments.alone:
+        return alone(arguments.zoo, *arguments.alone, timed_only=arguments.timed_only)
+    done = {
+        (run["suite"], run["name"]) for run in known(arguments.out) if "error" not in run and not arguments.timed_only
+    }
     todo = [
         (suite, name)
-        for suite, name, *_ in specs(given.zoo)[:: given.every]
-        if given.only in f"{suite}/{name}" and (suite, name) not in done
+        for suite, name, *_ in specs(arguments.zoo)[:: arguments.every]
+        if arguments.only in f"{suite}/{name}" and (suite, name) not in done
     ]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for result in pool.map(lambda spec: watched(given, *spec), todo):
-            append(given.out, result)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(lambda spec: watched(arguments, *spec), todo):
+            append(arguments.out, result)
             print(_line(result), flush=True)
-    print("\n".join(summary(known(given.out))))
-    if given.table:
-        write_block(given.table, Path(__file__).name, document(known(given.out)))
+    print("\n".join(summary(known(arguments.out))))
+    if arguments.table:
+        write_block(arguments.table, Path(__file__).name, document(known(arguments.out)))
     return None
 
 
 def known(path: Path) -> list[dict[str, Any]]:
     """The results, of each model what was found last."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    runs_by_model: dict[tuple[str, str], dict[str, Any]] = {}
     for run in read(path):
-        before = found.get((run["suite"], run["name"]), {})
+        before = runs_by_model.get((run["suite"], run["name"]), {})
         versions = {*before.get("versions", ()), run["version"]} if "tried" not in run else {run["version"]}
         before.pop("error", None)
-        found[run["suite"], run["name"]] = {**before, **run, "versions": versions}
-    return list(found.values())
+        runs_by_model[run["suite"], run["name"]] = {**before, **run, "versions": versions}
+    return list(runs_by_model.values())
 
 
 def _line(run: Mapping[str, Any]) -> str:
@@ -270,7 +274,7 @@ def _line(run: Mapping[str, Any]) -> str:
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was found, over all models."""
     known = [run for run in runs if "share" in run]
-    some = sum(run["growable"] > 0 for run in known)
+    with_axes = sum(run["growable"] > 0 for run in known)
     tried, exact = (sum(run.get(key, 0) for run in runs) for key in ("tried", "exact"))
     loosened = [f"{run['name']} {10 * run['rounding']:.0e}" for run in runs if run.get("loosened")]
     lines = [
@@ -280,7 +284,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{tried} tried, {exact} grown exactly",
         f"{len(loosened)} models whose outputs change by over a tenth of the tolerance when every weight changes in "
         f"its last bit, so that the tolerance is ten times that change{_listed(loosened)}",
-        f"{some} models with a growable axis ({some / max(1, len(runs)):.1%})",
+        f"{with_axes} models with a growable axis ({with_axes / max(1, len(runs)):.1%})",
     ]
     for kind, attention in (("convolutional and other", False), ("attention", True)):
         shares = [run["share"] for run in known if run["attention"] is attention]

@@ -306,18 +306,18 @@ def run(task: tuple[str, str, int]) -> dict[str, Any]:
 def results(runs: Sequence[dict[str, Any]]) -> str:
     """The tables, from the results file and nothing else."""
     by_name = {name: [r for r in runs if r["variant"] == name] for name in VARIANTS}
-    by_name = {name: found for name, found in by_name.items() if found}
+    by_name = {name: group for name, group in by_name.items() if group}
     ordered = sorted(by_name.items(), key=lambda item: mean(r["test_loss"] for r in item[1]))
     return "\n\n".join(
         [
             f"{len(runs)} runs; column n counts the seeds of each variant. Package sources "
             f"{', '.join(sorted({r['version'] for r in runs}))}. Best test loss first; mean ± standard deviation.",
-            _table([_row(name, found) for name, found in ordered]),
+            _table([_row(name, group) for name, group in ordered]),
             "Differences to the default, seed by seed (mean ± standard error over seeds; below 0 is less loss):",
             _comparison(dict(ordered)),
             "Along the way: by how much a growth itself lowers the loss of the images set aside (mean over growths), "
             "and that loss before some steps, an epoch of training after the growth before:",
-            _along({name: found for name, found in ordered if VARIANTS[name].neurons is not None}),
+            _along({name: group for name, group in ordered if VARIANTS[name].neurons is not None}),
             *(_open(name, by_name[name]) for name in by_name if VARIANTS[name].open),
         ]
     )
@@ -418,9 +418,15 @@ def tasks(folder: str, names: Sequence[str], seeds: Sequence[int], done: set[tup
 def main() -> None:
     parser = options(__doc__, VARIANTS, seeds="0-9")
     parser.add_argument("--data", help="folder with the four files of MNIST; without it nothing is run")
-    given = parser.parse_args()
-    done = {(r["variant"], r["seed"]) for r in read(given.out)}
-    study(given, run, tasks(given.data, given.variants, given.seeds, done) if given.data else (), SCRIPT, results)
+    arguments = parser.parse_args()
+    done = {(r["variant"], r["seed"]) for r in read(arguments.out)}
+    study(
+        arguments,
+        run,
+        tasks(arguments.data, arguments.variants, arguments.seeds, done) if arguments.data else (),
+        SCRIPT,
+        results,
+    )
 
 
 if __name__ == "__main__":

@@ -38,30 +38,30 @@ def seen(kind: str, folder: str, widths: tuple[int, ...]) -> Iterator[tuple[str,
         optimizer.zero_grad()
         cross_entropy(model(inputs), target).backward()
         optimizer.step()
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
     for name in ("conv2", "conv3"):
         model.get_submodule(name).register_forward_hook(
-            lambda _m, inputs, output, name=name: found.update({name: (inputs[0].detach(), output)})
+            lambda _m, inputs, output, name=name: layers.update({name: (inputs[0].detach(), output)})
         )
     loss = cross_entropy(model.eval()(x[:SAMPLES]), y[:SAMPLES], reduction="sum")
-    goals = torch.autograd.grad(-loss, [output for _, output in found.values()])
-    for (name, (inputs, _)), goal in zip(found.items(), goals, strict=True):
+    goals = torch.autograd.grad(-loss, [output for _, output in layers.values()])
+    for (name, (inputs, _)), goal in zip(layers.items(), goals, strict=True):
         yield f"{kind} {'-'.join(map(str, widths))} {name}", inputs, goal
 
 
 def variances(inputs: Tensor, goals: Tensor, step: int) -> tuple[float, float]:
     """Of the sums ``b v^T`` and ``b b^T`` over samples, thinned over whole; a mean over all starts."""
     patches = thinned(1).patches(inputs).view(len(inputs), *goals.shape[2:], -1)
-    found = []
+    parts = []
     for values in (goals.movedim(1, -1), patches):
         whole = torch.einsum("nhwp,nhwo->npo", patches, values)
         mean, total = whole.mean(0), 0.0
         for start in torch.cartesian_prod(torch.arange(step), torch.arange(step)).tolist():
-            some = (slice(None), slice(start[0], None, step), slice(start[1], None, step))
-            part = step**2 * torch.einsum("nhwp,nhwo->npo", patches[some], values[some])
+            places = (slice(None), slice(start[0], None, step), slice(start[1], None, step))
+            part = step**2 * torch.einsum("nhwp,nhwo->npo", patches[places], values[places])
             total += float((part - mean).square().sum((1, 2)).mean()) / step**2
-        found.append(total / float((whole - mean).square().sum((1, 2)).mean()))
-    return found[0], found[1]
+        parts.append(total / float((whole - mean).square().sum((1, 2)).mean()))
+    return parts[0], parts[1]
 
 
 def times(step: int, repeats: int = 9) -> float:
@@ -78,26 +78,26 @@ def times(step: int, repeats: int = 9) -> float:
         patch_gram(hidden, hidden, thinned(1), [[1.0] * SIZE] * 2)
         thinned(1).crossed(hidden, goals)
 
-    def some() -> None:
+    def thinned_pass() -> None:
         hidden, goals = forward()
         patches = thinned(step).patches(hidden).flatten(0, 1)
         patches.T @ patches
         thinned(step).crossed(hidden, goals[:, :, ::step, ::step].contiguous())
 
-    whole(), some()
-    return statistics.median(seconds(some) / seconds(whole) for _ in range(repeats))
+    whole(), thinned_pass()
+    return statistics.median(seconds(thinned_pass) / seconds(whole) for _ in range(repeats))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", required=True, help="folder with the four files of MNIST")
     parser.add_argument("--cifar", required=True, help="folder with data_batch_1.bin and a test_batch of CIFAR-10")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for step in STEPS:
         print(f"every position in {step**2}: time of a pass {times(step):.2f}")
-    for kind, folder in (("mnist", given.mnist), ("cifar", given.cifar)):
+    for kind, folder in (("mnist", arguments.mnist), ("cifar", arguments.cifar)):
         for widths in (cnn.START, cnn.FINAL):
             for name, inputs, goals in seen(kind, folder, widths):
                 for step in STEPS:

@@ -150,13 +150,13 @@ def run(job: tuple[str, int]) -> dict[str, Any]:
     model = variant.start(task.parameters)
     dag = dagrow.trace(model, task.test[0][:2])
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
-    left = FACTOR * task.parameters - dag.parameter_count()
+    affordable = FACTOR * task.parameters - dag.parameter_count()
     history = dagrow.fit(
         dag,
         Shuffled(task.train, seed),
         mse_loss,
         OPERATORS,
-        dagrow.Budget(parameters=max(0, left)),
+        dagrow.Budget(parameters=max(0, affordable)),
         variant.schedule or Never(),
         epochs=EPOCHS,
         optimizer=optimizer,
@@ -191,25 +191,25 @@ def results(runs: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             VARIANTS[name].label,
-            str(len(found)),
-            plus_minus([r["ratio"] for r in found], 3),
-            f"{max(r['ratio'] for r in found):.3f}",
-            f"{sum(r['ratio'] <= 1.05 for r in found)}/{len(found)}",
-            f"{mean(r['parameters'] / r['teacher'] for r in found):.2f}",
-            f"{mean(r['edges'] for r in found):.1f}",
+            str(len(group)),
+            plus_minus([r["ratio"] for r in group], 3),
+            f"{max(r['ratio'] for r in group):.3f}",
+            f"{sum(r['ratio'] <= 1.05 for r in group)}/{len(group)}",
+            f"{mean(r['parameters'] / r['teacher'] for r in group):.2f}",
+            f"{mean(r['edges'] for r in group):.1f}",
         ]
-        for name, found in by_name.items()
-        if found
+        for name, group in by_name.items()
+        if group
     ]
     versions = ", ".join(sorted({run["version"] for run in runs}))
     return f"{table(head, rows)}\n\nMeans over seeds ± standard deviations. Sources of the package: {versions}."
 
 
 def main() -> None:
-    given = options(__doc__, VARIANTS, "0-4").parse_args()
-    done = {(run["variant"], run["seed"]) for run in read(given.out)}
-    tasks = [(name, seed) for seed in given.seeds for name in given.variants if (name, seed) not in done]
-    study(given, run, tasks, SCRIPT, results)
+    arguments = options(__doc__, VARIANTS, "0-4").parse_args()
+    done = {(run["variant"], run["seed"]) for run in read(arguments.out)}
+    tasks = [(name, seed) for seed in arguments.seeds for name in arguments.variants if (name, seed) not in done]
+    study(arguments, run, tasks, SCRIPT, results)
 
 
 if __name__ == "__main__":

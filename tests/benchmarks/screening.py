@@ -64,8 +64,8 @@ def trial(seed: int) -> tuple[bool, float, float, int]:
     batches = list(zip(x.split(250), teacher(x).detach().split(250), strict=True))
     dag = dagrow.trace(student, x[:2])
     every, slow, large = apart(dag, batches, 1000)
-    some, fast, small = apart(dag, batches, EXACT)
-    return every[0] in some, fast / slow, small / large, len(every)
+    screened, fast, small = apart(dag, batches, EXACT)
+    return every[0] in screened, fast / slow, small / large, len(every)
 
 
 def apart(dag: dagrow.Dag, batches: Sequence[Any], exact: int) -> tuple[list[str], float, int]:
@@ -75,9 +75,9 @@ def apart(dag: dagrow.Dag, batches: Sequence[Any], exact: int) -> tuple[list[str
     def work() -> None:
         dagrow.propose(*tiny())  # what the first call loads is no part of it
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        found = dagrow.propose(dag, batches, nn.functional.mse_loss, [AddConnection(exact=exact)])
+        growths = dagrow.propose(dag, batches, nn.functional.mse_loss, [AddConnection(exact=exact)])
         seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        theirs.send(([growth.where for growth in found], seconds, peak - before))
+        theirs.send(([growth.where for growth in growths], seconds, peak - before))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -90,14 +90,14 @@ def apart(dag: dagrow.Dag, batches: Sequence[Any], exact: int) -> tuple[list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=40)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = [trial(seed) for seed in range(given.trials)]
-    hits = sum(hit for hit, *_ in found)
-    low, high = stats.binomtest(hits, len(found)).proportion_ci(0.95)
-    print(f"{found[0][3]} places; the winner is among the {EXACT} screened in {hits} of {len(found)} trials")
-    print(f"that is {hits / len(found):.1%} ({low:.1%} to {high:.1%})")
-    for name, ratios in zip(("time", "memory"), list(zip(*found, strict=True))[1:3], strict=True):
+    trials = [trial(seed) for seed in range(arguments.trials)]
+    hits = sum(hit for hit, *_ in trials)
+    low, high = stats.binomtest(hits, len(trials)).proportion_ci(0.95)
+    print(f"{trials[0][3]} places; the winner is among the {EXACT} screened in {hits} of {len(trials)} trials")
+    print(f"that is {hits / len(trials):.1%} ({low:.1%} to {high:.1%})")
+    for name, ratios in zip(("time", "memory"), list(zip(*trials, strict=True))[1:3], strict=True):
         print(f"{name} of screening, relative to solving all: {statistics.median(ratios):.2f}")
 
 

@@ -78,54 +78,54 @@ def batches(x: Tensor, y: Tensor) -> Batches:
 
 def looked(model: nn.Module, data: Batches, loss: Any) -> dict[str, tuple[list[dagrow.Growth], int]]:
     """Of each operator the growths, with p-values as if each were alone, and the number of places."""
-    dag, found = dagrow.trace(model, data[0][0][:2]), {}
+    dag, results = dagrow.trace(model, data[0][0][:2]), {}
     for name, operator in OPERATORS.items():
         growths = dagrow.propose(dag, data, loss, [operator])
         alone = [
             replace(g, p_value=upper_tail(g.z), significant=g.heldout_gain > 0) for g in growths if g.z is not None
         ]
-        found[name] = alone, sum(candidate.tests for candidate in operator.candidates(dag))
-    return found
+        results[name] = alone, sum(candidate.tests for candidate in operator.candidates(dag))
+    return results
 
 
-def run(made: tuple[nn.Module, Batches, Any], applied: bool) -> dict[str, Any]:
+def run(problem: tuple[nn.Module, Batches, Any], applied: bool) -> dict[str, Any]:
     """What one look at all operators comes to; whether it is applied, too, if it is more than chance."""
-    found = looked(*made)
-    new = {name: bool(applicable(corrected(*each))) for name, each in found.items()}
-    old = {name: any(g.z > OLD and g.gain > 0 for g in growths) for name, (growths, _) in found.items()}
-    every = [growth for growths, _ in found.values() for growth in growths]
-    tests = sum(tests for _, tests in found.values())
+    results = looked(*problem)
+    new = {name: bool(applicable(corrected(*each))) for name, each in results.items()}
+    old = {name: any(g.z > OLD and g.gain > 0 for g in growths) for name, (growths, _) in results.items()}
+    every = [growth for growths, _ in results.values() for growth in growths]
+    tests = sum(tests for _, tests in results.values())
     step = bool(applicable(corrected(every, tests)))
-    grow = any(applicable(corrected(*each, len(OPERATORS))) for each in found.values())
+    grow = any(applicable(corrected(*each, len(OPERATORS))) for each in results.values())
     if applied and (step or grow):
-        step, grow = stepped(made), grown(made)
+        step, grow = stepped(problem), grown(problem)
     return {
         "old": old,
         "new": new,
         "step": step,
         "grow": grow,
         "places": tests,
-        "z": {name: max((g.z for g in growths), default=None) for name, (growths, _) in found.items()},
+        "z": {name: max((g.z for g in growths), default=None) for name, (growths, _) in results.items()},
     }
 
 
-def stepped(made: tuple[nn.Module, Batches, Any]) -> bool:
+def stepped(problem: tuple[nn.Module, Batches, Any]) -> bool:
     """Whether a step of a Grower applies anything. The model is as it was afterwards."""
-    model, data, loss = made
+    model, data, loss = problem
     grower = dagrow.Grower(dagrow.trace(model, data[0][0][:2]), loss, list(OPERATORS.values()))
     receipt = grower.step(0, data)
     receipt.undo()
     return bool(receipt.parts)
 
 
-def grown(made: tuple[nn.Module, Batches, Any]) -> bool:
-    model, data, loss = made
+def grown(problem: tuple[nn.Module, Batches, Any]) -> bool:
+    model, data, loss = problem
     return bool(dagrow.grow(dagrow.trace(model, data[0][0][:2]), data, loss, list(OPERATORS.values())).parts)
 
 
-def independent(made: tuple[nn.Module, Batches, Any]) -> dict[str, Any]:
+def independent(problem: tuple[nn.Module, Batches, Any]) -> dict[str, Any]:
     """At each axis the p-value of z for the best neuron, and that of permuted goals."""
-    model, data, loss = made
+    model, data, loss = problem
     growths = dagrow.propose(dagrow.trace(model, data[0][0][:2]), data, loss, [dagrow.AddNeurons(k=1)])
     return {"p": {g.where: (upper_tail(g.z), permutation_test(g, 99).p_value) for g in growths}}
 
@@ -163,15 +163,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "all, `grow`": lambda r: r["grow"],
         "all, 3 deviations for each place": lambda r: any(r["old"].values()),
     }
-    lines = [[kind, *(counted([hit(r) for r in some]) for some in every)] for kind, hit in kinds.items()]
+    lines = [[kind, *(counted([hit(r) for r in group]) for group in every)] for kind, hit in kinds.items()]
     places = "/".join(map(str, sorted({r["places"] for r in noisy})))
     text = f"Noise, {places} places in all:\n\n" + table(["", *(f"n={n}" for n in SIZES), "together"], lines)
     lines = []
     for n in SIZES[:2]:
         for level in LEVELS:
-            found = [r for r in rows if (r["case"], r["n"], r["level"]) == ("planted", n, level)]
-            old, alone = ([r[rule]["AddNeurons"] for r in found] for rule in ("old", "new"))
-            counts = [f"{sum(hits)}/{len(hits)}" for hits in (old, alone, [r["step"] for r in found])]
+            group = [r for r in rows if (r["case"], r["n"], r["level"]) == ("planted", n, level)]
+            old, alone = ([r[rule]["AddNeurons"] for r in group] for rule in ("old", "new"))
+            counts = [f"{sum(hits)}/{len(hits)}" for hits in (old, alone, [r["step"] for r in group])]
             lines.append([f"n={n}, noise/signal {level:g}", *counts])
     head = ["planted", "neurons, 3 deviations", "neurons, 5 %", "all operators, 5 % together"]
     text += "\n\n" + table(head, lines)
@@ -182,9 +182,9 @@ def beside(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     """How often both tests say the same."""
     for n in SIZES[:2]:
         for level in (0.0, *LEVELS):
-            found = [r["p"] for r in rows if (r["case"], r["n"], r["level"]) == ("independent", n, level)]
-            for where in found[0]:
-                pairs = [(p[where][0] <= 0.05, p[where][1] <= 0.05) for p in found]
+            p_values = [r["p"] for r in rows if (r["case"], r["n"], r["level"]) == ("independent", n, level)]
+            for where in p_values[0]:
+                pairs = [(p[where][0] <= 0.05, p[where][1] <= 0.05) for p in p_values]
                 kinds = [sum(z for z, _ in pairs), sum(p for _, p in pairs), pairs.count((True, True))]
                 what = f"noise, hidden layer {1 + int(where) // 2}" if not level else f"planted, noise/signal {level:g}"
                 yield [f"n={n}, {what}", *(f"{hits}/{len(pairs)}" for hits in (*kinds, pairs.count((False, False))))]
@@ -196,18 +196,18 @@ def main() -> None:
     parser.add_argument("--seeds", default="0-99", help="first-last")
     parser.add_argument("--cases", default="noise,planted,independent")
     parser.add_argument("--table", type=Path, help="document to write the tables into")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    first, last = map(int, given.seeds.split("-"))
-    done = {(r["case"], r["seed"], r["n"], r["level"]) for r in read(given.out)}
-    for task in tasks(given.cases.split(","), range(first, last + 1)):
+    first, last = map(int, arguments.seeds.split("-"))
+    done = {(r["case"], r["seed"], r["n"], r["level"]) for r in read(arguments.out)}
+    for task in tasks(arguments.cases.split(","), range(first, last + 1)):
         if task not in done:
             case, seed, n, level = task
-            made = planted(seed, n, level) if level else noise(seed, n)
-            found = independent(made) if case == "independent" else run(made, not level)
-            append(given.out, {"case": case, "seed": seed, "n": n, "level": level, **found})
-    if given.table:
-        write_block(given.table, "significance.py", tables(read(given.out)))
+            problem = planted(seed, n, level) if level else noise(seed, n)
+            result = independent(problem) if case == "independent" else run(problem, not level)
+            append(arguments.out, {"case": case, "seed": seed, "n": n, "level": level, **result})
+    if arguments.table:
+        write_block(arguments.table, "significance.py", tables(read(arguments.out)))
 
 
 if __name__ == "__main__":

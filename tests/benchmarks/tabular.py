@@ -99,10 +99,10 @@ class Task:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(split))
         tested = mask[order, split] if mask is not None else torch.arange(len(rows)) < len(rows) // 5
         test, rest = rows[order[tested]], rows[order[~tested]]
-        held, train = rest[: len(rest) // 10], rest[len(rest) // 10 :]
+        heldout, train = rest[: len(rest) // 10], rest[len(rest) // 10 :]
         centre, scale = train.mean(0), train.std(0)
         scale = torch.where(scale > 0, scale, 1)
-        parts = [((part - centre) / scale).float() for part in (train, held, test)]
+        parts = [((part - centre) / scale).float() for part in (train, heldout, test)]
         return cls(*((part[:, :-1], part[:, -1:]) for part in parts))  # type: ignore[arg-type]
 
     @property
@@ -173,12 +173,12 @@ class Run:
 
     def grow(self, how: Growing) -> dagrow.Grower:
         """Trains to the end, and grows in the first half."""
-        left = dagrow.Budget(parameters=self.limit - self.dag.parameter_count(), growths=how.growths)
+        budget = dagrow.Budget(parameters=self.limit - self.dag.parameter_count(), growths=how.growths)
         grower = dagrow.Grower(
             self.dag,
             mse_loss,
             how.operators,
-            left,
+            budget,
             how.schedule,
             policy=dagrow.ByGain(),
             stop=[dagrow.NothingToAdd(8)],
@@ -242,10 +242,10 @@ def run(job: tuple[str, str, str, int]) -> dict[str, Any]:
 
 def errors(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
     """Root mean square errors of each variant, in standard deviations of the target, by split."""
-    found: dict[str, dict[int, float]] = {}
+    by_variant: dict[str, dict[int, float]] = {}
     for run in runs:
-        found.setdefault(run["variant"], {})[run["seed"]] = run["test_loss"] ** 0.5
-    return found
+        by_variant.setdefault(run["variant"], {})[run["seed"]] = run["test_loss"] ** 0.5
+    return by_variant
 
 
 def picked(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
@@ -254,15 +254,15 @@ def picked(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
     for run in runs:
         if run["variant"] not in GROWN:
             fixed.setdefault(run["seed"], []).append(run)
-    chosen = {split: min(some, key=lambda run: run["held_out"]) for split, some in fixed.items()}
+    chosen = {split: min(group, key=lambda run: run["held_out"]) for split, group in fixed.items()}
     return {split: run["test_loss"] ** 0.5 for split, run in chosen.items()}
 
 
 def compared(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """One row a table: MLPs, and every way to grow against the best of them."""
     for name in [*UCI, "california"]:
-        found = [run for run in runs if run["data"] == name]
-        by = errors(found)
+        group = [run for run in runs if run["data"] == name]
+        by = errors(group)
         ranked = sorted((variant for variant in by if variant not in GROWN), key=lambda v: mean(by[v].values()))
         if not ranked:
             continue
@@ -273,7 +273,7 @@ def compared(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             str(len(best)),
             f"{plus_minus([*best.values()], 4)} ({ranked[0]})",
             f"{mean(middle.values()):.4f}",
-            f"{mean(picked(found).values()):.4f}",
+            f"{mean(picked(group).values()):.4f}",
             *(f"{mean(ours.values()):.4f} ({d:+.4f} ± {e:.4f})" if ours else "" for (d, e, _), ours in against),
         ]
 
@@ -283,16 +283,16 @@ def sizes(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for name in [*UCI, "california"]:
         row = [name]
         for way in GROWN:
-            found = [run for run in runs if (run["data"], run["variant"]) == (name, way)]
+            group = [run for run in runs if (run["data"], run["variant"]) == (name, way)]
             growths, count, cost = (
-                [measure(run) for run in found]
+                [measure(run) for run in group]
                 for measure in (
                     lambda run: len(run["growths"]),
                     lambda run: run["parameters"],
                     lambda run: run["used"]["growth"] / sum(run["used"].values()),
                 )
             )
-            row.append(f"{mean(growths):.1f}; {mean(count):,.0f}; {mean(cost):.0%}" if found else "")
+            row.append(f"{mean(growths):.1f}; {mean(count):,.0f}; {mean(cost):.0%}" if group else "")
         yield row
 
 
@@ -312,16 +312,16 @@ def main() -> None:
     parser.add_argument("--uci", help="folder of the UCI sets")
     parser.add_argument("--california", help="the housing table")
     parser.add_argument("--data", type=lambda text: text.split(","), default=[*UCI, "california"])
-    given = parser.parse_args()
-    done = {(run["data"], run["variant"], run["seed"]) for run in read(given.out)}
+    arguments = parser.parse_args()
+    done = {(run["data"], run["variant"], run["seed"]) for run in read(arguments.out)}
     tasks = [
-        (data, given.california if data == "california" else given.uci, name, split)
-        for split in given.seeds
-        for data in given.data
-        for name in given.variants
+        (data, arguments.california if data == "california" else arguments.uci, name, split)
+        for split in arguments.seeds
+        for data in arguments.data
+        for name in arguments.variants
         if (data, name, split) not in done
     ]
-    study(given, run, tasks, SCRIPT, results)
+    study(arguments, run, tasks, SCRIPT, results)
 
 
 if __name__ == "__main__":

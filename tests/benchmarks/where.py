@@ -217,14 +217,14 @@ def gradient_norms(model: nn.Module, batches: Sequence[Data]) -> dict[str, float
 
 def scores(growth: Growth, bottlenecks: dagrow.Bottlenecks, norms: dict[str, float], luck: float) -> dict[str, float]:
     """All that is known of a growth before it is tried."""
-    cost, held = growth.cost, growth.heldout_gain
-    assert held is not None
+    cost, heldout = growth.cost, growth.heldout_gain
+    assert heldout is not None
     fed = [edge for edge in growth.gain_from if edge in bottlenecks]
     fed = fed or readers(growth)
     return {
-        "held-out gain": held,
-        "held-out gain per parameter": held / cost.parameters,
-        "held-out gain per FLOP": held / cost.flops,
+        "held-out gain": heldout,
+        "held-out gain per parameter": heldout / cost.parameters,
+        "held-out gain per FLOP": heldout / cost.flops,
         "gain": growth.gain,
         "gain per parameter": growth.gain / cost.parameters,
         "gain per FLOP": growth.gain / cost.flops,
@@ -298,11 +298,11 @@ def chosen(run: dict[str, Any], operator: str) -> list[dict[str, Any]]:
 
 def rows(runs: Sequence[dict[str, Any]], operator: str) -> Iterator[list[str]]:
     """One row a score."""
-    sets = [found for found in (chosen(run, operator) for run in runs) if len(found) > 3]
-    falls = [[-mean(growth["losses"]) for growth in found] for found in sets]
-    limits = [ceiling(found) for found in sets]
+    sets = [growths for growths in (chosen(run, operator) for run in runs) if len(growths) > 3]
+    falls = [[-mean(growth["losses"]) for growth in growths] for growths in sets]
+    limits = [ceiling(growths) for growths in sets]
     for score in SCORES:
-        values = [[growth["scores"][score] for growth in found] for found in sets]
+        values = [[growth["scores"][score] for growth in growths] for growths in sets]
         yield [
             score,
             interval([spearman(a, b) for a, b in zip(values, falls, strict=True)]),
@@ -323,14 +323,14 @@ TITLES = {
 def document(runs: Sequence[dict[str, Any]]) -> str:
     parts = []
     for kind in NETWORKS:
-        found = [run for run in runs if run["kind"] == kind]
+        networks = [run for run in runs if run["kind"] == kind]
         for operator, title in TITLES.items():
-            counts = [len(chosen(run, operator)) for run in found]
+            counts = [len(chosen(run, operator)) for run in networks]
             if sum(count > 3 for count in counts) > 2:
                 head = ["score", "Spearman's rank correlation", "regret"]
                 parts += [
-                    f"### {title}, {kind} ({len(found)} networks, {min(counts)} to {max(counts)} growths each)",
-                    table(head, rows(found, operator)),
+                    f"### {title}, {kind} ({len(networks)} networks, {min(counts)} to {max(counts)} growths each)",
+                    table(head, rows(networks, operator)),
                 ]
     versions = ", ".join(sorted({run["version"] for run in runs}))
     return "\n\n".join([*parts, f"Sources of the package: {versions}."])
@@ -344,17 +344,17 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="document to write the tables into")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, help="networks of each kind")
-    given = parser.parse_args()
-    done = {(run["kind"], run["seed"]) for run in read(given.out)}
-    places = {"mlp": given.mnist, "cnn": given.cifar, "transformer": given.text}
-    for kind in given.kinds if any(places.values()) else ():
-        for seed in range(given.seeds or NETWORKS[kind]):
+    arguments = parser.parse_args()
+    done = {(run["kind"], run["seed"]) for run in read(arguments.out)}
+    places = {"mlp": arguments.mnist, "cnn": arguments.cifar, "transformer": arguments.text}
+    for kind in arguments.kinds if any(places.values()) else ():
+        for seed in range(arguments.seeds or NETWORKS[kind]):
             if (kind, seed) not in done:
                 run = study(kind, places[kind], seed)
-                append(given.out, run)
+                append(arguments.out, run)
                 print(f"{kind} {seed}: {len(run['growths'])} growths, loss {run['loss']:.4f}", flush=True)
-    if given.table:
-        write_block(given.table, SCRIPT, document(read(given.out)))
+    if arguments.table:
+        write_block(arguments.table, SCRIPT, document(read(arguments.out)))
 
 
 if __name__ == "__main__":

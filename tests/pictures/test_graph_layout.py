@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow import History
-from dagrow.growing._records import snapshot
+from dagrow.growing._records import snapshot_of
 from dagrow.pictures import Activation, Link, Snapshot
 from dagrow.pictures._graph_layout import graph_layout
 
@@ -47,7 +47,7 @@ def test_places_do_not_collide(history: History) -> None:
         def forward(self, x: Tensor) -> list[Tensor]:
             return [out(torch.relu(way(x))) for way, out in zip(self.ways, self.outs, strict=True)]
 
-    found = graph_layout([snapshot(dagrow.trace(Wide(), torch.randn(2, 4)))])
+    found = graph_layout([snapshot_of(dagrow.trace(Wide(), torch.randn(2, 4)))])
     places = [(bar.x, bar.y) for bar in found.bars]
     assert len(set(places)) == len(places) == 5
     assert found.lanes == 3

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import AddNeurons, DagrowError, GrowthError, StoreError
-from dagrow.testing._snapshots_and_slopes import same, snapshot
+from dagrow.testing._snapshots_and_slopes import full_state, same
 
 
 class Literal(nn.Module):
@@ -121,10 +121,10 @@ def test_what_was_loaded_onto_a_grown_model_stays_in_place(tmp_path: Path) -> No
     dagrow.propose(wider, batches, functional.mse_loss, [AddNeurons(k=1, axes=("b",), folds=1)])[0].apply()
     dagrow.save(wider, tmp_path / "net.pt")
     dagrow.load(model, tmp_path / "net.pt", x)
-    before = snapshot(dag)
+    before = full_state(dag)
     with pytest.raises(GrowthError, match="reverse order"):
         receipt.undo()
-    same(before, snapshot(dag), "a refused undo")
+    same(before, full_state(dag), "a refused undo")
 
 
 def test_the_file_holds_no_code(tmp_path: Path) -> None:
