@@ -17,7 +17,7 @@ from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
-from dagrow.growing._records import growable_widths, grown_of, snapshot_of
+from dagrow.growing._recording import growable_widths, grown_of, snapshot_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record

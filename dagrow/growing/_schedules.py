@@ -48,7 +48,12 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class EveryEpochs(Schedule):
-    """In every epoch that ``every`` divides, from epoch ``first`` on."""
+    """In every epoch that ``every`` divides, from epoch ``first`` on.
+
+    Attributes:
+        every: how many epochs there are from one growth to the next.
+        first: the first epoch in which it may grow.
+    """
 
     every: int = 1
     first: int = 0
@@ -66,6 +71,10 @@ class OnPlateau(Schedule):
     """When the loss has not fallen by ``tolerance``, relative to itself, within the last ``patience`` steps.
 
     Steps count from the last one in which growing was asked for, so that what was added is trained first.
+
+    Attributes:
+        patience: how many steps the loss is watched.
+        tolerance: a relative fall of the loss that counts.
     """
 
     patience: int = 3
@@ -89,6 +98,9 @@ class OnBottleneck(Schedule):
     """When at least ``share`` of all goals is out of reach of the layers' own weights: they have little left to learn.
 
     It is measured at every step, by one pass over the batches.
+
+    Attributes:
+        share: of all goals, from 0 to 1.
     """
 
     share: float = 0.9
@@ -117,7 +129,11 @@ class StopRule(ABC):
 
 @dataclass(frozen=True)
 class NothingToAdd(StopRule):
-    """When nothing was worth adding, or fitted the budget, the last ``times`` times that growing was asked for."""
+    """When nothing was worth adding, or fitted the budget, the last ``times`` times that growing was asked for.
+
+    Attributes:
+        times: how often in a row.
+    """
 
     times: int = 2
 
@@ -133,7 +149,11 @@ class NothingToAdd(StopRule):
 
 @dataclass(frozen=True)
 class NoImprovement(StopRule):
-    """When the last ``times`` steps that added something have brought no lower loss than the best before them."""
+    """When the last ``times`` steps that added something have brought no lower loss than the best before them.
+
+    Attributes:
+        times: how many steps that added something.
+    """
 
     times: int = 3
 
@@ -152,7 +172,11 @@ class NoImprovement(StopRule):
 
 @dataclass(frozen=True)
 class LossReached(StopRule):
-    """When the loss is as low as asked."""
+    """When the loss is as low as asked.
+
+    Attributes:
+        loss: validation loss, or training loss where there is none.
+    """
 
     loss: float
 
@@ -165,7 +189,11 @@ class LossReached(StopRule):
 
 @dataclass(frozen=True)
 class AfterEpoch(StopRule):
-    """After an epoch, so that the epochs after it train what was added last."""
+    """After an epoch, so that the epochs after it train what was added last.
+
+    Attributes:
+        epoch: the last in which it grows.
+    """
 
     epoch: int
 

@@ -30,8 +30,10 @@ from dagrow.statistics._features import (
     InputFeatures,
     NewChannels,
     NormInputs,
+    Ones,
     OutputGoal,
     ResidualGoal,
+    Squares,
     Stacked,
 )
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
@@ -39,7 +41,7 @@ from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
 from dagrow.statistics._patch_products import patch_gram
-from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, Ones, PatchInputs, Squares
+from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.tracing import bind

@@ -291,3 +291,27 @@ class ResidualGoal(Derived):
         if self.reads.bias:
             moved += moves[:, -1].view(-1, *[1] * geometry.space)
         return goal - batch.ungrouped(moved)
+
+
+@dataclass(frozen=True)
+class Squares(Wrapped):
+    """The squares of other features.
+
+    Attributes:
+        source: these features.
+    """
+
+    def rows(self, batch: Batch) -> Tensor:
+        return self.source.rows(batch).square()
+
+
+@dataclass(frozen=True)
+class Ones(Wrapped):
+    """The constant 1 alone, as often as there are rows of other features.
+
+    Attributes:
+        source: these features.
+    """
+
+    def rows(self, batch: Batch) -> Tensor:
+        return torch.ones_like(self.source.rows(batch)[:, :1])

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from dagrow.layers import Geometry, with_constant
@@ -103,27 +102,3 @@ class Hidden(Wrapped):
 
     def rows(self, batch: Batch) -> Tensor:
         return self.activation(self.source.projected(batch, self.alpha))
-
-
-@dataclass(frozen=True)
-class Squares(Wrapped):
-    """The squares of other features.
-
-    Attributes:
-        source: these features.
-    """
-
-    def rows(self, batch: Batch) -> Tensor:
-        return self.source.rows(batch).square()
-
-
-@dataclass(frozen=True)
-class Ones(Wrapped):
-    """The constant 1 alone, as often as there are rows of other features.
-
-    Attributes:
-        source: these features.
-    """
-
-    def rows(self, batch: Batch) -> Tensor:
-        return torch.ones_like(self.source.rows(batch)[:, :1])

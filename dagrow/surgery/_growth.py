@@ -22,7 +22,12 @@ from dagrow.surgery._optimizers import check_optimizer
 
 @dataclass(frozen=True)
 class Cost:
-    """What a growth adds: parameters, and floating point operations of one sample's forward pass."""
+    """What a growth adds.
+
+    Attributes:
+        parameters: how many.
+        flops: floating point operations of one sample's forward pass.
+    """
 
     parameters: int = 0
     flops: int = 0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow import History
-from dagrow.growing._records import snapshot_of
+from dagrow.growing._recording import snapshot_of
 from dagrow.pictures import Activation, Link, Snapshot
 from dagrow.pictures._graph_layout import graph_layout
 

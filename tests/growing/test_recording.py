@@ -7,7 +7,7 @@ from torch import nn
 
 import dagrow
 from dagrow import History
-from dagrow.growing._records import growable_widths, snapshot_of
+from dagrow.growing._recording import growable_widths, snapshot_of
 from dagrow.pictures._graph_layout import graph_layout
 
 history = pytest.fixture(scope="module")(grown_history)
