@@ -21,7 +21,7 @@ from dagrow.errors import TraceError
 from dagrow.tracing._inputs import fits
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Program
-from dagrow.tracing._traced_int import COMPARISONS, described
+from dagrow.tracing._traced_int import COMPARISONS, formula
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
 Edit = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], None]  #: of a copied graph, given nodes and their copies
@@ -186,7 +186,7 @@ def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Ma
         for node, copied in copies.items():
             for (sign, right), result in node.meta.get("guards", {}).items():
                 if node not in literals and right not in literals:
-                    text = f"{described(node)} {sign} {described(right)}"
+                    text = f"{formula(node)} {sign} {formula(right)}"
                     other = copies[right] if isinstance(right, fx.Node) else right
                     graph.call_function(_hold, (copied, sign, other, result, text))
 

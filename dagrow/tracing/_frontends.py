@@ -20,7 +20,7 @@ from dagrow._pytree import mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
 from dagrow.tracing._contexts import explained, plainly, quietly
-from dagrow.tracing._graph_writer import GraphWriter, snapshot
+from dagrow.tracing._graph_writer import GraphWriter, meta_copy
 from dagrow.tracing._inputs import bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Executor, Program
@@ -176,7 +176,7 @@ def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _never) -> 
 class _Propagator(Executor):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        n.meta["val"] = mapped(snapshot, value)
+        n.meta["val"] = mapped(meta_copy, value)
         return value
 
 

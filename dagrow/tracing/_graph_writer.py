@@ -126,7 +126,7 @@ class GraphWriter:
                 )
             self.constants[name] = tensor.detach() if derived else tensor
         node = self.emit("get_attr", name, disposable=True)
-        node.meta["val"] = snapshot(tensor)
+        node.meta["val"] = meta_copy(tensor)
         return node
 
     def _keep(self, tensor: Tensor, node: fx.Node) -> None:
@@ -141,7 +141,7 @@ class GraphWriter:
 
     def _part(self, node: fx.Node, access: Callable[..., Any], key: Any, value: Any) -> fx.Node:
         part = self.emit("call_function", access, (node, key), disposable=True)
-        part.meta["val"] = mapped(snapshot, value)
+        part.meta["val"] = mapped(meta_copy, value)
         return part
 
     def count(self, tensor: Tensor, dim: int) -> None:
@@ -155,7 +155,7 @@ class GraphWriter:
         Args:
             before: the versions of the arguments before the call.
         """
-        node.meta["val"] = mapped(snapshot, value)
+        node.meta["val"] = mapped(meta_copy, value)
         return self._follow(node, value, before)
 
     def _follow(self, node: fx.Node, value: Any, before: Versions) -> Any:
@@ -185,7 +185,7 @@ class GraphWriter:
     def placeholder(self, target: str, value: Any) -> Any:
         """A node for one parameter of forward, and a value of our own to call forward with."""
         node = self.graph.create_node("placeholder", target, name=target.lstrip("*"))
-        node.meta.update(val=mapped(snapshot, value), source=self._home)
+        node.meta.update(val=mapped(meta_copy, value), source=self._home)
         for path, leaf in leaves(value):
             if not isinstance(leaf, Tensor) and leaf is not None:
                 self.notes[f"argument {target}{path} = {leaf!r} is baked in"] = None
@@ -231,7 +231,7 @@ class GraphWriter:
         flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
         node = self.emit("output", "output", (flat if lowered is None else lowered,))
         count = itertools.count()
-        node.meta.update(val=mapped(snapshot, value), structure=mapped(lambda _: next(count), value))
+        node.meta.update(val=mapped(meta_copy, value), structure=mapped(lambda _: next(count), value))
         node.meta["source"] = self._home
         self._tidy()
 
@@ -244,7 +244,7 @@ class GraphWriter:
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
 
 
-def snapshot(value: Any) -> Any:
+def meta_copy(value: Any) -> Any:
     """`value` as a node keeps it: without its entries, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value

@@ -24,7 +24,7 @@ from dagrow.tracing._contexts import VALUE_ERRORS
 from dagrow.tracing._graph_writer import GraphWriter, Versions, versions
 from dagrow.tracing._leaf_modules import OpaqueModule, is_leaf, opaque_parts
 from dagrow.tracing._source_lines import refusal, source, user_frame
-from dagrow.tracing._traced_int import described
+from dagrow.tracing._traced_int import formula
 
 _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __complex__ __index__ __array__ __contains__ is_nonzero equal "
@@ -135,10 +135,10 @@ class Recorder(TorchFunctionMode):
         if code not in self._calls_math:
             self._calls_math[code] = calls_math(code, frame.f_globals)
         if "range" in code.co_names:
-            writer.baked_size = f"{described(size)} is read next to range(): a loop that counts to it is unrolled"
+            writer.baked_size = f"{formula(size)} is read next to range(): a loop that counts to it is unrolled"
             writer.note(writer.baked_size)
         elif self._calls_math[code]:
-            writer.baked_size = f"{described(size)} is read next to math: a number computed from it is baked in"
+            writer.baked_size = f"{formula(size)} is read next to math: a number computed from it is baked in"
             writer.note(writer.baked_size)
 
     def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -29,13 +29,13 @@ class Writer(Protocol):
         """Arithmetic on sizes."""
 
 
-def described(node: Any, depth: int = 4) -> str:
+def formula(node: Any, depth: int = 4) -> str:
     """A size as it was computed, for messages; of long computations the last steps."""
     if not isinstance(node, fx.Node):
         return int.__repr__(node) if isinstance(node, int) else str(node)
     if not depth:
         return node.name
-    operands = [described(arg, depth - 1) for arg in node.args]
+    operands = [formula(arg, depth - 1) for arg in node.args]
     if node.target is operator.getitem:
         return f"{operands[0]}[{operands[1]}]"
     if node.target is getattr:
@@ -81,7 +81,7 @@ def _guarding(name: str, sign: str) -> Callable[..., Any]:
             right = other.node if isinstance(other, TracedInt) else other
             if right is not self.node:
                 guard(self.node, sign, right, result)
-                self.writer.note(f"{described(self.node)} {sign} {described(right)} is {result}")
+                self.writer.note(f"{formula(self.node)} {sign} {formula(right)} is {result}")
         return result
 
     return method
@@ -113,7 +113,7 @@ class TracedInt(int):
     def bake(self, *others: Any) -> None:
         if self.writer.live() and all(isinstance(other, (int, float)) for other in others):
             guard(self.node, "==", int.__int__(self), True)
-            self.writer.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
+            self.writer.note(f"{formula(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__
     __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)
