@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._pytree import is_plain, leaves, mapped, opened, tensors_in
+from dagrow._pytree import is_plain, leaf_values, leaves, mapped, opened, tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
@@ -59,7 +59,7 @@ class GraphWriter:
         self._disposable: set[fx.Node] = set()
         self._regions: list[tuple[Autocast, fx.Node | None]] = [
             (autocast_state(), None)
-        ]  # and the node that began each
+        ]  # with the nodes that began them
         code = getattr(inspect.unwrap(model.forward), "__code__", None)
         self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
 
@@ -153,7 +153,12 @@ class GraphWriter:
         """What forward gets for the value of a node: its sizes remember where they came from.
 
         Args:
+            node: a call.
+            value: what it gave.
             before: the versions of the arguments before the call.
+
+        Returns:
+            The value, tied to the node.
         """
         node.meta["val"] = mapped(meta_copy, value)
         return self._follow(node, value, before)
@@ -213,11 +218,17 @@ class GraphWriter:
         """Buffers that forward has assigned anew."""
         return [name for name, buffer in self.model.named_buffers() if id(buffer) not in self._named]
 
-    def output(self, value: Any) -> None:
-        """Write the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
+    def output(self, value: object) -> None:
+        """Writes the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
 
         Where there are other containers, it is the flat tuple of the leaves; `meta["structure"]` is always
         the nest with the numbers of the leaves in their places.
+
+        Args:
+            value: what forward returned.
+
+        Raises:
+            TraceError: a leaf of it is neither a tensor nor a plain value.
         """
         for path, leaf in leaves(value):
             if not isinstance(leaf, (Tensor, int, float, complex, str, type(None), torch.dtype, torch.device)):
@@ -227,9 +238,8 @@ class GraphWriter:
                     "use_cache=False), or register the class with torch.utils._pytree."
                 )
         self._follow_autocast()
-        lowered = mapped(self._lower_leaf, value) if is_plain(value) else None
-        flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
-        node = self.emit("output", "output", (flat if lowered is None else lowered,))
+        lowered = mapped(self._lower_leaf, value if is_plain(value) else tuple(leaf_values(value)))
+        node = self.emit("output", "output", (lowered,))
         count = itertools.count()
         node.meta.update(val=mapped(meta_copy, value), structure=mapped(lambda _: next(count), value))
         node.meta["source"] = self._home
@@ -253,7 +263,7 @@ def meta_copy(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def versions(tree: Any) -> Versions:
+def versions(tree: object) -> Versions:
     """How often each tensor of a nest was written."""
     return {id(tensor): _version(tensor) for tensor in tensors_in(tree)}
 

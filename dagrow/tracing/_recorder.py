@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from types import CodeType
 from typing import Any
 
@@ -31,6 +32,7 @@ _READS = frozenset(
     "allclose".split()
 )
 _SIZES = {"shape", "size", "numel", "nelement", "stride"}
+_BATCH_NORM = signature(functional.batch_norm)
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
 #: hooks run under the mode; of what is read of plain tensors there, it need not be told
 _UNSEEN = torch._C.DisableTorchFunction
@@ -68,7 +70,7 @@ class Recorder(TorchFunctionMode):
         self._open = True
         return super().__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
         self._open = False
         for handle in self._handles:
@@ -158,17 +160,10 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
 
 
-def fake_batch_norm(
-    inputs: Tensor,
-    mean: Any,
-    variance: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
+def fake_batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """What ``functional.batch_norm`` gives on fake tensors, without the many steps that torch takes to find out."""
-    if training and inputs.numel() == inputs.shape[1]:
+    arguments = _BATCH_NORM.bind(*args, **kwargs).arguments
+    inputs, weight = arguments["input"], arguments.get("weight")
+    if arguments.get("training") and inputs.numel() == inputs.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {inputs.size()}")
     return inputs.clone() if weight is None else inputs + weight.sum()
