@@ -1,6 +1,6 @@
 """Functions that are called with parameters, and the layers that compute the same."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import matmul
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dagrow._pytree import leaf_values
+from dagrow.layers._geometry import per_dimension
 from dagrow.layers._linear import Product
 from dagrow.layers._op_tables import op_name
 
@@ -121,8 +122,7 @@ def _settings(arguments: Settings) -> dict[str, Any] | None:
         if name not in ("input", *ENTRIES):
             is_known = isinstance(value, fx.Node) and (name == "groups" or _of_parameters(value))
             settings[name] = value.meta["val"] if is_known and isinstance(value.meta["val"], int) else value
-    is_computed = any(isinstance(part, fx.Node) for value in settings.values() for part in _as_sequence(value))
-    return None if is_computed else settings
+    return None if any(isinstance(part, fx.Node) for part in leaf_values(settings)) else settings
 
 
 def _ambiguous_groups(
@@ -183,7 +183,7 @@ def _convolution(kind: type[nn.Module], tensors: Tensors, settings: Settings, tu
     first, second = weight.shape[0], weight.shape[1] * groups  # the second dimension is that of one group
     inputs, outputs = (first, second) if issubclass(kind, _TRANSPOSED) else (second, first)
     options = {
-        key: value if key == "groups" or isinstance(value, str) else _per_dimension(value, weight.ndim - 2)
+        key: value if key == "groups" or isinstance(value, str) else per_dimension(value, weight.ndim - 2)
         for key, value in settings.items()
     }
     return _with_tensors(kind(inputs, outputs, tuple(weight.shape[2:]), device="meta", **options), tensors)
@@ -226,16 +226,6 @@ _SIGNATURES: dict[Any, tuple[_Signature, ...]] = {
     for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
     for d in (1, 2, 3)
 }
-
-
-def _as_sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else [value]
-
-
-def _per_dimension(value: Any, count: int) -> tuple[int, ...]:
-    """A setting for each dimension of space."""
-    values = _as_sequence(value)
-    return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
 def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:
