@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dagrow._pytree import leaves
+from dagrow._pytree import tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._builtin_reads import calls_math
 from dagrow.tracing._call_forms import canonical_call, run_decomposed
@@ -42,10 +42,11 @@ class Recorder(TorchFunctionMode):
     """Inside ``with recorder:``, what the writer's model calls is written into its graph.
 
     Args:
+        writer: of the graph.
         closed: which modules become one node, whatever they do inside.
     """
 
-    def __init__(self, writer: GraphWriter, closed: Callable[[nn.Module], bool] = lambda _module: False) -> None:
+    def __init__(self, writer: GraphWriter, closed: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.writer, self.closed = writer, closed
         writer.live = lambda: self.live
@@ -115,7 +116,7 @@ class Recorder(TorchFunctionMode):
         if attribute == "device":
             writer.keep_device(result, lowered[0][0])
         written = versions((args, kwargs)) != before or called in ("__set__", "_set_grad_enabled")
-        if not (written or name in _SIZES or any(isinstance(leaf, Tensor) for _, leaf in leaves(result))):
+        if not (written or name in _SIZES or tensors_in(result)):
             return result
         node = writer.emit(*canonical_call(func, attribute, *lowered), disposable=name in _SIZES)
         if name in _SIZES:

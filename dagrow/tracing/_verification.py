@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,8 @@ def relax_guards(program: Program, example_inputs: object) -> None:
     """
     if not any(node.meta.get("guards") for node in program.graph.nodes):
         return
-    state, executor = ModelState(program.model, weights=True), _ComparedSizes(program)
+    state, executor = ModelState(program.model, weights=True), Executor(program)
+    executor.garbage_collect_values = False
     for _, inputs in _resized(bind(example_inputs), (1, 2)):
         try:
             expected = dict(leaves(_evaluated(state, program.model, inputs)))
@@ -104,28 +105,16 @@ def relax_guards(program: Program, example_inputs: object) -> None:
         except Exception:  # the user's forward may raise anything
             return
         if all(path in computed and close(value, computed[path]) for path, value in expected.items()):
-            executor.relax()
+            _relax(executor.env)
 
 
-class _ComparedSizes(Executor):
-    """Remembers the sizes that forward has compared."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.sizes: dict[Any, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.meta.get("baked"):
-            self.sizes[n] = value
-        return value
-
-    def relax(self) -> None:
-        for node, size in self.sizes.items():
-            guards = node.meta.get("guards", {})
-            for (sign, right), holds in list(guards.items()):
-                if COMPARISONS[sign](size, self.sizes.get(right, right)) is not holds:
-                    del guards[sign, right]
+def _relax(values: Mapping[fx.Node, Any]) -> None:
+    """Drops the comparisons that come out otherwise for the values of nodes."""
+    for node, size in values.items():
+        guards = node.meta.get("guards", {})
+        for (sign, right), holds in list(guards.items()):
+            if COMPARISONS[sign](size, values.get(right, right)) is not holds:
+                del guards[sign, right]
 
 
 def _resized(inputs: Arguments, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Arguments]]:
