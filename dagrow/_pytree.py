@@ -16,7 +16,7 @@ _PLAIN = (tuple, list, dict, slice)
 _SLICE = ("start", "stop", "step")
 
 
-def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
+def container_level(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
     """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf."""
     kind = type(value)
     if kind in _LEAVES:
@@ -55,7 +55,7 @@ def _refilled(value: T, names: list[str], children: list[Any]) -> T:
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same nest of containers with `function` applied to every leaf, in the order of `leaves`."""
-    level = opened(tree)
+    level = container_level(tree)
     if level is None:
         return function(tree)
     return level[1]([mapped(function, child) for _, child in level[0]])
@@ -63,7 +63,7 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def leaves(tree: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, leaf) for every leaf of a nest of containers; paths read like Python: `['logits'][0]`."""
-    level = opened(tree)
+    level = container_level(tree)
     if level is None:
         yield path, tree
         return
@@ -77,7 +77,7 @@ def leaf_values(tree: object) -> Iterator[Any]:
         children = iter(tree)
     elif isinstance(tree, dict):
         children = iter(tree.values())
-    elif (level := opened(tree)) is not None:
+    elif (level := container_level(tree)) is not None:
         children = (child for _, child in level[0])
     else:
         yield tree
@@ -93,5 +93,5 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 def is_plain(value: object) -> bool:
     """Whether a nest has no other containers than tuples, lists, dicts and slices."""
-    level = opened(value)
+    level = container_level(value)
     return level is None or (type(value) in _PLAIN and all(is_plain(child) for _, child in level[0]))

@@ -25,8 +25,8 @@ def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
     methods = [(name, method) for name, method in unwrapped if inspect.isfunction(method)]
     names = {method: _names(method.__code__) for _, method in methods}
     readers = {name for name, method in methods if calls_math(method.__code__, method.__globals__)}
-    while more := {name for name, method in methods if names[method] & readers} - readers:
-        readers |= more
+    while callers := {name for name, method in methods if names[method] & readers} - readers:
+        readers |= callers
     reading = (names[method] for name, method in methods if name in readers or "range" in names[method])
     return frozenset().union(*reading)
 

@@ -100,22 +100,22 @@ class _SizedRuns:
         }
         self.device = next((parameter.device for parameter in program.model.parameters()), torch.device("cpu"))
 
-    def at(self, more: Mapping[InputDim, int]) -> Shapes | None:
+    def at(self, increases: Mapping[InputDim, int]) -> Shapes | None:
         """Shapes of nodes where some dimensions of inputs are larger; None where the graph does not hold for them."""
         try:
-            self.program.through(self.executor, self._inputs(more))
+            self.program.through(self.executor, self._inputs(increases))
         except Exception:  # torch's own operations and the user's may refuse sizes in any way
             return None
         return self.executor.shapes
 
-    def _inputs(self, more: Mapping[InputDim, int]) -> Sequence[object]:
+    def _inputs(self, increases: Mapping[InputDim, int]) -> Sequence[object]:
         numbers = itertools.count()
 
         def resized(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
             number = next(numbers)
-            shape = [size + more.get((number, dim), 0) for dim, size in enumerate(value.shape)]
+            shape = [size + increases.get((number, dim), 0) for dim, size in enumerate(value.shape)]
             return torch.empty(shape, dtype=value.dtype, device=self.device)
 
         return [mapped(resized, value) for value in self.inputs]

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
 
 from dagrow._model_state import ModelState, preserve_state
-from dagrow._pytree import mapped, opened
+from dagrow._pytree import container_level, mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
 from dagrow.tracing._contexts import explained, plainly, quietly
@@ -167,10 +167,10 @@ class _Propagator(Executor):
 
 def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
     """Rename the tensors that are neither parameters nor buffers; fx hangs some of them on the model."""
-    known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    named = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in known:
+        if node.op == "get_attr" and node.target not in named:
             name = f"_constant{len(constants)}"
             node.target, constants[name] = name, attrgetter(node.target)(model)
     return constants
@@ -178,7 +178,7 @@ def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
 
 def _thawed(tree: Any) -> Any:
     """Fx's immutable containers as plain ones."""
-    level = opened(tree)
+    level = container_level(tree)
     if level is None:
         return tree
     children = [_thawed(child) for _, child in level[0]]

@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._pytree import is_plain, leaf_values, leaves, mapped, opened, tensors_in
+from dagrow._pytree import container_level, is_plain, leaf_values, leaves, mapped, tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
@@ -57,9 +57,8 @@ class GraphWriter:
         self._devices: dict[int, fx.Node] = {}  # by the ids of devices, which must not be given to others meanwhile
         self._alive: list[torch.device] = []
         self._disposable: set[fx.Node] = set()
-        self._regions: list[tuple[Autocast, fx.Node | None]] = [
-            (autocast_state(), None)
-        ]  # with the nodes that began them
+        #: of autocast, with the nodes that began them
+        self._regions: list[tuple[Autocast, fx.Node | None]] = [(autocast_state(), None)]
         code = getattr(inspect.unwrap(model.forward), "__code__", None)
         self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
 
@@ -166,14 +165,14 @@ class GraphWriter:
     def _follow(self, node: fx.Node, value: Any, before: Versions) -> Any:
         """Tie `value` to `node`, its parts to `getitem` nodes, and make its sizes live."""
         if isinstance(value, Tensor):
-            known = value in self._nodes or id(value) in self._named
-            if known and _version(value) == before.get(id(value), _version(value)):
+            is_known = value in self._nodes or id(value) in self._named
+            if is_known and _version(value) == before.get(id(value), _version(value)):
                 value = torch.ops.aten.alias.default(value)
             self._keep(value, node)
             return value
         if type(value) is int:
             return TracedInt(value, node, self)
-        level = opened(value)
+        level = container_level(value)
         if level is None:
             return value
         parts = [self._follow(self._part(node, *_access(key), child), child, before) for key, child in level[0]]
@@ -199,7 +198,7 @@ class GraphWriter:
     def _argument(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, Tensor):
             self._keep(value, node)
-        level = opened(value)
+        level = container_level(value)
         for key, child in level[0] if level else ():
             self._argument(self._part(node, *_access(key), child), child)
         return value

@@ -117,12 +117,12 @@ def _relax(values: Mapping[fx.Node, Any]) -> None:
                 del guards[sign, right]
 
 
-def _resized(inputs: Arguments, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Arguments]]:
+def _resized(inputs: Arguments, batch_sizes: Sequence[int] = ()) -> Iterator[tuple[int, Arguments]]:
     """The inputs with other sizes of the dimension that most tensors share as their first."""
     sizes = [leaf.shape[0] for _, leaf in leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
     usual = [size for size in (1 if batch == 2 else 2, batch // 2, batch + 1) if size > 1 or batch == 2]
-    for size in dict.fromkeys(wanted or usual) if batch else ():
+    for size in dict.fromkeys(batch_sizes or usual) if batch else ():
         samples = torch.arange(size) % batch
 
         def taken(leaf: object, samples: Tensor = samples) -> object:
