@@ -3,8 +3,8 @@
 It takes a model, batches and a loss: :func:`trace` reads off the model which widths can grow, :func:`bottlenecks` and
 :func:`propose` measure where weights cannot follow the loss's gradient and what could be added there, :func:`grow`
 adds it to the model itself, with its optimizer. :class:`Grower` and :func:`fit` do so along a training. Ways to grow of
-your own need ``dagrow.operators`` and ``dagrow.testing``; layers that dagrow does not know, ``dagrow.layers``. This face
-holds nothing of its own: it is what the rooms below give to users.
+your own need ``dagrow.operators`` and ``dagrow.testing``; layers that dagrow does not know, ``dagrow.layers``. This
+face holds nothing of its own: it is what the rooms below give to users.
 
 >>> import dagrow, torch
 >>> from torch import nn
