@@ -1,4 +1,27 @@
-"""dagrow grows PyTorch networks where they are too small, in closed form, during training."""
+"""dagrow grows PyTorch networks where they are too small, in closed form, during training.
+
+It takes a model, batches and a loss: :func:`trace` reads off the model which widths can grow, :func:`bottlenecks` and
+:func:`propose` measure where weights cannot follow the loss's gradient and what could be added there, :func:`grow`
+adds it to the model itself, with its optimizer. :class:`Grower` and :func:`fit` do so along a training. Ways to grow of
+your own need ``dagrow.operators`` and ``dagrow.testing``; layers that dagrow does not know, ``dagrow.layers``. This
+face holds nothing of its own: it is what the rooms below give to users.
+
+>>> import dagrow, torch
+>>> from torch import nn
+>>> _ = torch.manual_seed(0)
+>>> x = torch.randn(256, 3)
+>>> batches = [(x, x[:, :1] * x[:, 1:2])]  # inputs with targets; a DataLoader does as well
+>>> model = nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 1))
+>>> dag = dagrow.trace(model, x)
+>>> [(axis.name, axis.width, axis.growable) for axis in dag.axes]
+[('0', 1, True), ('2', 1, False)]
+>>> growth, *_ = dagrow.propose(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=2)])
+>>> growth.where, growth.neurons, growth.significant
+('0', 2, True)
+>>> receipt = dagrow.grow(dag, batches, nn.functional.mse_loss, [dagrow.AddNeurons(k=2)])
+>>> receipt.loss_after < receipt.loss_before, model[0].out_features
+(True, 3)
+"""
 
 from dagrow.errors import (
     BatchError,

@@ -24,17 +24,21 @@ def largest(values: Tensor) -> float:
     return float(finite.max()) if finite.numel() else 0.0
 
 
-def alike(expected: Any, actual: Any) -> bool:
+def alike(expected: object, actual: object) -> bool:
     """Whether two values have the same type and, of tensors, the same shape."""
     return type(expected) is type(actual) and getattr(expected, "shape", None) == getattr(actual, "shape", None)
 
 
-def close(expected: Any, actual: Any, allowed: float | None = None) -> bool:
+def close(expected: object, actual: object, allowed: float | None = None) -> bool:
     """Whether two values are the same, floating point tensors up to rounding.
 
     Args:
-        expected, actual: tensors of one shape, dtype and device, or anything else that ``==`` compares.
+        expected: a tensor, or anything else that ``==`` compares.
+        actual: what is to be the same.
         allowed: how far apart entries may be; by default what their type tells apart of the largest expected one.
+
+    Returns:
+        Whether they are, of tensors also the shape, dtype and device.
     """
     if not (isinstance(expected, Tensor) and isinstance(actual, Tensor)):
         return expected is actual or bool(np.all(expected == actual))
@@ -64,7 +68,7 @@ def _off(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return (parameter.cpu().double() * scale).to(parameter)
 
 
-def rounding(expected: Any, others: Iterable[Any]) -> float:
+def rounding(expected: object, others: Iterable[Any]) -> float:
     """How far apart rounding may bring values that jittered weights change to others."""
     if not (isinstance(expected, Tensor) and expected.is_floating_point()):
         return 0.0

@@ -4,22 +4,20 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import Parameter
 
+T = TypeVar("T")
 _LEAVES = frozenset((Tensor, Parameter, bool, int, float, str, type(None)))  #: which most are
 _PLAIN = (tuple, list, dict, slice)
 _SLICE = ("start", "stop", "step")
 
 
-def opened(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
-    """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf.
-
-    Dataclasses are rebuilt as shallow copies.
-    """
+def container_level(value: Any) -> tuple[list[tuple[Any, Any]], Callable[[list[Any]], Any]] | None:
+    """One level of a container: its (key, child) pairs and how to build it from others; None for a leaf."""
     kind = type(value)
     if kind in _LEAVES:
         return None
@@ -48,7 +46,7 @@ def _rekeyed(keys: list[Any], children: list[Any]) -> dict[Any, Any]:
     return dict(zip(keys, children, strict=True))
 
 
-def _refilled(value: Any, names: list[str], children: list[Any]) -> Any:
+def _refilled(value: T, names: list[str], children: list[Any]) -> T:
     twin = copy(value)
     for name, child in zip(names, children, strict=True):
         object.__setattr__(twin, name, child)
@@ -57,15 +55,15 @@ def _refilled(value: Any, names: list[str], children: list[Any]) -> Any:
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """The same nest of containers with `function` applied to every leaf, in the order of `leaves`."""
-    level = opened(tree)
+    level = container_level(tree)
     if level is None:
         return function(tree)
     return level[1]([mapped(function, child) for _, child in level[0]])
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, leaf) for every leaf of a nest of containers; paths read like Python: `['logits'][0]`."""
-    level = opened(tree)
+    level = container_level(tree)
     if level is None:
         yield path, tree
         return
@@ -73,13 +71,13 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(child, f"{path}{key}")
 
 
-def leaf_values(tree: Any) -> Iterator[Any]:
+def leaf_values(tree: object) -> Iterator[Any]:
     """Every leaf of a nest of containers."""
     if isinstance(tree, (tuple, list)):  # what nests are, mostly
         children = iter(tree)
     elif isinstance(tree, dict):
         children = iter(tree.values())
-    elif (level := opened(tree)) is not None:
+    elif (level := container_level(tree)) is not None:
         children = (child for _, child in level[0])
     else:
         yield tree
@@ -88,12 +86,12 @@ def leaf_values(tree: Any) -> Iterator[Any]:
         yield from leaf_values(child)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
+def tensors_in(tree: object) -> list[Tensor]:
     """Every tensor in a nest of containers."""
     return [value for value in leaf_values(tree) if isinstance(value, Tensor)]
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a nest has no other containers than tuples, lists, dicts and slices."""
-    level = opened(value)
+    level = container_level(value)
     return level is None or (type(value) in _PLAIN and all(is_plain(child) for _, child in level[0]))

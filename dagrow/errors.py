@@ -1,6 +1,6 @@
 """The errors that users meet. Each message says what was given, why it does not work, and what to do instead."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from math import inf
 from sys import float_info
 from typing import Any
@@ -78,7 +78,7 @@ def check_whole(of: str, least: float = -inf, most: float = inf, *, none: str = 
         GrowthError: one of them is not.
     """
     limits = f" from {least} {'on' if most == inf else f'to {most}'}" if least > -inf else ""
-    _check(of, int, lambda value: least <= value <= most, f"a whole number{limits}", none, arguments)
+    _check(of, (int,), lambda value: least <= value <= most, f"a whole number{limits}", none, arguments)
 
 
 def check_real(
@@ -107,12 +107,7 @@ def check_real(
 
 
 def _check(
-    of: str,
-    kinds: type | tuple[type, ...],
-    fits: Callable[[Any], bool],
-    wanted: str,
-    none: str,
-    arguments: Mapping[str, object],
+    of: str, kinds: tuple[type, ...], fits: Callable[[Any], bool], wanted: str, none: str, arguments: dict[str, object]
 ) -> None:
     for name, value in arguments.items():
         number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -120,7 +115,7 @@ def _check(
             raise GrowthError(f"{of}({name}={value!r}): give {wanted}{none and f', or None for {none}'}.")
 
 
-def listed(name: str, argument: Any, kind: type, example: str, *, empty: bool = True) -> tuple[Any, ...]:
+def listed(name: str, argument: object, kind: type, example: str, *, empty: bool = True) -> tuple[Any, ...]:
     """The values of an argument, of which one may be given alone.
 
     Args:

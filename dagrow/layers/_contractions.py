@@ -59,9 +59,9 @@ class Contraction:
         return self._over(self.left, left), self._over(self.right, right)
 
     def _over(self, letters: str, operand: Tensor) -> Tensor:
-        every = self.out + self.summed
-        operand = operand.permute([letters.index(letter) for letter in every if letter in letters])
-        for dim, letter in enumerate(every):
+        all_letters = self.out + self.summed
+        operand = operand.permute([letters.index(letter) for letter in all_letters if letter in letters])
+        for dim, letter in enumerate(all_letters):
             operand = operand if letter in letters else operand.unsqueeze(dim)
         return operand
 

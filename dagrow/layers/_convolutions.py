@@ -1,6 +1,6 @@
 """Convolutions. As edges they read patches; with groups they are riders that grow by whole groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -68,7 +68,7 @@ class ConvolutionRule(_AnyConvolutionRule, EdgeRule):
     """
 
     @property
-    def dims(self) -> Any:  # type: ignore[override]
+    def dims(self) -> Mapping[str, tuple[int, int | None]]:  # type: ignore[override]
         return MappingProxyType({"weight": (1, 0) if self.transposed else (0, 1), "bias": (0, None)})
 
     def covers(self, module: Any) -> bool:
@@ -84,9 +84,8 @@ class ConvolutionRule(_AnyConvolutionRule, EdgeRule):
         return rearrange(self.batched(outputs), "n o ... -> (n ...) o")
 
     def widths(self, module: Any) -> tuple[int, int]:
-        o, i = self.dims["weight"]
-        shape = module.weight.shape
-        return shape[i], shape[o]
+        first, second = module.weight.shape[:2]
+        return (first, second) if self.transposed else (second, first)
 
     def attributes(self, inputs: int, outputs: int) -> dict[str, int]:
         return {"in_channels": inputs, "out_channels": outputs}

@@ -1,6 +1,6 @@
 """Functions that are called with parameters, and the layers that compute the same."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import matmul
@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dagrow._pytree import leaf_values
+from dagrow.layers._geometry import per_dimension
 from dagrow.layers._linear import Product
 from dagrow.layers._op_tables import op_name
 
 ENTRIES = ("weight", "bias", "running_mean", "running_var")  #: of layers, that functions take as arguments
 UNIT_DIM_OPS = frozenset({"squeeze", "unsqueeze"})  #: operations that add or drop dimensions of one entry
 _TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
+Settings = Mapping[str, Any]  #: arguments of a function by their names
 Tensors = Mapping[str, Tensor]  #: a model's parameters and buffers by their paths, or a layer's by their names
 
 
@@ -104,7 +106,7 @@ def functional_layers(node: fx.Node, tensors: Tensors) -> Iterator[FunctionalLay
             yield FunctionalLayer(module, inputs, paths, signature.names)
 
 
-def _sources(arguments: Mapping[str, Any], tensors: Tensors) -> dict[str, ParameterSource]:
+def _sources(arguments: Settings, tensors: Tensors) -> dict[str, ParameterSource]:
     """The parameters that a function was called with; empty if one of its entries is something else."""
     entries = [entry for entry in ENTRIES if arguments.get(entry) is not None]
     sources = {entry: parameter_of(arguments[entry], tensors) for entry in entries}
@@ -113,25 +115,18 @@ def _sources(arguments: Mapping[str, Any], tensors: Tensors) -> dict[str, Parame
     return serving if len(serving) == len(entries) and only_weight_is_turned else {}
 
 
-def _settings(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The other arguments; None if one is computed from the input.
-
-    Nodes that follow from the sizes of parameters, and a count of groups, are given as numbers.
-    """
-    settings = {}
+def _settings(arguments: Settings) -> dict[str, Any] | None:
+    """The other arguments; None if one is computed from the input."""
+    settings = {}  # in which nodes that follow from the sizes of parameters, and a count of groups, are numbers
     for name, value in arguments.items():
         if name not in ("input", *ENTRIES):
             is_known = isinstance(value, fx.Node) and (name == "groups" or _of_parameters(value))
             settings[name] = value.meta["val"] if is_known and isinstance(value.meta["val"], int) else value
-    is_computed = any(isinstance(part, fx.Node) for value in settings.values() for part in _as_sequence(value))
-    return None if is_computed else settings
+    return None if any(isinstance(part, fx.Node) for part in leaf_values(settings)) else settings
 
 
 def _ambiguous_groups(
-    arguments: Mapping[str, Any],
-    sources: Mapping[str, ParameterSource],
-    settings: Mapping[str, Any],
-    tensors: Tensors,
+    arguments: Settings, sources: Mapping[str, ParameterSource], settings: Settings, tensors: Tensors
 ) -> bool:
     """Whether there is one group, or as many as there are channels, of which there is one: nobody can say which."""
     single = any(source.squeezed and tensors[source.path].shape[1:2] == (1,) for source in sources.values())
@@ -152,7 +147,7 @@ class _Signature:
     """
 
     names: tuple[str, ...]
-    build: Callable[[Tensors, Mapping[str, Any], bool], nn.Module | None]
+    build: Callable[[Tensors, Settings, bool], nn.Module | None]
 
     def bind(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by their names; empty for a call with others."""
@@ -160,7 +155,7 @@ class _Signature:
         return arguments if len(node.args) <= len(self.names) and set(arguments) <= set(self.names) else {}
 
 
-def _linear(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _linear(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or settings:
         return None
@@ -172,44 +167,42 @@ def _linear(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.M
     return _with_tensors(nn.Linear(inputs, outputs, device="meta"), tensors)
 
 
-def _product(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _product(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     return _linear(tensors, settings, not turned)
 
 
-def _left_product(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _left_product(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     weight = tensors["weight"]
     return Product(weight, turned=turned, columns=True) if weight.ndim == 2 else None
 
 
-def _convolution(
-    kind: type[nn.Module], tensors: Tensors, settings: Mapping[str, Any], turned: bool
-) -> nn.Module | None:
+def _convolution(kind: type[nn.Module], tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     weight, groups = tensors["weight"], settings.get("groups", 1)
     if weight.ndim < 3:
         return None
     first, second = weight.shape[0], weight.shape[1] * groups  # the second dimension is that of one group
     inputs, outputs = (first, second) if issubclass(kind, _TRANSPOSED) else (second, first)
     options = {
-        key: value if key == "groups" or isinstance(value, str) else _per_dimension(value, weight.ndim - 2)
+        key: value if key == "groups" or isinstance(value, str) else per_dimension(value, weight.ndim - 2)
         for key, value in settings.items()
     }
     return _with_tensors(kind(inputs, outputs, tuple(weight.shape[2:]), device="meta", **options), tensors)
 
 
-def _batch_norm(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _batch_norm(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     width, eps = len(next(iter(tensors.values()))), settings.get("eps", 1e-5)
     affine, tracks = "weight" in tensors, "running_mean" in tensors
     module = nn.BatchNorm2d(width, eps, affine=affine, track_running_stats=tracks, device="meta")
     return _with_tensors(module, tensors) if len(tensors) == 4 else None
 
 
-def _group_norm(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _group_norm(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     groups, width = settings["num_groups"], len(next(iter(tensors.values())))
     module = nn.GroupNorm(groups, width, settings.get("eps", 1e-5), device="meta")
     return _with_tensors(module, tensors) if len(tensors) == 2 else None
 
 
-def _prelu(tensors: Tensors, settings: Mapping[str, Any], turned: bool) -> nn.Module | None:
+def _prelu(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     return _with_tensors(nn.PReLU(tensors["weight"].numel(), device="meta"), tensors)
 
 
@@ -233,16 +226,6 @@ _SIGNATURES: dict[Any, tuple[_Signature, ...]] = {
     for name, kind, order in (("conv", "Conv", _ORDER), ("conv_transpose", "ConvTranspose", _ORDER_TRANSPOSED))
     for d in (1, 2, 3)
 }
-
-
-def _as_sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else [value]
-
-
-def _per_dimension(value: Any, count: int) -> tuple[int, ...]:
-    """A setting for each dimension of space."""
-    values = _as_sequence(value)
-    return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
 def _with_tensors(module: nn.Module, tensors: Tensors) -> nn.Module:

@@ -8,6 +8,7 @@ dimensions, those of space.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -200,6 +201,12 @@ class Geometry:
             + 1
             for d, size in enumerate(image)
         ]
+
+
+def per_dimension(value: Any, count: int) -> tuple[Any, ...]:
+    """A setting for each dimension of space, which users may give once for all."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * count if len(values) == 1 else values
 
 
 def stuffed(image: Tensor, stuffing: Sequence[int]) -> Tensor:

@@ -48,17 +48,9 @@ REDUCTIONS = frozenset(
     """.split()
 )
 #: results are sizes or facts about a tensor, not values
-SIZES = frozenset(
-    """
-    size shape dim ndim numel len dtype device is_floating_point is_complex requires_grad
-    """.split()
-)
+SIZES = frozenset("size shape dim ndim numel len dtype device is_floating_point is_complex requires_grad".split())
 #: sums of products of two tensors over a dimension
-PRODUCTS = frozenset(
-    """
-    matmul bmm mm einsum scaled_dot_product_attention
-    """.split()
-)
+PRODUCTS = frozenset("matmul bmm mm einsum scaled_dot_product_attention".split())
 #: f(0) = 0
 ZERO_KEEPING = frozenset(
     """
@@ -69,22 +61,10 @@ ZERO_KEEPING = frozenset(
     """.split()
 )
 #: switches that change how what follows is computed, not what becomes of channels
-MODES = frozenset(
-    """
-    set_grad_enabled enter_autocast exit_autocast
-    """.split()
-)
-CREATION = frozenset(
-    """
-    arange eye linspace rand randn tensor scalar_tensor new_tensor empty new_empty
-    """.split()
-)
+MODES = frozenset("set_grad_enabled enter_autocast exit_autocast".split())
+CREATION = frozenset("arange eye linspace rand randn tensor scalar_tensor new_tensor empty new_empty".split())
 #: the same number everywhere
-UNIFORM = frozenset(
-    """
-    zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full
-    """.split()
-)
+UNIFORM = frozenset("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full".split())
 #: a PReLU with a slope for each channel has a rule of its own
 _POINTWISE_MODULES = tuple(
     getattr(nn, name)
@@ -236,11 +216,7 @@ _PRODUCTS_OF_TWO = frozenset(
     """.split()
 )
 #: of 0 they make what cannot be multiplied with, or learns nothing; of 1 a number like any other
-_FROM_ONE = frozenset(
-    """
-    abs absolute log log10 log2 reciprocal rsqrt sqrt square
-    """.split()
-)
+_FROM_ONE = frozenset("abs absolute log log10 log2 reciprocal rsqrt sqrt square".split())
 #: the same numbers, elsewhere
 _COPIES = MOVES | {"to", "contiguous", "clone", "float", "double", "type", "data", "detach"}
 

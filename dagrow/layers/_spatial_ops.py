@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+from dagrow.layers._geometry import per_dimension
+
 Tables = Callable[[Sequence[int]], list[Tensor]]  #: sizes of the last dimensions -> tables ``[out, taps]``, -1 for none
 _POOLS = {f"{kind}_pool{d}d": d for kind in ("max", "avg", "lp") for d in (1, 2, 3)}
 _ADAPTIVE = {f"adaptive_{kind}_pool{d}d": d for kind in ("max", "avg") for d in (1, 2, 3)}
@@ -26,29 +28,13 @@ _ORDERS: dict[str, tuple[str, ...]] = {
     "interpolate": ("size", "scale_factor", "mode"),
     "pad": ("pad", "mode", "value"),
 }
+_KINDS = dict(Max="max", Avg="avg", LP="lp", AdaptiveMax="adaptive_max", AdaptiveAvg="adaptive_avg")
 _MODULES: dict[type[nn.Module], str] = {
-    **{getattr(nn, f"{kind}Pool{d}d"): f"{kind.lower()}_pool{d}d" for kind in ("Max", "Avg") for d in (1, 2, 3)},
-    **{getattr(nn, f"LPPool{d}d"): f"lp_pool{d}d" for d in (1, 2, 3)},
-    **{
-        getattr(nn, f"Adaptive{kind}Pool{d}d"): f"adaptive_{kind.lower()}_pool{d}d"
-        for kind in ("Max", "Avg")
-        for d in (1, 2, 3)
-    },
-    nn.Upsample: "interpolate",
-    nn.UpsamplingNearest2d: "interpolate",
-    nn.UpsamplingBilinear2d: "interpolate",
+    **{getattr(nn, f"{kind}Pool{d}d"): f"{name}_pool{d}d" for kind, name in _KINDS.items() for d in (1, 2, 3)},
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), "interpolate"),
 }
-_PADDING: dict[type[nn.Module], str] = {
-    getattr(nn, f"{name}Pad{d}d"): mode
-    for name, mode in (
-        ("Zero", "constant"),
-        ("Constant", "constant"),
-        ("Reflection", "reflect"),
-        ("Replication", "replicate"),
-        ("Circular", "circular"),
-    )
-    for d in (1, 2, 3)
-}
+_MODES = dict(Zero="constant", Constant="constant", Reflection="reflect", Replication="replicate", Circular="circular")
+_PADDING = {getattr(nn, f"{name}Pad{d}d"): mode for name, mode in _MODES.items() for d in (1, 2, 3)}
 
 
 def tables_of(
@@ -97,18 +83,12 @@ def _module_call(module: nn.Module) -> tuple[str | None, Mapping[str, Any]]:
     return None, {}
 
 
-def _per_dimension(value: Any, count: int) -> list[Any]:
-    if not isinstance(value, (tuple, list)):
-        return [value] * count
-    return list(value) * count if len(value) == 1 else list(value)
-
-
 def _pool(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
     d = len(sizes)
-    kernel = _per_dimension(settings["kernel_size"], d)
-    stride = _per_dimension(settings.get("stride") or kernel, d)
-    padding = _per_dimension(settings.get("padding", 0), d)
-    dilation = _per_dimension(settings.get("dilation", 1), d)
+    kernel = per_dimension(settings["kernel_size"], d)
+    stride = per_dimension(settings.get("stride") or kernel, d)
+    padding = per_dimension(settings.get("padding", 0), d)
+    dilation = per_dimension(settings.get("dilation", 1), d)
     rounded = ceil if settings.get("ceil_mode") else floor
     tables = []
     for size, taps, step, margin, gap in zip(sizes, kernel, stride, padding, dilation, strict=True):
@@ -122,7 +102,7 @@ def _pool(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Tensor]:
 
 def _adaptive_pool(output_size: Any, sizes: Sequence[int]) -> list[Tensor]:
     tables = []
-    for size, windows in zip(sizes, _per_dimension(output_size, len(sizes)), strict=True):
+    for size, windows in zip(sizes, per_dimension(output_size, len(sizes)), strict=True):
         windows = size if windows is None else windows
         starts, ends = torch.arange(windows) * size // windows, -(-(torch.arange(1, windows + 1) * size) // windows)
         table = starts[:, None] + torch.arange(int((ends - starts).max()))
@@ -134,8 +114,8 @@ def _interpolation(settings: Mapping[str, Any], sizes: Sequence[int]) -> list[Te
     """The nearest entry, whatever the mode."""
     d, outputs, scale = len(sizes), settings.get("size"), settings.get("scale_factor")
     if outputs is None:
-        outputs = [floor(size * factor) for size, factor in zip(sizes, _per_dimension(scale, d), strict=True)]
-    outputs = _per_dimension(outputs, d)
+        outputs = [floor(size * factor) for size, factor in zip(sizes, per_dimension(scale, d), strict=True)]
+    outputs = per_dimension(outputs, d)
     return [(torch.arange(output) * size // output)[:, None] for size, output in zip(sizes, outputs, strict=True)]
 
 

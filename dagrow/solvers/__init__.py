@@ -36,7 +36,6 @@ from dagrow.solvers._als import SlotMoments, alternating_least_squares
 from dagrow.solvers._cross_validation import (
     RIDGES,
     FoldFit,
-    HeldOutDirections,
     fan_out_fits,
     move_fits,
     neuron_ridges,
@@ -60,7 +59,6 @@ __all__ = [
     "FoldFit",
     "FoldSplit",
     "FoldView",
-    "HeldOutDirections",
     "MomentView",
     "Moments",
     "Move",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dagrow.solvers._linalg import Whitening, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, MomentView
-from dagrow.solvers._regression import OVERSAMPLING, best_move, fit
+from dagrow.solvers._regression import OVERSAMPLING, best_move, residual_fit
 from dagrow.solvers._residual import Regression, Residual, StackedResidual
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
@@ -190,7 +190,7 @@ def validate_fan_out(
         trials.append((residual, residual.gram_on(test), test))
 
     def drop(residual: Residual, gram: Tensor, test: MomentView, ridge: float) -> float:
-        x = fit(residual, ridge).weights
+        x = residual_fit(residual, ridge).weights
         return float(2 * residual.cross_on(test, x).trace() - (x @ gram * x).sum())
 
     return _best(ridges, lambda ridge: [drop(*trial, ridge) for trial in trials])
@@ -247,7 +247,7 @@ def fan_out_fits(
     fits = []
     for train, _ in split:
         residual = Residual.of(train, regression, basis(train))
-        x, taken = fit(residual, ridge).weights, None
+        x, taken = residual_fit(residual, ridge).weights, None
         move = residual.best_moves(torch.eye(len(x)).to(x))
         if residual.D is not None:  # of the constant its last row is all there is
             taken = x @ (residual.D[-1] if regression.compensation == "constant" else residual.D.T)

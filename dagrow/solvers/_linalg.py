@@ -99,9 +99,8 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     scaled = (p * scale).mul_(scale[:, None])
-    scaled.diagonal().add_(
-        torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
-    )  # a dead feature has weight zero, whatever its entry
+    damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
+    scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, "")

@@ -128,10 +128,10 @@ def fan_out(m: MomentView, regression: Regression, choice: Tensor | None, ridge:
     Returns:
         The weights ``X [o, k]``, the move that goes with them, and what both explain.
     """
-    return fit(Residual.of(m, regression, choice), ridge)
+    return residual_fit(Residual.of(m, regression, choice), ridge)
 
 
-def fit(residual: Residual, ridge: float) -> Fit:
+def residual_fit(residual: Residual, ridge: float) -> Fit:
     """``X = N^T (P' + ridge)^-1``."""
     P, N, D, m = residual.gram, residual.cross, residual.D, residual.m
     p, b, v = residual.regression.features, residual.regression.reads, residual.regression.goal

@@ -221,12 +221,7 @@ class StackedResidual:
             return torch.cat([part.restricted(directions).cross for part in self.parts], 1).T
 
         return leading_subspace(
-            lambda goals: white.whiten(self.cross_of(goals)),
-            transposed,
-            sum(self.widths),
-            count,
-            self.gram,
-            iterations,
+            lambda goals: white.whiten(self.cross_of(goals)), transposed, sum(self.widths), count, self.gram, iterations
         )
 
 

@@ -51,8 +51,8 @@ def forward_selection(
     residual = Residual.of(m, regression)
     P, N = residual.gram, residual.cross
     damping = (ridge + len(P) * residual.resolution) * residual.unit
-    every = torch.arange(len(P))
-    allowed = torch.isin(every, every if offered is None else offered).to(P.device)
+    indices = torch.arange(len(P))
+    allowed = torch.isin(indices, indices if offered is None else offered).to(P.device)
     taken: list[int] = []
     for _ in range(min(k, len(P))):
         free = P.diagonal() > damping * 1e-3

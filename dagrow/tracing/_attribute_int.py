@@ -41,7 +41,7 @@ class AttributeInt(int):
         self.path, self.uses = path, uses
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int.__int__(self),)
 
     __hash__ = int.__hash__
@@ -73,13 +73,17 @@ def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
     """Inside, whole numbers among the attributes of modules are :class:`AttributeInt`.
 
     Those that the code of a module may give to what reads them unseen (``range``, ``math.log``) count as computed with.
+
+    Args:
+        model: whose modules have such attributes until the end.
+
+    Yields:
+        What forward does with them.
     """
     uses, replaced = AttributeUses(), []
     read = {kind: attributes_read(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if type(value) not in (int, list, tuple):
-                continue
             remembering = _remembering(value, path, name, uses)
             if remembering is not None:
                 if name in read[type(module)]:
@@ -95,7 +99,7 @@ def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
                 vars(module)[name] = value
 
 
-def _remembering(value: Any, path: str, name: str, uses: AttributeUses) -> Any:
+def _remembering(value: Any, path: str, name: str, uses: AttributeUses) -> object:
     """The attribute with its whole numbers as AttributeInt, or None if it holds no such."""
     if type(value) is int:
         return AttributeInt(value, (path, name, None), uses)

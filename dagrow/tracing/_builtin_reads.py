@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import CodeType, FunctionType
-from typing import Any
 
 from torch import nn
 
@@ -26,32 +25,36 @@ def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
     methods = [(name, method) for name, method in unwrapped if inspect.isfunction(method)]
     names = {method: _names(method.__code__) for _, method in methods}
     readers = {name for name, method in methods if calls_math(method.__code__, method.__globals__)}
-    while more := {name for name, method in methods if names[method] & readers} - readers:
-        readers |= more
+    while callers := {name for name, method in methods if names[method] & readers} - readers:
+        readers |= callers
     reading = (names[method] for name, method in methods if name in readers or "range" in names[method])
     return frozenset().union(*reading)
 
 
-def calls_math(code: CodeType, scope: Mapping[str, Any]) -> bool:
+def calls_math(code: CodeType, scope: Mapping[str, object]) -> bool:
     """Whether code, or a function that it names, hands variables to ``math``.
 
     Args:
-        scope: the globals of the code.
+        code: of a function.
+        scope: its globals.
+
+    Returns:
+        Whether numbers that it has may be read unseen.
     """
     values = (scope.get(name) for name in _names(code))
     helpers = [value for value in values if isinstance(value, FunctionType)]
     return _calls_math(code, scope) or any(_calls_math(helper.__code__, helper.__globals__) for helper in helpers)
 
 
-def _calls_math(code: CodeType, scope: Mapping[str, Any]) -> bool:
+def _calls_math(code: CodeType, scope: Mapping[str, object]) -> bool:
     if any(name in _MATH or id(scope.get(name)) in _FUNCTIONS for name in code.co_names):
-        instructions = [each for each in dis.get_instructions(code) if each.opname != "LOAD_CONST"]
+        instructions = [step for step in dis.get_instructions(code) if step.opname != "LOAD_CONST"]
         if any(_hands_variables(load, instructions) for load in _loads(instructions, scope)):
             return True
     return any(_calls_math(inner, scope) for inner in _inner(code))
 
 
-def _loads(instructions: Sequence[dis.Instruction], scope: Mapping[str, Any]) -> Iterator[dis.Instruction]:
+def _loads(instructions: Sequence[dis.Instruction], scope: Mapping[str, object]) -> Iterator[dis.Instruction]:
     """Instructions that load one of the functions."""
     for before, load in pairwise(instructions):
         if load.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -67,10 +70,10 @@ def _loads(instructions: Sequence[dis.Instruction], scope: Mapping[str, Any]) ->
 def _hands_variables(load: dis.Instruction, instructions: Sequence[dis.Instruction]) -> bool:
     """Whether a function is called with variables, by what is loaded within the text of its call."""
     start, end = _text(load)
-    calls = [_text(each)[1] for each in instructions if each.opname.startswith("CALL") and _text(each)[0] == start]
-    calls = [stop for stop in calls if stop > end]
-    loads = (_text(each) for each in instructions if each.opname.startswith("LOAD_"))
-    return not calls or start == _NOWHERE or any(end < begin and stop <= min(calls) for begin, stop in loads)
+    calls = [_text(step) for step in instructions if step.opname.startswith("CALL")]
+    stops = [stop for begin, stop in calls if begin == start and stop > end]
+    loads = (_text(step) for step in instructions if step.opname.startswith("LOAD_"))
+    return not stops or start == _NOWHERE or any(end < begin and stop <= min(stops) for begin, stop in loads)
 
 
 def _text(instruction: dis.Instruction) -> tuple[tuple[int, int], tuple[int, int]]:

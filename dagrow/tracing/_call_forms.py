@@ -5,7 +5,7 @@ several spellings (``x + y``, ``x.add(y)``, ``x.__radd__(y)``) gets one.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -13,22 +13,21 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "matmul": operator.matmul,
-    "pow": operator.pow,
-    "neg": operator.neg,
-}
+_NAMES = ("add", "sub", "mul", "matmul", "pow", "neg")  #: of tensors' methods and of operators alike
+_OPERATORS = {name: getattr(operator, name) for name in _NAMES} | {"div": operator.truediv}
 
 
 def canonical_call(func: Any, attribute: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
     """A call as a node has it: attributes as getattr, dunders and `x.add(y)` as functions of `operator`.
 
     Args:
-        attribute: that ``func`` gets or sets, if it does.
+        func: what is called.
+        attribute: that it gets or sets, if it does.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The operation of the node, its target and its arguments.
     """
     name = func.__name__
     if attribute:
@@ -58,23 +57,21 @@ def run_decomposed(mode: TorchFunctionMode, function: Any, args: Any, kwargs: An
     Returns:
         The result, in a tuple; None for a function that is not decomposed.
     """
-    if function not in _DECOMPOSED:
+    if function is not functional.multi_head_attention_forward:
         return None
     TorchFunctionMode.__enter__(mode)
     try:
-        return (_DECOMPOSED[function](*args, **kwargs),)
+        return (_ATTENTION(*args, **kwargs),)
     finally:
         TorchFunctionMode.__exit__(mode, None, None, None)
 
 
 def _decomposed(function: Any) -> Callable[..., Any]:
     """A copy that never hands itself to a function mode; what it calls still does."""
-    names: Mapping[str, Any] = {**function.__globals__, "has_torch_function": lambda _tensors: False}
-    copy = FunctionType(function.__code__, dict(names), function.__name__, function.__defaults__, function.__closure__)
+    names = {**function.__globals__, "has_torch_function": lambda _tensors: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-_DECOMPOSED: dict[Any, Callable[..., Any]] = {
-    function: _decomposed(function) for function in (functional.multi_head_attention_forward,)
-}
+_ATTENTION = _decomposed(functional.multi_head_attention_forward)

@@ -4,12 +4,11 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 from dagrow.errors import TraceError
 from dagrow.tracing._inputs import shapes_of
@@ -36,13 +35,6 @@ def modes_kept() -> Iterator[None]:
         for device, (enabled, dtype) in zip(DEVICES, casting, strict=True):
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
-
-
-class _PlainCalls(TorchFunctionMode):
-    """Lets all calls through; under any mode torch's transformer layers take none of their fused paths."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class _EagerStance:
@@ -73,7 +65,7 @@ _eager = _EagerStance()
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Without the fused paths of torch's transformer layers, and with compiled parts as they were written."""
-    with _eager, _PlainCalls():
+    with _eager, BaseTorchFunctionMode():  # under any mode those layers take none of them
         yield
 
 
@@ -93,7 +85,7 @@ def quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(model: nn.Module, inputs: Any) -> Iterator[None]:
+def explained(model: nn.Module, inputs: object) -> Iterator[None]:
     """Turns what a forward raises while it is traced into a TraceError with the user's line."""
     try:
         yield

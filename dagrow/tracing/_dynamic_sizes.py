@@ -6,7 +6,6 @@ it whatever the inputs are.
 """
 
 import collections
-import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import preserve_state
-from dagrow._pytree import leaves, mapped
+from dagrow._pytree import mapped, tensors_in
 from dagrow.tracing._contexts import plainly, quietly
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import fake_batch_norm
@@ -71,8 +70,8 @@ def dynamic_sizes(program: Program) -> DynamicSizes:
         Sizes at the samples that the graph takes: at those where torch can run it and no comparison of sizes comes
         out otherwise than it did.
     """
-    runs = _SizedRuns(program)
-    with preserve_state(program.model, weights=True), _without_entries():
+    runs, fake = _SizedRuns(program), FakeMode(allow_non_fake_inputs=True)
+    with preserve_state(program.model, weights=True), torch.no_grad(), plainly(), quietly(), _ShortBatchNorm(), fake:
         at_example = runs.at({})
         samples = [] if at_example is None else [at_example, *_samples(runs)]
     if not samples:
@@ -80,13 +79,6 @@ def dynamic_sizes(program: Program) -> DynamicSizes:
         samples = [{node: value.shape for node, value in values.items() if isinstance(value, Tensor)}]
     shapes = {node: tuple(zip(*(sample[node] for sample in samples), strict=False)) for node in samples[0]}
     return DynamicSizes(shapes, runs.sizes if at_example is not None else {})
-
-
-@contextlib.contextmanager
-def _without_entries() -> Iterator[None]:
-    fake = FakeMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), plainly(), quietly(), _ShortBatchNorm(), fake:
-        yield
 
 
 class _ShortBatchNorm(TorchFunctionMode):
@@ -102,29 +94,28 @@ class _SizedRuns:
     def __init__(self, program: Program) -> None:
         self.program, self.executor = program, _SizeInterpreter(program)
         self.inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-        tensors = [leaf for value in self.inputs for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
-        shapes = enumerate(tensor.shape for tensor in tensors)
+        shapes = enumerate(tensor.shape for tensor in tensors_in(self.inputs))
         self.sizes: dict[InputDim, int] = {
             (number, dim): size for number, shape in shapes for dim, size in enumerate(shape) if dim and size > 1
         }
         self.device = next((parameter.device for parameter in program.model.parameters()), torch.device("cpu"))
 
-    def at(self, more: Mapping[InputDim, int]) -> Shapes | None:
+    def at(self, increases: Mapping[InputDim, int]) -> Shapes | None:
         """Shapes of nodes where some dimensions of inputs are larger; None where the graph does not hold for them."""
         try:
-            self.program.through(self.executor, self._inputs(more))
+            self.program.through(self.executor, self._inputs(increases))
         except Exception:  # torch's own operations and the user's may refuse sizes in any way
             return None
         return self.executor.shapes
 
-    def _inputs(self, more: Mapping[InputDim, int]) -> Sequence[Any]:
+    def _inputs(self, increases: Mapping[InputDim, int]) -> Sequence[object]:
         numbers = itertools.count()
 
-        def resized(value: Any) -> Any:
+        def resized(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
             number = next(numbers)
-            shape = [size + more.get((number, dim), 0) for dim, size in enumerate(value.shape)]
+            shape = [size + increases.get((number, dim), 0) for dim, size in enumerate(value.shape)]
             return torch.empty(shape, dtype=value.dtype, device=self.device)
 
         return [mapped(resized, value) for value in self.inputs]
@@ -184,6 +175,13 @@ def _sets(sizes: Mapping[InputDim, int], steps: Mapping[InputDim, int]) -> Itera
 
     First each by itself; then those of equal sizes: up to half of them, all that is left (0), larger parts; then pairs
     from different inputs.
+
+    Args:
+        sizes: of the dimensions that vary.
+        steps: by dimensions that were found to grow.
+
+    Yields:
+        Sets of dimensions that are not among them.
     """
     yield from ((dim,) for dim in sizes)
     for size in {sizes[dim]: None for dim in sizes if dim not in steps}:
@@ -191,8 +189,8 @@ def _sets(sizes: Mapping[InputDim, int], steps: Mapping[InputDim, int]) -> Itera
         half = len(equal) // 2
         parts = [*range(2, half + 1), 0, *range(half + 1, len(equal))] if len(equal) <= SEVERAL else [0]
         for count in parts:
-            rest = [dim for dim in equal if dim not in steps]
-            for dims in itertools.combinations(rest, count or len(rest)):
+            fixed = [dim for dim in equal if dim not in steps]
+            for dims in itertools.combinations(fixed, count or len(fixed)):
                 if len(dims) > 1 and steps.keys().isdisjoint(dims):
                     yield dims
     for dims in itertools.combinations([dim for dim in sizes if dim not in steps], 2):

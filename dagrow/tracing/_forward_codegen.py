@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow._pytree import is_plain, leaves, mapped
 from dagrow.errors import TraceError
-from dagrow.tracing._inputs import fits
+from dagrow.tracing._inputs import Arguments, fits
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Program
-from dagrow.tracing._traced_int import COMPARISONS, described
+from dagrow.tracing._traced_int import COMPARISONS, formula
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a node
 Edit = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], None]  #: of a copied graph, given nodes and their copies
 PathRecord = tuple[str, str, str]  #: a new path's name, and the layers that it reads with and writes to
+T = TypeVar("T")
 _PREFIX = "_dagrow_"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -88,10 +88,7 @@ def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training:
 
 
 def write_forward(
-    program: Program,
-    literals: Mapping[fx.Node, Arguments],
-    edit: Edit | None = None,
-    paths: Sequence[PathRecord] = (),
+    program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit | None = None, paths: Sequence[PathRecord] = ()
 ) -> type[nn.Module]:
     """A class like the model's own whose forward runs the program's graph with other literal sizes.
 
@@ -106,8 +103,7 @@ def write_forward(
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    result: Any = graph.graph_copy(program.graph, copies)
-    graph.output(result)
+    graph.output(graph.graph_copy(program.graph, copies))  # type: ignore[arg-type]
     for node, (args, kwargs) in literals.items():
         copies[node].args = fx.map_arg(args, lambda n: copies[n])
         copies[node].kwargs = fx.map_arg(kwargs, lambda n: copies[n])
@@ -122,11 +118,10 @@ def write_forward(
     source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
     signature, names = _signature(program)
     source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
-    structure = program.graph.output_node().meta["structure"]
-    names |= {**code.globals, f"{_PREFIX}structure": structure, f"{_PREFIX}fixed": _fixed}
-    names[f"{_PREFIX}switches"] = switches
+    names |= {**code.globals, f"{_PREFIX}structure": program.graph.output_node().meta["structure"]}
+    names |= {f"{_PREFIX}fixed": _fixed, f"{_PREFIX}switches": switches}
+    names |= {f"{_PREFIX}branches": (*added_paths(program.model), *paths)}
     names |= {_PREFIX + name: constant for name, constant in program.constants.items()}
-    names[f"{_PREFIX}branches"] = (*added_paths(program.model), *paths)
     return _subclass(_own_class(program.model), source, names)
 
 
@@ -163,16 +158,16 @@ def _signature(program: Program) -> tuple[str, dict[str, Any]]:
     return "\n".join([f"def forward(self, {', '.join(listed)}):", *checks]), names
 
 
-def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[Any] | None:
+def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[object] | None:
     """What an argument must be because the graph was made with it; None where it is all tensors."""
-    empty: dict[Any, Any] = {parameter.VAR_POSITIONAL: (), parameter.VAR_KEYWORD: {}}
+    empty: dict[object, object] = {parameter.VAR_POSITIONAL: (), parameter.VAR_KEYWORD: {}}
     value = node.meta["val"] if node is not None else empty.get(parameter.kind, parameter.default)
     if isinstance(value, Tensor):
         return None
     return (mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value),)  # any tensor fits
 
 
-def _fixed(name: str, traced: Any, value: Any) -> None:
+def _fixed(name: str, traced: object, value: object) -> None:
     if not fits(traced, value):
         raise TraceError(
             f"forward was traced with {name} = {traced!r}, and the forward that dagrow wrote after growth holds for "
@@ -186,7 +181,7 @@ def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Ma
         for node, copied in copies.items():
             for (sign, right), result in node.meta.get("guards", {}).items():
                 if node not in literals and right not in literals:
-                    text = f"{described(node)} {sign} {described(right)}"
+                    text = f"{formula(node)} {sign} {formula(right)}"
                     other = copies[right] if isinstance(right, fx.Node) else right
                     graph.call_function(_hold, (copied, sign, other, result, text))
 
@@ -206,15 +201,15 @@ def _own_class(model: nn.Module) -> type[nn.Module]:
 
 def _follow_mode(graph: fx.Graph, node: fx.Node, modes: Mapping[int, tuple[Any, Any]]) -> None:
     """Flags and rates that were fixed while recording follow the model's mode again: (in training, else)."""
-    leaves_, nest = tree_flatten((node.args, dict(node.kwargs)))
+    values, nest = tree_flatten((node.args, dict(node.kwargs)))
     with graph.inserting_before(node):
         mode = graph.get_attr("training")
         for index, (here, there) in modes.items():
-            leaves_[index] = graph.call_function(_either, (mode, here, there))
-    node.args, node.kwargs = tree_unflatten(leaves_, nest)
+            values[index] = graph.call_function(_either, (mode, here, there))
+    node.args, node.kwargs = tree_unflatten(values, nest)
 
 
-def _either(training: bool, here: Any, there: Any) -> Any:
+def _either(training: bool, here: T, there: T) -> T:
     """What holds in training, or else."""
     return here if training else there
 
@@ -237,40 +232,38 @@ def _subclass(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> t
     body = {
         "forward": _graded(forward) if names[f"{_PREFIX}switches"] else forward,
         "__reduce_ex__": _reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "__qualname__": base.__qualname__,
+        **{name: getattr(base, name) for name in ("__module__", "__doc__", "__qualname__")},
         f"{_PREFIX}source": source,
         f"{_PREFIX}names": dict(names),
     }
     return type(base.__name__, (base,), body)
 
 
-def _structured(forward: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+def _structured(forward: Callable[..., Any], structure: object) -> Callable[..., Any]:
     """Puts outputs back into the containers that the user's forward returns, where they are no plain ones."""
     if is_plain(structure):
         return forward
 
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> object:
         values = [value for _, value in leaves(forward(*args, **kwargs))]
         return mapped(lambda index: values[index], structure)
 
     return wrapped
 
 
-def _graded(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _graded(forward: Callable[..., object]) -> Callable[..., object]:
     """Leaves gradients switched as they were found, also when the forward fails."""
 
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> object:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             return forward(*args, **kwargs)
 
     return wrapped
 
 
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduce(self: Any, protocol: object) -> tuple[object, ...]:
     names = {
         key: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
         for key, value in self._dagrow_names.items()
@@ -278,11 +271,10 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return _rebuild, (_own_class(self), self._dagrow_source, names), self.__getstate__()
 
 
-class _ModuleName:
+class _ModuleName(NamedTuple):
     """A Python module by its name, as it is pickled."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
 
 def _rebuild(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> nn.Module:

@@ -16,19 +16,20 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
 
 from dagrow._model_state import ModelState, preserve_state
-from dagrow._pytree import mapped
+from dagrow._pytree import container_level, mapped
 from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import attribute_ints
 from dagrow.tracing._contexts import explained, plainly, quietly
-from dagrow.tracing._graph_writer import GraphWriter, snapshot
-from dagrow.tracing._inputs import bind, bind_to_forward, hold_values
+from dagrow.tracing._graph_writer import GraphWriter, meta_copy
+from dagrow.tracing._inputs import Arguments, bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import Recorder
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._verification import verify
 
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+Closed = Callable[[nn.Module], bool]  #: which modules become one node
+_STARS: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
 _KEEPING_WIDTH = frozenset(
     "relu relu_ tanh sigmoid gelu silu elu selu leaky_relu softplus mish hardtanh relu6 dropout flatten float "
@@ -40,9 +41,7 @@ def _never(_module: nn.Module) -> bool:
     return False
 
 
-def record(
-    model: nn.Module, example_inputs: Any, *, verified: bool = True, closed: Callable[[nn.Module], bool] = _never
-) -> Program:
+def record(model: nn.Module, example_inputs: object, *, verified: bool = True, closed: Closed = _never) -> Program:
     """The program of a model, recorded in the mode that it is in.
 
     Raises TraceError, with the user's line, for what a graph cannot hold, or if the graph computes something else.
@@ -56,32 +55,25 @@ def record(
     Returns:
         The model's graph.
     """
-    args, kwargs = bind(example_inputs)
+    inputs = bind(example_inputs)
     refuse_lazy(model)
-    state, real = ModelState(model, weights=True), hold_values(model, (args, kwargs))
+    state, real = ModelState(model, weights=True), hold_values(model, inputs)
     cached = {id(saved.tensor) for saved in state.tensors}
 
     def recorded() -> Program:
         with state.kept():
-            program = _recorded(model, args, kwargs, real, closed, cached)
+            program = _recorded(model, inputs, real, closed, cached)
         if program.obstacle and real:  # many a forward does without values where there are none
             with state.kept(), contextlib.suppress(TraceError), quietly():
-                program = _recorded(model, args, kwargs, False, closed, cached)
+                program = _recorded(model, inputs, False, closed, cached)
         return verify(program, example_inputs, state) if verified else program
 
     return state.trusted(recorded)
 
 
-def _recorded(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    real: bool,
-    closed: Callable[[nn.Module], bool],
-    cached: Set[int],
-) -> Program:
+def _recorded(model: nn.Module, inputs: Arguments, real: bool, closed: Closed, cached: Set[int]) -> Program:
     """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
-    bound = bind_to_forward(model, args, kwargs)
+    bound = bind_to_forward(model, *inputs)
     fake = None if real else FakeMode(allow_non_fake_inputs=True)
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
@@ -93,20 +85,13 @@ def _recorded(
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
             bound.arguments[name] = writer.placeholder(star + name, value)
-        with explained(model, (args, kwargs)), recorder:
+        with explained(model, inputs), recorder:
             output = model(*bound.args, **bound.kwargs)
         writer.output(output)
         for name in writer.assigned():
             writer.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
-    return Program(
-        model,
-        writer.graph,
-        writer.constants,
-        tuple(writer.notes),
-        frozenset(uses.computed),
-        writer.obstacle,
-        writer.baked_size,
-    )
+    notes, computed = tuple(writer.notes), frozenset(uses.computed)
+    return Program(model, writer.graph, writer.constants, notes, computed, writer.obstacle, writer.baked_size)
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -119,7 +104,7 @@ def refuse_lazy(model: nn.Module) -> None:
 class _Tracer(fx.Tracer):
     """`torch.fx` with our leaf rule; parameters of forward that have a default are fixed at it."""
 
-    def __init__(self, closed: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, closed: Closed) -> None:
         super().__init__()
         self.closed = closed
 
@@ -140,7 +125,7 @@ class _Tracer(fx.Tracer):
         return function, args
 
 
-def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _never) -> Program:
+def symbolic(model: nn.Module, closed: Closed = _never) -> Program:
     """The program of a model by `torch.fx`, if its first layer tells the shape of its only input.
 
     Args:
@@ -176,16 +161,16 @@ def symbolic(model: nn.Module, closed: Callable[[nn.Module], bool] = _never) -> 
 class _Propagator(Executor):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        n.meta["val"] = mapped(snapshot, value)
+        n.meta["val"] = mapped(meta_copy, value)
         return value
 
 
 def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
     """Rename the tensors that are neither parameters nor buffers; fx hangs some of them on the model."""
-    known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    named = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in known:
+        if node.op == "get_attr" and node.target not in named:
             name = f"_constant{len(constants)}"
             node.target, constants[name] = name, attrgetter(node.target)(model)
     return constants
@@ -193,14 +178,13 @@ def _named_constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
 
 def _thawed(tree: Any) -> Any:
     """Fx's immutable containers as plain ones."""
-    if isinstance(tree, list):
-        return [_thawed(child) for child in tree]
+    level = container_level(tree)
+    if level is None:
+        return tree
+    children = [_thawed(child) for _, child in level[0]]
     if isinstance(tree, dict):
-        return {key: _thawed(child) for key, child in tree.items()}
-    if isinstance(tree, tuple):
-        children = [_thawed(child) for child in tree]
-        return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-    return tree
+        return dict(zip(tree, children, strict=True))
+    return children if isinstance(tree, list) else level[1](children)
 
 
 def _example(model: nn.Module, graph: fx.Graph) -> Tensor:

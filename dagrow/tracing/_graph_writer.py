@@ -21,7 +21,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._pytree import is_plain, leaves, mapped, opened, tensors_in
+from dagrow._pytree import container_level, is_plain, leaf_values, leaves, mapped, tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
@@ -57,9 +57,8 @@ class GraphWriter:
         self._devices: dict[int, fx.Node] = {}  # by the ids of devices, which must not be given to others meanwhile
         self._alive: list[torch.device] = []
         self._disposable: set[fx.Node] = set()
-        self._regions: list[tuple[Autocast, fx.Node | None]] = [
-            (autocast_state(), None)
-        ]  # and the node that began each
+        #: of autocast, with the nodes that began them
+        self._regions: list[tuple[Autocast, fx.Node | None]] = [(autocast_state(), None)]
         code = getattr(inspect.unwrap(model.forward), "__code__", None)
         self._home = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "unknown line"
 
@@ -126,7 +125,7 @@ class GraphWriter:
                 )
             self.constants[name] = tensor.detach() if derived else tensor
         node = self.emit("get_attr", name, disposable=True)
-        node.meta["val"] = snapshot(tensor)
+        node.meta["val"] = meta_copy(tensor)
         return node
 
     def _keep(self, tensor: Tensor, node: fx.Node) -> None:
@@ -141,7 +140,7 @@ class GraphWriter:
 
     def _part(self, node: fx.Node, access: Callable[..., Any], key: Any, value: Any) -> fx.Node:
         part = self.emit("call_function", access, (node, key), disposable=True)
-        part.meta["val"] = mapped(snapshot, value)
+        part.meta["val"] = mapped(meta_copy, value)
         return part
 
     def count(self, tensor: Tensor, dim: int) -> None:
@@ -153,22 +152,27 @@ class GraphWriter:
         """What forward gets for the value of a node: its sizes remember where they came from.
 
         Args:
+            node: a call.
+            value: what it gave.
             before: the versions of the arguments before the call.
+
+        Returns:
+            The value, tied to the node.
         """
-        node.meta["val"] = mapped(snapshot, value)
+        node.meta["val"] = mapped(meta_copy, value)
         return self._follow(node, value, before)
 
     def _follow(self, node: fx.Node, value: Any, before: Versions) -> Any:
         """Tie `value` to `node`, its parts to `getitem` nodes, and make its sizes live."""
         if isinstance(value, Tensor):
-            known = value in self._nodes or id(value) in self._named
-            if known and _version(value) == before.get(id(value), _version(value)):
+            is_known = value in self._nodes or id(value) in self._named
+            if is_known and _version(value) == before.get(id(value), _version(value)):
                 value = torch.ops.aten.alias.default(value)
             self._keep(value, node)
             return value
         if type(value) is int:
             return TracedInt(value, node, self)
-        level = opened(value)
+        level = container_level(value)
         if level is None:
             return value
         parts = [self._follow(self._part(node, *_access(key), child), child, before) for key, child in level[0]]
@@ -185,7 +189,7 @@ class GraphWriter:
     def placeholder(self, target: str, value: Any) -> Any:
         """A node for one parameter of forward, and a value of our own to call forward with."""
         node = self.graph.create_node("placeholder", target, name=target.lstrip("*"))
-        node.meta.update(val=mapped(snapshot, value), source=self._home)
+        node.meta.update(val=mapped(meta_copy, value), source=self._home)
         for path, leaf in leaves(value):
             if not isinstance(leaf, Tensor) and leaf is not None:
                 self.notes[f"argument {target}{path} = {leaf!r} is baked in"] = None
@@ -194,7 +198,7 @@ class GraphWriter:
     def _argument(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, Tensor):
             self._keep(value, node)
-        level = opened(value)
+        level = container_level(value)
         for key, child in level[0] if level else ():
             self._argument(self._part(node, *_access(key), child), child)
         return value
@@ -213,11 +217,17 @@ class GraphWriter:
         """Buffers that forward has assigned anew."""
         return [name for name, buffer in self.model.named_buffers() if id(buffer) not in self._named]
 
-    def output(self, value: Any) -> None:
-        """Write the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
+    def output(self, value: object) -> None:
+        """Writes the output node: `args[0]` is the nest of tuples, lists and dicts that forward returned.
 
         Where there are other containers, it is the flat tuple of the leaves; `meta["structure"]` is always
         the nest with the numbers of the leaves in their places.
+
+        Args:
+            value: what forward returned.
+
+        Raises:
+            TraceError: a leaf of it is neither a tensor nor a plain value.
         """
         for path, leaf in leaves(value):
             if not isinstance(leaf, (Tensor, int, float, complex, str, type(None), torch.dtype, torch.device)):
@@ -227,11 +237,10 @@ class GraphWriter:
                     "use_cache=False), or register the class with torch.utils._pytree."
                 )
         self._follow_autocast()
-        lowered = mapped(self._lower_leaf, value) if is_plain(value) else None
-        flat = tuple(self._lower_leaf(leaf) for _, leaf in leaves(value))
-        node = self.emit("output", "output", (flat if lowered is None else lowered,))
+        lowered = mapped(self._lower_leaf, value if is_plain(value) else tuple(leaf_values(value)))
+        node = self.emit("output", "output", (lowered,))
         count = itertools.count()
-        node.meta.update(val=mapped(snapshot, value), structure=mapped(lambda _: next(count), value))
+        node.meta.update(val=mapped(meta_copy, value), structure=mapped(lambda _: next(count), value))
         node.meta["source"] = self._home
         self._tidy()
 
@@ -244,7 +253,7 @@ class GraphWriter:
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in used}
 
 
-def snapshot(value: Any) -> Any:
+def meta_copy(value: Any) -> Any:
     """`value` as a node keeps it: without its entries, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value
@@ -253,7 +262,7 @@ def snapshot(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
-def versions(tree: Any) -> Versions:
+def versions(tree: object) -> Versions:
     """How often each tensor of a nest was written."""
     return {id(tensor): _version(tensor) for tensor in tensors_in(tree)}
 

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dagrow._pytree import leaves
+from dagrow._pytree import leaves, tensors_in
 from dagrow.errors import TraceError
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  #: of a call, by position and by name
 
-def bind(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+def bind(example_inputs: object) -> Arguments:
     """Positional and keyword arguments of forward.
 
     Args:
@@ -48,25 +50,25 @@ def bind_to_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         ) from error
 
 
-def shapes_of(inputs: Any) -> str:
+def shapes_of(inputs: object) -> str:
     """Inputs as messages show them: tensors by type and shape."""
     shown = [f"{str(v.dtype)[6:]}{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for _, v in leaves(inputs)]
     return ", ".join(shown) or "nothing"
 
 
-def fits(traced: Any, value: Any) -> bool:
+def fits(traced: object, value: object) -> bool:
     """Whether a graph made for one argument can take another: only tensors may differ."""
     old, new = dict(leaves(traced)), dict(leaves(value))
     return old.keys() == new.keys() and all(_is_alike(old[path], new[path]) for path in old)
 
 
-def _is_alike(a: Any, b: Any) -> bool:
+def _is_alike(a: object, b: object) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor)
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
-def hold_values(model: nn.Module, inputs: Any) -> bool:
+def hold_values(model: nn.Module, inputs: object) -> bool:
     """Whether no tensor of a model and of a nest of inputs is a stand-in without values.
 
     Args:
@@ -76,5 +78,5 @@ def hold_values(model: nn.Module, inputs: Any) -> bool:
     Returns:
         False if any tensor is fake or on the meta device.
     """
-    tensors = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
-    return not any(isinstance(t, FakeTensor) or t.is_meta for t in (*tensors, *model.parameters(), *model.buffers()))
+    tensors = (*tensors_in(inputs), *model.parameters(), *model.buffers())
+    return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)

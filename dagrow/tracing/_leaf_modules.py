@@ -6,17 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_WALKED = (
-    nn.Sequential,
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-    nn.MultiheadAttention,
-)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -32,15 +22,13 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """True for a class of `torch.nn` that is not a container, or a subclass that computes what it computes.
-
-    `nn.TransformerEncoderLayer` and its like are walked through: their linear layers are edges too.
-    """
+    """True for a class of `torch.nn` that is not a container, or a subclass that computes what it computes."""
     own = type(module)
     if is_opaque(module):
         return True
     base = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn.modules."))
-    if base is nn.Module or issubclass(base, _WALKED) or "forward" in vars(module):
+    walked = issubclass(base, _CONTAINERS) or base.__module__.endswith(".transformer")  # linear layers in there too
+    if base is nn.Module or walked or "forward" in vars(module):
         return False
     return all(getattr(own, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 

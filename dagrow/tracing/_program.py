@@ -92,7 +92,7 @@ class Program:
             )
         return self.through(executor, [values[name] for name in traced])
 
-    def through(self, executor: "Executor", values: Sequence[Any]) -> Any:
+    def through(self, executor: "Executor", values: Sequence[object]) -> Any:
         """Runs the graph.
 
         Args:

@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from types import CodeType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dagrow._pytree import leaves
+from dagrow._pytree import tensors_in
 from dagrow.errors import TraceError
 from dagrow.tracing._builtin_reads import calls_math
 from dagrow.tracing._call_forms import canonical_call, run_decomposed
@@ -24,13 +25,14 @@ from dagrow.tracing._contexts import VALUE_ERRORS
 from dagrow.tracing._graph_writer import GraphWriter, Versions, versions
 from dagrow.tracing._leaf_modules import OpaqueModule, is_leaf, opaque_parts
 from dagrow.tracing._source_lines import refusal, source, user_frame
-from dagrow.tracing._traced_int import described
+from dagrow.tracing._traced_int import formula
 
 _READS = frozenset(
     "item tolist numpy __bool__ __int__ __float__ __complex__ __index__ __array__ __contains__ is_nonzero equal "
     "allclose".split()
 )
 _SIZES = {"shape", "size", "numel", "nelement", "stride"}
+_BATCH_NORM = signature(functional.batch_norm)
 _INNER = ("torch._subclasses", "torch._refs", "torch._decomp", "torch._meta", "torch._prims")
 #: hooks run under the mode; of what is read of plain tensors there, it need not be told
 _UNSEEN = torch._C.DisableTorchFunction
@@ -40,10 +42,11 @@ class Recorder(TorchFunctionMode):
     """Inside ``with recorder:``, what the writer's model calls is written into its graph.
 
     Args:
+        writer: of the graph.
         closed: which modules become one node, whatever they do inside.
     """
 
-    def __init__(self, writer: GraphWriter, closed: Callable[[nn.Module], bool] = lambda _module: False) -> None:
+    def __init__(self, writer: GraphWriter, closed: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.writer, self.closed = writer, closed
         writer.live = lambda: self.live
@@ -68,7 +71,7 @@ class Recorder(TorchFunctionMode):
         self._open = True
         return super().__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
         self._open = False
         for handle in self._handles:
@@ -113,7 +116,7 @@ class Recorder(TorchFunctionMode):
         if attribute == "device":
             writer.keep_device(result, lowered[0][0])
         written = versions((args, kwargs)) != before or called in ("__set__", "_set_grad_enabled")
-        if not (written or name in _SIZES or any(isinstance(leaf, Tensor) for _, leaf in leaves(result))):
+        if not (written or name in _SIZES or tensors_in(result)):
             return result
         node = writer.emit(*canonical_call(func, attribute, *lowered), disposable=name in _SIZES)
         if name in _SIZES:
@@ -135,10 +138,10 @@ class Recorder(TorchFunctionMode):
         if code not in self._calls_math:
             self._calls_math[code] = calls_math(code, frame.f_globals)
         if "range" in code.co_names:
-            writer.baked_size = f"{described(size)} is read next to range(): a loop that counts to it is unrolled"
+            writer.baked_size = f"{formula(size)} is read next to range(): a loop that counts to it is unrolled"
             writer.note(writer.baked_size)
         elif self._calls_math[code]:
-            writer.baked_size = f"{described(size)} is read next to math: a number computed from it is baked in"
+            writer.baked_size = f"{formula(size)} is read next to math: a number computed from it is baked in"
             writer.note(writer.baked_size)
 
     def _arrive(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -158,17 +161,10 @@ class Recorder(TorchFunctionMode):
             self._inside -= 1
 
 
-def fake_batch_norm(
-    inputs: Tensor,
-    mean: Any,
-    variance: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
+def fake_batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """What ``functional.batch_norm`` gives on fake tensors, without the many steps that torch takes to find out."""
-    if training and inputs.numel() == inputs.shape[1]:
+    arguments = _BATCH_NORM.bind(*args, **kwargs).arguments
+    inputs, weight = arguments["input"], arguments.get("weight")
+    if arguments.get("training") and inputs.numel() == inputs.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {inputs.size()}")
     return inputs.clone() if weight is None else inputs + weight.sum()

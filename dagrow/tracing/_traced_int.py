@@ -6,15 +6,12 @@ from typing import Any, Protocol
 
 from torch import fx
 
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+_ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_BAKED = (
+    "int float trunc round ceil floor abs truediv rtruediv divmod rdivmod pow rpow and or xor lshift rshift".split()
+)
+COMPARISONS = {sign: getattr(operator, name) for name, sign in _COMPARISONS.items()}
 
 
 class Writer(Protocol):
@@ -29,30 +26,30 @@ class Writer(Protocol):
         """Arithmetic on sizes."""
 
 
-def described(node: Any, depth: int = 4) -> str:
+def formula(node: object, depth: int = 4) -> str:
     """A size as it was computed, for messages; of long computations the last steps."""
     if not isinstance(node, fx.Node):
         return int.__repr__(node) if isinstance(node, int) else str(node)
     if not depth:
         return node.name
-    operands = [described(arg, depth - 1) for arg in node.args]
+    operands = [formula(arg, depth - 1) for arg in node.args]
     if node.target is operator.getitem:
         return f"{operands[0]}[{operands[1]}]"
     if node.target is getattr:
         return f"{operands[0]}.{operands[1]}"
     if node.op == "call_method":
         return f"{operands[0]}.{node.target}({', '.join(operands[1:])})"
-    sign = _SIGNS.get(getattr(node.target, "__name__", ""))
+    sign = _ARITHMETIC.get(getattr(node.target, "__name__", ""))
     return f"({operands[0]} {sign} {operands[1]})" if sign and len(operands) == 2 else node.name
 
 
-def mark_baked(size: Any) -> None:
+def mark_baked(size: object) -> None:
     """Something was read from a size that the graph does not follow."""
     if isinstance(size, fx.Node):
         size.meta["baked"] = True
 
 
-def guard(left: fx.Node, sign: str, right: Any, holds: Any) -> None:
+def guard(left: fx.Node, sign: str, right: object, holds: object) -> None:
     """The graph holds only where a comparison of sizes comes out as it did."""
     if not isinstance(holds, bool):
         return
@@ -81,7 +78,7 @@ def _guarding(name: str, sign: str) -> Callable[..., Any]:
             right = other.node if isinstance(other, TracedInt) else other
             if right is not self.node:
                 guard(self.node, sign, right, result)
-                self.writer.note(f"{described(self.node)} {sign} {described(right)} is {result}")
+                self.writer.note(f"{formula(self.node)} {sign} {formula(right)} is {result}")
         return result
 
     return method
@@ -110,25 +107,20 @@ class TracedInt(int):
         self.node, self.writer = node, writer
         return self
 
-    def bake(self, *others: Any) -> None:
+    def bake(self, *others: object) -> None:
         if self.writer.live() and all(isinstance(other, (int, float)) for other in others):
             guard(self.node, "==", int.__int__(self), True)
-            self.writer.note(f"{described(self.node)} = {int.__repr__(self)} is baked in as a plain number")
+            self.writer.note(f"{formula(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__
-    __add__, __radd__ = _arithmetic(operator.add), _arithmetic(operator.add, True)
-    __sub__, __rsub__ = _arithmetic(operator.sub), _arithmetic(operator.sub, True)
-    __mul__, __rmul__ = _arithmetic(operator.mul), _arithmetic(operator.mul, True)
-    __floordiv__, __rfloordiv__ = _arithmetic(operator.floordiv), _arithmetic(operator.floordiv, True)
-    __mod__, __rmod__ = _arithmetic(operator.mod), _arithmetic(operator.mod, True)
     __neg__ = _arithmetic(operator.neg)
-    __eq__, __ne__ = _guarding("__eq__", "=="), _guarding("__ne__", "!=")
-    __lt__, __le__ = _guarding("__lt__", "<"), _guarding("__le__", "<=")
-    __gt__, __ge__ = _guarding("__gt__", ">"), _guarding("__ge__", ">=")
     __bool__ = _guarding("__bool__", "!=")
-    __int__, __float__, __trunc__ = _baking("__int__"), _baking("__float__"), _baking("__trunc__")
-    __truediv__, __rtruediv__ = _baking("__truediv__"), _baking("__rtruediv__")
-    __pow__, __rpow__, __abs__ = _baking("__pow__"), _baking("__rpow__"), _baking("__abs__")
-    __divmod__, __rdivmod__, __round__ = _baking("__divmod__"), _baking("__rdivmod__"), _baking("__round__")
-    __and__, __or__, __xor__ = _baking("__and__"), _baking("__or__"), _baking("__xor__")
-    __lshift__, __rshift__, __ceil__, __floor__ = map(_baking, ("__lshift__", "__rshift__", "__ceil__", "__floor__"))
+
+
+for _name in _ARITHMETIC:
+    setattr(TracedInt, f"__{_name}__", _arithmetic(getattr(operator, _name)))
+    setattr(TracedInt, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
+for _name, _sign in _COMPARISONS.items():
+    setattr(TracedInt, f"__{_name}__", _guarding(f"__{_name}__", _sign))
+for _name in _BAKED:
+    setattr(TracedInt, f"__{_name}__", _baking(f"__{_name}__"))

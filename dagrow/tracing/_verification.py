@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from dagrow._model_state import ModelState
 from dagrow._pytree import leaves, mapped
 from dagrow.errors import TraceError, first_line
 from dagrow.tracing._contexts import explained, plainly
-from dagrow.tracing._inputs import bind, hold_values
+from dagrow.tracing._inputs import Arguments, bind, hold_values
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._traced_int import COMPARISONS
 
 
-def verify(program: Program, example_inputs: Any, state: ModelState | None = None) -> Program:
+def verify(program: Program, example_inputs: object, state: ModelState | None = None) -> Program:
     """Compare the graph with the model at another batch size than it was made with, in the mode the model is in.
 
     Two samples, or one of two. Where the model itself refuses that, half of the batch, then one sample more; where
@@ -26,7 +26,12 @@ def verify(program: Program, example_inputs: Any, state: ModelState | None = Non
     TraceError that names the first output that differs.
 
     Args:
+        program: the graph with its model.
+        example_inputs: that it was made with.
         state: the model as it is, to come back to.
+
+    Returns:
+        The program, with notes of what could not be verified.
     """
     inputs = bind(example_inputs)
     if not hold_values(program.model, inputs):
@@ -43,7 +48,7 @@ def verify(program: Program, example_inputs: Any, state: ModelState | None = Non
     return _noted(program, "verified at one batch size only")
 
 
-def _verified(program: Program, state: ModelState, inputs: Any, size: int) -> str | None:
+def _verified(program: Program, state: ModelState, inputs: Arguments, size: int) -> str | None:
     """Why the graph cannot be verified at a batch size, or None if it is."""
     try:
         expected = _evaluated(state, program.model, inputs)
@@ -62,14 +67,14 @@ def _noted(program: Program, text: str) -> Program:
     return dataclasses.replace(program, specialisations=(*program.specialisations, text))
 
 
-def _evaluated(state: ModelState, function: Callable[..., Any], inputs: Any) -> Any:
+def _evaluated(state: ModelState, function: Callable[..., object], inputs: Arguments) -> object:
     """Call `function` on copied inputs, without gradients and fused attention, and leave the model as it was found."""
     with state.kept(), torch.no_grad(), plainly():
         args, kwargs = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
         return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, function(*args, **kwargs))
 
 
-def _compare(program: Program, state: ModelState, expected: Any, inputs: Any, which: str) -> None:
+def _compare(program: Program, state: ModelState, expected: object, inputs: Arguments, which: str) -> None:
     name, expected = type(program.model).__name__, dict(leaves(expected))
     fixed = "".join(f"\n  - {text}" for text in program.specialisations) or " none noted"
     advice = f"Fixed while tracing:{fixed}\nRead sizes as x.shape[i] and keep them in whole-number arithmetic."
@@ -82,7 +87,7 @@ def _compare(program: Program, state: ModelState, expected: Any, inputs: Any, wh
             raise TraceError(f"The graph of {name} differs from the model at output{path} on {which}. {advice}")
 
 
-def relax_guards(program: Program, example_inputs: Any) -> None:
+def relax_guards(program: Program, example_inputs: object) -> None:
     """Drops comparisons of sizes that come out otherwise for one sample or two, where the graph holds nevertheless.
 
     Args:
@@ -91,7 +96,8 @@ def relax_guards(program: Program, example_inputs: Any) -> None:
     """
     if not any(node.meta.get("guards") for node in program.graph.nodes):
         return
-    state, executor = ModelState(program.model, weights=True), _ComparedSizes(program)
+    state, executor = ModelState(program.model, weights=True), Executor(program)
+    executor.garbage_collect_values = False
     for _, inputs in _resized(bind(example_inputs), (1, 2)):
         try:
             expected = dict(leaves(_evaluated(state, program.model, inputs)))
@@ -99,41 +105,28 @@ def relax_guards(program: Program, example_inputs: Any) -> None:
         except Exception:  # the user's forward may raise anything
             return
         if all(path in computed and close(value, computed[path]) for path, value in expected.items()):
-            executor.relax()
+            _relax(executor.env)
 
 
-class _ComparedSizes(Executor):
-    """Remembers the sizes that forward has compared."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.sizes: dict[Any, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.meta.get("baked"):
-            self.sizes[n] = value
-        return value
-
-    def relax(self) -> None:
-        for node, left in self.sizes.items():
-            guards = node.meta.get("guards", {})
-            for (sign, right), holds in list(guards.items()):
-                if COMPARISONS[sign](left, self.sizes.get(right, right)) is not holds:
-                    del guards[sign, right]
+def _relax(values: Mapping[fx.Node, Any]) -> None:
+    """Drops the comparisons that come out otherwise for the values of nodes."""
+    for node, size in values.items():
+        guards = node.meta.get("guards", {})
+        for (sign, right), holds in list(guards.items()):
+            if COMPARISONS[sign](size, values.get(right, right)) is not holds:
+                del guards[sign, right]
 
 
-def _resized(inputs: Any, wanted: Sequence[int] = ()) -> Iterator[tuple[int, Any]]:
+def _resized(inputs: Arguments, batch_sizes: Sequence[int] = ()) -> Iterator[tuple[int, Arguments]]:
     """The inputs with other sizes of the dimension that most tensors share as their first."""
     sizes = [leaf.shape[0] for _, leaf in leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     batch = collections.Counter(sizes).most_common(1)[0][0] if sizes else 0
     usual = [size for size in (1 if batch == 2 else 2, batch // 2, batch + 1) if size > 1 or batch == 2]
-    for size in dict.fromkeys(wanted or usual) if batch else ():
+    for size in dict.fromkeys(batch_sizes or usual) if batch else ():
         samples = torch.arange(size) % batch
 
-        def taken(leaf: Any, samples: Tensor = samples) -> Any:
-            batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
-            return leaf[samples.to(leaf.device)] if batched else leaf
+        def taken(leaf: object, samples: Tensor = samples) -> object:
+            return leaf[samples.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
 
         yield size, mapped(taken, inputs)
 
