@@ -33,6 +33,7 @@ True
 """
 
 from dagrow.solvers._als import SlotMoments, alternating_least_squares
+from dagrow.solvers._closed_forms import Fit, Move, best_move, directions, fan_out
 from dagrow.solvers._cross_validation import (
     RIDGES,
     FoldFit,
@@ -46,7 +47,6 @@ from dagrow.solvers._cross_validation import (
 )
 from dagrow.solvers._linalg import add_gram, complete, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, Moments, MomentView, Pair, distinct
-from dagrow.solvers._regression import Fit, Move, best_move, directions, fan_out
 from dagrow.solvers._residual import Compensation, Regression
 from dagrow.solvers._selection import forward_selection, marginal_drops
 from dagrow.solvers._significance import LEVEL, Verdict, holm, upper_tail

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dagrow.solvers._closed_forms import OVERSAMPLING, best_move, residual_fit
 from dagrow.solvers._linalg import Whitening, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, MomentView
-from dagrow.solvers._regression import OVERSAMPLING, best_move, residual_fit
 from dagrow.solvers._residual import Regression, Residual, StackedResidual
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
