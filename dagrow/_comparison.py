@@ -68,7 +68,7 @@ def _off(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return (parameter.cpu().double() * scale).to(parameter)
 
 
-def rounding(expected: object, others: Iterable[Any]) -> float:
+def rounding_between(expected: object, others: Iterable[Any]) -> float:
     """How far apart rounding may bring values that jittered weights change to others."""
     if not (isinstance(expected, Tensor) and expected.is_floating_point()):
         return 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dagrow._comparison import alike, close, jittered, largest, rounding
+from dagrow._comparison import alike, close, jittered, largest, rounding_between
 
 X = torch.tensor([1.0, -1000.0, float("nan"), float("inf")])
 
@@ -51,5 +51,5 @@ def test_rounding_is_measured_with_weights_that_are_off_in_their_last_digit() ->
         others = [torch.func.functional_call(layer, weights, (x,)) for weights in jittered(layer)]
         again = [torch.func.functional_call(layer, weights, (x,)) for weights in jittered(layer)]
     assert all(map(torch.equal, others, again))
-    assert 1e-3 < rounding(expected, others) < 10
-    assert rounding(expected, []) == rounding(3, others) == 0
+    assert 1e-3 < rounding_between(expected, others) < 10
+    assert rounding_between(expected, []) == rounding_between(3, others) == 0

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import dagrow
 from dagrow import AddLayer, AddNeurons, GrowthError, MoveWeights
-from dagrow.testing._snapshots_and_slopes import full_state, same
+from dagrow.testing import snapshot
+from dagrow.testing._snapshots_and_slopes import same
 
 SPEC = spec_from_file_location("permutation", Path(__file__).parent / "benchmarks" / "permutation.py")
 assert SPEC is not None
@@ -88,9 +89,9 @@ def test_a_neuron_that_is_missing_is_found() -> None:
     y = y + 3 * torch.tanh(x @ torch.randn(4, 2, dtype=DOUBLE))
     for operator in (MoveWeights(edges=("2",)), AddNeurons()):
         proposed = growth(model, x, y, operator)
-        before = full_state(proposed.dag, None)
+        before = snapshot(proposed.dag, None)
         found = permutation_test(proposed, 99)
-        same(before, full_state(proposed.dag, None), "a permutation test")
+        same(before, snapshot(proposed.dag, None), "a permutation test")
         assert found.p_value == 0.01, operator
         assert proposed.p_value is not None
         assert proposed.p_value < 0.01

@@ -16,7 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, MoveWeights
 from dagrow.layers import RiderRule
-from dagrow.testing._snapshots_and_slopes import full_state, same
+from dagrow.testing import snapshot
+from dagrow.testing._snapshots_and_slopes import same
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -345,11 +346,11 @@ def test_a_path_that_the_step_would_not_run_is_refused(operator: Any, sometimes:
         called = sometimes and batch is not batches[-1]
         return mse_loss(model(batch[0]), batch[1]) if called else model.training_step(batch)
 
-    before = full_state(dag)
+    before = snapshot(dag)
     for verb in (dagrow.propose, dagrow.grow):
         with pytest.raises(dagrow.GrowthError, match=r"would not run.*Stepped.*model\(\.\.\.\)"):
             verb(dag, batches, step=step, operators=[AddNeurons(k=1, axes=("a",)), operator])
-        same(before, full_state(dag), "a refused path")
+        same(before, snapshot(dag), "a refused path")
     assert dagrow.grow(dag, batches, step=step, operators=[AddNeurons(k=1)]).neurons == 1
     assert dagrow.bottlenecks(dag, batches, step=step)
 

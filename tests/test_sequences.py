@@ -27,7 +27,7 @@ from dagrow.operators import Operator
 from dagrow.statistics import Objective
 from dagrow.surgery._optimizers import carry
 from dagrow.testing import check_descent, check_drop, check_slope, gentle
-from dagrow.testing._snapshots_and_slopes import assert_close, full_state, same
+from dagrow.testing._snapshots_and_slopes import assert_close, same, snapshot
 
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 STEPS = 8
@@ -255,7 +255,7 @@ class Sequences(RuleBasedStateMachine):
         return OPTIMIZERS[self.kind]([p for p in model.parameters() if p.requires_grad])
 
     def _seen(self) -> dict[str, Any]:
-        return full_state(self.dag, self.optimizer)
+        return snapshot(self.dag, self.optimizer)
 
     def _loss(self) -> float:
         return Objective(self.model, self.case.batches, self.case.loss, mode="eval").mean()

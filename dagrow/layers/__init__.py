@@ -38,7 +38,7 @@ from dagrow.layers._contractions import ATTENTION, ATTENTION_ARGUMENTS, Contract
 from dagrow.layers._convolutions import CONVOLUTIONS, GROUPED, BlockConvolutionRule, GroupedRule
 from dagrow.layers._functional_layers import UNIT_DIM_OPS, parameter_of
 from dagrow.layers._geometry import Geometry, weight_gradient
-from dagrow.layers._linear import LINEAR, PRODUCTS, LinearRule
+from dagrow.layers._linear import LINEAR, PRODUCTS, LinearRule, Product
 from dagrow.layers._norms import BATCH_NORMS, GROUP_NORM, INSTANCE_NORMS, PRELU
 from dagrow.layers._op_tables import (
     CREATION,
@@ -98,6 +98,7 @@ __all__ = [
     "LayerSite",
     "LinearRule",
     "OperationRule",
+    "Product",
     "RiderRule",
     "Tables",
     "binds",

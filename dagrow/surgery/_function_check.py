@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dagrow._comparison import alike, close, jittered, rounding
+from dagrow._comparison import alike, close, jittered, rounding_between
 from dagrow._model_state import ModelState, NoDropout
 from dagrow._pytree import leaves
 from dagrow.errors import first_line
@@ -91,7 +91,7 @@ def _changed(state: ModelState, example_inputs: Any, training: bool, run: _Run, 
     return [
         path
         for path, pair in outputs.items()
-        if not close(*pair, rounding(pair[0], [other.get(path) for other in others]))
+        if not close(*pair, rounding_between(pair[0], [other.get(path) for other in others]))
     ]
 
 

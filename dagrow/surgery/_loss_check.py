@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dagrow._comparison import close, jittered, rounding
+from dagrow._comparison import close, jittered, rounding_between
 from dagrow._model_state import preserve_state
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
@@ -62,7 +62,7 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
         allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
         same = close(before, after, allowed)
         if not same:
-            same = close(before, after, rounding(before, _jittered_losses(dag, objective, batch)))
+            same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
     return float(before), float(after), same
 
 

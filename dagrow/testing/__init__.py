@@ -16,7 +16,7 @@ slopes and regressions that the laws compare with are brute force and know nothi
 ['preservation', 'slope', 'residual']
 """
 
-from dagrow.testing._axis_trial import try_axes, try_axis
+from dagrow.testing._axis_trial import rounding, try_axes, try_axis
 from dagrow.testing._cases import Case
 from dagrow.testing._check_operator import LAWS, Law, check_operator
 from dagrow.testing._laws import (
@@ -32,6 +32,7 @@ from dagrow.testing._laws import (
     slope,
 )
 from dagrow.testing._laws_of_state import Interruption, atomicity, gentle, regrowth, undoing
+from dagrow.testing._snapshots_and_slopes import snapshot
 
 __all__ = [
     "LAWS",
@@ -51,7 +52,9 @@ __all__ = [
     "preservation",
     "regrowth",
     "residual",
+    "rounding",
     "slope",
+    "snapshot",
     "try_axes",
     "try_axis",
     "undoing",

@@ -100,7 +100,7 @@ def _portions(groups: Sequence[Sequence[Widened]]) -> Iterator[Sequence[Widened]
         yield portion
 
 
-def last_bit_change(dag: Dag, inputs: Sequence[Any]) -> float:
+def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
     """How much outputs change, relative to the largest entry, when every weight changes in its last bit."""
     model, generator = dag.model, torch.Generator().manual_seed(2)
     with preserve_state(model, weights=True), torch.no_grad():
@@ -131,7 +131,7 @@ class _Trial:
 
     @cached_property
     def _tolerance(self) -> float:
-        return max(self._strict, min(FACTOR * last_bit_change(self.dag, self.inputs), self._strict**0.5))
+        return max(self._strict, min(FACTOR * rounding(self.dag, self.inputs), self._strict**0.5))
 
     def residue(self) -> str | None:
         """What is wrong with the model after all that was tried, or None."""

@@ -11,7 +11,7 @@ from dagrow.operators import Operator
 from dagrow.statistics import Objective
 from dagrow.surgery import Growth, Receipt
 from dagrow.testing._cases import Case
-from dagrow.testing._snapshots_and_slopes import assert_close, full_state, is_picklable, same
+from dagrow.testing._snapshots_and_slopes import assert_close, is_picklable, same, snapshot
 from dagrow.tracing import bind
 
 
@@ -26,10 +26,10 @@ def undoing(operator: Operator, case: Case) -> None:
     optimizer = torch.optim.Adam(dag.model.parameters(), lr=1e-3)
     _step(case, dag.model, optimizer)
     for growth in case.propose(operator, dag):
-        before = full_state(dag, optimizer)
+        before = snapshot(dag, optimizer)
         receipt = growth.apply(0.3, optimizer=optimizer)
         receipt.undo()
-        same(before, full_state(dag, optimizer), f"undo of {growth}")
+        same(before, snapshot(dag, optimizer), f"undo of {growth}")
 
 
 def regrowth(operator: Operator, case: Case) -> None:
@@ -126,16 +126,16 @@ def atomicity(operator: Operator, case: Case) -> None:
     def attempt() -> Receipt:
         return grow(dag, case.batches, loss, [operator, operator], optimizer=optimizer, mode=case.mode)
 
-    before = full_state(dag, optimizer)
+    before = snapshot(dag, optimizer)
     attempt().undo()
-    same(before, full_state(dag, optimizer), "undo of grow")
+    same(before, snapshot(dag, optimizer), "undo of grow")
     total = calls[0]
     for at in sorted({1, 2, total // 4, total // 2, 3 * total // 4, total - 1, total} - {0}):
         calls[:] = [0, at]
         try:
             attempt()
         except Interruption:
-            same(before, full_state(dag, optimizer), f"loss call {at} of {total} interrupted")
+            same(before, snapshot(dag, optimizer), f"loss call {at} of {total} interrupted")
         else:
             raise AssertionError(f"the interruption of loss call {at} of {total} was swallowed")
 

@@ -55,7 +55,7 @@ def _steepness(function: Callable[[float], float]) -> float:
     return max(1.0, abs(function(1e-9) - function(-1e-9)) / 2e-9 / size)
 
 
-def full_state(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, object]:
+def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, object]:
     """Every bit that a growth could leave changed: to be compared with :func:`same`."""
     model = dag.model
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

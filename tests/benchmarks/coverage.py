@@ -39,7 +39,7 @@ import dagrow
 from dagrow._pytree import tensors_in
 from dagrow.graph import Dag
 from dagrow.layers import ATTENTION, op_name
-from dagrow.testing._axis_trial import last_bit_change, try_axes
+from dagrow.testing import rounding, try_axes
 
 BATCH, LARGER, OTHER, UNITS = 2, 8, 3, 2  #: of tracing, timed twice; of graph and model; new units of an axis
 SLOW = 5.0  #: seconds of a plain call and a trace that are not repeated
@@ -154,7 +154,7 @@ def _grown(dag: Dag, inputs: Sequence[Any], tolerance: float) -> dict[str, Any]:
     """Every growable axis."""
     faults = try_axes(dag, inputs, k=UNITS, tolerance=tolerance)
     failed = {axis: wrong for axis, wrong in faults.items() if wrong}
-    noise = last_bit_change(dag, inputs)
+    noise = rounding(dag, inputs)
     return {
         "tried": len(faults),
         "exact": len(faults) - len(failed),

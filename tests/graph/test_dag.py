@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, GrowthError, MoveWeights
-from dagrow.testing._snapshots_and_slopes import full_state, same
+from dagrow.testing import snapshot
+from dagrow.testing._snapshots_and_slopes import same
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].abs()], 1)
@@ -42,19 +43,19 @@ def grown_by(dag: dagrow.Dag, name: str) -> dagrow.Receipt:
 @pytest.mark.parametrize("earlier", OPERATORS)
 def test_a_later_growth_through_another_dag_is_undone_first(earlier: str, later: str) -> None:
     model, dag = chain()
-    untouched = full_state(dag)
+    untouched = snapshot(dag)
     first = grown_by(dag, earlier)
-    between = full_state(dag)
+    between = snapshot(dag)
     second = grown_by(dagrow.trace(model, X), later)
-    before = full_state(dag)
+    before = snapshot(dag)
     with pytest.raises(GrowthError, match="reverse order"):
         first.undo()
-    same(before, full_state(dag), "a refused undo")
+    same(before, snapshot(dag), "a refused undo")
     second.undo()
-    same(between, full_state(dag), "undone through the other dag")
+    same(between, snapshot(dag), "undone through the other dag")
     dag.check()
     first.undo()
-    same(untouched, full_state(dag), "undone")
+    same(untouched, snapshot(dag), "undone")
 
 
 def test_a_later_growth_that_nobody_can_undo_stays_in_place() -> None:
@@ -62,10 +63,10 @@ def test_a_later_growth_that_nobody_can_undo_stays_in_place() -> None:
     first = grown_by(dag, "a width")
     grown_by(dagrow.trace(model, X), "the next width")
     gc.collect()
-    before = full_state(dag)
+    before = snapshot(dag)
     with pytest.raises(GrowthError, match="reverse order"):
         first.undo()
-    same(before, full_state(dag), "a refused undo")
+    same(before, snapshot(dag), "a refused undo")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -73,7 +74,7 @@ def test_a_dag_knows_that_its_model_was_grown_through_another(name: str) -> None
     model, dag = chain()
     growth = dagrow.propose(dag, BATCHES, functional.mse_loss, [OPERATORS["a width"]])[0]
     receipt = grown_by(dagrow.trace(model, X), name)
-    before = full_state(dag)
+    before = snapshot(dag)
     for verb in (
         dag.check,
         lambda: growth.apply(0.1),
@@ -81,7 +82,7 @@ def test_a_dag_knows_that_its_model_was_grown_through_another(name: str) -> None
     ):
         with pytest.raises(GrowthError, match=r"through another dag.*trace the model again"):
             verb()
-    same(before, full_state(dag), "a refused growth")
+    same(before, snapshot(dag), "a refused growth")
     receipt.undo()
     growth.apply(0.1)
 

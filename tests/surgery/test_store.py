@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import dagrow
 from dagrow import AddNeurons, DagrowError, GrowthError, StoreError
-from dagrow.testing._snapshots_and_slopes import full_state, same
+from dagrow.testing import snapshot
+from dagrow.testing._snapshots_and_slopes import same
 
 
 class Literal(nn.Module):
@@ -121,10 +122,10 @@ def test_what_was_loaded_onto_a_grown_model_stays_in_place(tmp_path: Path) -> No
     dagrow.propose(wider, batches, functional.mse_loss, [AddNeurons(k=1, axes=("b",), folds=1)])[0].apply()
     dagrow.save(wider, tmp_path / "net.pt")
     dagrow.load(model, tmp_path / "net.pt", x)
-    before = full_state(dag)
+    before = snapshot(dag)
     with pytest.raises(GrowthError, match="reverse order"):
         receipt.undo()
-    same(before, full_state(dag), "a refused undo")
+    same(before, snapshot(dag), "a refused undo")
 
 
 def test_the_file_holds_no_code(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from wired import Net, images, loss
 
 import dagrow
 from dagrow import AddConnection, AddLayer, AddNeurons, GrowthError, OptimizerError, StoreError
-from dagrow.testing._snapshots_and_slopes import full_state, same
+from dagrow.testing import snapshot
+from dagrow.testing._snapshots_and_slopes import same
 
 GROWTHS = (AddConnection(), AddLayer(2, nn.Tanh()), AddNeurons(k=1), AddConnection(rank=1), AddLayer(3, nn.GELU()))
 
@@ -91,14 +92,14 @@ def test_undo_goes_back_through_a_whole_sequence(net) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     loss(model(batches[0][0]), batches[0][1]).backward()
     optimizer.step()
-    before, receipts = [full_state(dag, optimizer)], []
+    before, receipts = [snapshot(dag, optimizer)], []
     for operator in GROWTHS:
         receipts.append(dagrow.propose(dag, batches, loss, [operator])[0].apply(0.3, optimizer=optimizer))
-        before.append(full_state(dag, optimizer))
+        before.append(snapshot(dag, optimizer))
     for receipt in reversed(receipts):
-        same(before.pop(), full_state(dag, optimizer), "undo")
+        same(before.pop(), snapshot(dag, optimizer), "undo")
         receipt.undo()
-    same(before.pop(), full_state(dag, optimizer), "undo")
+    same(before.pop(), snapshot(dag, optimizer), "undo")
 
 
 @pytest.mark.parametrize("handed", [True, False])
