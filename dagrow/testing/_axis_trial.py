@@ -101,7 +101,15 @@ def _portions(groups: Sequence[Sequence[Widened]]) -> Iterator[Sequence[Widened]
 
 
 def rounding(dag: Dag, inputs: Sequence[Any]) -> float:
-    """How much outputs change, relative to the largest entry, when every weight changes in its last bit."""
+    """How much outputs change when every weight changes in its last bit.
+
+    Args:
+        dag: of the model.
+        inputs: that it is called with, each as its example inputs.
+
+    Returns:
+        The largest change, relative to the largest entry of its output.
+    """
     model, generator = dag.model, torch.Generator().manual_seed(2)
     with preserve_state(model, weights=True), torch.no_grad():
         before = [output for arguments in inputs for output in _outputs(model, arguments)]
