@@ -56,7 +56,15 @@ def _steepness(function: Callable[[float], float]) -> float:
 
 
 def snapshot(dag: Dag, optimizer: Optimizer | None = None) -> dict[str, object]:
-    """Every bit that a growth could leave changed: to be compared with :func:`same`."""
+    """Every bit that a growth could leave changed.
+
+    Args:
+        dag: of the model.
+        optimizer: whose state counts too, if any.
+
+    Returns:
+        What there is by name, to be compared with another snapshot.
+    """
     model = dag.model
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     return {
