@@ -19,5 +19,5 @@ def test_a_node_has_the_line_of_forward_that_made_it() -> None:
 
 
 def test_the_line_that_asks_for_a_trace_is_none_of_forward() -> None:
-    layers = [node for node in dagrow.trace(mlp(), randn(3, 4)).graph.nodes if node.op == "call_module"]
+    layers = [node for node in dagrow.trace(mlp(), randn(3, 4)).program.graph.nodes if node.op == "call_module"]
     assert {node.meta["source"] for node in layers} == {"unknown line"}
