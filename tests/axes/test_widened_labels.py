@@ -30,11 +30,11 @@ def test_every_new_unit_has_labels_of_its_own(k: int) -> None:
     assert torch.equal(run.labelling.columns["last"], rows)
 
 
-def test_only_what_new_channels_reach_runs_again() -> None:
+def test_new_channels_reach_no_further_than_the_layer_that_reads_them() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     run, _ = widened(model, 1, torch.randn(2, 3))
-    assert [node.target for node in run.reached] == ["0", "1", "2"]
-    assert run.reads == {"2": 1}
+    assert [node.target for node in run.reached] == ["0", "1"]
+    assert (run.reads["2"], run.reads["4"]) == (1, 0)
     assert not run.literals
 
 
