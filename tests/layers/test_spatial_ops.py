@@ -37,6 +37,7 @@ def copy(x: Tensor, table: Tensor) -> Tensor:
         ("max_pool1d", {"kernel_size": 3}, largest),
         ("max_pool1d", {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2}, largest),
         ("max_pool1d", {"kernel_size": 4, "stride": 3, "padding": 2, "ceil_mode": True}, largest),
+        ("max_pool1d", {"kernel_size": 1, "stride": 4, "ceil_mode": True}, largest),
         ("avg_pool1d", {"kernel_size": 2, "ceil_mode": True}, mean),
         ("adaptive_avg_pool1d", {"output_size": 4}, mean),
         ("adaptive_max_pool1d", {"output_size": 3}, largest),

@@ -39,7 +39,8 @@ def drafted() -> tuple[dagrow.Dag, Draft, Tensor, Tensor, Tensor]:
     draft = Draft(dag, [(axis, plan)])
     draft.fan_in(dag.edge("0"), plan.rows["0"], alpha)
     draft.fan_out(dag.edge("2"), plan.columns["2"], omega)
-    draft.move(dag.edge("2"), delta)
+    for part in (delta - 1, torch.ones_like(delta)):  # moves add up
+        draft.move(dag.edge("2"), part)
     return dag, draft, alpha[:, 0], omega[..., 0], delta
 
 

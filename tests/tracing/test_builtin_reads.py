@@ -67,10 +67,13 @@ def test_numbers_that_are_no_variables_and_functions_that_tell_are_left_out(func
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.width, self.depth, self.size, self.made = 4, 3, 2, math.log(7)
+        self.width, self.depth, self.heads, self.size, self.made = 4, 3, 2, 2, math.log(7)
 
     def scale(self) -> float:
         return 1 / math.log(self.width)
+
+    def by_head(self) -> float:
+        return self.scale() / self.heads
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.depth):
@@ -83,5 +86,5 @@ class Net(nn.Module):
 
 def test_attributes_of_methods_that_count_or_call_math_or_one_that_does() -> None:
     names = attributes_read(Net)
-    assert {"width", "depth"} <= names
+    assert {"width", "depth", "heads"} <= names
     assert not {"size", "made"} & names
