@@ -3,9 +3,12 @@
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
-from dagrow.solvers import Moments
+from dagrow.solvers import (
+    Moments,
+)
 
 B, P, V, W = "b", "p", "v", "w"
 EPS = torch.finfo(torch.float64).eps
@@ -51,3 +54,17 @@ def near(actual: object, expected: object, rtol: float = 1e-8) -> None:
     """Entries apart by a part of the largest one."""
     a, e = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
     np.testing.assert_allclose(a, e, rtol=0, atol=rtol * max(float(np.abs(e).max()), 1e-300))
+
+
+VARIANTS = {"none": "raw", "constant": "centred", "all": "residual"}
+CASES = {
+    "plain": data(),
+    "positions": data(n=20, s=3, seed=1),
+    "one output": data(o=1, seed=2),
+    "rank deficient": data(twins=2, seed=3),
+    "fewer samples than features": data(n=6, i=9, p=8, seed=4),
+    "wide goal": data(o=9, p=3, seed=5),
+}
+
+
+case = pytest.mark.parametrize("d", CASES.values(), ids=CASES)

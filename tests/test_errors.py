@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_net import BATCHES, MSE, X, Y, net, setting
 from torch import Tensor, nn
-from torch.nn import functional
 
 import dagrow
 from dagrow import (
-    AddConnection,
-    AddLayer,
     AddNeurons,
     BatchError,
     DagrowError,
@@ -25,21 +23,7 @@ from dagrow import (
     TraceError,
 )
 
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-Y = X[:, :2] * X[:, 2:]
-BATCHES = [(X, Y)]
-MSE = functional.mse_loss
 OPERATORS = [AddNeurons(k=1, ridge=0.1, folds=1)]
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-
-
-def setting() -> tuple[nn.Module, Any]:
-    model = net()
-    return model, dagrow.trace(model, X)
 
 
 def unchanged(model: nn.Module, before: dict[str, Tensor], hooks: list[int]) -> None:
@@ -75,39 +59,6 @@ def refused(error: type[DagrowError], message: str, call: Callable[[Any], Any]) 
 )
 def test_validation(validation: Any, error: type[DagrowError], message: str) -> None:
     refused(error, message, lambda dag: dagrow.grow(dag, BATCHES, MSE, OPERATORS, validation=validation))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AddNeurons(k=0), "whole number from 1 on"),
-        (lambda: AddNeurons(k=-1), "whole number from 1 on"),
-        (lambda: AddNeurons(k=1.5), "whole number from 1 on"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(k="3"), "whole number from 1 on"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(solver="best"), "not one of"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(init="xavier"), "not one of"),  # type: ignore[arg-type]
-        (lambda: AddNeurons(folds=0), "whole number from 1 on"),
-        (lambda: AddNeurons(ridge=-1.0), "finite number from 0 on"),
-        (lambda: AddNeurons(ridge=math.nan), "finite number from 0 on"),
-        (lambda: AddNeurons(folds=1), "Give k="),
-        (lambda: AddNeurons(init="copy"), "Give k="),
-        (lambda: AddNeurons(axes="0"), "tuple of names"),  # type: ignore[arg-type]
-        (lambda: MoveWeights(edges="0"), "tuple of names"),  # type: ignore[arg-type]
-        (lambda: MoveWeights(folds=0), "whole number from 1 on"),
-        (lambda: MoveWeights(ridge=-1.0), "finite number from 0 on"),
-        (lambda: MoveWeights(ridge=True), "finite number from 0 on"),
-        (lambda: MoveWeights(ridge=10**400), "finite number from 0 on"),
-        (lambda: AddNeurons(seed=2**70), "whole number from 0 to 4294967295"),
-        (lambda: AddNeurons(seed=True), "whole number from 0 to"),
-        (lambda: AddConnection(rank=0), "whole number from 1 on, or None for a single layer"),
-        (lambda: AddConnection(kernel=None), "whole number from 1 on[.]"),  # type: ignore[arg-type]
-        (lambda: AddLayer(k=None), "whole number from 1 on[.]"),  # type: ignore[arg-type]
-        (lambda: AddLayer(3, seed=-1), "whole number from 0 to"),
-    ],
-)
-def test_operators_that_make_no_sense(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(GrowthError, match=message):
-        make()
 
 
 @pytest.mark.parametrize(
@@ -163,13 +114,6 @@ def test_nothing_to_grow() -> None:
         dagrow.grow(dagrow.trace(flat, X), BATCHES, MSE)
     receipt = dagrow.grow(dag, BATCHES, MSE, [MoveWeights(folds=1)])  # but its weights can move
     assert receipt.loss_after < receipt.loss_before
-
-
-def test_frozen_weights_are_not_moved() -> None:
-    model, dag = setting()
-    model.requires_grad_(False)
-    with pytest.raises(GrowthError, match="requires_grad=False"):
-        dagrow.grow(dag, BATCHES, MSE, [MoveWeights(edges=("0",))])
 
 
 @pytest.mark.parametrize("gamma", [math.nan, math.inf, "1", None, True, 10**400])

@@ -3,12 +3,12 @@
 import copy
 import pickle
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from perceptrons import Batches, data, mlp
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils.parametrizations import weight_norm
@@ -19,24 +19,10 @@ from dagrow.layers import RiderRule
 from dagrow.testing import snapshot
 from dagrow.testing._snapshots_and_slopes import same
 
-Batches = list[tuple[Tensor, Tensor]]
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def mlp(*widths: int, act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i, o in pairwise(widths):
-        layers += [nn.Linear(i, o), act()]
-    return nn.Sequential(*layers[:-1]).double()
-
-
-def data(n: int = 60, i: int = 3, o: int = 2, dtype: torch.dtype = torch.float64) -> Batches:
-    x = torch.randn(n, i, dtype=dtype)
-    return list(zip(x.split(20), torch.sin(2 * x[:, :o]).split(20), strict=True))
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -47,24 +33,6 @@ def measured_slope(dag: dagrow.Dag, batches: Batches, operator: Any, step: float
     """Minus the slope of the loss along a growth, by finite differences, and what the growth says."""
     growth = dagrow.propose(dag, batches, mse_loss, [operator])[0]
     return (growth.loss(-step) - growth.loss(step)) / (2 * step), growth.gain
-
-
-class ScaledByWidth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return self.b(torch.tanh(h) * h.shape[1:].numel() ** -0.5)
-
-
-def test_a_width_that_the_forward_computes_with_is_noticed() -> None:
-    model = ScaledByWidth().double()
-    dag = dagrow.trace(model, torch.randn(2, 3).double())
-    with pytest.raises(dagrow.DagrowError, match="computes something else when a is wider"):
-        dagrow.propose(dag, data(), mse_loss, [AddNeurons(k=2)])
-    assert model.a.out_features == 4
 
 
 @pytest.mark.parametrize("operator", [AddNeurons(k=2, axes=("0",)), MoveWeights(edges=("2",))])
@@ -94,12 +62,6 @@ def test_products_that_overflow_are_refused() -> None:
     dag = dagrow.trace(mlp(3, 2, 2).float(), batches[0][0])
     with pytest.raises(dagrow.DagrowError, match="too large for their type when squared"):
         dagrow.bottlenecks(dag, batches, mse_loss)
-
-
-def test_gradmax_is_refused_where_zero_does_not_stay_zero() -> None:
-    dag = dagrow.trace(mlp(3, 2, 2, act=nn.Sigmoid), torch.randn(2, 3).double())
-    with pytest.raises(dagrow.DagrowError, match="a zero does not stay zero"):
-        dagrow.propose(dag, data(), mse_loss, [AddNeurons(k=1, init="gradmax")])
 
 
 def test_a_step_that_trains_is_refused_and_undone() -> None:
@@ -237,25 +199,6 @@ def test_state_that_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(dagrow.DagrowError, match="_extra_state"):
         dagrow.save(dag, tmp_path / "net.pt")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AddNeurons(k=1, ridge="a"), "ridge='a'"),
-        (lambda: AddNeurons(k=1, ridge=float("inf")), "ridge=inf"),
-        (lambda: AddNeurons(k=True), "k=True"),
-        (lambda: AddNeurons(k=1, folds=True), "folds=True"),
-        (lambda: AddNeurons(k=1, axes=5), "axes=5"),
-        (lambda: AddNeurons(k=1, axes=()), r"axes=\(\)"),
-        (lambda: AddNeurons(k=1, seed=1.5), "seed=1.5"),
-        (lambda: MoveWeights(edges="fc"), "edges='fc'"),
-        (lambda: MoveWeights(ridge=-1.0), "ridge=-1.0"),
-    ],
-)
-def test_settings_that_make_no_sense(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(dagrow.DagrowError, match=message):
-        make()
 
 
 class StraightPReLU(RiderRule):

@@ -4,37 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from verbs import BATCHES, Net, X, Y, mean, traced
 
 import dagrow
 from dagrow import AddNeurons, MoveWeights
 
-GENERATOR = torch.Generator().manual_seed(0)
-X = torch.randn(60, 4, generator=GENERATOR).double()
-Y = X[:, :2] * X[:, 2:]
-BATCHES = [(X, Y)]
 OPERATORS = [MoveWeights(ridge=1e-3), AddNeurons(k=2, ridge=1e-3)]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2)
-        self.double()
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        h = self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
-        return h if scale is None else h * scale
-
-
-def traced(example: Any = X) -> Any:
-    return dagrow.trace(Net(), example)
-
-
-def mean(output: Tensor, target: Tensor) -> Tensor:
-    return ((output - target) ** 2).sum(1).mean()
 
 
 def split(size: int, x: Tensor = X, y: Tensor = Y) -> list[Any]:
@@ -77,16 +54,6 @@ def test_proposals_print_and_are_sorted() -> None:
     held = [growth.heldout_gain for growth in growths]
     assert held == sorted(held, reverse=True)
     assert all("gain" in str(growth) for growth in growths)
-
-
-def test_bottlenecks_are_a_mapping_that_prints() -> None:
-    found = dagrow.bottlenecks(traced(), BATCHES, mean)
-    assert set(found) == {"a", "b", "c"}
-    values = [found[name].bottleneck for name in found]
-    assert values == sorted(values, reverse=True)
-    assert all(0 <= b.share <= 1 for b in found.values())
-    assert "bottleneck" in str(found)
-    assert found.samples == 60
 
 
 def test_one_operator_needs_no_list() -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from test_demo import write_mnist
+from idx_files import write_mnist
 
 from dagrow.reporting import main
 from dagrow.reporting._cli import DTYPES, _shape

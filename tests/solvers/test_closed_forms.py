@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference as truth
 import torch
-from regressions import B, Data, P, V, W, data, moments, near, of
+from regressions import VARIANTS, B, Data, P, V, W, case, data, moments, near, of
 
 from dagrow.solvers import (
     Regression,
@@ -12,21 +12,7 @@ from dagrow.solvers import (
     directions,
     fan_out,
     validate_directions,
-    validate_fan_out,
 )
-from dagrow.solvers._basis import Basis
-
-VARIANTS = {"none": "raw", "constant": "centred", "all": "residual"}
-
-CASES = {
-    "plain": data(),
-    "positions": data(n=20, s=3, seed=1),
-    "one output": data(o=1, seed=2),
-    "rank deficient": data(twins=2, seed=3),
-    "fewer samples than features": data(n=6, i=9, p=8, seed=4),
-    "wide goal": data(o=9, p=3, seed=5),
-}
-case = pytest.mark.parametrize("d", CASES.values(), ids=CASES)
 
 
 @case
@@ -67,15 +53,6 @@ def test_directions_are_those_of_the_singular_value_decomposition(d: Data, k: in
         near(wrote * signs, wanted, 1e-6)
 
 
-def test_the_residual_falls_by_the_squared_singular_values() -> None:
-    d = data(seed=7)
-    for solver in ("none", "all"):
-        block = Regression(P, B, V, solver, constant=True)
-        found = directions(of(d), [block], 2)
-        fit = fan_out(of(d), block, found.alpha)
-        near(fit.drop, float(found.values.square().sum()))
-
-
 @case
 @pytest.mark.parametrize("compensation", VARIANTS)
 def test_fan_out_is_the_regression_of_what_is_left(d: Data, compensation: str) -> None:
@@ -95,22 +72,6 @@ def test_fan_out_is_the_regression_of_what_is_left(d: Data, compensation: str) -
     assert abs(fit.drop - fall) <= 1e-8 * energy
 
 
-@case
-@pytest.mark.parametrize("ridge", [0.0, 0.3])
-@pytest.mark.parametrize("compensation", VARIANTS)
-def test_indices_stand_for_the_features_with_them(d: Data, compensation: str, ridge: float) -> None:
-    m, block, chosen = of(d, 2), Regression(P, B, V, compensation, constant=True), torch.tensor([2, 0])
-    choices = (chosen, torch.eye(d.p.shape[-1], dtype=torch.float64)[:, chosen])
-    fit, expected = (fan_out(m, block, choice, ridge) for choice in choices)
-    near(fit.weights, expected.weights)
-    near((fit.gain, fit.drop), (expected.gain, expected.drop))
-    held, expected = (validate_fan_out(m.split(), block, choice, (ridge,)) for choice in choices)
-    near(held.gain, expected.gain)
-    near(*(Basis(choice).spread(fit.weights, d.p.shape[-1]) for choice in choices))
-    every = torch.arange(d.p.shape[-1])
-    near(fan_out(m, block, None, ridge).weights, fan_out(m, block, every, ridge).weights)
-
-
 def test_fan_out_with_ridge() -> None:
     d, ridge = data(seed=9), 0.2
     h = d.p[..., :2] / np.sqrt((truth.flat(d.p[..., :2]) ** 2).mean(0))
@@ -120,15 +81,6 @@ def test_fan_out_with_ridge() -> None:
     near(fit.weights, expected.weight)
     near(fit.gain, expected.gain)
     near(fit.drop, truth.bottleneck(d.b, d.v) - truth.energy(expected.residual))
-
-
-def test_the_gain_of_neurons_knows_that_the_features_overlap_with_what_is_read() -> None:
-    """gain = E <v, X h>, not E <v_perp, X h>: the cross term ``tr(dW C^T X^T)`` is far from zero here."""
-    d = data(seed=10)
-    fit = fan_out(of(d), Regression(P, B, V), torch.eye(5, dtype=torch.float64))
-    x = fit.weights.numpy()
-    near(fit.gain, truth.product(d.v, d.p @ x.T))
-    assert abs(truth.product(d.b @ truth.best_move(d.b, d.v).T, d.p @ x.T)) > 0.01 * fit.gain
 
 
 def test_the_constant_is_one_of_the_features() -> None:
@@ -142,17 +94,6 @@ def test_the_constant_is_one_of_the_features() -> None:
         fan_out(of(constant), Regression(P, B, V, "constant", constant=True), torch.eye(5, dtype=torch.float64)).drop
         < 1e-12
     )
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_features_that_are_read_already_bring_nothing(seed: int) -> None:
-    """What is left of them is rounding; it must not be mistaken for a direction."""
-    d = data(seed=seed)
-    read = d._replace(p=d.b @ np.random.default_rng(seed).normal(size=(5, 5)))
-    fit = fan_out(of(read), Regression(P, B, V, "all"), torch.eye(5, dtype=torch.float64))
-    assert not fit.weights.any()
-    assert fit.drop == fit.gain == 0
-    assert not len(directions(of(read), [Regression(P, B, V, "all")], 2).values)
 
 
 def test_consumers_side_by_side() -> None:

@@ -6,20 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Made
 from torch import Tensor, nn
 from torch.nn import functional
+from two_layers import X, made
 
 import dagrow
 from dagrow import GrowthError, TraceError
 from dagrow.testing import try_axis
-
-X = torch.randn(4, 6, dtype=torch.float64)
-
-
-def made(forward: Callable[..., Any], **parts: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return Made(forward, {"a": nn.Linear(6, 8), "b": nn.Linear(8, 3), **parts}).double().eval()
 
 
 def counting(m: Any, x: Tensor) -> Any:
@@ -27,16 +20,6 @@ def counting(m: Any, x: Tensor) -> Any:
     if m.training:
         h = h * m.n
     return m.b(h.flatten(1))
-
-
-def scaling(m: Any, x: Tensor) -> Any:
-    h = m.a(x)
-    return m.b(h * m.scale if m.training else h)
-
-
-def assisted(m: Any, x: Tensor) -> Any:
-    h = m.a(x)
-    return (m.b(h), m.aux(h)) if m.training else m.b(h)
 
 
 def picking(m: Any, x: Tensor) -> Any:
@@ -112,32 +95,6 @@ def test_a_comparison_that_makes_no_difference_does_not_count() -> None:
     assert torch.allclose(model(x[:1]), before)
 
 
-@pytest.mark.parametrize(
-    ("model", "why"),
-    [
-        (made(scaling, scale=nn.Parameter(torch.rand(8))), "in training, scale has its channels too"),
-        (made(assisted, aux=nn.Linear(8, 3)), "in training, aux has its channels too"),
-    ],
-)
-def test_what_is_used_in_the_other_mode_only_freezes_the_axis_that_it_shares(model: nn.Module, why: str) -> None:
-    axis = dagrow.trace(model, X).axis("a")
-    assert not axis.growable
-    assert why in str(axis.reason)
-    assert dagrow.trace(model.train(), X).axis("a").growable
-
-
-def test_what_is_used_in_neither_mode_freezes_nothing() -> None:
-    model = made(lambda m, x: m.b(m.a(x)), idle=nn.Linear(8, 8))
-    assert dagrow.trace(model, X).axis("a").growable
-
-
-def test_a_part_of_its_own_in_the_other_mode_freezes_nothing() -> None:
-    model = made(
-        lambda m, x: m.b(m.a(x)) + (m.c(m.aux(x)) if m.training else 0), aux=nn.Linear(6, 4), c=nn.Linear(4, 3)
-    )
-    assert dagrow.trace(model, X).axis("a").growable
-
-
 def dropping(m: Any, x: Tensor) -> Any:
     h = m.a(x)
     return functional.dropout(m.b(h.softmax(-1) if m.training else h), 0.5, m.training)
@@ -191,60 +148,6 @@ def test_tracing_computes_no_spectral_norm_for_good() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_owners_of_functions_keep_what_else_they_state() -> None:
-    def forward(m: Any, x: Tensor) -> Any:
-        return functional.linear(functional.linear(x, m.weight, m.bias).relu(), m.last)
-
-    weight, bias, last = (nn.Parameter(torch.randn(size)) for size in ((8, 6), (8,), (3, 8)))
-    parts = {"weight": weight, "bias": bias, "last": last, "in_features": 6, "out_features": 8}
-    model = Made(forward, parts).double().eval()
-    dag = dagrow.trace(model, X)
-    axis = next(axis for axis in dag.axes if axis.growable)
-    batches = [(X, torch.zeros(4, 3, dtype=torch.float64))]
-    operators = [dagrow.AddNeurons(k=2, init="zero", axes=(axis.name,))]
-    dagrow.propose(dag, batches, nn.functional.mse_loss, operators)[0].apply(0.0)
-    assert (model.in_features, model.out_features) == (6, 10)
-    assert model.weight.shape == (10, 6)
-
-
 def test_a_trial_in_training_mode_is_not_misled_by_dropout() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3)).double().train()
     assert try_axis(dagrow.trace(model, X), "0", [X, X[:3]]) is None
-
-
-def cancelling(size: float, width: int = 64) -> nn.Module:
-    """Every unit is there twice, with fan-outs of opposite signs and a large size, so that rounding shows."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 1))
-    half, large = width // 2, size * torch.randn(1, width // 2)
-    with torch.no_grad():
-        for parameter in model[0].parameters():
-            parameter[half:] = parameter[:half]
-        model[2].weight.copy_(torch.cat([large + torch.randn(1, half), -large], 1))
-    return model
-
-
-def test_rounding_is_no_other_function() -> None:
-    x = torch.randn(200, 6)
-    batches = [(x, torch.sin(x.sum(1, keepdim=True)))]
-    dag = dagrow.trace(cancelling(1e5), x)
-    for operator in (dagrow.AddNeurons(k=3), dagrow.AddNeurons(k=3, init="copy")):
-        growth = dagrow.propose(dag, batches, functional.mse_loss, [operator])[0]
-        growth.apply(1e-6)
-    assert dag.model[0].out_features == 70
-
-
-def test_what_depends_on_the_width_is_refused_where_rounding_is_large_too() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = cancelling(1e3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.layers[:2](x)
-            return self.layers[2](h * (h.shape[1:].numel() / 64))
-
-    x = torch.randn(200, 6)
-    dag = dagrow.trace(Scaled(), x)
-    with pytest.raises(GrowthError, match="computes something else"):
-        dagrow.propose(dag, [(x, torch.randn(200, 1))], functional.mse_loss, [dagrow.AddNeurons(k=3)])

@@ -1,65 +1,18 @@
 """Optimizer state follows its parameters: old entries bit-equal, new ones zero."""
 
 import copy
-import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from optimized import OPTIMIZERS, X, Y, grow, net, step, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
 import dagrow
-from dagrow import AddNeurons, OptimizerError
-from dagrow.surgery._growth_log import log_of
-
-X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].abs()], 1)
-BATCHES = [(X, Y)]
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
-    "sgd-foreach": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, nesterov=True, foreach=True),
-    "adam": lambda p: torch.optim.Adam(p, 0.01),
-    "adam-amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
-    "adam-foreach": lambda p: torch.optim.Adam(p, 0.01, foreach=True),
-    "adam-fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
-    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
-    "adadelta": lambda p: torch.optim.Adadelta(p, 0.1),
-    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
-    "radam": lambda p: torch.optim.RAdam(p, 0.01),
-    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
-    "asgd": lambda p: torch.optim.ASGD(p, 0.01),
-}
-
-
-def net(hidden: int = 3) -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, 2))
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    functional.mse_loss(model(X), Y).backward()
-    optimizer.step()
-
-
-def grow(dag: Any, k: int = 2, **kwargs: Any) -> dagrow.Receipt:
-    growth = dagrow.propose(dag, BATCHES, functional.mse_loss, [AddNeurons(k=k, init="zero")])[0]
-    return growth.apply(1.0, **kwargs)
-
-
-def trained(make: Callable[[Any], torch.optim.Optimizer], hidden: int = 3) -> Any:
-    model = net(hidden)
-    optimizer = make(model.parameters())
-    step(model, optimizer)
-    step(model, optimizer)
-    return model, optimizer, dagrow.trace(model, X)
+from dagrow import OptimizerError
 
 
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -247,13 +200,6 @@ def test_parameters_that_change_places_after_a_growth_are_carried_too() -> None:
     assert optimizer.state[model[0].weight]["step"] == before["0.weight"]["step"] + 1
 
 
-def test_the_log_does_not_grow_with_growths_that_are_undone() -> None:
-    model, _, dag = trained(OPTIMIZERS["sgd"])
-    for k in (1, 2, 1, 2, 1, 2):
-        grow(dag, k).undo()
-    assert max(len(log.resizes) for log in map(log_of, model.parameters()) if log) <= 6
-
-
 def test_a_receipt_that_is_gone_keeps_nothing() -> None:
     _, _, dag = trained(OPTIMIZERS["sgd"])
     for _ in range(3):
@@ -279,16 +225,6 @@ def test_an_optimizer_that_was_refused_goes_on(make: Any) -> None:
     with pytest.raises(OptimizerError, match="keeps"):
         grow(dagrow.trace(model, X), optimizer=optimizer)
     optimizer.step(closure)
-
-
-def test_copies_and_pickles_hold_nothing_of_the_growths_of_their_parameters() -> None:
-    model, _, dag = trained(OPTIMIZERS["adam"])
-    grow(dag).undo()
-    grow(dag)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(log_of(parameter) is None for parameter in twin.parameters())
-        step(twin, torch.optim.Adam(twin.parameters()))
-    assert b"dagrow" not in pickle.dumps(model)
 
 
 def test_models_that_grow_in_threads_do_not_disturb_each_other() -> None:

@@ -1,0 +1,17 @@
+"""Short runs of the demo."""
+
+import pytest
+from demo_runs import TINY
+
+from dagrow.reporting._data import Dataset, digits
+from dagrow.reporting._demo import Training, compare
+
+
+@pytest.fixture(scope="session")
+def data() -> Dataset:
+    return digits(0)
+
+
+@pytest.fixture(scope="session")
+def runs(data) -> list[Training]:
+    return compare(data, TINY)
