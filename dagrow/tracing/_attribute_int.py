@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dagrow._pytree import leaf_values
-from dagrow.tracing._builtin_reads import attributes_read
+from dagrow.tracing._builtin_reads import MathTells, attributes_read
 from dagrow.tracing._traced_int import TracedInt
 
 AttributePath = tuple[str, str, int | None]  #: a module, its attribute, and where in it if it is a list or tuple
@@ -68,11 +68,14 @@ for _name in (
     setattr(AttributeInt, f"__{_name}__", _marking(f"__{_name}__"))
 
 
+_MATH_TELLS = MathTells(TracedInt, AttributeInt)
+
+
 @contextlib.contextmanager
 def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
     """Inside, whole numbers among the attributes of modules are :class:`AttributeInt`.
 
-    Those that the code of a module may give to what reads them unseen (``range``, ``math.log``) count as computed with.
+    Those that the code of a module may give to what reads them untold, such as ``range``, count as computed with.
 
     Args:
         model: whose modules have such attributes until the end.
@@ -91,7 +94,8 @@ def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
                 replaced.append((module, name, value, remembering))
                 vars(module)[name] = remembering
     try:
-        yield uses
+        with _MATH_TELLS:
+            yield uses
     finally:
         uses.live = lambda: False
         for module, name, value, remembering in replaced:

@@ -1,93 +1,86 @@
-"""Built-in functions that read a whole number without calling a method of it, and the code that calls them.
+"""Built-in functions that read a whole number without calling a method of it.
 
-No subclass of int is told by ``range(n)`` or ``math.log(n)`` that it was read. So the code is looked at instead.
+No subclass of int is told by ``range(n)`` or ``math.log(n)`` that it was read. While a forward is written down, the
+functions of ``math`` that read so are others, which tell a traced number and compute the same, for all threads; the
+last trace that ends puts back what was there. Functions that code has under a name of its own, ``range`` or
+``from math import log``, cannot be told: code that names them is looked at instead.
 """
 
-import dis
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from types import CodeType, FunctionType
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
+from typing import Any
 
 from torch import nn
 
 _MATH = ("comb", "factorial", "gcd", "isqrt", "lcm", "log", "log10", "log2", "perm")
-_FUNCTIONS = {id(getattr(math, name)) for name in _MATH}
-_NOWHERE = (-1, -1)
+
+
+class MathTells:
+    """Inside, functions of ``math`` tell the numbers of some types that they are read. For many traces at once.
+
+    Args:
+        types: subclasses of int that note when a float is made of them.
+    """
+
+    def __init__(self, *types: type[int]) -> None:
+        self.types = types
+        self._lock, self._traces = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._traces += 1
+            if self._traces == 1:
+                for name, function in _FUNCTIONS.items():
+                    setattr(math, name, self._telling(function))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._traces -= 1
+            if not self._traces:
+                for name, function in _FUNCTIONS.items():
+                    setattr(math, name, function)
+
+    def _telling(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*numbers: Any) -> Any:
+            return function(*(int(float(n)) if isinstance(n, self.types) else n for n in numbers))
+
+        return telling
 
 
 def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Names in the methods of a class that count with ``range``, or that hand something to ``math``."""
+    """Names in the methods of a class that name a function which reads numbers untold."""
     bases = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
-    functions = ((name, value) for base in bases for name, value in vars(base).items() if inspect.isfunction(value))
-    unwrapped = ((name, inspect.unwrap(function)) for name, function in functions if name != "__init__")
-    methods = [(name, method) for name, method in unwrapped if inspect.isfunction(method)]
-    names = {method: _names(method.__code__) for _, method in methods}
-    readers = {name for name, method in methods if calls_math(method.__code__, method.__globals__)}
-    while callers := {name for name, method in methods if names[method] & readers} - readers:
-        readers |= callers
-    reading = (names[method] for name, method in methods if name in readers or "range" in names[method])
-    return frozenset().union(*reading)
+    functions = (value for base in bases for name, value in vars(base).items() if name != "__init__")
+    methods = [function for function in functions if inspect.isfunction(function)]
+    names = {method: _names(method.__code__) for method in methods}
+    reading = (m for m in methods if "range" in names[m] or names_math(m.__code__, m.__globals__))
+    return frozenset().union(*map(names.__getitem__, reading))
 
 
-def calls_math(code: CodeType, scope: Mapping[str, object]) -> bool:
-    """Whether code, or a function that it names, hands variables to ``math``.
+def names_math(code: CodeType, scope: Mapping[str, object]) -> bool:
+    """Whether code has a function of ``math`` under a name of its own.
 
     Args:
         code: of a function.
         scope: its globals.
 
     Returns:
-        Whether numbers that it has may be read unseen.
+        Whether it may hand numbers to ``math`` untold.
     """
-    values = (scope.get(name) for name in _names(code))
-    helpers = [value for value in values if isinstance(value, FunctionType)]
-    return _calls_math(code, scope) or any(_calls_math(helper.__code__, helper.__globals__) for helper in helpers)
-
-
-def _calls_math(code: CodeType, scope: Mapping[str, object]) -> bool:
-    if any(name in _MATH or id(scope.get(name)) in _FUNCTIONS for name in code.co_names):
-        instructions = [step for step in dis.get_instructions(code) if step.opname != "LOAD_CONST"]
-        if any(_hands_variables(load, instructions) for load in _loads(instructions, scope)):
-            return True
-    return any(_calls_math(inner, scope) for inner in _inner(code))
-
-
-def _loads(instructions: Sequence[dis.Instruction], scope: Mapping[str, object]) -> Iterator[dis.Instruction]:
-    """Instructions that load one of the functions."""
-    for before, load in pairwise(instructions):
-        if load.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            reads = load.argval in _MATH and scope.get(str(before.argval)) is math
-        elif load.opname == "IMPORT_NAME":
-            reads = load.argval == "math"
-        else:
-            reads = load.opname in ("LOAD_GLOBAL", "LOAD_NAME") and id(scope.get(load.argval)) in _FUNCTIONS
-        if reads:
-            yield load
-
-
-def _hands_variables(load: dis.Instruction, instructions: Sequence[dis.Instruction]) -> bool:
-    """Whether a function is called with variables, by what is loaded within the text of its call."""
-    start, end = _text(load)
-    calls = [_text(step) for step in instructions if step.opname.startswith("CALL")]
-    stops = [stop for begin, stop in calls if begin == start and stop > end]
-    loads = (_text(step) for step in instructions if step.opname.startswith("LOAD_"))
-    return not stops or start == _NOWHERE or any(end < begin and stop <= min(stops) for begin, stop in loads)
-
-
-def _text(instruction: dis.Instruction) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where the text of an instruction begins and ends."""
-    line, end_line, column, end_column = instruction.positions or (None,) * 4
-    if line is None or end_line is None or column is None or end_column is None:
-        return _NOWHERE, _NOWHERE
-    return (line, column), (end_line, end_column)
-
-
-def _inner(code: CodeType) -> Iterator[CodeType]:
-    """Lambdas, comprehensions and functions written inside of code."""
-    return (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return any(id(scope.get(name)) in _IDS for name in _names(code))
 
 
 def _names(code: CodeType) -> frozenset[str]:
+    """Also of lambdas, comprehensions and functions written inside."""
     return frozenset(code.co_names).union(*map(_names, _inner(code)))
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    return (constant for constant in code.co_consts if isinstance(constant, CodeType))
+
+
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {name: getattr(math, name) for name in _MATH}
+_IDS = {id(function) for function in _FUNCTIONS.values()}

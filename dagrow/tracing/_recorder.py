@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dagrow._pytree import tensors_in
 from dagrow.errors import TraceError
-from dagrow.tracing._builtin_reads import calls_math
+from dagrow.tracing._builtin_reads import names_math
 from dagrow.tracing._call_forms import canonical_call, run_decomposed
 from dagrow.tracing._contexts import VALUE_ERRORS
 from dagrow.tracing._graph_writer import GraphWriter, Versions, versions
@@ -51,7 +51,7 @@ class Recorder(TorchFunctionMode):
         self.writer, self.closed = writer, closed
         writer.live = lambda: self.live
         self._pending: tuple[Any, Versions] = ((), {})
-        self._calls_math: dict[CodeType, bool] = {}
+        self._names_math: dict[CodeType, bool] = {}
         self._inside = 0
         self._open = False
 
@@ -135,12 +135,12 @@ class Recorder(TorchFunctionMode):
         if frame is None:
             return
         code, writer = frame.f_code, self.writer
-        if code not in self._calls_math:
-            self._calls_math[code] = calls_math(code, frame.f_globals)
+        if code not in self._names_math:
+            self._names_math[code] = names_math(code, frame.f_globals)
         if "range" in code.co_names:
             writer.baked_size = f"{formula(size)} is read next to range(): a loop that counts to it is unrolled"
             writer.note(writer.baked_size)
-        elif self._calls_math[code]:
+        elif self._names_math[code]:
             writer.baked_size = f"{formula(size)} is read next to math: a number computed from it is baked in"
             writer.note(writer.baked_size)
 

@@ -66,8 +66,33 @@ def test_a_number_that_is_a_size_alone_is_not_marked() -> None:
     assert node.target == "view"
 
 
-def test_a_size_beside_a_logarithm_is_noted() -> None:
-    program = traced(lambda self, x: x * math.log(x.shape[1]))
-    assert program.baked_size == "x.shape is read next to math: a number computed from it is baked in"
-    assert any("next to math" in note for note in program.specialisations)
-    assert traced(lambda self, x: x.view(x.shape) * math.log(2)).baked_size is None
+class Scale(nn.Module):
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        return x * scale(width)
+
+
+class Handed(nn.Module):
+    """Numbers that reach ``math`` in another module, a method, and a function of a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sub = 4, Scale()
+
+    def scaled(self, width: int) -> float:
+        return (lambda: scale(width))()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sub(x.view(-1, self.width), self.width)
+        return self.sub(x, x.shape[1]) * self.scaled(x.shape[1])
+
+
+def test_numbers_are_told_wherever_math_reads_them() -> None:
+    program = record(Handed(), torch.randn(3, 4))
+    assert program.computed_attributes == {("", "width", None)}
+    assert any("plain number" in note for note in program.specialisations)
+
+
+def test_a_size_that_math_reads_is_noted() -> None:
+    assert any("plain number" in note for note in traced(lambda self, x: x * math.log(x.shape[1])).specialisations)
+    assert traced(lambda self, x: x * binary_logarithm(x.shape[1])).baked_size is not None
+    assert not traced(lambda self, x: x.view(x.shape) * math.log(2)).specialisations

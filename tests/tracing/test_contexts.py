@@ -13,7 +13,7 @@ from dagrow.tracing import Program, record
 
 def process() -> tuple[object, ...]:
     """What of the process a trace might be tempted to replace."""
-    functions = [getattr(math, name) for name in ("log", "log2", "log10", "isqrt")]
+    functions = [getattr(math, name)(9) for name in ("log", "log2", "log10", "isqrt")]
     stance = torch._dynamo.eval_frame._stance.stance
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     return *functions, torch.backends.mha.get_fastpath_enabled(), stance, logger.disabled, len(logger.filters)
