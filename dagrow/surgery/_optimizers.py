@@ -96,7 +96,7 @@ def _watch_steps() -> None:
     One hook without state, for good: torch goes through its hooks in every step, and where one is added or removed
     meanwhile, the threads that are stepping fail.
     """
-    register_optimizer_step_pre_hook(_bring_along)
+    register_optimizer_step_pre_hook(torch.compiler.disable(_bring_along))
 
 
 def _bring_along(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
@@ -175,7 +175,7 @@ def carry(optimizer: Optimizer) -> None:
     optimizer.state.update(states)
     settle(optimizer, behind)
     for _, log in _logged(optimizer):
-        log.informed.add(ref(optimizer))
+        log.informed.add(ref(optimizer, log.informed.discard))
 
 
 def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:

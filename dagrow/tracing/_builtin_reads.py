@@ -6,6 +6,7 @@ last trace that ends puts back what was there. Functions that code has under a n
 ``from math import log``, cannot be told: code that names them is looked at instead.
 """
 
+import dis
 import inspect
 import math
 import threading
@@ -70,7 +71,8 @@ def names_math(code: CodeType, scope: Mapping[str, object]) -> bool:
     Returns:
         Whether it may hand numbers to ``math`` untold.
     """
-    return any(id(scope.get(name)) in _IDS for name in _names(code))
+    loads = (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return any(id(scope.get(name)) in _IDS for name in loads) or any(names_math(inner, scope) for inner in _inner(code))
 
 
 def _names(code: CodeType) -> frozenset[str]:

@@ -1,11 +1,15 @@
 """How parameters have grown is noted while somebody may need it, and not in copies."""
 
 import copy
+import gc
 import pickle
 
+import pytest
 import torch
 from optimized import OPTIMIZERS, grow, step, trained
+from torch import nn
 
+import dagrow
 from dagrow.surgery._growth_log import log_of
 
 
@@ -24,3 +28,33 @@ def test_copies_and_pickles_hold_nothing_of_the_growths_of_their_parameters() ->
         assert all(log_of(parameter) is None for parameter in twin.parameters())
         step(twin, torch.optim.Adam(twin.parameters()))
     assert b"dagrow" not in pickle.dumps(model)
+
+
+def grown_model() -> nn.Module:
+    torch.manual_seed(0)
+    x = torch.randn(20, 3)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    (growth,) = dagrow.propose(dagrow.trace(model, x), [(x, x[:, :1])], nn.MSELoss(), [dagrow.AddNeurons(k=1, folds=1)])
+    growth.apply(0.1)
+    return model
+
+
+def test_optimizers_that_are_gone_leave_nothing_in_the_log() -> None:
+    model = grown_model()
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    gc.collect()
+    log = log_of(model[0].weight)
+    assert log is not None
+    assert not log.informed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_goes_on_after_a_growth() -> None:
+    for model in (nn.Linear(3, 1), grown_model()):
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(2, 3)).sum().backward()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        torch.compile(optimizer.step, backend="eager")()
+        assert not any(map(torch.equal, before, model.parameters()))
