@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 _MATH = ("comb", "factorial", "gcd", "isqrt", "lcm", "log", "log10", "log2", "perm")
 
 
@@ -71,8 +72,9 @@ def names_math(code: CodeType, scope: Mapping[str, object]) -> bool:
     Returns:
         Whether it may hand numbers to ``math`` untold.
     """
-    loads = (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return any(id(scope.get(name)) in _IDS for name in loads) or any(names_math(inner, scope) for inner in _inner(code))
+    known = {name for name in code.co_names if id(scope.get(name)) in _IDS}  # perhaps as an attribute of another thing
+    loads = (step.argval for step in (dis.get_instructions(code) if known else ()) if step.opname in _LOADS)
+    return not known.isdisjoint(loads) or any(names_math(inner, scope) for inner in _inner(code))
 
 
 def _names(code: CodeType) -> frozenset[str]:
