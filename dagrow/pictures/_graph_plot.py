@@ -59,7 +59,8 @@ class _Colors:
         labelled = self.epochs[:: max(1, -(-len(self.epochs) // 8))]
         patches = [Patch(color=BEGINNING, label="at first")]
         patches += [Patch(color=self(epoch), label=f"epoch {epoch}") for epoch in labelled]
-        drawing.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8)
+        columns = min(len(patches), 5)
+        drawing.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _draw_bar(axes: Any, bar: Bar, crowded: bool, colors: _Colors) -> None:
