@@ -1,57 +1,13 @@
 """Neurons between convolutions: their theory against slow truths, what they grow into, and what they cost."""
 
 import pytest
-import reference as truth
 import torch
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
-from images import Kernel, kernels
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import case_of
 
 import dagrow
 from dagrow import AddNeurons
-
-DRAWN = settings(
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
-SPACES = st.sampled_from((1, 2, 3)).flatmap(lambda space: st.tuples(kernels(space), kernels(space)))
-
-
-def pair(first: Kernel, second: Kernel, activation: str = "Identity", seed: int = 0):
-    """Two convolutions, and a loss on what the second writes."""
-    torch.manual_seed(seed)
-    between = getattr(nn, activation)()
-    model = nn.Sequential(first.layer(2, 2), between, second.layer(2, 3))
-    return case_of(model, 2, *(5, 4, 3)[: len(first.size)], sizes=(9, 14), seed=seed)
-
-
-def slow(case) -> dict:
-    """b, p and v of the second convolution of a pair, and where it reads, by the reference."""
-    model, producer, consumer = case.model.eval(), case.model[0], case.model[2]
-    x, y = (torch.cat(side) for side in zip(*case.batches, strict=True))
-    with torch.no_grad():
-        hidden = tuple(producer(x[:1]).shape[2:])
-    return {
-        "B": truth.features(model, x, consumer, consumer.bias is not None),
-        "P": truth.features(model, x, producer, producer.bias is not None),
-        "V": truth.goals(model, case.loss, x, y, consumer),
-        "index": truth.read_at(consumer, hidden),
-    }
-
-
-def drawn_pair(kernel: tuple[Kernel, Kernel], activation: str = "Identity"):
-    try:
-        case = pair(*kernel, activation)
-    except (RuntimeError, ValueError):
-        return None
-    return case if case.copy().axis("0").growable else None
 
 
 def test_a_chain_of_biased_convolutions_grows_again_and_again() -> None:
@@ -75,17 +31,6 @@ def test_a_chain_of_biased_convolutions_grows_again_and_again() -> None:
         receipt.undo()
         assert dagrow.grow(dag, case.batches, case.loss, [AddNeurons(k=2, axes=(where,))]).neurons in (0, 2)
     assert dag.model[0].weight.shape[0] > 3
-
-
-def digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images of stripes, whose direction is their class."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(n) % 4
-    at = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
-    turns = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7], [0.7, -0.7]])[y]
-    phase = 6 * torch.rand(n, 1, 1, generator=generator)
-    x = torch.sin(2 * torch.einsum("nd, dhw -> nhw", turns, at) + phase)
-    return (x + 0.5 * torch.randn(n, 8, 8, generator=generator))[:, None].double(), y
 
 
 @pytest.mark.parametrize(
