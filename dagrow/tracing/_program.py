@@ -34,6 +34,7 @@ class Program:
         computed_attributes: whole numbers among the attributes of modules that forward computed with.
         obstacle: what forward does that none written from the graph would do.
         baked_size: a size that its loops may count to, or that ``math`` may have read.
+        also: the same of further examples, which may run other parts of the model.
     """
 
     model: nn.Module
@@ -43,12 +44,18 @@ class Program:
     computed_attributes: frozenset[AttributePath] = frozenset()
     obstacle: str | None = None
     baked_size: str | None = None
+    also: tuple["Program", ...] = ()
+
+    @property
+    def every(self) -> tuple["Program", ...]:
+        """This program, and those of further examples."""
+        return self, *self.also
 
     @cached_property
     def attribute_uses(self) -> dict[AttributePath, list[fx.Node]]:
-        """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
+        """Attributes of modules, whole numbers, and the nodes of all examples that have them as arguments."""
         uses: dict[AttributePath, list[fx.Node]] = {}
-        for node in self.graph.nodes:
+        for node in (node for program in self.every for node in program.graph.nodes):
             for value in leaf_values((node.args, node.kwargs)):
                 if isinstance(value, AttributeInt):
                     uses.setdefault(value.path, []).append(node)
