@@ -50,9 +50,7 @@ def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
     return BlockConvolutionRule(rule.space, groups=int(module.groups)) if is_frozen else None  # type: ignore[arg-type]
 
 
-def _label_and_freeze(
-    graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]
-) -> Labelling:
+def _label_and_freeze(graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
     graph, *also = graphs
     labelling = label(graph, model, layers, also)
     sharing = _Sharing.of(graphs, model, layers)

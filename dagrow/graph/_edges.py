@@ -113,7 +113,7 @@ class Axis:
 
     @property
     def _names(self) -> list[str]:
-        return [layer.name for layer in (*self.producers, *self.consumers, *self.riders)]
+        return [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
 
 
 def edges_of(

@@ -16,6 +16,7 @@ from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axe
 from dagrow.errors import TraceError
 from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
 from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, unused
+from dagrow.graph._unreached import Unreached
 from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, rule_for
 from dagrow.tracing import (
     DynamicSizes,
@@ -167,7 +168,21 @@ class Obstacles:
             return str(misfit)
         if widening.written and self.unwritable:
             return f"a size is written into the model's forward, {self.unwritable}"
-        return self._other_mode.obstacle(layout, widening) if self._other_mode else None
+        in_other_mode = self._other_mode.obstacle(layout, widening) if self._other_mode else None
+        return in_other_mode or self.unreached.obstacle(layout, self.every_layer)
+
+    @cached_property
+    def unreached(self) -> Unreached:
+        """What no example runs, in no mode."""
+        idle = self._idle
+        if idle and not isinstance(self._other_program, str):
+            idle = idle & unused(self._other_program)
+        return Unreached(self.program.model, idle, self.tracer.layer_rules)
+
+    @cached_property
+    def _idle(self) -> set[str]:
+        """Parameters and buffers of numbers that are not used in this mode."""
+        return unused(self.program)
 
     @cached_property
     def unwritable(self) -> str | None:
@@ -179,8 +194,7 @@ class Obstacles:
     @cached_property
     def _other_mode(self) -> OtherMode | None:
         """The other mode, if it uses parameters that are not used in this one."""
-        idle = unused(self.program)
-        if not idle or isinstance(self._other_program, str) or unused(self._other_program) >= idle:
+        if not self._idle or isinstance(self._other_program, str) or unused(self._other_program) >= self._idle:
             return None
         return OtherMode.of(self._other_program, self.tracer.layer_rules)
 
