@@ -209,10 +209,8 @@ class Dag:
         """
         unknown = without_rule(self.program, self._tracer.layer_rules)
         notes = [f"No rule yet for {', '.join(unknown)}: what they touch cannot grow."] if unknown else []
-        idle = self.view.obstacles.unreached.names
-        notes += (
-            [f"No example runs {', '.join(idle)}: an axis that they may read or write cannot grow."] if idle else []
-        )
+        idle = ", ".join(self.view.obstacles.unreached.names)
+        notes += [f"No example runs {idle}: an axis that they may read or write cannot grow."] if idle else []
         notes += [f"Fixed while tracing: {text}." for text in self.program.specialisations]
         return "\n".join([render(*tables(repr(self), self.edges, self.axes), width=width), *notes])
 

@@ -167,6 +167,14 @@ def _is_flattened(features: int, layout: AxisLayout, layers: Mapping[fx.Node, La
     """Whether a layer with so many features may read all channels of the axis at several positions at once.
 
     An image may be pooled to any size before it is flattened; a sequence has its own length.
+
+    Args:
+        features: that the layer reads.
+        layout: of the axis.
+        layers: of all examples, by their nodes.
+
+    Returns:
+        Whether the number fits.
     """
     for node, layer in layers.items():
         if layer.name in layout.rows:
