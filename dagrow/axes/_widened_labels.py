@@ -156,11 +156,8 @@ class WidenedLabeller(ChannelLabeller):
         only_reads = layer is not None and layer.name in self.before.rows and layer.name not in self.row_maps
         if only_reads or self._is_unchanged(value, before):
             return False
-        if not self._is_checked(node, value, before):
-            if node.meta.get("baked") and value != before:
-                self.literals[node] = node.args, dict(node.kwargs)
-            if isinstance(value, Tensor) and isinstance(before, Tensor):
-                check_order(node, self.classes, self.first_new, value, before)
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and not self._is_checked(node, value, before):
+            check_order(node, self.classes, self.first_new, value, before)
         self.values[node] = value
         self._checked[node] = self.classes.unions
         return True

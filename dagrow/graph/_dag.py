@@ -145,11 +145,15 @@ class Dag:
             GrowthError: the axis cannot grow so.
         """
         try:
-            return widen(self.program, self.view.every_layer, axis.layout, k)
+            plan = widen(self.program, self.view.every_layer, axis.layout, k)
         except CannotWidenError as misfit:
             raise GrowthError(
                 f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
+        raised = self.view.obstacles.raised(plan)
+        if raised:
+            raise GrowthError(f"axis {axis.name} cannot grow by {k}: {raised}. Give a number that the model takes.")
+        return plan
 
     def check(self) -> None:
         """Makes sure that the model is still the one that was traced.

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from dagrow._model_state import preserve_state
-from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axes, widen
+from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
 from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
 from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, unused
@@ -21,10 +21,14 @@ from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, ru
 from dagrow.tracing import (
     DynamicSizes,
     Program,
+    Trial,
     added_paths,
     dynamic_sizes,
+    raised_otherwise,
     record,
     relax_guards,
+    source,
+    statement,
     symbolic,
     two_samples,
     unwritable,
@@ -133,6 +137,11 @@ class Tracer:
         except TraceError:
             return self._program(example_inputs, verified=False)
 
+    def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
+        """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
+        example_inputs = (self.example_inputs, *self.also)[number]
+        return None if example_inputs is None else raised_otherwise(program, example_inputs, trial, self._is_known)
+
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
             program = symbolic(self.model, self._is_known)
@@ -166,6 +175,9 @@ class Obstacles:
             widening = widen(self.program, self.every_layer, layout, 1)
         except CannotWidenError as misfit:
             return str(misfit)
+        raised = self.raised(widening)
+        if raised:
+            return raised
         if widening.written and self.unwritable:
             return f"a size is written into the model's forward, {self.unwritable}"
         in_other_mode = self._other_mode.obstacle(layout, widening) if self._other_mode else None
@@ -183,6 +195,14 @@ class Obstacles:
     def _idle(self) -> set[str]:
         """Parameters and buffers of numbers that are not used in this mode."""
         return unused(self.program)
+
+    def raised(self, widening: WideningPlan) -> str | None:
+        """What the model's forward raises at the widths of a plan, by an assertion or a branch of its own; or None."""
+        for number, trial in widening.trials:
+            error = self.tracer.raised(self.program.every[number], number, trial)
+            if error is not None:
+                return f"the model's forward would raise {statement(error)} [{source(error)}]"
+        return None
 
     @cached_property
     def unwritable(self) -> str | None:
