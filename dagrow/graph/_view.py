@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import ref
 
@@ -117,6 +117,11 @@ class Tracer:
     rules: tuple[Rule, ...]
 
     @property
+    def examples(self) -> tuple[object, ...]:
+        """Of all calls, the one that is measured first."""
+        return self.example_inputs, *self.also
+
+    @property
     def layer_rules(self) -> tuple[LayerRule, ...]:
         """The user's own first."""
         return (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
@@ -139,8 +144,8 @@ class Tracer:
 
     def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
         """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
-        example_inputs = (self.example_inputs, *self.also)[number]
-        return None if example_inputs is None else raised_otherwise(program, example_inputs, trial, self._is_known)
+        example = self.examples[number]
+        return None if example is None else raised_otherwise(program, example, trial, self._is_known)
 
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
@@ -207,9 +212,18 @@ class Obstacles:
     @cached_property
     def unwritable(self) -> str | None:
         """Why no other forward can be written from the graph, as a clause about the model's own, or None."""
-        if self.tracer.example_inputs is not None:
-            relax_guards(self.program, self.tracer.example_inputs)
-        return unwritable(self.program, lambda: self._other_program)
+        for number, (example, program) in enumerate(zip(self.tracer.examples, self.program.every, strict=True)):
+            if example is not None:
+                relax_guards(program, example)
+            why = unwritable(program, partial(self._other_program_of, number))
+            if why:
+                return f"{why}, on also[{number - 1}]" if number else why
+        return None
+
+    def _other_program_of(self, number: int) -> Program | str:
+        """The graph of an example in the mode that the model is not in, or why there is none."""
+        other = self._other_program
+        return other if isinstance(other, str) else other.every[number]
 
     @cached_property
     def _other_mode(self) -> OtherMode | None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
+from dagrow.layers import LayerSite
 from dagrow.surgery._new_layers import NewPath, insert_paths, parameters_of
 from dagrow.tracing import Program, tensor_at, write_forward
 
@@ -29,6 +30,7 @@ class Change:
         literals: node of the graph -> its arguments with the sizes of the grown network.
         written: whether the forward is written anew, with the literals and the new paths in it.
         program: what the graph was when the change was drafted.
+        layers: of the graphs of all examples, by their nodes.
         new_paths: new layers beside those that there are.
     """
 
@@ -39,6 +41,7 @@ class Change:
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
+    layers: Mapping[fx.Node, LayerSite]
     new_paths: tuple[NewPath, ...] = ()
 
     @cached_property
@@ -60,7 +63,7 @@ class Change:
         return write_forward(
             self.program,
             self.literals,
-            partial(insert_paths, new_paths=self.new_paths),
+            partial(insert_paths, new_paths=self.new_paths, layers=self.layers),
             [path.record for path in self.new_paths],
         )
 
@@ -273,6 +276,7 @@ class Draft:
             self.literals,
             self.forward_written,
             self.dag.program,
+            self.dag.view.every_layer,
             tuple(self.new_paths),
         )
 
