@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import cached_property, partialmethod
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -47,6 +48,7 @@ def _methods(kind: type[nn.Module]) -> Iterator[FunctionType]:
 def _functions_of(value: object) -> list[FunctionType]:
     """The functions of a method or a property."""
     function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    function = function.func if isinstance(function, (cached_property, partialmethod)) else function
     function = inspect.unwrap(function) if callable(function) else function
     return [function] if isinstance(function, FunctionType) else []
 

@@ -19,7 +19,7 @@ from dagrow.tracing._inputs import Arguments, fits
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Program
 from dagrow.tracing._traced_int import COMPARISONS, formula
-from dagrow.tracing._written_class import PREFIX, OtherSizesError, PathRecord, Written, own_class, subclass
+from dagrow.tracing._written_class import PREFIX, OtherSizesError, PathRecord, Written, own_class, own_shapes, subclass
 
 Edit = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], None]  #: of a copied graph, given nodes and their copies
 T = TypeVar("T")
@@ -97,8 +97,8 @@ def write_forward(
     Returns:
         A subclass of the user's class, for this object alone.
     """
-    forwards = [_written(each, literals, edit) for each in program.every]
-    return subclass(own_class(program.model), forwards, (*added_paths(program.model), *paths))
+    model, forwards = program.model, [_written(each, literals, edit) for each in program.every]
+    return subclass(own_class(model), forwards, (*added_paths(model), *paths), own_shapes(model))
 
 
 def _written(program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit | None) -> Written:

@@ -21,6 +21,7 @@ from dagrow.tracing._source_lines import is_raised_by_user
 PREFIX = "_dagrow_"
 Written = tuple[str, Mapping[str, Any]]  #: the source of a forward, and what the names in it are
 PathRecord = tuple[str, str, str]  #: a new path's name, and the layers that it reads with and writes to
+Shapes = Mapping[str, torch.Size]  #: of parameters and buffers, by their names
 Forward = Callable[..., Any]
 
 
@@ -33,23 +34,33 @@ def own_class(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if f"{PREFIX}forwards" not in vars(kind))
 
 
-def subclass(base: type[nn.Module], forwards: Sequence[Written], branches: Sequence[PathRecord]) -> type[nn.Module]:
+def own_shapes(model: nn.Module) -> Shapes:
+    """The shapes of parameters and buffers for which the user's own forward ran last."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return getattr(type(model), f"{PREFIX}shapes", None) or {name: tensor.shape for name, tensor in tensors}
+
+
+def subclass(
+    base: type[nn.Module], forwards: Sequence[Written], branches: Sequence[PathRecord], shapes: Shapes
+) -> type[nn.Module]:
     """A class like the user's own with other forwards.
 
     Args:
         base: the user's class.
         forwards: one for each form of calls.
         branches: records of the new paths in them.
+        shapes: of parameters and buffers, with which the user's own forward ran last.
 
     Returns:
         The class.
     """
     body = {
-        "forward": _called(base, [_compiled(base, *written) for written in forwards]),
+        "forward": _called(base, shapes, [_compiled(base, *written) for written in forwards]),
         "__reduce_ex__": _reduce,
         **{name: getattr(base, name) for name in ("__module__", "__doc__", "__qualname__")},
         f"{PREFIX}forwards": tuple((source, dict(names)) for source, names in forwards),
         f"{PREFIX}branches": tuple(branches),
+        f"{PREFIX}shapes": dict(shapes),
     }
     return type(base.__name__, (base,), body)
 
@@ -62,7 +73,7 @@ def _compiled(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> t
     return _graded(forward) if names[f"{PREFIX}switches"] else forward, scope[f"{PREFIX}fits"]
 
 
-def _called(base: type[nn.Module], forwards: Sequence[tuple[Forward, Forward]]) -> Forward:
+def _called(base: type[nn.Module], shapes: Shapes, forwards: Sequence[tuple[Forward, Forward]]) -> Forward:
     """Takes each call to the forward that was made for its form and its sizes."""
     first, _ = forwards[0]
 
@@ -76,17 +87,27 @@ def _called(base: type[nn.Module], forwards: Sequence[tuple[Forward, Forward]]) 
             except OtherSizesError as error:
                 refused = error
         assert refused is not None
-        _say_what_the_user_says(base, self, args, kwargs)
+        _say_what_the_user_says(base, shapes, self, args, kwargs)
         raise refused
 
     return forward
 
 
 def _say_what_the_user_says(
-    base: type[nn.Module], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    base: type[nn.Module], shapes: Shapes, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raises what the user's own forward raises by itself on a call, if it does."""
-    with preserve_state(model):
+    """Raises what the user's own forward raises by itself on a call, if it does.
+
+    It runs on zeros of the sizes that are written into it.
+    """
+    with preserve_state(model), torch.no_grad():
+        for name, shape in shapes.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            for holder in (module._parameters, module._buffers):
+                tensor = holder.get(leaf)
+                if tensor is not None and tensor.shape != shape:
+                    holder[leaf] = tensor.new_zeros(shape)  # type: ignore[assignment]
         try:
             base.forward(model, *args, **kwargs)
         except Exception as error:
@@ -123,7 +144,8 @@ def _reduce(self: Any, protocol: object) -> tuple[object, ...]:
         (source, {k: _ModuleName(v.__name__) if isinstance(v, ModuleType) else v for k, v in names.items()})
         for source, names in self._dagrow_forwards
     ]
-    return _rebuild, (own_class(self), forwards, self._dagrow_branches), self.__getstate__()
+    kind = own_class(self), forwards, self._dagrow_branches, self._dagrow_shapes
+    return _rebuild, kind, self.__getstate__()
 
 
 class _ModuleName(NamedTuple):
@@ -132,10 +154,12 @@ class _ModuleName(NamedTuple):
     name: str
 
 
-def _rebuild(base: type[nn.Module], forwards: Sequence[Written], branches: Sequence[PathRecord]) -> nn.Module:
+def _rebuild(
+    base: type[nn.Module], forwards: Sequence[Written], branches: Sequence[PathRecord], shapes: Shapes
+) -> nn.Module:
     imported = [
         (source, {k: importlib.import_module(v.name) if isinstance(v, _ModuleName) else v for k, v in names.items()})
         for source, names in forwards
     ]
-    kind = subclass(base, imported, branches)
+    kind = subclass(base, imported, branches, shapes)
     return kind.__new__(kind)
