@@ -118,8 +118,8 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
     resized = resized_attributes(program.model, layers, layout, run.labelling)
     stated = {**resized, **run.sizes}
     trials, otherwise = _comparisons(run, stated)
-    literals = _as_they_are(otherwise) | run.literals
-    literals, attributes, written = resolve_sizes(program, literals, run.attributes, resized, run.sizes)
+    fixed = _as_they_are(otherwise) | run.literals
+    literals, attributes, written = resolve_sizes(program, fixed, run.attributes, resized, run.sizes)
     if written:  # a forward that is written anew has no attributes to compare with
         literals = _as_they_are(_with_attributes(program, stated)) | dict(literals)
     return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, _zero_slots(run), trials)

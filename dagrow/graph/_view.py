@@ -24,6 +24,7 @@ from dagrow.tracing import (
     Trial,
     added_paths,
     dynamic_sizes,
+    given_number,
     raised_otherwise,
     record,
     relax_guards,
@@ -218,7 +219,7 @@ class Obstacles:
             why = unwritable(program, partial(self._other_program_of, number))
             if why:
                 return f"{why}, on also[{number - 1}]" if number else why
-        return None
+        return given_number(self.program)
 
     def _other_program_of(self, number: int) -> Program | str:
         """The graph of an example in the mode that the model is not in, or why there is none."""

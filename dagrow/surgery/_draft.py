@@ -15,7 +15,7 @@ from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
 from dagrow.layers import LayerSite
 from dagrow.surgery._new_layers import NewPath, insert_paths, parameters_of
-from dagrow.tracing import Program, tensor_at, write_forward
+from dagrow.tracing import Program, fixed_arguments, tensor_at, write_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,12 @@ class Change:
     def added(self) -> dict[str, Tensor]:
         """Parameters that the model has not got yet, at gamma = 0."""
         return parameters_of(self.new_paths)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a forward that is written anew holds for."""
+        fixed = fixed_arguments(self.program) if self.written else ""
+        return (f"the forward is written anew, for calls with {fixed}, as in the examples",) if fixed else ()
 
     @property
     def names(self) -> list[str]:

@@ -19,6 +19,7 @@ torch.Size([5, 2])
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath, Trial
 from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
+from dagrow.tracing._fixed_arguments import fixed_arguments, given_number
 from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable, write_forward
 from dagrow.tracing._frontends import raised_otherwise, record, symbolic
 from dagrow.tracing._inputs import bind, hold_values
@@ -40,6 +41,8 @@ __all__ = [
     "added_paths",
     "bind",
     "dynamic_sizes",
+    "fixed_arguments",
+    "given_number",
     "hold_values",
     "is_opaque",
     "raised_otherwise",
