@@ -15,7 +15,7 @@ from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
 from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
-from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, unused
+from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, under_autocast, unused
 from dagrow.graph._unreached import Unreached
 from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, rule_for
 from dagrow.tracing import (
@@ -25,6 +25,7 @@ from dagrow.tracing import (
     added_paths,
     dynamic_sizes,
     given_number,
+    mark_casts,
     raised_otherwise,
     record,
     relax_guards,
@@ -219,6 +220,9 @@ class Obstacles:
             why = unwritable(program, partial(self._other_program_of, number))
             if why:
                 return f"{why}, on also[{number - 1}]" if number else why
+        cast = under_autocast(self.program.model, self.tracer.quickly)
+        for number, program in enumerate(self.program.every):
+            mark_casts(program, cast if isinstance(cast, str) else cast.every[number])
         return given_number(self.program)
 
     def _other_program_of(self, number: int) -> Program | str:

@@ -17,6 +17,7 @@ torch.Size([5, 2])
 """
 
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath, Trial
+from dagrow.tracing._autocast import CAST, device_of, mark_casts
 from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
 from dagrow.tracing._fixed_arguments import fixed_arguments, given_number
@@ -30,6 +31,7 @@ from dagrow.tracing._traced_int import Comparison
 from dagrow.tracing._verification import relax_guards, two_samples
 
 __all__ = [
+    "CAST",
     "AttributeInt",
     "AttributePath",
     "Comparison",
@@ -40,11 +42,13 @@ __all__ = [
     "Trial",
     "added_paths",
     "bind",
+    "device_of",
     "dynamic_sizes",
     "fixed_arguments",
     "given_number",
     "hold_values",
     "is_opaque",
+    "mark_casts",
     "raised_otherwise",
     "record",
     "relax_guards",

@@ -40,8 +40,8 @@ def given_number(program: Program) -> str | None:
                 and len(values[name]) == 1
             ):
                 return (
-                    f"whose argument {name}{path} = {leaf} would be the same at every call of one that is written anew; "
-                    "give it as a tensor, or trace with several values, also=[other, ...]"
+                    f"whose argument {name}{path} = {leaf} would be fixed in one that is written anew; give it as a "
+                    "tensor, or show other values, also=[other, ...]"
                 )
     return None
 

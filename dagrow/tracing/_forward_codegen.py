@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dagrow._pytree import mapped
 from dagrow.errors import TraceError
+from dagrow.tracing._autocast import device_of, follow_casts
 from dagrow.tracing._inputs import Arguments, fits
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Program
@@ -116,14 +117,24 @@ def _written(program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit
     for node, copied in copies.items():
         if node.meta.get("modes"):
             _follow_mode(graph, copied, node.meta["modes"])
+        if node.meta.get("casts"):
+            follow_casts(graph, copied, node.meta["casts"], device_of(program.model))
     _hold_sizes(graph, copies, literals)
     switches = _follow_grad(graph)
     code = graph.python_code("self")
     source = re.sub(r"\bself\.(_constant\d+)\b", rf"{PREFIX}\1", code.src)
     signature, names = _signature(program)
+    is_cast = program.graph.output_node().meta.get("autocast")
+    if is_cast is not None:
+        signature += f"\n    {PREFIX}uncast({device_of(program.model)!r}, {is_cast})"
     source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
     names |= {**code.globals, f"{PREFIX}structure": program.graph.output_node().meta["structure"]}
-    names |= {f"{PREFIX}fixed": _fixed, f"{PREFIX}alike": fits, f"{PREFIX}switches": switches}
+    names |= {
+        f"{PREFIX}uncast": _uncast,
+        f"{PREFIX}fixed": _fixed,
+        f"{PREFIX}alike": fits,
+        f"{PREFIX}switches": switches,
+    }
     names |= {PREFIX + name: constant for name, constant in program.constants.items()}
     return source, names
 
@@ -184,6 +195,15 @@ def _fixed(name: str, traced: object, value: object) -> None:
             f"forward was traced with {name} = {_shown(traced)}, and the forward that dagrow wrote after growth holds "
             f"for this value only; {_shown(value)} was given. Trace the model with the calls that you need before it "
             "grows: trace(model, example, also=[other, ...])."
+        )
+
+
+def _uncast(device: str, is_cast: bool) -> None:
+    if torch.is_autocast_enabled(device) is not is_cast:
+        raise TraceError(
+            f"forward was traced {'under' if is_cast else 'without'} autocast, does other things "
+            f"{'without' if is_cast else 'under'} it, and was written anew by a growth. Trace the model "
+            f"{'without' if is_cast else 'under'} autocast before it grows."
         )
 
 
