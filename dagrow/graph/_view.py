@@ -23,9 +23,9 @@ from dagrow.tracing import (
     Program,
     Trial,
     added_paths,
+    autocast_obstacle,
     dynamic_sizes,
     given_number,
-    mark_casts,
     raised_otherwise,
     record,
     relax_guards,
@@ -217,18 +217,16 @@ class Obstacles:
         for number, (example, program) in enumerate(zip(self.tracer.examples, self.program.every, strict=True)):
             if example is not None:
                 relax_guards(program, example)
-            why = unwritable(program, partial(self._other_program_of, number))
+            why = unwritable(program, partial(_part, number, lambda: self._other_program))
+            why = why or autocast_obstacle(program, _part(number, lambda: self._cast_program))
             if why:
                 return f"{why}, on also[{number - 1}]" if number else why
-        cast = under_autocast(self.program.model, self.tracer.quickly)
-        for number, program in enumerate(self.program.every):
-            mark_casts(program, cast if isinstance(cast, str) else cast.every[number])
         return given_number(self.program)
 
-    def _other_program_of(self, number: int) -> Program | str:
-        """The graph of an example in the mode that the model is not in, or why there is none."""
-        other = self._other_program
-        return other if isinstance(other, str) else other.every[number]
+    @cached_property
+    def _cast_program(self) -> Program | str:
+        """The graph with autocast switched, or why there is none."""
+        return under_autocast(self.program.model, self.tracer.quickly)
 
     @cached_property
     def _other_mode(self) -> OtherMode | None:
@@ -241,6 +239,12 @@ class Obstacles:
     def _other_program(self) -> Program | str:
         """The graph in the mode that the model is not in, or why there is none."""
         return in_other_mode(self.program.model, self.tracer.quickly)
+
+
+def _part(number: int, program: Callable[[], Program | str]) -> Program | str:
+    """That of one example."""
+    whole = program()
+    return whole if isinstance(whole, str) else whole.every[number]
 
 
 def _reasons(labels: Labelling, obstacles: Obstacles) -> dict[AxisLayout, str | None]:

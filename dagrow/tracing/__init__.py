@@ -17,7 +17,7 @@ torch.Size([5, 2])
 """
 
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath, Trial
-from dagrow.tracing._autocast import CAST, device_of, mark_casts
+from dagrow.tracing._autocast import CAST, autocast_obstacle, device_of
 from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
 from dagrow.tracing._fixed_arguments import fixed_arguments, given_number
@@ -41,6 +41,7 @@ __all__ = [
     "Program",
     "Trial",
     "added_paths",
+    "autocast_obstacle",
     "bind",
     "device_of",
     "dynamic_sizes",
@@ -48,7 +49,6 @@ __all__ = [
     "given_number",
     "hold_values",
     "is_opaque",
-    "mark_casts",
     "raised_otherwise",
     "record",
     "relax_guards",

@@ -124,13 +124,13 @@ def _written(program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit
     code = graph.python_code("self")
     source = re.sub(r"\bself\.(_constant\d+)\b", rf"{PREFIX}\1", code.src)
     signature, names = _signature(program)
+    names[f"{PREFIX}uncast"] = _uncast
     is_cast = program.graph.output_node().meta.get("autocast")
     if is_cast is not None:
         signature += f"\n    {PREFIX}uncast({device_of(program.model)!r}, {is_cast})"
     source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
     names |= {**code.globals, f"{PREFIX}structure": program.graph.output_node().meta["structure"]}
     names |= {
-        f"{PREFIX}uncast": _uncast,
         f"{PREFIX}fixed": _fixed,
         f"{PREFIX}alike": fits,
         f"{PREFIX}switches": switches,
@@ -201,9 +201,8 @@ def _fixed(name: str, traced: object, value: object) -> None:
 def _uncast(device: str, is_cast: bool) -> None:
     if torch.is_autocast_enabled(device) is not is_cast:
         raise TraceError(
-            f"forward was traced {'under' if is_cast else 'without'} autocast, does other things "
-            f"{'without' if is_cast else 'under'} it, and was written anew by a growth. Trace the model "
-            f"{'without' if is_cast else 'under'} autocast before it grows."
+            f"forward was traced {'under' if is_cast else 'without'} autocast, could not be otherwise, and was written "
+            f"anew by a growth. Trace the model {'without' if is_cast else 'under'} autocast before it grows."
         )
 
 
