@@ -1,7 +1,7 @@
 """``fit``: a plain training loop that grows."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from dagrow.growing._planning import Budget
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step, sample_count
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step, sample_count
 from dagrow.surgery import check_steps
 
 
@@ -39,6 +39,7 @@ def fit(
     per_step: Budget = Budget(),
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> History:
     """Trains a model for some epochs, and grows it after each in which its schedule says so.
 
@@ -63,6 +64,7 @@ def fit(
         per_step: what one step may add.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A record for each epoch. The model's modes are as they were found.
@@ -89,9 +91,10 @@ def fit(
         optimizer=optimizer,
         step=step,
         mode=mode,
+        **options,
     )
     check_steps(optimizer)
-    objective = Objective(dag.model, batches, step=grower.function, mode=mode)
+    objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
     try:

@@ -1,7 +1,7 @@
 """``grow``: measures, proposes, and applies what lowers the loss."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
@@ -13,7 +13,7 @@ from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import corrected, growths_of
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Receipt, check_optimizer, transaction
 
 
@@ -27,6 +27,7 @@ def grow(
     optimizer: Optimizer | None = None,
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> Receipt:
     """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
 
@@ -43,6 +44,7 @@ def grow(
         optimizer: its state is brought along at once, for every parameter that grows.
         step: instead of ``loss``.
         mode: that the model runs in.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
@@ -50,7 +52,7 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)

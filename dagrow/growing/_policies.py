@@ -183,7 +183,7 @@ class ShortTraining(Policy):
             model = _copy(dag.model)
         try:
             self._train(model, growth.objective)
-            return Objective(model, judge.batches, step=judge.function, mode=judge.mode, name=judge.name).mean()
+            return judge.with_model(model).mean()
         except LossError:  # it diverged
             return inf
 

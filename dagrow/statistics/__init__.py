@@ -40,6 +40,7 @@ from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleSc
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
+from dagrow.statistics._options import Groups, MeasureOptions, Reduction
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
@@ -51,11 +52,13 @@ __all__ = [
     "DirectionScore",
     "Feature",
     "FitScore",
+    "Groups",
     "Hidden",
     "InputFeatures",
     "LayerHooks",
     "Loss",
     "MeanInputs",
+    "MeasureOptions",
     "MovedFeatures",
     "NewChannels",
     "NormInputs",
@@ -66,6 +69,7 @@ __all__ = [
     "PatchInputs",
     "PositionMap",
     "PulledGoal",
+    "Reduction",
     "ResidualGoal",
     "SampleScores",
     "Squares",

@@ -5,7 +5,7 @@ Nothing here leaves a trace: modes, buffers, gradients and random states are as 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow._model_state import preserve_state
 from dagrow.errors import BatchError, DagrowError, LossError
+from dagrow.statistics._options import MeasureOptions
 from dagrow.tracing import bind
 
 Loss = Callable[[Any, Any], Tensor]
@@ -34,6 +35,7 @@ class Objective:
         step: ``step(model, batch) -> scalar``, instead of ``loss``.
         mode: ``"eval"`` or ``"train"``, the mode that the model runs in.
         name: what messages call the batches.
+        options: see :class:`MeasureOptions`.
 
     Raises:
         BatchError: the batches cannot be read, or not twice.
@@ -49,6 +51,7 @@ class Objective:
         step: Step | None = None,
         mode: str = "eval",
         name: str = "batches",
+        **options: Unpack[MeasureOptions],
     ) -> None:
         if (loss is None) == (step is None):
             raise LossError(
@@ -63,7 +66,7 @@ class Objective:
         if mode not in ("eval", "train"):
             raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
         _check_batches(batches, name)
-        self.model, self.batches, self.mode, self.name = model, batches, mode, name
+        self.model, self.batches, self.mode, self.name, self.options = model, batches, mode, name, options
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
 
@@ -77,7 +80,18 @@ class Objective:
         Returns:
             An objective of its own.
         """
-        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
+        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name, **self.options)
+
+    def with_model(self, model: nn.Module) -> "Objective":
+        """The same loss on the same batches, of another model.
+
+        Args:
+            model: such as a copy of this one.
+
+        Returns:
+            An objective of its own.
+        """
+        return Objective(model, self.batches, step=self.function, mode=self.mode, name=self.name, **self.options)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Batches, in the same order each time: passes agree on who is in which fold.
