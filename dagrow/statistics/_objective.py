@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow._model_state import preserve_state
 from dagrow.errors import BatchError, DagrowError, LossError
-from dagrow.statistics._options import MeasureOptions
+from dagrow.statistics._options import MeasureOptions, check_options
 from dagrow.tracing import bind
 
 Loss = Callable[[Any, Any], Tensor]
@@ -37,9 +37,16 @@ class Objective:
         name: what messages call the batches.
         options: see :class:`MeasureOptions`.
 
+    Attributes:
+        batch_dim: the dimension along which samples lie.
+        groups: what samples go into one fold, or None.
+        max_batches: how many batches are read at most, or None.
+        progress: whether a progress bar may show.
+
     Raises:
         BatchError: the batches cannot be read, or not twice.
         LossError: the loss cannot be called, or there is none, or there are two.
+        GrowthError, TypeError: an option is not one.
     """
 
     def __init__(
@@ -65,8 +72,11 @@ class Objective:
             )
         if mode not in ("eval", "train"):
             raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
+        check_options(options)
         _check_batches(batches, name)
         self.model, self.batches, self.mode, self.name, self.options = model, batches, mode, name, options
+        self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
+        self.max_batches, self.progress = options.get("max_batches"), options.get("progress", True)
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
 
@@ -108,7 +118,7 @@ class Objective:
             for batch in self.batches:
                 empty = False
                 with self._naming_batches():
-                    samples = sample_count(batch)
+                    samples = sample_count(batch, self.batch_dim)
                 yield batch, samples
         finally:
             for generator, state in states:
@@ -274,11 +284,12 @@ def _supervised(loss: Loss | None) -> Step:
     return step
 
 
-def sample_count(batch: object) -> int:
-    """The size of the first dimension of a batch's first tensor.
+def sample_count(batch: object, dim: int = 0) -> int:
+    """The size of a batch's first tensor along its samples.
 
     Args:
         batch: any nest of tensors.
+        dim: the dimension along which samples lie; tensors that have no such dimension do not count.
 
     Returns:
         The number of samples.
@@ -287,11 +298,11 @@ def sample_count(batch: object) -> int:
         BatchError: there are none, or no tensor to tell.
     """
     for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            if not len(leaf):
+        if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            if not leaf.shape[dim]:
                 raise BatchError(f"a batch has no samples: {_description(batch)}.")
-            return len(leaf)
-    raise BatchError(f"a batch holds no tensor with a sample dimension: {_description(batch)}.")
+            return leaf.shape[dim]
+    raise BatchError(f"a batch holds no tensor with a sample dimension {dim}: {_description(batch)}.")
 
 
 def _doubled(batch: object, n: int) -> object:
