@@ -130,17 +130,17 @@ class Draft:
         self.read: dict[str, IndexMap] = {}
         self.written: dict[str, IndexMap] = {}
         riders: list[tuple[Rider, IndexMap]] = []
-        for axis, widening in widenings:
+        for _, widening in widenings:
             self.literals |= widening.literals
             self.attributes |= widening.attributes
             self.zeros |= widening.zeros
-            for edge in axis.producers:
-                self._widen_edge(edge, widening.rows[edge.name], 0)
-            for edge in axis.consumers:
-                self._widen_edge(edge, widening.columns[edge.name], 1)
+            for name, rows in widening.rows.items():
+                self._widen_edge(dag.edge(name), rows, 0)
+            for name, columns in widening.columns.items():
+                self._widen_edge(dag.edge(name), columns, 1)
             riders += widening.entries.items()
-        for edge in {edge.name: edge for axis, _ in widenings for edge in (*axis.producers, *axis.consumers)}.values():
-            self._restate_widths(edge)
+        for name in dict.fromkeys(name for _, plan in widenings for name in (*plan.rows, *plan.columns)):
+            self._restate_widths(dag.edge(name))
         for rider, index_map in riders:
             self._widen_rider(rider, index_map)
 

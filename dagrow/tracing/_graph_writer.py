@@ -8,7 +8,7 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,13 @@ class GraphWriter:
         notes: what of the example is fixed in the graph.
         obstacle: why no forward can be written from the graph.
         baked_size: a size that Python may have counted to or computed with, unseen.
+        trial: node -> another size or shape, with which the user's code compares; empty where nothing is tried out.
     """
 
     def __init__(self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset()) -> None:
         self.model, self.fake, self.cached, self.graph = model, fake, cached, fx.Graph()
         self.live: Callable[[], bool] = lambda: False
+        self.trial: Mapping[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None
