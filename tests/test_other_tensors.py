@@ -239,3 +239,93 @@ def test_an_index_made_in_the_forward_is_what_a_list_is() -> None:
         [(a.name, a.width, a.growable) for a in dagrow.trace(Interactions(index), example).axes] for index in indices
     ]
     assert axes[0] == axes[1] == [("bot.0", 5, True), ("bot.2", 1, False), ("top", 1, False)]
+
+
+class Graph(nn.Module):
+    """Two layers over the nodes of a graph."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.product = nn.Linear(3, 4), nn.Linear(4, 2), product
+        self.double()
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.product(adjacency, self.b(torch.relu(self.product(adjacency, self.a(x)))))
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.mm, torch.matmul])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_graphs_with_sparse_matrices(product: Any, layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    x, matrix = torch.randn(6, 3).double(), (torch.rand(6, 6) > 0.5).double()
+    dag = dagrow.trace(Graph(product), (x, matrix.to_sparse(layout=layout)))
+    assert [axis.growable for axis in dag.axes] == [True, False]
+    assert try_axes(dag, [(x, matrix.to_sparse(layout=layout))]) == {"a": None}
+
+
+def thinned(h: Tensor) -> Tensor:
+    return h.to_sparse().to_dense()
+
+
+def test_layers_that_read_write_and_pass_sparse_tensors() -> None:
+    model, x = Tokens(thinned), torch.randn(12, 4).double().relu()
+    y = torch.randn(12, 2).double()
+    dag = dagrow.trace(model, x[:3].to_sparse())
+    batches = [(x.to_sparse(), y)]
+    (growth,) = dagrow.propose(dag, batches, functional.mse_loss, [AddNeurons(k=1)])
+    assert (growth.loss(-1e-5) - growth.loss(1e-5)) / 2e-5 == pytest.approx(growth.gain, rel=1e-5)
+    for convert in (Tensor.to_sparse, Tensor.to_sparse_csr):
+        out = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        out.register_forward_hook(lambda _m, _args, output, convert=convert: convert(output))
+        assert dagrow.trace(out, x[:3].float()).axis("0").growable
+
+
+def test_layers_of_complex_weights_are_refused() -> None:
+    options = {"dtype": torch.complex64}
+    model = nn.Sequential(nn.Linear(4, 6, **options), nn.Tanh(), nn.Linear(6, 2, **options))
+    dag = dagrow.trace(model, torch.randn(3, 4, **options))
+    assert dag.axis("0").reason == "0.weight holds complex numbers"
+    batches = [(torch.randn(8, 4, **options), torch.randn(8, 2))]
+
+    def proposed(operator: Any) -> list[dagrow.Growth]:
+        return dagrow.propose(dag, batches, lambda output, y: (output.abs() - y).square().mean(), [operator])
+
+    with pytest.raises(dagrow.DagrowError, match="holds complex numbers"):
+        proposed(AddNeurons(k=1))
+    assert proposed(dagrow.MoveWeights()) == []
+
+
+def nested(h: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([*h]).to_padded_tensor(0.0)
+
+
+def quantised(h: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(h.float(), 0.1, 0, torch.quint8).dequantize().double()
+
+
+@pytest.mark.parametrize(("use", "kind"), [(nested, "nested"), (quantised, "quantised")])
+def test_tensors_without_a_width_or_a_gradient_are_refused(use: Use, kind: str) -> None:
+    with pytest.raises(dagrow.TraceError, match=rf"test_other_tensors.py:\d+: forward computes with a {kind} tensor"):
+        dagrow.trace(Tokens(use), torch.randn(3, 5, 4).double())
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_refused(layout: torch.layout) -> None:
+    parts = [torch.randn(3, 4), torch.randn(2, 4)]
+    with pytest.raises(dagrow.TraceError, match=r"a nested tensor.* Give a padded tensor with a mask"):
+        dagrow.trace(nn.Sequential(nn.Linear(4, 2)), torch.nested.nested_tensor(parts, layout=layout))
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r = nn.Linear(4, 6), nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.a(x), [3, 2], batch_first=True)
+        return self.r(packed)[0].data
+
+
+def test_packed_sequences_are_refused() -> None:
+    with pytest.raises(dagrow.TraceError, match="with a PackedSequence, which a graph cannot hold"):
+        dagrow.trace(Packed(), torch.randn(2, 3, 4))

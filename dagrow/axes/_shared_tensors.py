@@ -99,6 +99,8 @@ class _Sharing:
             names = self.names.get(id(tensor_at(self.model, name)), [])
             if not names:
                 return f"{name} is computed, not a parameter"
+            if tensor_at(self.model, name).is_complex():
+                return f"{name} holds complex numbers"
             if len(names) > 1:
                 return f"{name} is shared with {', '.join(other for other in names if other != name)}"
             if any(reader != user for reader in self.readers.get(name, ())):

@@ -17,7 +17,8 @@ POINTWISE = frozenset(
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
     mish nan_to_num neg negative pos reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin softplus
     softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16
-    angle as_tensor asarray conj conj_physical frexp imag real resolve_conj resolve_neg
+    angle as_tensor asarray coalesce conj conj_physical frexp imag real resolve_conj resolve_neg to_dense to_sparse
+    to_sparse_coo to_sparse_csr
     """.split()
 )
 #: an entry is drawn at random, from a distribution that at most the entry there before tells
@@ -61,7 +62,7 @@ ZERO_KEEPING = frozenset(
     abs clone contiguous data detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float
     double half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu
     selu sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
-    mul multiply rmul mean sum
+    mul multiply rmul mean sum coalesce to_dense to_sparse
     """.split()
 )
 #: switches that change how what follows is computed, not what becomes of channels

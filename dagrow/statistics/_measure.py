@@ -95,7 +95,7 @@ class CaptureHooks(LayerHooks):
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
                 "if the model itself has changed, trace it again."
             )
-        detached = inputs.detach()
+        detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
         self._captures[name] = capture
         if name in self.input_goals and inputs.requires_grad:

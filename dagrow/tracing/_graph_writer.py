@@ -27,6 +27,8 @@ from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._traced_int import TracedInt, guard
 
+_PAD = "whose samples have sizes of their own, so that it has no width. Give a padded tensor with a mask."
+_TRAIN = "which has no gradient, so that nothing could be measured. Grow the model before it is quantised."
 Versions = dict[int, int]  #: the id of a tensor -> how often it was written
 
 
@@ -92,7 +94,13 @@ class GraphWriter:
 
     def lower(self, value: Any) -> Any:
         """Arguments with nodes in the places of tensors and sizes."""
-        return map_aggregate(value, self._lower_leaf)
+        try:
+            return map_aggregate(value, self._lower_leaf)
+        except SystemError as error:  # a named tuple that looks at what it is made of
+            kinds = ", ".join(sorted({type(part).__name__ for part in value[0] if isinstance(part, tuple)}))
+            raise TraceError(
+                f"{source()}: forward calls a function with a {kinds}, which a graph cannot hold. Call it with tensors."
+            ) from error
 
     def _lower_leaf(self, value: Any) -> Any:
         if isinstance(value, np.generic):  # written into a forward it must be a plain number
@@ -257,7 +265,10 @@ def meta_copy(value: Any) -> Any:
     """`value` as a node keeps it: without its entries, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value
-    if value.layout is not torch.strided or value.is_nested:
+    if value.is_nested or value.is_quantized:
+        kind, instead = ("nested", _PAD) if value.is_nested else ("quantised", _TRAIN)
+        raise TraceError(f"{source()}: forward computes with a {kind} tensor, {instead}")
+    if value.layout is not torch.strided:
         return value.detach()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 

@@ -126,14 +126,14 @@ def _resized(inputs: Arguments, batch_sizes: Sequence[int] = ()) -> Iterator[tup
         samples = torch.arange(size) % batch
 
         def taken(leaf: object, samples: Tensor = samples) -> object:
-            is_batch = isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,)
-            return _rows(leaf, samples.to(leaf.device)) if is_batch else leaf  # type: ignore[arg-type, union-attr]
+            return _rows(leaf, samples) if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
 
         yield size, mapped(taken, inputs)
 
 
 def _rows(tensor: Tensor, numbers: Tensor) -> Tensor:
     """Some rows of a tensor of any layout."""
+    numbers = numbers.to(tensor.device)
     if tensor.layout is torch.strided:
         return tensor[numbers]
     rows = tensor.to_sparse_coo().index_select(0, numbers)
