@@ -50,21 +50,27 @@ def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
 
 def _label_and_freeze(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
     labelling = label(graph, model, layers)
-    sharing = _Sharing.of(graph, model, layers)
+    sharing, calls = _Sharing.of(graph, model, layers), _varying_calls(graph, layers)
     for layer in {layer.name: layer for layer in layers.values() if layer.name in labelling.rows}.values():
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
         names = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
-        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module)
+        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module) or calls.get(layer.name)
         if reason:
             labelling.shared.setdefault(layer.name, reason)
             labelling.classes.freeze(labelling.rows[layer.name], reason)
             labelling.classes.freeze(labelling.columns[layer.name], reason)
     for rider, labels in labelling.entries.items():
-        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors)
+        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors) or calls.get(rider.name)
         if reason:
             labelling.classes.freeze(labels, reason)
     return labelling
+
+
+def _varying_calls(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, str]:
+    """Layers and tensors used directly that are called more often for more samples, and how it is said."""
+    marked = [node for node in graph.nodes if "calls" in node.meta]
+    return {layers[node].name if node in layers else str(node.target): node.meta["calls"] for node in marked}
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,13 @@ class GraphWriter:
         notes: what of the example is fixed in the graph.
         obstacle: why no forward can be written from the graph.
         baked_size: a size that Python may have counted to or computed with, unseen.
+        most: nodes, after which it stops; None for no limit.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset()) -> None:
-        self.model, self.fake, self.cached, self.graph = model, fake, cached, fx.Graph()
+    def __init__(
+        self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset(), most: int | None = None
+    ) -> None:
+        self.model, self.fake, self.cached, self.most, self.graph = model, fake, cached, most, fx.Graph()
         self.live: Callable[[], bool] = lambda: False
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
@@ -68,8 +71,15 @@ class GraphWriter:
         """Something that the graph cannot follow."""
         self.notes[f"{text} ({source()})"] = None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has written as much as it may."""
+        return self.most is not None and len(self.graph.nodes) > self.most
+
     def emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, disposable: bool = False) -> fx.Node:
         """A new node; if it is disposable, only for as long as something reads it."""
+        if self.is_full:
+            raise TraceError(f"the graph has more than {self.most} nodes")
         self._follow_autocast()
         return self._create(op, target, args, kwargs, disposable=disposable)
 
