@@ -17,7 +17,7 @@ from dagrow.growing._planning import Budget
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, MeasureOptions, Objective, Step, sample_count
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import check_steps
 
 
@@ -136,13 +136,13 @@ def _anneal(scheduler: LRScheduler | None, history: History) -> None:
 
 
 def _epoch(objective: Objective, optimizer: Optimizer) -> float:
-    """Trains on every batch once. The mean loss over samples, each batch before its own step."""
+    """Trains on every batch once. The loss, of each batch before its own step."""
     total, count = 0.0, 0
     objective.model.train()
     with torch.enable_grad():
-        for batch in objective.batches:
+        for batch, samples in objective.read():
             optimizer.zero_grad()
-            value = objective.value(batch)
+            value = objective.drawn_value(batch)
             if not value.requires_grad:
                 raise LossError(
                     "the loss does not depend on the model's trainable parameters. Compute it from the model's output, "
@@ -150,10 +150,9 @@ def _epoch(objective: Objective, optimizer: Optimizer) -> float:
                 )
             value.backward()
             optimizer.step()
-            samples = sample_count(batch)
             total += float(value.detach()) * objective.scale(samples) * samples
             count += samples
-    return total / count
+    return objective.reported(total / count)
 
 
 def _progress() -> Progress:

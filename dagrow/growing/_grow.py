@@ -60,7 +60,7 @@ def grow(
     def work() -> Receipt:
         grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
         parts = [part for part in grown if part is not None]
-        return combined(parts, parts[0].loss_before if parts else judge.mean())
+        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()))
 
     return transaction(dag, work)
 

@@ -147,8 +147,8 @@ class Grower:
             return transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
 
     def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
-        train_loss = objective.mean() if train_loss is None else train_loss
-        validation_loss = None if judge is None else judge.mean()
+        train_loss = objective.reported(objective.mean()) if train_loss is None else train_loss
+        validation_loss = None if judge is None else judge.reported(judge.mean())
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
         asked, budget, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
