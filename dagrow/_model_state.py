@@ -89,7 +89,7 @@ class ModelState:
         ]
         unusual = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
         own = ((value.set_state, value.get_state()) for value in unusual if isinstance(value, torch.Generator))
-        self.generators = [*_random_state(), *own]
+        self.generators = [*random_state(), *own]
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
 
@@ -214,7 +214,12 @@ class _TensorState:
             tensor.grad = self.grad
 
 
-def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+    """What sets each random generator that all share, and its state.
+
+    Returns:
+        Functions, and what to call them with to come back to the present.
+    """
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),

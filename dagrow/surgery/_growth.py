@@ -7,7 +7,6 @@ from math import ceil, prod
 from types import NoneType
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dagrow._model_state import all_or_nothing
 from dagrow.axes import IndexMap
@@ -17,7 +16,7 @@ from dagrow.solvers import LEVEL, Verdict, upper_tail
 from dagrow.statistics import Objective
 from dagrow.surgery._apply import Overwritten, UndoRecord, apply, preview, transaction, widen_copy
 from dagrow.surgery._draft import Change
-from dagrow.surgery._optimizers import check_optimizer
+from dagrow.surgery._optimizers import Optimizers, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -171,12 +170,12 @@ class Growth:
             )
         self.dag.check()
 
-    def apply(self, gamma: float = 1.0, *, optimizer: Optimizer | None = None) -> "Receipt":
+    def apply(self, gamma: float = 1.0, *, optimizer: Optimizers = None) -> "Receipt":
         """Grows the model in place.
 
         Args:
             gamma: the amplitude; at 0 the function does not change.
-            optimizer: its state is brought along at once (otherwise at its next step).
+            optimizer: one or a list, whose state is brought along at once (otherwise at its next step).
 
         Returns:
             What became of it, to be printed and undone.
@@ -190,7 +189,7 @@ class Growth:
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
 
-    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
+    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizers) -> "Receipt":
         """Applies the growth when the losses are known already.
 
         Args:
