@@ -5,7 +5,7 @@ Every parameter keeps its identity, so that optimizers, schedulers, hooks and lo
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -170,7 +170,8 @@ class Overwritten:
         model, new_paths = self.structure.model, self.structure.change.new_paths
         attach(model, new_paths, copied=True)
         for path in new_paths:
-            for name, parameter in model.get_submodule(path.name).named_parameters(path.name):
+            added = model.get_submodule(path.name).to(tensor_at(model, path.beside))
+            for name, parameter in added.named_parameters(path.name):
                 with torch.no_grad():
                     parameter.copy_(tensors.get(name, parameter))
                 self.added.append(parameter)
@@ -346,7 +347,8 @@ def _grown(model: nn.Module, change: Change, tensors: Mapping[str, Tensor]) -> I
 def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Overwritten:
     """Gives a copy of the model as it was the shapes of the grown one. All or nothing.
 
-    Old entries keep the copy's own values, new ones are those that the growth wrote.
+    Old entries keep the copy's own values, moved as the growth moved those of the model; new ones are those that the
+    growth wrote.
 
     Returns:
         What puts the copy back.
@@ -355,16 +357,12 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
         GrowthError: the copy is not one of the model as it was before the growth.
     """
     _check_copy(change, copy)
-    tensors = {}
-    for name, index_maps in change.index_maps.items():
-        old, fresh, slope = tensor_at(copy, name).detach(), change.fresh.get(name), change.slope.get(name)
-        if slope is not None:
-            fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
-        tensors[name] = pad(old, index_maps, fresh)
-    tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
-    overwritten = Overwritten(copy, replace(change, slope={}))
+    tensors, trained = change.tensors(copy, gamma), any(parameter.requires_grad for parameter in copy.parameters())
+    overwritten = Overwritten(copy, change)
     with all_or_nothing(overwritten.restore):
         overwritten.write(tensors, kind if change.written else type(copy))
+        for parameter in overwritten.added:
+            parameter.requires_grad_(trained)
     return overwritten
 
 

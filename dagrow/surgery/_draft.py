@@ -288,15 +288,16 @@ def pad(tensor: Tensor, index_maps: Sequence[IndexMap], fresh: Tensor | None = N
         if len(index_map.old) != tensor.shape[index_map.dim]:
             raise GrowthError("the model has changed its widths since the growth was measured; propose again.")
         shape[index_map.dim] = index_map.size
-    grown = laid_out(tensor, shape).zero_() if fresh is None else laid_out(tensor, shape, fresh.dtype).copy_(fresh)
+    grown = laid_out(tensor, shape)
+    grown = grown.zero_() if fresh is None else grown.copy_(fresh)
     return _place(grown, tensor, index_maps)
 
 
-def laid_out(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+def laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for a tensor of another shape, its dimensions in the order in which they lie in this one's memory."""
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
-    return torch.empty_permuted(torch.Size(shape), order, dtype=dtype or tensor.dtype, device=tensor.device)
+    return torch.empty_permuted(torch.Size(shape), order, dtype=tensor.dtype, device=tensor.device)
 
 
 def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Tensor:
@@ -305,4 +306,4 @@ def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Ten
     old = index_map.old.to(tensor.device)
     if others:
         tensor = _place(grown.index_select(index_map.dim, old), tensor, others)
-    return grown.index_copy_(index_map.dim, old, tensor.to(grown.dtype))
+    return grown.index_copy_(index_map.dim, old, tensor)

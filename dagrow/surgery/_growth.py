@@ -255,7 +255,8 @@ class Receipt:
         """Brings a copy of the model that was made before the growth to the grown shapes, in place.
 
         For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
-        working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
+        working. Old entries keep the copy's own values, moved as the growth moved those of the model; new ones are
+        those that the growth wrote into the model.
 
         Args:
             copy: of the model, from before the growth.

@@ -261,7 +261,7 @@ def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dic
 def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows: bool) -> dict[Path, Tensor]:
     state = tensors_in(optimizer.state.get(parameter, {}))
     shaped = {path: value for path, value in state.items() if value.ndim and value.numel()}
-    if not grows and all(value.shape == grown.shape for value in shaped.values()) or not shaped:
+    if (not grows and all(value.shape == grown.shape for value in shaped.values())) or not shaped:
         return {}
     learnt, entries = first_state(optimizer, parameter, grown, shaped, wide=grows), dict[Path, Tensor]()
     for path, value in shaped.items():
