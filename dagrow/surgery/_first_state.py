@@ -35,6 +35,12 @@ def tensors_in(state: object) -> dict[Path, Tensor]:
     return {path: leaf for path, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, Tensor)}
 
 
+def objects_in(state: object) -> list[Path]:
+    """The places of objects that are no tensors, but have some."""
+    leaves = tree_flatten_with_path(state)[0]
+    return [path for path, leaf in leaves if not isinstance(leaf, Tensor) and tensors_in(getattr(leaf, "__dict__", {}))]
+
+
 @dataclass(frozen=True, eq=False)
 class FirstState:
     """What an optimizer keeps of a new parameter.
@@ -80,7 +86,7 @@ def first_state(
         for gradient, constructed in ways:
             learn = partial(_learn, optimizer, beside, value.detach(), wanted, gradient, constructed)
             learnt.append(learn([max(size, 2) for size in value.shape] if wide else value.shape))
-            if wanted <= {*learnt[-1].tensors, *learnt[-1].others} and (wanted or learnt[-1].failure is None):
+            if learnt[-1].failure is None or (wanted and wanted <= {*learnt[-1].tensors, *learnt[-1].others}):
                 return learnt[-1]
     return learnt[0]
 
@@ -99,9 +105,8 @@ def constructed_state(optimizer: Optimizer, beside: Tensor, parameter: Tensor) -
 
 def _no_rows(weight: Tensor) -> Tensor:
     """A sparse gradient of zero."""
-    return torch.sparse_coo_tensor(
-        torch.zeros(1, 0, dtype=torch.long, device=weight.device), weight.new_zeros(0, *weight.shape[1:]), weight.shape
-    )
+    places = torch.zeros(1, 0, dtype=torch.long, device=weight.device)
+    return torch.sparse_coo_tensor(places, weight.new_zeros(0, *weight.shape[1:]), weight.shape, check_invariants=False)
 
 
 def _learn(
@@ -126,9 +131,11 @@ def _learn(
         first, other = at_zero.first.get(path), at_weight.first.get(path)
         if abs(follows - 1) < NEAR:
             tensors[path] = value.to(after.dtype)
+        elif abs(follows) >= NEAR:
+            continue
         elif first is not None and other is not None and torch.equal(first, other):  # so that no NaN is in there
             tensors[path] = first[corner]
-        elif abs(follows) < NEAR and bool(after.isfinite().all()):
+        elif bool(after.isfinite().all()):
             tensors[path] = after[corner]
     others = {path: after.shape for path, after in at_zero.after.items() if after.shape != zero.shape}
     return FirstState(tensors, others, at_zero.failure)
@@ -234,6 +241,10 @@ def _is_module(value: object) -> bool:
     return isinstance(value, nn.Module)
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     return next(groups, None)
@@ -249,7 +260,9 @@ def _twin(optimizer: Optimizer, beside: Tensor, parameter: nn.Parameter) -> Opti
             copies[id(group)].update({key: _copied(value, copies) for key, value in group.items() if key != "params"})
             copies[id(group)]["params"] = [parameter]
         copies[id(one.param_groups)] = [] if group is None else [copies[id(group)]]
-        copies.setdefault(id(one.state), defaultdict(_FirstValues))
+        if id(one.state) not in copies:
+            copies[id(one.state)] = state = defaultdict(_FirstValues)
+            state.update({key: _copied(value, copies) for key, value in one.state.items() if not _is_tensor(key)})
     twin: Optimizer = _copied(optimizer, copies)
     return twin
 

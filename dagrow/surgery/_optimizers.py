@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from dagrow.axes import IndexMap
 from dagrow.errors import OptimizerError, first_line
-from dagrow.surgery._first_state import Path, constructed_state, first_state, tensors_in
+from dagrow.surgery._first_state import Path, constructed_state, first_state, objects_in, tensors_in
 from dagrow.surgery._growth_log import GrowthLog, Resize, log_of, opened_log
 
 Optimizers = Optimizer | Sequence[Optimizer] | None  #: what users give
@@ -259,8 +259,10 @@ def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dic
 
 
 def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows: bool) -> dict[Path, Tensor]:
-    state = tensors_in(optimizer.state.get(parameter, {}))
-    shaped = {path: value for path, value in state.items() if value.ndim and value.numel()}
+    state = optimizer.state.get(parameter, {})
+    for path in objects_in(state) if grows else ():
+        raise _unknown(optimizer, path, "an object with tensors in it", parameter, None)
+    shaped = {path: value for path, value in tensors_in(state).items() if value.ndim and value.numel()}
     if (not grows and all(value.shape == grown.shape for value in shaped.values())) or not shaped:
         return {}
     learnt, entries = first_state(optimizer, parameter, grown, shaped, wide=grows), dict[Path, Tensor]()
@@ -269,15 +271,20 @@ def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows
         if first is not None and _has_been(parameter, value) and _is_plain(value):
             entries[path] = first
         elif learnt.others.get(path) != value.shape or not _is_plain(value):
-            cause = learnt.failure
-            step = "" if first is not None or cause is None else f" (its step on a new one fails: {first_line(cause)})"
-            raise OptimizerError(
-                f"{type(optimizer).__name__} keeps {path[0].key!r} of shape {tuple(value.shape)} for a parameter of "
-                f"shape {tuple(parameter.shape)}: nothing says where new entries belong, or what they start with{step}."
-                " Make a new optimizer after the growth, or use one whose state has the parameter's shape (SGD, Adam, "
-                "AdamW, ...)."
-            ) from cause
+            failure = learnt.failure if first is None else None
+            raise _unknown(optimizer, path, f"of shape {tuple(value.shape)}", parameter, failure) from failure
     return entries
+
+
+def _unknown(
+    optimizer: Optimizer, path: Path, kind: str, parameter: Tensor, failure: Exception | None
+) -> OptimizerError:
+    tried = "" if failure is None else f" (its step on a new parameter fails: {first_line(failure)})"
+    return OptimizerError(
+        f"{type(optimizer).__name__} keeps {path[0].key!r} {kind} for a parameter of shape {tuple(parameter.shape)}: "
+        f"nothing says where new entries belong, or what they start with{tried}. Make a new optimizer after the "
+        "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
+    )
 
 
 def _is_plain(value: Tensor) -> bool:
