@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -93,12 +93,11 @@ def first_state(
 
 def constructed_state(optimizer: Optimizer, beside: Tensor, parameter: Tensor) -> dict[str, Any]:
     """What an optimizer of this kind puts down of a parameter when it is made: nothing, for most."""
-    group = _group_of(optimizer, beside) or {}
-    arguments = signature(type(optimizer)).parameters.values()
-    named = {argument.name for argument in arguments if argument.kind is not Parameter.VAR_KEYWORD}
+    twin = _twin(optimizer, beside, parameter)
+    known = {**vars(twin), **(_group_of(twin, parameter) or {}), "params": [parameter]}
+    names = [name for name in signature(type(optimizer)).parameters if name in known]
     try:
-        made = type(optimizer)([parameter], **{name: group[name] for name in group.keys() & named - {"params"}})
-        return dict(made.state.get(parameter, {}))
+        return dict(type(optimizer)(**{name: known[name] for name in names}).state.get(parameter, {}))
     except Exception:  # its constructor may take anything
         return {}
 
@@ -250,7 +249,7 @@ def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     return next(groups, None)
 
 
-def _twin(optimizer: Optimizer, beside: Tensor, parameter: nn.Parameter) -> Optimizer:
+def _twin(optimizer: Optimizer, beside: Tensor, parameter: Tensor) -> Optimizer:
     """An optimizer like this one, of one parameter that it has not seen. It writes to nothing that others hold."""
     copies: dict[int, Any] = {id(beside): parameter}
     for one in _within(optimizer):
@@ -261,8 +260,8 @@ def _twin(optimizer: Optimizer, beside: Tensor, parameter: nn.Parameter) -> Opti
             copies[id(group)]["params"] = [parameter]
         copies[id(one.param_groups)] = [] if group is None else [copies[id(group)]]
         if id(one.state) not in copies:
-            copies[id(one.state)] = state = defaultdict(_FirstValues)
-            state.update({key: _copied(value, copies) for key, value in one.state.items() if not _is_tensor(key)})
+            others = {key: _copied(value, copies) for key, value in one.state.items() if not _is_tensor(key)}
+            copies[id(one.state)] = defaultdict(_FirstValues, others)
     twin: Optimizer = _copied(optimizer, copies)
     return twin
 

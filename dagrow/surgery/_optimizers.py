@@ -261,7 +261,7 @@ def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dic
 def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows: bool) -> dict[Path, Tensor]:
     state = optimizer.state.get(parameter, {})
     for path in objects_in(state) if grows else ():
-        raise _unknown(optimizer, path, "an object with tensors in it", parameter, None)
+        raise _unknown(optimizer, path, ", an object with tensors in it,", parameter, None)
     shaped = {path: value for path, value in tensors_in(state).items() if value.ndim and value.numel()}
     if (not grows and all(value.shape == grown.shape for value in shaped.values())) or not shaped:
         return {}
@@ -272,7 +272,7 @@ def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows
             entries[path] = first
         elif learnt.others.get(path) != value.shape or not _is_plain(value):
             failure = learnt.failure if first is None else None
-            raise _unknown(optimizer, path, f"of shape {tuple(value.shape)}", parameter, failure) from failure
+            raise _unknown(optimizer, path, f" of shape {tuple(value.shape)}", parameter, failure) from failure
     return entries
 
 
@@ -281,7 +281,7 @@ def _unknown(
 ) -> OptimizerError:
     tried = "" if failure is None else f" (its step on a new parameter fails: {first_line(failure)})"
     return OptimizerError(
-        f"{type(optimizer).__name__} keeps {path[0].key!r} {kind} for a parameter of shape {tuple(parameter.shape)}: "
+        f"{type(optimizer).__name__} keeps {path[0].key!r}{kind} for a parameter of shape {tuple(parameter.shape)}: "
         f"nothing says where new entries belong, or what they start with{tried}. Make a new optimizer after the "
         "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
     )
