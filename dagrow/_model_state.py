@@ -53,10 +53,14 @@ def restoring(restore: Callable[[], object]) -> Iterator[None]:
 def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Leaves a model and the random generators as they were, whatever happens inside. See :class:`ModelState`.
 
-    Gradients are None inside, as something there may run backward.
+    Gradients are None inside, as something there may run backward. Modules that were compiled in place run as they are
+    written, so that hooks see their layers.
     """
     state = ModelState(model, weights=weights)
     with state.kept():
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
         for saved in state.tensors:
             if saved.grad is not None:
                 saved.tensor.grad = None

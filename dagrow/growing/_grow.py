@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dagrow.errors import listed
-from dagrow.graph import Dag
+from dagrow.graph import Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import applicable
@@ -52,6 +52,7 @@ def grow(
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
+    check_owners(dag.model)
 
     def work() -> Receipt:
         grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from dagrow._model_state import ModelState, all_or_nothing, restoring
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
-from dagrow.graph import Dag
+from dagrow.graph import Dag, check_owners
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
 from dagrow.surgery._new_layers import NewPath, attach, detach
@@ -295,9 +295,10 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
 
     Raises:
         GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
-            does not show, so that it would not be the same function at gamma = 0.
+            does not show, so that it would not be the same function at gamma = 0; or a wrapper is bound to it.
         OptimizerError: the optimizer holds state that cannot follow.
     """
+    check_owners(dag.model)
     start = change.start(dag.model)
     changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
     if changed is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dagrow._model_state import all_or_nothing
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
-from dagrow.graph import Dag, weight_uses
+from dagrow.graph import Dag, check_owners, weight_uses
 from dagrow.solvers import LEVEL, Verdict, upper_tail
 from dagrow.statistics import Objective
 from dagrow.surgery._apply import Overwritten, UndoRecord, apply, preview, transaction, widen_copy
@@ -276,7 +276,7 @@ class Receipt:
         Also after training: what the growth wrote is then as it was before the growth, all else stays as it is now.
 
         Raises:
-            GrowthError: later growths are still in place, or it was undone already.
+            GrowthError: later growths are still in place, it was undone already, or a wrapper is bound to the model.
         """
         undos = [part._undo for part in self.parts if part._undo is not None]
         if not undos:
@@ -288,6 +288,7 @@ class Receipt:
             raise GrowthError(
                 f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
             )
+        check_owners(undos[0].dag.model)
         restore = partial(_restore, undos)
         with all_or_nothing(restore):
             restore()
