@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from math import inf
 
-from torch.optim import Optimizer
-
 from dagrow.statistics import NotFiniteError, Objective
-from dagrow.surgery import Growth, Receipt, where_new
+from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
@@ -80,7 +78,7 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     return line_search(loss, before, START * reach or 1.0)
 
 
-def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
     if growth.preserving:  # comes in whole
         gamma, after = 1.0, growth.loss(1.0, judge)
