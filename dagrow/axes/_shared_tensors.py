@@ -54,20 +54,27 @@ def _label_and_freeze(graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapp
     graph, *also = graphs
     labelling = label(graph, model, layers, also)
     sharing = _Sharing.of(graphs, model, layers)
+    calls = {name: reason for each in graphs for name, reason in _varying_calls(each, layers).items()}
     for layer in {layer.name: layer for layer in layers.values() if layer.name in labelling.rows}.values():
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
         names = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
-        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module)
+        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module) or calls.get(layer.name)
         if reason:
             labelling.shared.setdefault(layer.name, reason)
             labelling.classes.freeze(labelling.rows[layer.name], reason)
             labelling.classes.freeze(labelling.columns[layer.name], reason)
     for rider, labels in labelling.entries.items():
-        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors)
+        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors) or calls.get(rider.name)
         if reason:
             labelling.classes.freeze(labels, reason)
     return labelling
+
+
+def _varying_calls(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, str]:
+    """Layers and tensors used directly that are called more often for more samples, and how it is said."""
+    marked = [node for node in graph.nodes if "calls" in node.meta]
+    return {layers[node].name if node in layers else str(node.target): node.meta["calls"] for node in marked}
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ class _Sharing:
             names = self.names.get(id(tensor_at(self.model, name)), [])
             if not names:
                 return f"{name} is computed, not a parameter"
+            if tensor_at(self.model, name).is_complex():
+                return f"{name} holds complex numbers"
             if len(names) > 1:
                 return f"{name} is shared with {', '.join(other for other in names if other != name)}"
             if any(reader != user for reader in self.readers.get(name, ())):

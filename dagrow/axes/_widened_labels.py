@@ -31,7 +31,7 @@ from dagrow.axes._widening_checks import (
     check_size,
     check_split,
 )
-from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, Contraction, EdgeRule, LayerSite, op_name
+from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, UNIFORM, Contraction, EdgeRule, LayerSite, op_name
 from dagrow.tracing import Program
 
 
@@ -218,6 +218,11 @@ class WidenedLabeller(ChannelLabeller):
 
     def check_taken_together(self, node: fx.Node, inputs: Tensor, dims: Iterable[int]) -> None:
         check_size(node, inputs.shape, self.before.values[node.all_input_nodes[0]].shape, dims)
+
+    def created(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
+        if op_name(node) not in UNIFORM:  # what it is called with follows the width, or nobody would ask
+            raise CannotWidenError(located(node, f"what {name_of(node)} makes follows the width"))
+        return super().created(node, args, kwargs)
 
     def check_product(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> None:
         before = [labels for n in node.all_input_nodes if isinstance(labels := self.before.values[n], Tensor)]

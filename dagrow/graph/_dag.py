@@ -12,6 +12,7 @@ from dagrow._text import render
 from dagrow.axes import CannotWidenError, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._edges import Axis, Edge, in_place
+from dagrow.graph._owners import check_unwrapped
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
 from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
 from dagrow.layers import LayerRule, LayerSite, OperationRule
@@ -250,6 +251,7 @@ def trace(
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )
+    check_unwrapped(model)
     others = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
     if others:
         raise TraceError(
