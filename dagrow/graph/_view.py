@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axes, labelled, widen
 from dagrow.errors import TraceError
-from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
+from dagrow.graph._edges import Axis, Edge, axes_of, edges_of, refused
 from dagrow.graph._other_mode import OtherMode, in_other_mode, unused
-from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, rule_for
+from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, parameter_products, rule_for
 from dagrow.tracing import (
     DynamicSizes,
     Program,
@@ -78,6 +78,7 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         obstacles = Obstacles(tracer, program, layers)
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
+        edges |= {edge.name: edge for edge in refused(parameter_products(program.graph, model, layers).values())}
         added = [path for path, *_ in added_paths(model)]
         axes = tuple(axes_of(edges, reasons, added))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
