@@ -5,7 +5,7 @@ cannot grow at one of them. Convolutions with groups grow by whole groups; where
 again with such a convolution as an edge, which grows by a channel in each group.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from dagrow.tracing import tensor_at
 
 
 def labelled(
-    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]
+    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite], also: Sequence[fx.Graph] = ()
 ) -> tuple[dict[fx.Node, LayerSite], Labelling]:
     """Runs a graph on labels, and freezes what shared tensors write, read or carry.
 
@@ -25,17 +25,19 @@ def labelled(
         graph: of the model's forward.
         model: the model.
         layers: those that a rule knows, by their nodes.
+        also: graphs of the same model for further examples, whose layers are among them.
 
     Returns:
         The layers, convolutions whose groups are frozen as edges, within whose groups what is around them may still
         grow; and the labelling.
     """
-    labelling = _label_and_freeze(graph, model, layers)
+    graphs = (graph, *also)
+    labelling = _label_and_freeze(graphs, model, layers)
     rules = {rider.name: rule for rider in labelling.entries if (rule := _rule_within_groups(labelling, rider))}
     if not rules:
         return dict(layers), labelling
     layers = {node: replace(layer, rule=rules.get(layer.name, layer.rule)) for node, layer in layers.items()}
-    return layers, _label_and_freeze(graph, model, layers)
+    return layers, _label_and_freeze(graphs, model, layers)
 
 
 def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
@@ -48,9 +50,11 @@ def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
     return BlockConvolutionRule(rule.space, groups=int(module.groups)) if is_frozen else None  # type: ignore[arg-type]
 
 
-def _label_and_freeze(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
-    labelling = label(graph, model, layers)
-    sharing, calls = _Sharing.of(graph, model, layers), _varying_calls(graph, layers)
+def _label_and_freeze(graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
+    graph, *also = graphs
+    labelling = label(graph, model, layers, also)
+    sharing = _Sharing.of(graphs, model, layers)
+    calls = {name: reason for each in graphs for name, reason in _varying_calls(each, layers).items()}
     for layer in {layer.name: layer for layer in layers.values() if layer.name in labelling.rows}.values():
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
@@ -88,14 +92,15 @@ class _Sharing:
     readers: Mapping[str, set[str | None]]
 
     @classmethod
-    def of(cls, graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> "_Sharing":
+    def of(cls, graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> "_Sharing":
         names: dict[int, list[str]] = {}
         buffers = model.named_buffers(remove_duplicate=False)
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
             names.setdefault(id(tensor), []).append(name)
         readers: dict[str, set[str | None]] = {}
-        for name, reader in _reads(graph, model, layers):
-            readers.setdefault(name, set()).add(reader)
+        for graph in graphs:
+            for name, reader in _reads(graph, model, layers):
+                readers.setdefault(name, set()).add(reader)
         return cls(model, names, readers)
 
     def reason(self, user: str | None, paths: Iterable[str]) -> str | None:

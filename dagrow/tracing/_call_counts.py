@@ -112,10 +112,10 @@ def mark_calls(graph: fx.Graph, larger: fx.Graph, times: int) -> tuple[str, ...]
     for name, count in here.items():
         more = there.get(name, 0)
         if more > count or (is_whole and more < count):
-            often = _often(more) if is_whole else f"{_often(more)} or more"
+            often = _often(more) + " or more" * (not is_whole)
             reasons[name] = (
-                f"the forward uses {name} {_often(count)} for the example and {often} for {times} times as many "
-                "samples: the number of its calls follows the batch size"
+                f"the forward uses {name} {_often(count)} for the example and {often} for "
+                f"{times} times as many samples: the number of its calls follows the batch size"
             )
     for node in graph.nodes:
         named = [node, *(source for source in node.all_input_nodes if source.op == "get_attr")]

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
 from dagrow._model_state import ModelState, preserve_state
 from dagrow._pytree import container_level, mapped
 from dagrow.errors import TraceError
-from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._attribute_int import UNTRIED, Trial, attribute_ints
 from dagrow.tracing._call_counts import MANY, looks_at_samples, mark_calls, samples_of, with_samples
 from dagrow.tracing._contexts import explained, plainly, quietly
 from dagrow.tracing._graph_writer import GraphWriter, meta_copy
@@ -27,7 +27,7 @@ from dagrow.tracing._inputs import Arguments, bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import Recorder
-from dagrow.tracing._source_lines import source
+from dagrow.tracing._source_lines import is_raised_by_user, source
 from dagrow.tracing._verification import verify
 
 Closed = Callable[[nn.Module], bool]  #: which modules become one node
@@ -86,8 +86,39 @@ def record(model: nn.Module, example_inputs: object, *, verified: bool = True, c
     return state.trusted(recorded)
 
 
+def raised_otherwise(
+    program: Program, example_inputs: object, trial: Trial, closed: Closed = _never
+) -> Exception | None:
+    """What the model's forward raises by itself where sizes compare as in a wider network.
+
+    Args:
+        program: the graph, whose model is run, and left as it was found.
+        example_inputs: that it was recorded with.
+        trial: the sizes of the wider network.
+        closed: as the graph was recorded.
+
+    Returns:
+        What a ``raise`` or ``assert`` of the user's code raised, or None.
+    """
+    model, inputs, state = program.model, bind(example_inputs), ModelState(program.model, weights=True)
+    cached = {id(saved.tensor) for saved in state.tensors}
+    try:
+        with state.kept(), quietly():
+            _recorded(model, inputs, program.on_values, closed, cached, trial=trial)
+    except TraceError as error:
+        cause = error.__cause__
+        return cause if isinstance(cause, Exception) and is_raised_by_user(cause) else None
+    return None
+
+
 def _recorded(
-    model: nn.Module, inputs: Arguments, real: bool, closed: Closed, cached: Set[int], most: int | None = None
+    model: nn.Module,
+    inputs: Arguments,
+    real: bool,
+    closed: Closed,
+    cached: Set[int],
+    most: int | None = None,
+    trial: Trial = UNTRIED,
 ) -> Program:
     """One run of the model, on fake tensors unless ``real``, or of its first part. The caller cleans up behind it."""
     bound = bind_to_forward(model, *inputs)
@@ -95,8 +126,9 @@ def _recorded(
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
+    with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model, trial) as uses, plainly():
         writer = GraphWriter(model, fake, cached, most)
+        writer.trial = trial.sizes
         recorder = Recorder(writer, closed)
         uses.live = writer.live
         for name, value in bound.arguments.items():
@@ -112,7 +144,17 @@ def _recorded(
         for name in writer.assigned():
             writer.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
     notes, computed = tuple(writer.notes), frozenset(uses.computed)
-    return Program(model, writer.graph, writer.constants, notes, computed, writer.obstacle, writer.baked_size)
+    return Program(
+        model,
+        writer.graph,
+        writer.constants,
+        notes,
+        computed,
+        writer.obstacle,
+        writer.baked_size,
+        tuple(uses.comparisons),
+        real,
+    )
 
 
 def refuse_lazy(model: nn.Module) -> None:

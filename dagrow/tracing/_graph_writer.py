@@ -8,7 +8,7 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class GraphWriter:
         notes: what of the example is fixed in the graph.
         obstacle: why no forward can be written from the graph.
         baked_size: a size that Python may have counted to or computed with, unseen.
+        trial: node -> another size or shape, with which the user's code compares; empty where nothing is tried out.
         most: nodes, after which it stops; None for no limit.
     """
 
@@ -53,6 +54,7 @@ class GraphWriter:
     ) -> None:
         self.model, self.fake, self.cached, self.most, self.graph = model, fake, cached, most, fx.Graph()
         self.live: Callable[[], bool] = lambda: False
+        self.trial: Mapping[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None
