@@ -88,7 +88,8 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         obstacles = Obstacles(tracer, program, layers)
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
-        edges |= {edge.name: edge for edge in refused(parameter_products(program.graph, model, layers).values())}
+        for part in program.every:
+            edges |= {edge.name: edge for edge in refused(parameter_products(part.graph, model, layers).values())}
         added = [path for path, *_ in added_paths(model)]
         axes = tuple(axes_of(edges, reasons, added))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
