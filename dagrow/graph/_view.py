@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
-from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
+from dagrow.graph._edges import Axis, Edge, axes_of, edges_of, refused
 from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, under_autocast, unused
 from dagrow.graph._unreached import Unreached
-from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, rule_for
+from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, parameter_products, rule_for
 from dagrow.tracing import (
     DynamicSizes,
     Program,
@@ -90,6 +90,8 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         obstacles = Obstacles(tracer, program, layers)
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
+        for part in program.every:
+            edges |= {edge.name: edge for edge in refused(parameter_products(part.graph, model, layers).values())}
         added = [path for path, *_ in added_paths(model)]
         axes = tuple(axes_of(edges, reasons, added))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
