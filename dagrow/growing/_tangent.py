@@ -195,7 +195,8 @@ class _Jacobian:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         tensors = {**buffers, **parameters}
         values = {name: tensors[first] for name, first in self.names.items()}
-        return functional_call(self.model, values, args, kwargs, tie_weights=False)
+        with self.objective.noting(batch):
+            return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
     def _leaves(self) -> dict[str, Tensor]:
         return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
@@ -208,7 +209,9 @@ class _Jacobian:
                 duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in self.parameters.items()}
                 output, pushed = forward_ad.unpack_dual(self._output(batch, duals))
                 return torch.zeros_like(output) if pushed is None else pushed
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError) as error:
+            if type(error) not in (NotImplementedError, RuntimeError):
+                raise  # of the user's own
             before.restore()
             return self._push_in_reverse(batch, direction)
 
