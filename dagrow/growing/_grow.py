@@ -5,6 +5,7 @@ from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
+from dagrow._progress import with_progress
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import objective_of
@@ -17,6 +18,7 @@ from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Receipt, check_optimizer, transaction
 
 
+@with_progress
 def grow(
     dag: Dag,
     batches: Iterable[Any],

@@ -22,7 +22,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from dagrow._model_state import ModelState, preserve_state
-from dagrow._text import render
+from dagrow._progress import with_progress
+from dagrow._text import Printable, render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
@@ -33,7 +34,7 @@ KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
 
 
 @dataclass(frozen=True)
-class Tangent:
+class Tangent(Printable):
     """What all trainable parameters together can follow of the network's functional gradient.
 
     Attributes:
@@ -75,6 +76,7 @@ class Tangent:
         return f"{render(table)}\n{self.edges}"
 
 
+@with_progress
 def tangent(
     dag: Dag,
     batches: Iterable[Any],

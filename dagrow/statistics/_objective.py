@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import ModelState, all_or_nothing, drawn_so_far, preserve_state, seed_everything
+from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
     add_note,
@@ -169,7 +170,9 @@ class Objective:
         total = 0
         try:
             with self._naming_batches():
-                for number, batch in numbered(source, self.name, most, batch_count(self.batches)):
+                count = batch_count(self.batches, most)
+                for number, batch in numbered(source, self.name, most, count):
+                    show_batch(number, count, self.name)
                     samples = sample_count(batch, self.batch_dim)
                     self._place = seen = _Place(number, samples, seen.first or samples)
                     total += samples
@@ -377,6 +380,10 @@ class Objective:
         Returns:
             A mean over all samples of all batches.
         """
+        with progress_bar(self.progress):
+            return self._mean()
+
+    def _mean(self) -> float:
         self.probe()
         total, count = 0.0, 0
         with preserve_state(self.model), torch.no_grad():
