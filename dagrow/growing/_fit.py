@@ -17,7 +17,7 @@ from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
-from dagrow.surgery import check_steps
+from dagrow.surgery import Optimizers, check_steps, sequence_of
 
 
 @with_progress
@@ -30,8 +30,8 @@ def fit(
     schedule: Schedule = EveryEpochs(),
     *,
     epochs: int,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None = None,
+    optimizer: Optimizers,
+    scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     validation: Iterable[Any] | None = None,
     measured: Iterable[Any] | None = None,
     policy: Policy = ByLineSearch(),
@@ -55,8 +55,8 @@ def fit(
         budget: what may be added in all.
         schedule: when to grow.
         epochs: of training, numbered from 0.
-        optimizer: of the model's parameters; its state grows along.
-        scheduler: of the optimizer's learning rates; it takes a step after each epoch.
+        optimizer: of the model's parameters, or a list of them; their state grows along.
+        scheduler: of an optimizer's learning rates, or a list; each takes a step after each epoch.
         validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
         measured: batches that growing looks at; by default those to train on.
         policy: which growths first.
@@ -76,9 +76,9 @@ def fit(
         OptimizerError: the optimizer or its scheduler does not fit.
     """
     check_whole("fit", 1, epochs=epochs)
-    if optimizer is None:
-        raise OptimizerError("fit(optimizer=None): give the torch.optim.Optimizer that trains the model.")
-    _check_scheduler(scheduler, optimizer)
+    if optimizer is None or optimizer == []:
+        raise OptimizerError(f"fit(optimizer={optimizer}): give the torch.optim.Optimizer that trains the model.")
+    schedulers = _checked_schedulers(scheduler, optimizer)
     grower = Grower(
         dag,
         loss,
@@ -93,7 +93,8 @@ def fit(
         mode=mode,
         **options,
     )
-    check_steps(optimizer)
+    for each in sequence_of(optimizer):
+        check_steps(each)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
@@ -101,22 +102,26 @@ def fit(
         with progress_bar() as bar:
             for epoch in range(epochs):
                 bar.update("training", epoch, epochs, _line(grower.history))
-                train_loss = _epoch(objective, optimizer)
+                train_loss = _epoch(objective, sequence_of(optimizer))
                 grower.step(epoch, batches if measured is None else measured, validation, train_loss=train_loss)
-                _anneal(scheduler, grower.history)
+                _anneal(schedulers, grower.history)
     finally:
         for module in dag.model.modules():
             module.training = modes.get(module, modes[dag.model])
     return grower.history
 
 
-def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise OptimizerError(
-            f"fit(scheduler={scheduler!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
-        )
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+def _checked_schedulers(scheduler: object, optimizer: Optimizers) -> tuple[LRScheduler, ...]:
+    schedulers = () if scheduler is None else tuple(scheduler) if isinstance(scheduler, (list, tuple)) else (scheduler,)
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in schedulers:
+        if not isinstance(one, LRScheduler):
+            raise OptimizerError(
+                f"fit(scheduler={one!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+            )
+        if not any(one.optimizer is other for other in several):
+            raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+    return schedulers
 
 
 def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
@@ -127,20 +132,22 @@ def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
             objective.with_batches(batches, name).probe()
 
 
-def _anneal(scheduler: LRScheduler | None, history: History) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(history[-1].loss)
-    elif scheduler is not None:
-        scheduler.step()
+def _anneal(schedulers: Sequence[LRScheduler], history: History) -> None:
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(history[-1].loss)
+        else:
+            scheduler.step()
 
 
-def _epoch(objective: Objective, optimizer: Optimizer) -> float:
+def _epoch(objective: Objective, optimizers: Sequence[Optimizer]) -> float:
     """Trains on every batch once. The loss, of each batch before its own step."""
     total, count = 0.0, 0
     objective.model.train()
     with torch.enable_grad():
         for batch, samples in objective.read():
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             value = objective.drawn_value(batch)
             if not value.requires_grad:
                 raise LossError(
@@ -148,7 +155,8 @@ def _epoch(objective: Objective, optimizer: Optimizer) -> float:
                     "without detach(), item() or torch.no_grad()."
                 )
             value.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             total += float(value.detach()) * objective.scale(samples) * samples
             count += samples
     return objective.reported(total / count)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any, Unpack
 
-from torch.optim import Optimizer
-
 from dagrow._model_state import all_or_nothing
 from dagrow._progress import progress_bar
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
@@ -23,7 +21,7 @@ from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situa
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
-from dagrow.surgery import Growth, Receipt, check_optimizer, transaction
+from dagrow.surgery import Growth, Optimizers, Receipt, check_optimizer, transaction
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Grower:
         policy: which growths first.
         stop: when growing is over for good; any of these, or a spent budget, ends it.
         per_step: what one step may add.
-        optimizer: its state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
@@ -71,7 +69,7 @@ class Grower:
         policy: Policy = ByLineSearch(),
         stop: Sequence[StopRule] = (NothingToAdd(),),
         per_step: Budget = Budget(),
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         step: Step | None = None,
         mode: str = "eval",
         **options: Unpack[MeasureOptions],

@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from torch.optim import Optimizer
-
 from dagrow._log import LOG
 from dagrow.statistics import NotFiniteError, Objective
-from dagrow.surgery import Growth, Receipt, where_new
+from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
@@ -97,8 +95,8 @@ def _worth(before: float, gamma: float, loss: float, note: str = "") -> Amplitud
     return Amplitude(gamma, loss, note) if loss < before - WORTH * abs(before) else Amplitude(0.0, before)
 
 
-def best_amplitude(growth: Growth, judge: Objective, before: float) -> Amplitude:
-    """The amplitude of a growth with the lowest loss of the judge; see :func:`line_search`.
+def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
+    """The amplitude of a growth with the lowest loss of the judge, and that loss; see :func:`line_search`.
 
     The loss cannot fall to 0 before ``|loss| / gain`` if it is convex; the search starts at a part of that, so that the
     scale of the loss makes no difference. Amplitudes at which the loss is not finite count as the worst.
@@ -109,8 +107,13 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> Amplitude
         before: its value without the growth.
 
     Returns:
-        The amplitude, 0 if none lowers the loss.
+        The amplitude, 0 if none lowers the loss, and the loss at it.
     """
+    found = _searched(growth, judge, before)
+    return found.gamma, found.loss
+
+
+def _searched(growth: Growth, judge: Objective, before: float) -> Amplitude:
     loss_at = growth.losses(judge)
 
     def loss(gamma: float) -> float:
@@ -126,10 +129,10 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> Amplitude
     return found
 
 
-def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
     whole = growth.preserving  # it comes in whole
-    found = Amplitude(1.0, growth.loss(1.0, judge)) if whole else best_amplitude(growth, judge, before)
+    found = Amplitude(1.0, growth.loss(1.0, judge)) if whole else _searched(growth, judge, before)
     if not found.gamma > 0:
         return None
     return growth.commit(found.gamma, judge.reported(before), judge.reported(found.loss), optimizer, found.note)

@@ -112,8 +112,8 @@ class ByLineSearch(Policy):
 
     @staticmethod
     def _fall(growth: Growth, judge: Objective, before: float) -> float:
-        found = best_amplitude(growth, judge, before)
-        return before - found.loss if found.gamma else -inf
+        gamma, after = best_amplitude(growth, judge, before)
+        return before - after if gamma else -inf
 
 
 EXPECTED = "give a class of torch.optim, or a function that is called as optimizer(parameters, lr=lr) and returns one"
@@ -170,7 +170,7 @@ class ShortTraining(Policy):
 
     @staticmethod
     def _amplitude(growth: Growth, judge: Objective) -> float:
-        return 1.0 if growth.preserving else best_amplitude(growth, judge, judge.mean()).gamma
+        return 1.0 if growth.preserving else best_amplitude(growth, judge, judge.mean())[0]
 
     def _trained(self, growth: Growth, gamma: float | None, judge: Objective) -> float:
         """The loss of a trained copy, with the growth at an amplitude or without it; inf if training fails."""
