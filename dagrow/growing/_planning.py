@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 
-from dagrow._progress import progress_bar
 from dagrow.errors import GrowthError, check_whole, listed
 from dagrow.growing._policies import ByLineSearch, Policy, expected_gain, with_values
 from dagrow.statistics import Objective
@@ -141,11 +140,7 @@ def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy
     budget, policy = Budget() if budget is None else budget, ByLineSearch() if policy is None else policy
     check_kinds(budget=(budget, Budget), policy=(policy, Policy))
     candidates = applicable(listed("growths", growths, Growth, "dagrow.propose returns"))
-    if not candidates:
-        return []
-    judge = candidates[0].objective
-    with progress_bar(judge.progress):
-        return greedy_plan(candidates, budget, policy, judge, ())
+    return greedy_plan(candidates, budget, policy, candidates[0].objective, ()) if candidates else []
 
 
 def check_kinds(**arguments: tuple[object, type]) -> None:

@@ -171,7 +171,7 @@ class Objective:
         try:
             with self._naming_batches():
                 count = batch_count(self.batches, most)
-                for number, batch in numbered(source, self.name, most, count):
+                for number, batch in numbered(source, self.name, most, count, training=seed is None):
                     show_batch(number, count, self.name)
                     samples = sample_count(batch, self.batch_dim)
                     self._place = seen = _Place(number, samples, seen.first or samples)
