@@ -65,11 +65,10 @@ def line_search(
             best /= 2
         while at(best / 2) < at(best) and len(losses) < EVALUATIONS:
             best /= 2
-    if best > start and 2 * best > most:
-        note = "the loss falls on and on with the amplitude, which is bounded"
-    elif before - at(best / 4) >= FLAT * (before - at(best)) > 0:
+    note = "the loss falls on and on with the amplitude, which is bounded" if best > start and 2 * best > most else ""
+    if before - at(best / 4) >= FLAT * (before - at(best)) > 0:
         note = "the loss levels out; the amplitude is bounded where it has fallen"
-    else:
+    if not note:
         return _narrowed(at, losses, best)
     while before - at(best / 4) >= FLAT * (before - min(losses.values())) and best > SMALLEST * start:
         best /= 4
