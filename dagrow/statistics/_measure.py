@@ -60,7 +60,8 @@ def measure(
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            captures = hooks.captures(loss, -objective.scale(n) * n)
+            with objective.noting(batch):
+                captures = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             sums.add(Batch(captures, n, seen, folds), value)
@@ -152,13 +153,7 @@ class CaptureHooks(LayerHooks):
 def _gradients(loss: Tensor, ends: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
     if not ends:
         return ()
-    try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
-    except RuntimeError as error:
-        raise LossError(
-            f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
-            "where the loss compares them."
-        ) from error
+    gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
     if all(gradient is None for gradient in gradients):
         raise LossError(
             "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
