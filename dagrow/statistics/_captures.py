@@ -24,6 +24,8 @@ class Capture:
         version: of the input, when the layer read it; a change in place counts it up.
         input_gradient, output_gradient: where autograd finds them.
         input_goal, output_goal: minus the gradient of each sample's loss.
+        seen: whether a gradient of the loss arrives at its output; where the layer was called several times only.
+        calls: how many calls are joined here.
     """
 
     module: torch.nn.Module
@@ -37,6 +39,8 @@ class Capture:
     output_goal: Tensor | None = None
     input_gradient: GradientEdge | None = None
     input_goal: Tensor | None = None
+    seen: bool = True
+    calls: int = 1
 
     @property
     def edge_rule(self) -> EdgeRule:
@@ -104,7 +108,7 @@ class Capture:
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
-    def subset(self, samples: slice, count: int) -> "Capture":
+    def subset(self, samples: slice | Tensor, count: int) -> "Capture":
         """Some of ``count`` samples, each of which may be several entries of the first dimension."""
         if len(self.inputs) % count:
             raise BatchError(
@@ -126,7 +130,7 @@ class Capture:
 class _Subsets(dict[str, Capture]):
     """Captures of some samples, each cut out when it is first asked for."""
 
-    def __init__(self, captures: Mapping[str, Capture], samples: slice, count: int) -> None:
+    def __init__(self, captures: Mapping[str, Capture], samples: slice | Tensor, count: int) -> None:
         super().__init__()
         self.captures, self.samples, self.count = captures, samples, count
 
@@ -173,6 +177,10 @@ class Batch:
         captures, count = _Subsets(self.captures, samples, self.samples), len(range(self.samples)[samples])
         only = self.only if only is None else only
         return replace(self, captures=captures, samples=count, seen=self.seen + samples.start, only=only)
+
+    def of_fold(self, samples: Tensor, fold: int) -> "Batch":
+        """The samples with these indices ``[m]``, which are all of one fold."""
+        return Batch(_Subsets(self.captures, samples, self.samples), len(samples), folds=self.folds, only=fold)
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
         """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""

@@ -1,5 +1,6 @@
 """One pass over batches that gathers moments."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from dagrow.errors import GrowthError, LossError
 from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
+from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
@@ -60,11 +62,11 @@ def measure(
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            captures = hooks.captures(loss, -objective.scale(n) * n)
+            calls = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            sums.add(Batch(captures, n, seen, folds), value)
-            del captures
+            sums.add([Batch(captures, n, seen, folds) for captures in joined_calls(calls)], value)
+            del calls
             seen += n
     return sums.moments(forward)
 
@@ -83,33 +85,28 @@ class CaptureHooks(LayerHooks):
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
-        self._captures: dict[str, Capture] = {}
+        self._calls: dict[str, list[Capture]] = defaultdict(list)
 
     def remove(self) -> None:
         super().remove()
-        self._captures = {}
+        self._calls.clear()
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if name in self._captures:
-            raise GrowthError(
-                f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
-                "if the model itself has changed, trace it again."
-            )
         detached = inputs.detach()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
-        self._captures[name] = capture
+        self._calls[name].append(capture)
         if name in self.input_goals and inputs.requires_grad:
             capture.input_gradient = get_gradient_edge(inputs)
-        if name not in self.goals:
-            return None
         if output.requires_grad:
             capture.output_gradient = get_gradient_edge(output)
+            return None
+        if name not in self.goals:
             return None
         leaf = output.detach().requires_grad_()
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
 
-    def captures(self, loss: Tensor, scale: float) -> dict[str, Capture]:
+    def captures(self, loss: Tensor, scale: float) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
@@ -117,50 +114,51 @@ class CaptureHooks(LayerHooks):
             scale: from its gradient to the goals of single samples.
 
         Returns:
-            Layer -> what was left there.
+            Layer -> what each of its calls left there.
 
         Raises:
             GrowthError: some layers did not run.
             LossError: none of them ran.
         """
-        missing = set(self._layers) - set(self._captures)
-        if missing and not self._captures:
+        missing = set(self._layers) - set(self._calls)
+        if missing and not self._calls:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        captures, self._captures = self._captures, {}
-        outputs = [captures[name] for name in sorted(self.goals)]
-        inputs = [captures[name] for name in sorted(self.input_goals)]
-        reached = [capture for capture in inputs if capture.input_gradient is not None]
-        ends = [*(capture.output_gradient for capture in outputs), *(capture.input_gradient for capture in reached)]
-        gradients = _gradients(loss, [end for end in ends if end is not None])
+        calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
+        several = any(len(captures) > 1 for captures in calls.values())  # of which those count that the loss sees
+        outputs = [each for name in calls if several or name in self.goals for each in calls[name]]
+        inputs = [each for name in sorted(self.input_goals) for each in calls[name]]
+        ends = [*(each.output_gradient for each in outputs), *(each.input_gradient for each in inputs)]
+        gradients = _gradients(loss, ends, required=bool(self.goals or self.input_goals))
         for capture, gradient in zip(outputs, gradients, strict=False):
+            capture.seen = gradient is not None
             goal = capture.inputs.new_zeros(capture.output_shape) if gradient is None else gradient.detach() * scale
             capture.output_goal = goal
-        for capture in inputs:  # unless a gradient arrives
-            capture.input_goal = torch.zeros_like(capture.inputs)
-        for capture, gradient in zip(reached, gradients[len(outputs) :], strict=True):
-            if gradient is not None:
-                capture.input_goal = gradient.detach() * scale
-        return captures
+        for capture, gradient in zip(inputs, gradients[len(outputs) :], strict=True):
+            capture.input_goal = torch.zeros_like(capture.inputs) if gradient is None else gradient.detach() * scale
+        return calls
 
 
-def _gradients(loss: Tensor, ends: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+def _gradients(loss: Tensor, ends: Sequence[GradientEdge | None], required: bool) -> Sequence[Tensor | None]:
+    """The gradient at each end; None where none arrives."""
+    some = [end for end in ends if end is not None]
     if not ends:
         return ()
     try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
+        found = torch.autograd.grad(loss, some, allow_unused=True) if some and loss.requires_grad else ()
     except RuntimeError as error:
         raise LossError(
             f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
             "where the loss compares them."
         ) from error
-    if all(gradient is None for gradient in gradients):
+    if required and all(gradient is None for gradient in found):
         raise LossError(
             "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
             "output, without detach(), item() or torch.no_grad()."
         )
-    return gradients
+    gradients = iter(found)
+    return [None if end is None else next(gradients, None) for end in ends]
