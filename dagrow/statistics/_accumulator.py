@@ -66,7 +66,9 @@ class MomentAccumulator:
                 feature.check_sizes(view)
             for capture in view.captures.values():
                 self.resolution = max(self.resolution, torch.finfo(_product_type(capture.inputs.dtype)).eps)
-        scored = [x for x, _ in self.pairs if isinstance(x, SampleScores)] if len(parts) > 1 or units is not None else []
+        scored = (
+            [x for x, _ in self.pairs if isinstance(x, SampleScores)] if len(parts) > 1 or units is not None else []
+        )
         pairs = [pair for pair in self.pairs if pair[0] not in scored]
         for part, _ in parts:
             for feature in self.features:
@@ -89,7 +91,7 @@ class MomentAccumulator:
         return [(view.of_fold(which, fold), units[which]) for view in views for fold, which in folds if len(which)]
 
     def _score(self, scores: Feature, parts: Sequence[tuple[Batch, Tensor | None]]) -> None:
-        """Adds scores of single samples in views of their own, or keeps those of groups, which go on in other batches."""
+        """Adds scores of samples, of all views together, or keeps those of groups, which go on in other batches."""
         rows = [scores.rows(part) for part, _ in parts]
         if parts[0][1] is None:
             total = torch.stack(rows).sum(0)
@@ -102,6 +104,7 @@ class MomentAccumulator:
             assert units is not None
             table.index_add_(0, units.to(table.device), values)
         self.group_scores[scores] = table
+
     def _add(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
         """Adds products of rows, position by position."""
         without_space = []
@@ -114,10 +117,11 @@ class MomentAccumulator:
                 self.sums[x, y] = product(x, y, batch)
         if without_space:
             self._collect(without_space, batch)
+
     def _check_positions(self, batch: Batch) -> None:
         n = batch.samples
         for x, y in self.pairs:
-            calls = {edge: batch[edge].calls for feature in (x, y) for edge in feature.edges}
+            calls = {edge: len(batch[edge].runs) for feature in (x, y) for edge in feature.edges}
             if len(set(calls.values())) > 1:
                 told = ", ".join(f"{edge} {count}" for edge, count in calls.items())
                 raise GrowthError(

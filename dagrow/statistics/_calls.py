@@ -1,9 +1,9 @@
 """What several calls of the model in one step leave: two views of a sample, a target network, a batch in parts.
 
-A sample's rows are those of all calls. Calls of the same sizes are joined along the first dimension, as if the model had
-been called once on all of their inputs; those of other sizes, such as small crops beside large ones, are batches of
-their own, of the same samples. Calls that no gradient reaches, those of a target network or under ``torch.no_grad``, do
-not count: the loss does not say where their outputs should go.
+A sample's rows are those of all calls. Calls of the same sizes are joined along the first dimension, as if the model
+had been called once on all of their inputs; those of other sizes, such as small crops beside large ones, are batches of
+their own, of the same samples. Calls that no gradient reaches, those of a target network or under ``torch.no_grad``,
+do not count: the loss does not say where their outputs should go.
 """
 
 from collections import defaultdict
@@ -31,7 +31,7 @@ def joined_calls(calls: Calls) -> list[dict[str, Capture]]:
     Raises:
         GrowthError: layers were called in different numbers, and with several sizes.
     """
-    return [{name: _joined([calls[name][k] for k in ks]) for name, ks in each.items()} for each in _alike(calls)]
+    return [{name: _joined(calls[name], ks) for name, ks in each.items()} for each in _alike(calls)]
 
 
 def _alike(calls: Calls) -> list[dict[str, Sequence[int]]]:
@@ -39,7 +39,7 @@ def _alike(calls: Calls) -> list[dict[str, Sequence[int]]]:
     counts = {name: len(captures) for name, captures in calls.items()}
     first = next(iter(counts.values()), 1)
     if set(counts.values()) <= {1}:
-        return [dict.fromkeys(calls, [0])]
+        return [dict.fromkeys(calls, (0,))]
     if set(counts.values()) == {first}:  # the whole model, so often
         seen = [k for k in range(first) if any(captures[k].seen for captures in calls.values())]
         by_sizes: dict[tuple, list[int]] = defaultdict(list)
@@ -63,10 +63,11 @@ def _sizes(capture: Capture) -> tuple[int, ...]:
     return *capture.inputs.shape[1:], *capture.output_shape[1:]
 
 
-def _joined(captures: Sequence[Capture]) -> Capture:
-    """One after another along the first dimension."""
-    first, *others = captures
-    if not others:
+def _joined(calls: Sequence[Capture], runs: Sequence[int]) -> Capture:
+    """Some calls, one after another along the first dimension."""
+    captures = [calls[run] for run in runs]
+    first = captures[0]
+    if len(calls) == 1:
         return first
     unchanged = all(each.inputs._version == each.version for each in captures)
     inputs = torch.cat([each.inputs for each in captures])
@@ -79,7 +80,7 @@ def _joined(captures: Sequence[Capture]) -> Capture:
         input_gradient=None,
         output_goal=_cat([each.output_goal for each in captures]),
         input_goal=_cat([each.input_goal for each in captures]),
-        calls=len(captures),
+        runs=tuple(runs),
     )
 
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from dagrow.axes import IndexMap
 from dagrow.errors import BatchError, GrowthError
 from dagrow.layers import EdgeRule, Geometry, LayerRule
+from dagrow.statistics._sample_layout import SampleLayout
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Capture:
         input_gradient, output_gradient: where autograd finds them.
         input_goal, output_goal: minus the gradient of each sample's loss.
         seen: whether a gradient of the loss arrives at its output; where the layer was called several times only.
-        calls: how many calls are joined here.
+        runs: which of the layer's calls are joined here.
+        sample_dim: the dimension along which samples lay, before they came first.
     """
 
     module: torch.nn.Module
@@ -40,7 +42,8 @@ class Capture:
     input_gradient: GradientEdge | None = None
     input_goal: Tensor | None = None
     seen: bool = True
-    calls: int = 1
+    runs: tuple[int, ...] = (0,)
+    sample_dim: int = 0
 
     @property
     def edge_rule(self) -> EdgeRule:
@@ -107,6 +110,16 @@ class Capture:
 
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
+
+    def arranged(self, layout: SampleLayout, n: int) -> "Capture":
+        """With the rows of each of n samples together, samples first."""
+        if layout.dim == 0 and layout.outer == 1:
+            return self
+        tensors = {"inputs": self.inputs, "output_goal": self.output_goal, "input_goal": self.input_goal}
+        ordered: dict[str, Any] = {k: layout.samples_first(t, n) for k, t in tensors.items() if t is not None}
+        shape = layout.samples_first(torch.empty(tuple(self.output_shape), device="meta"), n).shape
+        version = ordered["inputs"]._version if self.inputs._version == self.version else -1
+        return replace(self, version=version, output_shape=shape, sample_dim=layout.dim, **ordered)
 
     def subset(self, samples: slice | Tensor, count: int) -> "Capture":
         """Some of ``count`` samples, each of which may be several entries of the first dimension."""

@@ -72,11 +72,19 @@ class Feature(ABC):
         """
         for position_map in self.position_maps:
             for edge, expected in () if position_map.is_identity else position_map.grids.items():
-                sizes = batch.captures[edge].grid if edge in batch.captures else expected
-                if sizes != expected:
+                capture = batch.captures.get(edge)
+                if capture is None:
+                    continue
+                if capture.grid != expected:
                     raise BatchError(
-                        f"layer {edge} writes {_by(sizes)} positions for a batch, but {_by(expected)} for the "
+                        f"layer {edge} writes {_by(capture.grid)} positions for a batch, but {_by(expected)} for the "
                         "example that was traced; trace with such a batch."
+                    )
+                if capture.sample_dim != position_map.dims.get(edge, 0):
+                    raise BatchError(
+                        f"samples lie along dimension {capture.sample_dim} of what layer {edge} writes, but new "
+                        f"channels would arrive alike along dimension {position_map.dims[edge]}, in the example that "
+                        "was traced. Growing by random neurons (init='random_features') asks for no positions."
                     )
 
 

@@ -1,7 +1,8 @@
 """One pass over batches that gathers moments."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
+from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._objective import Objective
+from dagrow.statistics._sample_order import SampleOrder
 
 
 def measure(
@@ -52,6 +55,7 @@ def measure(
     """
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
+    order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
     with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
@@ -59,15 +63,22 @@ def measure(
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
+            units = groups.of(batch, n)
+            with hooks.paused():
+                order.start(objective, batch, n, units)
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
             calls = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            sums.add([Batch(captures, n, seen, folds) for captures in joined_calls(calls)], value)
-            del calls
+            views = joined_calls(calls)
+            with hooks.paused():
+                views = [order.arranged(view, objective, batch, n, units) for view in views]
+            sums.add([Batch(view, n, seen, folds) for view in views], value, units)
+            del calls, views
             seen += n
+    groups.check_all_read()
     return sums.moments(forward)
 
 
@@ -86,12 +97,24 @@ class CaptureHooks(LayerHooks):
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
         self._calls: dict[str, list[Capture]] = defaultdict(list)
+        self._is_paused = False
 
     def remove(self) -> None:
         super().remove()
         self._calls.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is kept inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
+        if self._is_paused:
+            return None
         detached = inputs.detach()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
         self._calls[name].append(capture)

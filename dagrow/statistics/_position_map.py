@@ -1,6 +1,7 @@
 """Where what a producer writes arrives at a consumer."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -27,6 +28,8 @@ class PositionMap:
         positions: positions S of the producer.
         channels: the unit's channels R at the producer.
         grids: producer and consumer -> the sizes of their outputs but for samples and channels, in the example.
+        dims: producer and consumer -> the dimension of what they write along which the items lie that have these
+            positions, all alike: samples of the example, or entries of that dimension.
         image: the sizes of the producer's output, if cells are all its positions in their order and the slots are
             the taps of the consumer's kernel on it; else None.
     """
@@ -36,6 +39,7 @@ class PositionMap:
     positions: int
     channels: int
     grids: Mapping[str, tuple[int, ...]]
+    dims: Mapping[str, int] = field(default_factory=dict)
     image: tuple[int, ...] | None = None
 
     @property
@@ -113,22 +117,71 @@ def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Positi
     inputs = inputs.index_select(consumer.rule.channel_dim(inputs.ndim), columns)
     shifted = (inputs + 1).double()  # a margin of zeros is NO_CHANNEL
     numbers = consumer.rule.features(consumer.module, shifted).long() - 1
-    n, channels = tracker.samples, axis.layout.rows[producer.name].shape[1]
-    if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()) or len(numbers) % n:
+    if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()):
+        return None
+    first = tracker.written[0]
+    found = _of_items(dag, tracker, consumer, numbers, tracker.samples)
+    if first != tracker.samples and (found is None or not found.is_identity):  # several a sample, or none of them
+        found = _of_items(dag, tracker, consumer, numbers, first) or found
+    if found is None:
+        read = inputs.shape[: consumer.rule.channel_dim(inputs.ndim)]
+        before = producer.rule.channel_dim(len(tracker.written) + 1)
+        for dims in itertools.product(range(before), range(len(read))):
+            n = tracker.written[dims[0]]
+            if found is None and n == read[dims[1]] > 1:
+                found = _of_items(dag, tracker, consumer, numbers, n, dims, read)
+    return None if found is None else _with_image(found, producer, consumer)
+
+
+def _of_items(
+    dag: Dag,
+    tracker: PositionTracker,
+    consumer: Edge,
+    numbers: Tensor,
+    n: int,
+    dims: tuple[int, int] = (0, 0),
+    read: Sequence[int] = (),
+) -> PositionMap | None:
+    """The map of each of n items.
+
+    Args:
+        dag: the model's.
+        tracker: after its run.
+        consumer: the edge that reads.
+        numbers: what it reads ``[rows, slots]``.
+        n: items.
+        dims: the dimensions, at the producer and at the consumer, along which they lie.
+        read: the sizes of what the consumer reads, where that is not the first.
+
+    Returns:
+        The map; None if items do not arrive alike, each where it lies itself.
+    """
+    producer, channels = tracker.producer, tracker.axis.layout.rows[tracker.producer.name].shape[1]
+    if len(numbers) % n or tracker.rows % n:
         return None
     positions = tracker.rows // n
+    rows = torch.arange(tracker.rows)
+    if dims != (0, 0):
+        rows[rows.view(tracker.written).movedim(dims[0], 0).flatten()] = torch.arange(tracker.rows)
+        numbers = numbers.unflatten(0, (*read, -1)).movedim(dims[1], 0).flatten(0, len(read))
+
+    def entries_of(numbers: Tensor) -> Tensor:
+        entries = tracker.means.entries(numbers)
+        return torch.where(entries >= 0, rows[entries // channels] * channels + entries % channels, entries)
+
     first, *others = numbers.view(n, -1, numbers.shape[1])
-    expected = tracker.means.entries(first)
-    for sample, other in enumerate(others, start=1):
-        entries = tracker.means.entries(other)
-        if not torch.equal(torch.where(entries >= 0, entries - sample * positions * channels, entries), expected):
+    expected = entries_of(first)
+    for item, other in enumerate(others, start=1):
+        entries = entries_of(other)
+        if not torch.equal(torch.where(entries >= 0, entries - item * positions * channels, entries), expected):
             return None
     cells = torch.unique(first)
     cells = cells[cells != NO_CHANNEL]
     index = _renumbered(cells, int(cells.max()) + 1)[first]
-    grids = {producer.name: tuple(tracker.sizes), consumer.name: _grid(dag, consumer)}
-    bare = PositionMap(tracker.means.entries(cells), index, positions, channels, grids)
-    return _with_image(bare, producer, consumer)
+    written = tuple(size for dim, size in enumerate(tracker.written) if dim != dims[0])
+    grids = {producer.name: written, consumer.name: _grid(dag, consumer, dims[1])}
+    places = {producer.name: dims[0], consumer.name: dims[1]}
+    return PositionMap(entries_of(cells), index, positions, channels, grids, places)
 
 
 def per_channel(unit_map: PositionMap, producer: Edge, consumer: Edge) -> PositionMap | None:
@@ -166,10 +219,10 @@ def _renumbered(kept: Tensor, count: int) -> Tensor:
     return numbers
 
 
-def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
-    """The sizes of an edge's output in the example but for samples and channels."""
+def _grid(dag: Dag, edge: Edge, item_dim: int) -> tuple[int, ...]:
+    """The sizes of an edge's output in the example but for items and channels."""
     shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
-    return tuple(size for dim, size in enumerate(shape) if dim not in (0, edge.rule.channel_dim(len(shape))))
+    return tuple(size for dim, size in enumerate(shape) if dim not in (item_dim, edge.rule.channel_dim(len(shape))))
 
 
 def _with_image(bare: PositionMap, producer: Edge, consumer: Edge) -> PositionMap:

@@ -125,7 +125,9 @@ class TapFeatures(Wrapped):
         """What the combinations are at each cell of each item ``[items, cells, q]``."""
         q, channels = self.basis.shape[1], self.position_map.channels
         basis = self.basis.view(channels, -1, q).movedim(0, 1).flatten(1)
-        return self.position_map.mean_of(self.source.projected(batch, basis).view(-1, self.position_map.positions, channels * q))
+        return self.position_map.mean_of(
+            self.source.projected(batch, basis).view(-1, self.position_map.positions, channels * q)
+        )
 
     def rows(self, batch: Batch) -> Tensor:
         if self.position_map.is_identity:  # however many rows there are
