@@ -75,16 +75,16 @@ class Feature(ABC):
                 capture = batch.captures.get(edge)
                 if capture is None:
                     continue
-                if capture.grid != expected:
+                if capture.grid[max(0, len(capture.grid) - len(expected)) :] != expected:
                     raise BatchError(
                         f"layer {edge} writes {_by(capture.grid)} positions for a batch, but {_by(expected)} for the "
                         "example that was traced; trace with such a batch."
                     )
-                if capture.sample_dim != position_map.dims.get(edge, 0):
+                if position_map.dims.get(edge, 0) not in (None, capture.sample_dim):
                     raise BatchError(
-                        f"samples lie along dimension {capture.sample_dim} of what layer {edge} writes, but new "
-                        f"channels would arrive alike along dimension {position_map.dims[edge]}, in the example that "
-                        "was traced. Growing by random neurons (init='random_features') asks for no positions."
+                        f"samples lie along dimension {capture.sample_dim} of what layer {edge} writes, where channels "
+                        f"of the example that was traced arrive alike along dimension {position_map.dims[edge]}; trace "
+                        "with several samples, and as many positions as there are in the batches."
                     )
 
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -27,9 +27,10 @@ class PositionMap:
             the cell that is read, or NO_CHANNEL ``[positions', slots]``.
         positions: positions S of the producer.
         channels: the unit's channels R at the producer.
-        grids: producer and consumer -> the sizes of their outputs but for samples and channels, in the example.
-        dims: producer and consumer -> the dimension of what they write along which the items lie that have these
-            positions, all alike: samples of the example, or entries of that dimension.
+        grids: producer and consumer -> the last sizes of their outputs before channels, in the example: those of an
+            item.
+        dims: producer and consumer -> the dimension of what they write along which samples must lie, or None where
+            any will do. The positions are those of one item: of a sample of the example, or of a part of it.
         image: the sizes of the producer's output, if cells are all its positions in their order and the slots are
             the taps of the consumer's kernel on it; else None.
     """
@@ -39,7 +40,7 @@ class PositionMap:
     positions: int
     channels: int
     grids: Mapping[str, tuple[int, ...]]
-    dims: Mapping[str, int] = field(default_factory=dict)
+    dims: Mapping[str, int | None] = field(default_factory=dict)
     image: tuple[int, ...] | None = None
 
     @property
@@ -119,43 +120,61 @@ def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Positi
     numbers = consumer.rule.features(consumer.module, shifted).long() - 1
     if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()):
         return None
-    first = tracker.written[0]
-    found = _of_items(dag, tracker, consumer, numbers, tracker.samples)
-    if first != tracker.samples and (found is None or not found.is_identity):  # several a sample, or none of them
-        found = _of_items(dag, tracker, consumer, numbers, first) or found
+    find = partial(_of_items, dag, tracker, consumer, numbers)
+    before = tracker.written[: producer.rule.channel_dim(len(tracker.written) + 1)]
+    after = inputs.shape[: consumer.rule.channel_dim(inputs.ndim)]
+    found = find(Items.leading_in(tracker.samples, before, after))
+    if found is None or not found.is_identity:  # several items a sample, such as frames, or samples elsewhere
+        counts = {prod(sizes[:count]) for sizes in (before, after) for count in range(1, len(sizes) + 1)}
+        finer = sorted((n for n in counts if n > tracker.samples), reverse=True)
+        found = next(filter(None, (find(Items.leading_in(n, before, after)) for n in finer)), found)
     if found is None:
-        read = inputs.shape[: consumer.rule.channel_dim(inputs.ndim)]
-        before = producer.rule.channel_dim(len(tracker.written) + 1)
-        for dims in itertools.product(range(before), range(len(read))):
-            n = tracker.written[dims[0]]
-            if found is None and n == read[dims[1]] > 1:
-                found = _of_items(dag, tracker, consumer, numbers, n, dims, read)
+        pairs = itertools.product(enumerate(before), enumerate(after))
+        moved = (Items(n, (dim, other), None, after) for (dim, n), (other, size) in pairs if n == size > 1)
+        found = next(filter(None, map(find, moved)), None)
     return None if found is None else _with_image(found, producer, consumer)
 
 
-def _of_items(
-    dag: Dag,
-    tracker: PositionTracker,
-    consumer: Edge,
-    numbers: Tensor,
-    n: int,
-    dims: tuple[int, int] = (0, 0),
-    read: Sequence[int] = (),
-) -> PositionMap | None:
-    """The map of each of n items.
+@dataclass(frozen=True)
+class Items:
+    """What may arrive alike, each on its own.
+
+    Attributes:
+        n: how many.
+        dims: the dimensions, at the producer and at the consumer, along which they lie.
+        leading: how many dimensions, from the first on, they fill instead at the producer and at the consumer.
+        read: the sizes of what the consumer reads but for channels, where they do not.
+    """
+
+    n: int
+    dims: tuple[int, int] = (0, 0)
+    leading: tuple[int, int] | None = None
+    read: Sequence[int] = ()
+
+    @classmethod
+    def leading_in(cls, n: int, before: Sequence[int], after: Sequence[int]) -> "Items":
+        """Items that fill the first dimensions of what the producer writes and the consumer reads."""
+        counts = [
+            next((count for count in range(1, len(sizes)) if prod(sizes[:count]) % n == 0), len(sizes))
+            for sizes in (before, after)
+        ]
+        return cls(n, leading=(counts[0], counts[1]))
+
+
+def _of_items(dag: Dag, tracker: PositionTracker, consumer: Edge, numbers: Tensor, items: Items) -> PositionMap | None:
+    """The map of each item.
 
     Args:
         dag: the model's.
         tracker: after its run.
         consumer: the edge that reads.
         numbers: what it reads ``[rows, slots]``.
-        n: items.
-        dims: the dimensions, at the producer and at the consumer, along which they lie.
-        read: the sizes of what the consumer reads, where that is not the first.
+        items: which.
 
     Returns:
-        The map; None if items do not arrive alike, each where it lies itself.
+        The map; None if they do not arrive alike, each where it lies itself.
     """
+    n, dims = items.n, items.dims
     producer, channels = tracker.producer, tracker.axis.layout.rows[tracker.producer.name].shape[1]
     if len(numbers) % n or tracker.rows % n:
         return None
@@ -163,7 +182,7 @@ def _of_items(
     rows = torch.arange(tracker.rows)
     if dims != (0, 0):
         rows[rows.view(tracker.written).movedim(dims[0], 0).flatten()] = torch.arange(tracker.rows)
-        numbers = numbers.unflatten(0, (*read, -1)).movedim(dims[1], 0).flatten(0, len(read))
+        numbers = numbers.unflatten(0, (*items.read, -1)).movedim(dims[1], 0).flatten(0, len(items.read))
 
     def entries_of(numbers: Tensor) -> Tensor:
         entries = tracker.means.entries(numbers)
@@ -178,9 +197,11 @@ def _of_items(
     cells = torch.unique(first)
     cells = cells[cells != NO_CHANNEL]
     index = _renumbered(cells, int(cells.max()) + 1)[first]
-    written = tuple(size for dim, size in enumerate(tracker.written) if dim != dims[0])
-    grids = {producer.name: written, consumer.name: _grid(dag, consumer, dims[1])}
-    places = {producer.name: dims[0], consumer.name: dims[1]}
+    grids, places = {}, {}
+    for edge, sizes, which in ((producer, tracker.written, 0), (consumer, _written(dag, consumer), 1)):
+        dim, leading = dims[which], 1 if items.leading is None else items.leading[which]
+        grids[edge.name] = (*sizes[:dim], *sizes[dim + 1 :])[leading - 1 :]
+        places[edge.name] = dim if leading == 1 else None
     return PositionMap(entries_of(cells), index, positions, channels, grids, places)
 
 
@@ -219,10 +240,10 @@ def _renumbered(kept: Tensor, count: int) -> Tensor:
     return numbers
 
 
-def _grid(dag: Dag, edge: Edge, item_dim: int) -> tuple[int, ...]:
-    """The sizes of an edge's output in the example but for items and channels."""
+def _written(dag: Dag, edge: Edge) -> tuple[int, ...]:
+    """The sizes of an edge's output in the example but for channels."""
     shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
-    return tuple(size for dim, size in enumerate(shape) if dim not in (item_dim, edge.rule.channel_dim(len(shape))))
+    return tuple(size for dim, size in enumerate(shape) if dim != edge.rule.channel_dim(len(shape)))
 
 
 def _with_image(bare: PositionMap, producer: Edge, consumer: Edge) -> PositionMap:
