@@ -61,7 +61,7 @@ class GroupNumbers:
             return torch.tensor([self.numbers.setdefault(key, len(self.numbers)) for key in keys])
         except TypeError as error:
             raise BatchError(
-                f"a key of groups cannot be compared with others ({error}); give numbers or names."
+                f"a key of groups cannot be told from others ({error}); give numbers or names."
             ) from error
 
     def check_all_read(self) -> None:
