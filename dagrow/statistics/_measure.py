@@ -115,7 +115,7 @@ class CaptureHooks(LayerHooks):
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
         if self._is_paused:
             return None
-        detached = inputs.detach()
+        detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
         self._calls[name].append(capture)
         if name in self.input_goals and inputs.requires_grad:
