@@ -60,9 +60,7 @@ class GroupNumbers:
         try:
             return torch.tensor([self.numbers.setdefault(key, len(self.numbers)) for key in keys])
         except TypeError as error:
-            raise BatchError(
-                f"a key of groups cannot be told from others ({error}); give numbers or names."
-            ) from error
+            raise BatchError(f"a key of groups cannot be told from others ({error}); give numbers or names.") from error
 
     def check_all_read(self) -> None:
         """To be called after the last batch.

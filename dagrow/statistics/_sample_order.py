@@ -67,6 +67,8 @@ class SampleOrder:
             units: the number of the group that each is of; what one changes in its own group is expected.
         """
         self.started, self.batch, self.changes = True, batch, {}
+        if units is None and _same_target(batch, n, self.batch_dim):
+            self._warn(f"all {n} samples of a batch have the same target")
         replacement = Replacement.of(batch, n, self.batch_dim)
         if replacement is None:
             return
@@ -80,7 +82,7 @@ class SampleOrder:
         self.changes = {name: _changed(before[name], calls) for name, calls in after.items() if name in before}
         for changed in self.changes.pop(OUTPUT, []):
             if layout_of(changed, n, self.allowed, self.batch_dim) is None:
-                self._warn("the model's output", n)
+                self._warn(_apart(n, "the model's output"))
 
     def _run(self, objective: Objective, batch: object) -> Seen:
         """What layers read in eval mode, and what the model returns, where it is called once."""
@@ -149,7 +151,7 @@ class SampleOrder:
                 layout = layout_of(changed, n, self.allowed, self.batch_dim)
                 if layout is not None:
                     return layout
-                self._warn(f"what layer {name} reads", n)
+                self._warn(_apart(n, f"what layer {name} reads"))
         if len(dims) > self.batch_dim > 0 and dims[self.batch_dim] == n:
             return SampleLayout(self.batch_dim)
         runs = len(capture.runs)
@@ -164,19 +166,33 @@ class SampleOrder:
             "of its entries."
         )
 
-    def _warn(self, what: str, n: int) -> None:
+    def _warn(self, reason: str) -> None:
         """Once for each objective."""
         if self.warned:
             return
         self.warned = True
         warnings.warn(
-            f"samples do not stay apart: where one of the {n} samples of a batch is another one, {what} changes for "
-            f"others, too. Samples are taken to lie along dimension {self.batch_dim} of the inputs: if it is another "
-            "one, give batch_dim=; if several belong together, as nodes of a graph or measurements of one subject do, "
-            "give groups=, a key for each. As it is, what is held out depends on what is measured, and chance may pass "
-            "for more.",
+            f"{reason}. Samples are taken to lie along dimension {self.batch_dim} of the inputs: if it is another one, "
+            "give batch_dim=; if several belong together, as nodes of a graph or measurements of one subject do, give "
+            "groups=, a key for each. As it is, what is held out may depend on what is measured, and chance pass for "
+            "more.",
             stacklevel=2,
         )
+
+
+def _apart(n: int, what: str) -> str:
+    return (
+        f"samples do not stay apart: where one of the {n} samples of a batch is another one, {what} changes for others"
+    )
+
+
+def _same_target(batch: object, n: int, batch_dim: int) -> bool:
+    """Whether the targets of a batch are the same for each sample, but not within."""
+    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    if not isinstance(target, Tensor) or target.ndim <= batch_dim or target.shape[batch_dim] != n or n < 3:
+        return False
+    first, *others = target.unbind(batch_dim)
+    return bool((first != first.flatten()[0]).any()) and all(torch.equal(first, other) for other in others)
 
 
 def _is_one(n: int, units: Tensor | None) -> bool:

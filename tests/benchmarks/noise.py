@@ -1,6 +1,7 @@
 """Does anything grow on pure noise, however samples come: along any dimension, in groups, in several views?
 
-    python tests/benchmarks/noise.py --out noise.jsonl [--seeds 0-49] [--cases batch_first,...] [--table docs/measurements.md]
+    python tests/benchmarks/noise.py --out noise.jsonl [--seeds 0-49] [--cases batch_first,...]
+                                     [--table docs/measurements.md]
 
 Each of 60 subjects has 8 numbers, which are seen 10 times under a little noise, and two random targets, which have
 nothing to do with them. So it is the 60 subjects that are independent, not the 600 measurements. One call of `grow`,
@@ -67,8 +68,17 @@ def time_first(x: Tensor, y: Tensor) -> Batch:
     return x.transpose(0, 1), y.expand(TIMES, -1, -1)
 
 
+def one_target(x: Tensor, y: Tensor) -> Batch:
+    return x.transpose(0, 1), y
+
+
 def rows(x: Tensor, y: Tensor) -> Batch:
     return x.flatten(0, 1), y.repeat_interleave(TIMES, 0)
+
+
+def pooled(model: nn.Module, batch: Batch) -> Tensor:
+    """A target for the mean over all times."""
+    return functional.mse_loss(model(batch[0]).mean(0), batch[1])
 
 
 KEYS = [subject for subject in range(SUBJECTS) for _ in range(TIMES)]
@@ -76,6 +86,10 @@ CASES = {
     "batch_first": Case("`[n, t, f]`", True, lambda x, y: (x, y[:, None].expand(-1, TIMES, -1)), every),
     "time_first": Case("`[t, n, f]`, `batch_dim=1`", True, time_first, every, {"batch_dim": 1}),
     "time_first_as_batch": Case("`[t, n, f]`, as if t were samples", False, time_first, every),
+    "time_mixed": Case(
+        "`[t, n, f]`, a mean over t at the end, `batch_dim=1`", True, one_target, pooled, {"batch_dim": 1}
+    ),
+    "time_mixed_as_batch": Case("the same, as if t were samples", False, one_target, pooled),
     "groups": Case("`[n t, f]`, `groups=`", True, rows, every, {"groups": KEYS}),
     "rows": Case("`[n t, f]`, as if all were samples", False, rows, every),
     "views": Case("`[n, f]`, t calls in a step", True, lambda x, y: (x, y), views),
@@ -104,7 +118,7 @@ def run(case: Case, seed: int) -> dict[str, Any]:
             reduction="mean",
             **case.options,
         )
-    warned = any("samples do not stay apart" in str(each.message) for each in caught)
+    warned = any("give batch_dim=" in str(each.message) for each in caught)
     return {"added": bool(receipt.parts), "warned": warned}
 
 
@@ -113,8 +127,9 @@ def tables(results: list[dict[str, Any]]) -> str:
     for name, case in CASES.items():
         of_case = [r for r in results if r["case"] == name]
         if of_case:
-            lines.append([case.title, "yes" if case.right else "no", counted([r["added"] for r in of_case])])
-    return table(["measurements", "samples are independent", "runs that add neurons"], lines)
+            counts = [counted([r[what] for r in of_case]) for what in ("added", "warned")]
+            lines.append([case.title, "yes" if case.right else "no", *counts])
+    return table(["measurements", "samples are independent", "runs that add neurons", "runs that warn"], lines)
 
 
 def main() -> None:

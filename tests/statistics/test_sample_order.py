@@ -158,6 +158,17 @@ def test_samples_that_do_not_stay_apart(model: Callable[[], nn.Module], x: Tenso
     assert len([each for each in caught if re.match(APART, str(each.message))]) == 1
 
 
+def test_targets_that_all_samples_share() -> None:
+    """Nothing mixes time here, but what is measured at one time is there at the others, too."""
+    x, y = TURNED[0], Y[:, 0].expand(5, -1, -1)
+    dag, operators = dagrow.trace(Tokens(), x[:, :2]), [dagrow.AddNeurons(k=1)]
+    with pytest.warns(UserWarning, match=r"all 5 samples of a batch have the same target.*batch_dim="):
+        dagrow.propose(dag, [(x, y)], functional.mse_loss, operators)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dagrow.propose(dag, [(x, y)], functional.mse_loss, operators, batch_dim=1)
+
+
 STAYING: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor, dict[str, Any]]] = {
     "attention over time": (lambda: attended(True), X, Y, {}),
     "time first": (lambda: attended(False), *TURNED, {"batch_dim": 1}),
