@@ -125,7 +125,7 @@ class SampleOrder:
         if not energy:
             return False
         off = (new - old * (float((old * new).sum()) / energy)).abs().max()
-        return float(off) > max(1e-3, 8 * torch.finfo(before.dtype).eps) * float(old.abs().max())
+        return float(off) > max(1e-6, 32 * torch.finfo(before.dtype).eps) * float(old.abs().max())
 
     def _run(self, objective: Objective, batch: object) -> Seen:
         """What layers read in eval mode, and what the model returns, where it is called once."""
