@@ -47,7 +47,7 @@ class Growth(Printable):
         heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
             folds.
         heldout_error: its standard error over samples.
-        samples: how many the held-out gain was measured on; 0 without folds.
+        samples: how many the held-out gain was measured on, or groups of samples; 0 without folds.
         z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
         p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
             large a z; None where nobody asked: without folds, where ``AddNeurons`` was given k, and where nothing is
