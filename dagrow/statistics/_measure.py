@@ -1,6 +1,7 @@
 """One pass over batches that gathers moments."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,15 @@ from dagrow.errors import GrowthError, LossError
 from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
+from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
+from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._objective import Objective
+from dagrow.statistics._trials import Trial
+
+Place = tuple[str, str]  #: "input" or "output", and the name of a layer
 
 
 def measure(
@@ -32,7 +38,7 @@ def measure(
 
     What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes
     than the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that
-    does not depend on the model or is not finite (LossError).
+    does not depend on the model, is not finite, or takes weights by another way than layers' outputs (LossError).
 
     Args:
         dag: the model's.
@@ -51,18 +57,21 @@ def measure(
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
+    check = GradientCheck(dag, objective, hooks, sums.pairs)
     with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
+            check.begin()
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
             captures = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
+            check.end(batch, captures, n, -objective.scale(n) * n)
             sums.add(Batch(captures, n, seen, folds), value)
             del captures
             seen += n
@@ -70,7 +79,14 @@ def measure(
 
 
 class CaptureHooks(LayerHooks):
-    """Keeps what layers read, and finds the goals there and at what they write."""
+    """Keeps what layers read, and finds the goals there and at what they write.
+
+    Attributes:
+        goals, input_goals: layers at whose outputs and inputs goals are found.
+        weights: parameters whose gradients are found beside them.
+        weight_gradients: those of the last batch.
+        trial: what is done instead, while a batch is tried.
+    """
 
     def __init__(
         self, dag: Dag, features: Iterable[Feature], read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]
@@ -78,18 +94,32 @@ class CaptureHooks(LayerHooks):
         features = list(features)
         layers = [dag.layer(name) for name in sorted({edge for feature in features for edge in feature.edges})]
         super().__init__(dag.model, layers, self._capture)
+        self.model = dag.model
         self.goals = {edge for feature in features for edge in feature.goals}
         self.input_goals = {edge for feature in features for edge in feature.input_goals}
+        self.weights: Sequence[Tensor] = ()
+        self.weight_gradients: Sequence[Tensor | None] = ()
+        self.trial: Trial | None = None
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
         self._captures: dict[str, Capture] = {}
+        self._hidden = False  #: whether a layer ran without a graph
+        self._runs_again: bool | None = (
+            None  #: whether layers run once more in the backward pass; None before the first
+        )
+        self._arrived: dict[Place, Tensor] | None = None  #: gradients in a backward pass, while it runs
 
     def remove(self) -> None:
         super().remove()
         self._captures = {}
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
+        if self.trial is not None:
+            return self.trial(name, output)
+        if self._arrived is not None:
+            self._watch(self._edges(name, inputs, output))
+            return None
         if name in self._captures:
             raise GrowthError(
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
@@ -98,16 +128,26 @@ class CaptureHooks(LayerHooks):
         detached = inputs.detach()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
         self._captures[name] = capture
-        if name in self.input_goals and inputs.requires_grad:
-            capture.input_gradient = get_gradient_edge(inputs)
+        self._hidden = self._hidden or not torch.is_grad_enabled()
+        edges = self._edges(name, inputs, output)
+        capture.input_gradient, capture.output_gradient = edges.get(("input", name)), edges.get(("output", name))
         if name not in self.goals:
             return None
+        capture.output_norm = output.detach().norm() if self.weights else None
         if output.requires_grad:
-            capture.output_gradient = get_gradient_edge(output)
             return None
         leaf = output.detach().requires_grad_()
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
+
+    def _edges(self, name: str, inputs: Tensor, output: Tensor) -> dict[Place, GradientEdge]:
+        """Where autograd finds the gradients that goals are made of."""
+        places = {("input", name): (inputs, self.input_goals), ("output", name): (output, self.goals)}
+        return {
+            place: get_gradient_edge(tensor)
+            for place, (tensor, names) in places.items()
+            if name in names and tensor.requires_grad
+        }
 
     def captures(self, loss: Tensor, scale: float) -> dict[str, Capture]:
         """What the batch left, with its goals, which are found by one backward pass.
@@ -132,35 +172,50 @@ class CaptureHooks(LayerHooks):
                 "the model takes another way than when it was traced."
             )
         captures, self._captures = self._captures, {}
-        outputs = [captures[name] for name in sorted(self.goals)]
-        inputs = [captures[name] for name in sorted(self.input_goals)]
-        reached = [capture for capture in inputs if capture.input_gradient is not None]
-        ends = [*(capture.output_gradient for capture in outputs), *(capture.input_gradient for capture in reached)]
-        gradients = _gradients(loss, [end for end in ends if end is not None])
-        for capture, gradient in zip(outputs, gradients, strict=False):
-            goal = capture.inputs.new_zeros(capture.output_shape) if gradient is None else gradient.detach() * scale
-            capture.output_goal = goal
-        for capture in inputs:  # unless a gradient arrives
-            capture.input_goal = torch.zeros_like(capture.inputs)
-        for capture, gradient in zip(reached, gradients[len(outputs) :], strict=True):
-            if gradient is not None:
-                capture.input_goal = gradient.detach() * scale
+        if not (self.goals or self.input_goals):
+            return captures
+        gradients = self._gradients(loss, captures)
+        for capture in captures.values():  # nor do they hold on to the graph
+            capture.output_gradient = capture.input_gradient = None
+        if not gradients:
+            raise LossError(
+                "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
+                "output, without detach(), item() or torch.no_grad()."
+            )
+        for name in self.goals:
+            gradient = gradients.get(("output", name))
+            zero = captures[name].inputs.new_zeros(captures[name].output_shape)
+            captures[name].output_goal = zero if gradient is None else gradient.detach() * scale
+        for name in self.input_goals:
+            gradient = gradients.get(("input", name))
+            zero = torch.zeros_like(captures[name].inputs)
+            captures[name].input_goal = zero if gradient is None else gradient.detach() * scale
         return captures
 
+    def _gradients(self, loss: Tensor, captures: Mapping[str, Capture]) -> dict[Place, Tensor]:
+        """Those that arrive; notes those of weights. Layers that run again meanwhile leave nothing else."""
+        ends = {("input", name): captures[name].input_gradient for name in sorted(self.input_goals)}
+        ends |= {("output", name): captures[name].output_gradient for name in sorted(self.goals)}
+        edges = {place: edge for place, edge in ends.items() if edge is not None}
+        if self._runs_again is None:
+            self._runs_again = runs_again(loss, self._hidden)
+        self._arrived = {}
+        try:
+            if self._runs_again:
+                self._watch(edges)
+                run_backward(loss, self.model)
+                self.weight_gradients = [weight.grad for weight in self.weights]
+                self.model.zero_grad(set_to_none=True)
+            else:
+                found = gradients_at(loss, [*edges.values()], self.weights)
+                self.weight_gradients = found[len(edges) :]
+                arrived = zip(edges, found, strict=False)
+                self._arrived = {place: gradient for place, gradient in arrived if gradient is not None}
+            return self._arrived
+        finally:
+            self._arrived = None
 
-def _gradients(loss: Tensor, ends: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-    if not ends:
-        return ()
-    try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
-    except RuntimeError as error:
-        raise LossError(
-            f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
-            "where the loss compares them."
-        ) from error
-    if all(gradient is None for gradient in gradients):
-        raise LossError(
-            "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
-            "output, without detach(), item() or torch.no_grad()."
-        )
-    return gradients
+    def _watch(self, edges: Mapping[Place, GradientEdge]) -> None:
+        assert self._arrived is not None
+        for place, edge in edges.items():
+            watch(edge, partial(self._arrived.__setitem__, place))

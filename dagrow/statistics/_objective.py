@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow._model_state import preserve_state
 from dagrow.errors import BatchError, DagrowError, LossError
+from dagrow.statistics._findings import Findings
 from dagrow.statistics._options import MeasureOptions, check_options
 from dagrow.tracing import bind
 
@@ -42,6 +43,7 @@ class Objective:
         groups: what samples go into one fold, or None.
         max_batches: how many batches are read at most, or None.
         progress: whether a progress bar may show.
+        findings: how the loss depends on weights, as far as layers have been measured.
 
     Raises:
         BatchError: the batches cannot be read, or not twice.
@@ -79,6 +81,7 @@ class Objective:
         self.max_batches, self.progress = options.get("max_batches"), options.get("progress", True)
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
+        self.findings = Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.

@@ -70,6 +70,8 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
             holder = next(holder for holder in holders if leaf in holder)
             originals.append((holder, leaf, holder[leaf]))
+            if tensor.is_leaf and not tensor.is_inference():  # a step may ask which parameters are trainable
+                tensor = tensor.detach().requires_grad_(holder[leaf].requires_grad)
             holder[leaf] = tensor
         yield
 

@@ -59,11 +59,11 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
         before = objective.value(batch)
         with preview(dag, change, change.tensors(dag.model, gamma)):
             after = objective.value(batch)
-        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
+        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before.detach())) + 1e-12
         same = close(before, after, allowed)
         if not same:
             same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
-    return float(before), float(after), same
+    return float(before.detach()), float(after.detach()), same
 
 
 def _jittered_losses(dag: Dag, objective: Objective, batch: object) -> Iterator[Tensor]:

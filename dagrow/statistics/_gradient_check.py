@@ -1,0 +1,220 @@
+"""Whether goals are all that a loss wants of a layer's weights: closed forms hold for nothing else.
+
+``E v b^T`` has to be minus autograd's gradient of the weight. Where weights reach the loss by another way than the
+layer's output it is not: derivatives by inputs are refused, penalties on weights noted. And goals have to be minus the
+slope of the loss, as a finite difference shows: where something is detached, or straight-through, that is noted.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dagrow._model_state import ModelState
+from dagrow.errors import LossError
+from dagrow.graph import Dag, Edge
+from dagrow.solvers import Pair
+from dagrow.statistics._captures import Batch, Capture
+from dagrow.statistics._features import Feature, InputFeatures, OutputGoal
+from dagrow.statistics._objective import Objective
+from dagrow.statistics._products import product
+from dagrow.statistics._trials import Hooks, Trials
+from dagrow.tracing import tensor_at
+
+ROUNDING = 64  #: times what a type tells apart, relative to what is summed
+ROUNDED_PRODUCTS = 2.0**-8  #: what products in reduced precision tell apart
+Entry = tuple[str, str]  #: a layer, and the name of a parameter there
+
+
+class GradientCheck:
+    """Looks at the first batch of a pass, for every layer that no earlier pass of the objective has looked at.
+
+    Args:
+        dag: of the model.
+        objective: the loss, which keeps what is found.
+        hooks: at the layers.
+        pairs: what is measured. Goals that meet other features stand for gradients of weights.
+    """
+
+    def __init__(self, dag: Dag, objective: Objective, hooks: Hooks, pairs: Iterable[Pair]) -> None:
+        self.objective, self.hooks, self.model = objective, hooks, dag.model
+        features = [feature for x, y in pairs if x != y for feature in (x, y) if isinstance(feature, Feature)]
+        names = {name for feature in features for name in (*feature.goals, *feature.input_goals)}
+        names -= objective.findings.compared
+        self.edges = {edge.name: edge for edge in dag.edges if edge.name in names and not edge.shared}
+
+    def begin(self) -> None:
+        """Before the batch runs."""
+        if not self.edges:
+            return
+        self.goals, self.before = self.hooks.goals, ModelState(self.model)
+        self.hooks.goals = self.goals | self.edges.keys()
+        self.weights = {key: w for edge in self.edges.values() for key, w in _weights(edge, self.model).items()}
+        self.hooks.weights = [*self.weights.values()]
+        self.frozen = [weight for weight in self.hooks.weights if not weight.requires_grad]
+        for weight in self.frozen:
+            weight.requires_grad_()
+
+    def end(self, batch: object, captures: Mapping[str, Capture], samples: int, scale: float) -> None:
+        """After the batch has run forward and back. The next one is not looked at.
+
+        Args:
+            batch: what has run.
+            captures: what it left.
+            samples: how many.
+            scale: from its gradient to the goals of single samples.
+
+        Raises:
+            LossError: goals are not all that the loss wants.
+        """
+        if not self.edges:
+            return
+        after, gradients = ModelState(self.model), self._by_edge(self.hooks.weight_gradients)
+        trials = Trials(self.objective, self.hooks, self.before, batch)
+        left = {
+            name: _Rest.of(edge, captures[name], gradients[name], samples, scale)
+            for name, edge in self.edges.items()
+            if gradients[name]
+        }
+        left = {name: rest for name, rest in left.items() if rest.size > rest.rounding}
+        if left:
+            self._explain(left, trials)
+        self._check_slopes({name: captures[name] for name in self.edges}, scale, trials)
+        after.restore()
+        for weight in self.frozen:
+            weight.requires_grad_(False)
+        self.hooks.goals, self.hooks.weights, self.hooks.weight_gradients = self.goals, (), ()
+        self.objective.findings.compared.update(self.edges)
+        self.edges = {}
+
+    def _by_edge(self, gradients: Sequence[Tensor | None]) -> dict[str, dict[str, Tensor | None]]:
+        by_edge: dict[str, dict[str, Tensor | None]] = {name: {} for name in self.edges}
+        for (name, entry), gradient in zip(self.weights, gradients, strict=True):
+            by_edge[name][entry] = gradient
+        return by_edge
+
+    def _explain(self, left: Mapping[str, "_Rest"], trials: Trials) -> None:
+        """Notes a penalty on weights, and refuses all else."""
+
+        def is_beside_outputs(rolled: bool) -> bool:
+            gradients = trials.gradients_beside([*self.weights.values()], rolled)
+            if gradients is None:
+                return False
+            by_edge = self._by_edge(gradients)
+            return all(rest.equals(by_edge[name]) for name, rest in left.items())
+
+        if is_beside_outputs(rolled=True):  # whose samples they are makes no difference to a penalty
+            self.objective.findings.penalty = True
+            return
+        taken = trials.derivatives()
+        if taken:
+            cause = f"takes derivatives ({', '.join(taken)}), as by the inputs"
+            way_out = "a loss of the model's outputs alone, such as one with differences of outputs for the derivatives"
+        elif is_beside_outputs(rolled=False):
+            cause = "uses these weights once more, beside the layers"
+            way_out = "a loss of the model's outputs alone, or with that use in the model's own forward"
+        else:
+            cause = (
+                "runs the layers with other weights than the model's own (torch.func.functional_call), detaches them, "
+                "or changes their gradients"
+            )
+            way_out = "a loss of the outputs of the model as it is"
+        part = max(rest.size / rest.gradient if rest.gradient else 1.0 for rest in left.values())
+        raise LossError(
+            f"weights of {', '.join(left)} reach the loss by another way than the layer's output: {part:.2g} of "
+            f"autograd's gradient does not come from there, and no closed form holds for it. The loss or step {cause}. "
+            f"Measure {way_out}; or grow with AddNeurons(init='zero') or init='copy', which need no gradient."
+        )
+
+    def _check_slopes(self, captures: Mapping[str, Capture], scale: float, trials: Trials) -> None:
+        """Notes layers at whose outputs a finite difference of the loss is not what autograd says."""
+        directions, slopes = {}, {}
+        for name, capture in captures.items():
+            assert capture.output_goal is not None
+            size = float(capture.output_goal.norm())
+            if size and capture.output_norm is not None:
+                directions[name] = capture.output_goal * (float(capture.output_norm) / size)
+                slopes[name] = size * float(capture.output_norm) / scale
+        if trials.contradict(directions, sum(slopes.values())):
+            single = {name for name in directions if trials.contradict({name: directions[name]}, slopes[name])}
+            self.objective.findings.detached |= single or directions.keys()
+
+
+def _weights(edge: Edge, model: nn.Module) -> dict[Entry, Tensor]:
+    """The parameters of a layer as they are in the model now, in a preview too; none that are computed."""
+    entries = [entry for entry in ("weight", "bias") if getattr(edge.module, entry, None) is not None]
+    tensors = {(edge.name, entry): tensor_at(model, edge.path(entry)) for entry in entries if entry in edge.rule.dims}
+    return {key: tensor for key, tensor in tensors.items() if tensor.is_leaf and tensor.is_floating_point()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Rest:
+    """What autograd's gradient of a layer's weights has beside that which comes from the layer's output.
+
+    Attributes:
+        parts: by entry, in the rows and columns of its old channels.
+        gradient: the norm of autograd's.
+        rounding: the norm that is rounding.
+    """
+
+    edge: Edge
+    capture: Capture
+    parts: Mapping[str, Tensor]
+    gradient: float
+    rounding: float
+
+    @classmethod
+    def of(
+        cls, edge: Edge, capture: Capture, gradients: Mapping[str, Tensor | None], samples: int, scale: float
+    ) -> "_Rest":
+        """Compares with the products of what the layer read with the goals at its output."""
+        bias, parts, found = "bias" in gradients, {}, {}
+        products = product(InputFeatures(edge.name, bias), OutputGoal(edge.name), Batch({edge.name: capture}, samples))
+        expected = products[0].T / scale
+        for entry, gradient in gradients.items():
+            wanted = expected[:, -1:] if entry == "bias" else expected[:, : expected.shape[1] - bias]
+            found[entry] = _old(edge, capture, entry, gradient, wanted)
+            parts[entry] = found[entry] - wanted
+        assert capture.output_goal is not None
+        reads = (float(capture.inputs.norm()) ** 2 * edge.rule.taps(edge.module) + capture.positions) ** 0.5
+        summed = reads * float(capture.output_goal.norm()) / abs(scale)
+        return cls(edge, capture, parts, _norm(found.values()), ROUNDING * _resolution(capture) * summed)
+
+    @property
+    def size(self) -> float:
+        """The norm of all parts."""
+        return _norm(self.parts.values())
+
+    def equals(self, gradients: Mapping[str, Tensor | None]) -> bool:
+        """Whether these gradients are what there is beside."""
+        apart = (
+            part - _old(self.edge, self.capture, entry, gradients[entry], part) for entry, part in self.parts.items()
+        )
+        return _norm(apart) <= self.rounding
+
+
+def _old(edge: Edge, capture: Capture, entry: str, gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient as a matrix ``[o, i]``, of the old channels alone where a preview has new ones."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    matrix = gradient.detach()[:, None] if entry == "bias" else edge.matrix(gradient.detach())
+    for dim, index_map in enumerate((capture.output_map, None if entry == "bias" else capture.input_map)):
+        if index_map is not None:
+            matrix = matrix.index_select(dim, index_map.old.to(matrix.device))
+    return matrix.flatten(1).to(like)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return sum(float(tensor.norm()) ** 2 for tensor in tensors) ** 0.5
+
+
+def _resolution(capture: Capture) -> float:
+    """What the products of a layer's gradient tell apart: the coarsest type that takes part, of what is computed in."""
+    assert capture.output_goal is not None
+    dtypes = (capture.inputs.dtype, capture.output_goal.dtype)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    reduced = torch.get_float32_matmul_precision() != "highest"
+    if capture.inputs.is_cuda and capture.geometry is not None:
+        reduced = reduced or torch.backends.cudnn.allow_tf32
+    return max(eps, ROUNDED_PRODUCTS / 4 if reduced and torch.float32 in dtypes else 0.0)
