@@ -25,6 +25,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 '0.3498'
 """
 
+from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._features import (
     Feature,
     InputFeatures,
@@ -37,7 +38,7 @@ from dagrow.statistics._features import (
     Stacked,
 )
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
-from dagrow.statistics._hooks import LayerHooks
+from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
@@ -52,6 +53,7 @@ __all__ = [
     "DirectionScore",
     "Feature",
     "FitScore",
+    "ForwardProbe",
     "Groups",
     "Hidden",
     "InputFeatures",
@@ -78,6 +80,7 @@ __all__ = [
     "TapFeatures",
     "bind",
     "fan_out_score",
+    "gradients_of",
     "measure",
     "move_score",
     "patch_gram",

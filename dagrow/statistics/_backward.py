@@ -72,6 +72,19 @@ def gradients_at(loss: Tensor, places: Sequence[GradientEdge], weights: Sequence
         raise LossError(_no_gradient(error)) from error
 
 
+def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of leaves alone.
+
+    Args:
+        loss: of a batch.
+        leaves: of its graph.
+
+    Returns:
+        Its gradient at each, None where it does not reach.
+    """
+    return gradients_at(loss, (), leaves)
+
+
 def watch(edge: GradientEdge, keep: Callable[[Tensor], None]) -> None:
     """Hands on the gradient that arrives at a place of a graph in a backward pass."""
 

@@ -60,9 +60,15 @@ class LayerHooks:
 
 
 class ForwardProbe:
-    """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``."""
+    """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose forward it is.
+        keep: is handed what the forward gives, if it is given.
+    """
+
+    def __init__(self, model: nn.Module, keep: Callable[[Any], None] | None = None) -> None:
+        self.keep = keep
         self.attributes, self.forward, self.ran = vars(model), model.forward, False
         self.own_forward = self.attributes.get("forward")  # of this very object, beside that of its class
 
@@ -70,7 +76,10 @@ class ForwardProbe:
         @functools.wraps(self.forward)
         def probed(*args: object, **kwargs: object) -> object:
             self.ran = True
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+            if self.keep is not None:
+                self.keep(output)
+            return output
 
         self.attributes["forward"] = probed
         return self

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import ModelState
-from dagrow.statistics._backward import gradients_at
+from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._objective import NotFiniteError, Objective
 
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
@@ -83,7 +83,7 @@ class Trials:
             return (other.roll(1, 0) if rolled and other.ndim else other).requires_grad_().clone()
 
         try:
-            return gradients_at(self.loss(cut, torch.enable_grad()), [], weights)
+            return gradients_of(self.loss(cut, torch.enable_grad()), weights)
         except Exception:  # a step may not run without the graph of what the layers compute
             return None
 

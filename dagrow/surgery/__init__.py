@@ -31,6 +31,7 @@ from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
 from dagrow.surgery._loss_check import check_preserved, check_unchanged
 from dagrow.surgery._new_layers import NewPath, dependent, zeroed
 from dagrow.surgery._optimizers import check_optimizer, check_steps
+from dagrow.surgery._penalties import completed
 from dagrow.surgery._store import load, save
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "check_preserved",
     "check_steps",
     "check_unchanged",
+    "completed",
     "cost_of",
     "dependent",
     "disjoint",

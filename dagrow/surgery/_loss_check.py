@@ -1,15 +1,17 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dagrow._comparison import close, jittered, rounding_between
 from dagrow._model_state import preserve_state
+from dagrow._pytree import leaves
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
-from dagrow.statistics import Objective
+from dagrow.statistics import ForwardProbe, Objective
 from dagrow.surgery._apply import preview, replaced
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
@@ -31,8 +33,8 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
     if not same:
         raise GrowthError(
             f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
-            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
-            "axis out with axes=."
+            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it, or a step "
+            "does that does not call the model itself; leave the axis out with axes=."
         )
 
 
@@ -59,11 +61,27 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
         before = objective.value(batch)
         with preview(dag, change, change.tensors(dag.model, gamma)):
             after = objective.value(batch)
-        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before.detach())) + 1e-12
+        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
         same = close(before, after, allowed)
         if not same:
             same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
-    return float(before.detach()), float(after.detach()), same
+        if not same:  # the model's outputs decide: a loss may take weights by themselves, as a penalty does
+            outputs = _outputs(objective, batch)
+            with preview(dag, change, change.tensors(dag.model, gamma)):
+                same = bool(outputs) and _alike(outputs, _outputs(objective, batch))
+    return float(before), float(after), same
+
+
+def _outputs(objective: Objective, batch: object) -> list[Any]:
+    """What the model's own forward gives, each time that the loss of a batch runs it."""
+    outputs: list[Any] = []
+    with ForwardProbe(objective.model, outputs.append):
+        objective.value(batch)
+    return [leaf for _, leaf in leaves(outputs)]
+
+
+def _alike(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    return len(before) == len(after) and all(map(close, before, after))
 
 
 def _jittered_losses(dag: Dag, objective: Objective, batch: object) -> Iterator[Tensor]:
