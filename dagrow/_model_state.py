@@ -4,7 +4,7 @@ import collections
 import contextlib
 import operator
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -60,6 +60,28 @@ def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]
         for saved in state.tensors:
             if saved.grad is not None:
                 saved.tensor.grad = None
+        yield
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def restore() -> None:
+        for holder, leaf, tensor in reversed(originals):
+            holder[leaf] = tensor
+
+    with restoring(restore):
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            originals.append((holder, leaf, holder[leaf]))
+            if tensor.is_leaf and not tensor.is_inference():  # a step may ask which parameters are trainable
+                tensor = tensor.detach().requires_grad_(holder[leaf].requires_grad)
+            holder[leaf] = tensor
         yield
 
 

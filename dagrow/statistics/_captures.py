@@ -37,7 +37,6 @@ class Capture:
     output_goal: Tensor | None = None
     input_gradient: GradientEdge | None = None
     input_goal: Tensor | None = None
-    output_norm: Tensor | None = None
 
     @property
     def edge_rule(self) -> EdgeRule:

@@ -48,13 +48,13 @@ class GradientCheck:
         """Before the batch runs."""
         if not self.edges:
             return
-        self.goals, self.before = self.hooks.goals, ModelState(self.model)
-        self.hooks.goals = self.goals | self.edges.keys()
+        self.goals, self.hooks.goals = self.hooks.goals, self.hooks.goals | self.edges.keys()
         self.weights = {key: w for edge in self.edges.values() for key, w in _weights(edge, self.model).items()}
         self.hooks.weights = [*self.weights.values()]
         self.frozen = [weight for weight in self.hooks.weights if not weight.requires_grad]
         for weight in self.frozen:
             weight.requires_grad_()
+        self.before = ModelState(self.model)
 
     def end(self, batch: object, captures: Mapping[str, Capture], samples: int, scale: float) -> None:
         """After the batch has run forward and back. The next one is not looked at.
@@ -80,7 +80,7 @@ class GradientCheck:
         left = {name: rest for name, rest in left.items() if rest.size > rest.rounding}
         if left:
             self._explain(left, trials)
-        self._check_slopes({name: captures[name] for name in self.edges}, scale, trials)
+        self._check_slopes(gradients, trials)
         after.restore()
         for weight in self.frozen:
             weight.requires_grad_(False)
@@ -127,17 +127,21 @@ class GradientCheck:
             f"Measure {way_out}; or grow with AddNeurons(init='zero') or init='copy', which need no gradient."
         )
 
-    def _check_slopes(self, captures: Mapping[str, Capture], scale: float, trials: Trials) -> None:
-        """Notes layers at whose outputs a finite difference of the loss is not what autograd says."""
-        directions, slopes = {}, {}
-        for name, capture in captures.items():
-            assert capture.output_goal is not None
-            size = float(capture.output_goal.norm())
-            if size and capture.output_norm is not None:
-                directions[name] = capture.output_goal * (float(capture.output_norm) / size)
-                slopes[name] = size * float(capture.output_norm) / scale
-        if trials.contradict(directions, sum(slopes.values())):
-            single = {name for name in directions if trials.contradict({name: directions[name]}, slopes[name])}
+    def _check_slopes(self, gradients: Mapping[str, Mapping[str, Tensor | None]], trials: Trials) -> None:
+        """Notes layers along whose gradients a finite difference of the loss is not what autograd says."""
+        weights, directions, slopes = dict[str, Tensor](), dict[str, dict[str, Tensor]](), dict[str, float]()
+        for name, edge in self.edges.items():
+            found = {entry: gradient for entry, gradient in gradients[name].items() if gradient is not None}
+            size = _norm(found.values())
+            if size:
+                own = {entry: self.weights[name, entry] for entry in found}
+                length = _norm(own.values()) or 1.0
+                weights |= {edge.path(entry): weight for entry, weight in own.items()}
+                directions[name] = {edge.path(entry): g * (length / size) for entry, g in found.items()}
+                slopes[name] = size * length
+        together = {path: direction for parts in directions.values() for path, direction in parts.items()}
+        if trials.contradict(weights, together, sum(slopes.values())):
+            single = {name for name in directions if trials.contradict(weights, directions[name], slopes[name])}
             self.objective.findings.detached |= single or directions.keys()
 
 

@@ -120,6 +120,11 @@ class CaptureHooks(LayerHooks):
         if self._arrived is not None:
             self._watch(self._edges(name, inputs, output))
             return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            raise LossError(
+                f"the loss or step runs {name} inside a transform of torch.func (vmap, grad, jvp, ...), where tensors "
+                "exist for its time alone. Call the model itself, on a whole batch: model(inputs)."
+            )
         if name in self._captures:
             raise GrowthError(
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
@@ -133,7 +138,6 @@ class CaptureHooks(LayerHooks):
         capture.input_gradient, capture.output_gradient = edges.get(("input", name)), edges.get(("output", name))
         if name not in self.goals:
             return None
-        capture.output_norm = output.detach().norm() if self.weights else None
         if output.requires_grad:
             return None
         leaf = output.detach().requires_grad_()

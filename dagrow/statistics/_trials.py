@@ -1,15 +1,16 @@
-"""Running a batch once more with something else at the outputs of layers, to see what the loss makes of it."""
+"""Running a batch once more with other weights, or something else at outputs of layers, to see what the loss does."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import combinations
+from math import inf
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dagrow._model_state import ModelState
+from dagrow._model_state import ModelState, replaced
 from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._objective import NotFiniteError, Objective
 
@@ -93,46 +94,45 @@ class Trials:
         self.loss(lambda *_: None, spy)
         return tuple(dict.fromkeys(spy.taken))
 
-    def contradict(self, directions: Mapping[str, Tensor], slope: float) -> bool:
+    def contradict(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], slope: float) -> bool:
         """Whether finite differences agree with each other, but not with a slope.
 
         Args:
-            directions: by which the outputs of layers move.
+            weights: by their names in the model.
+            directions: by which they move.
             slope: of the loss along them, as autograd has it.
 
         Returns:
             True if the loss has another slope; not where rounding, or a loss that is drawn at random, hides it.
         """
-        dtype = torch.float64
-        for direction in directions.values():
-            dtype = direction.dtype if direction.dtype is not torch.float64 else dtype
-        if dtype not in STEPS or not slope:
+        dtypes = {direction.dtype for direction in directions.values()}
+        dtype = torch.float32 if torch.float32 in dtypes else torch.float64
+        if not slope or not dtypes <= STEPS.keys():
             return False
-        found: list[float] = []
+        found, allowed = list[float](), APART[dtype] * abs(slope)
         for amplitude in STEPS[dtype]:
-            difference = self._difference(directions, amplitude, torch.finfo(dtype).eps, slope)
-            if difference is None:
-                continue
-            if abs(difference - slope) <= APART[dtype] * abs(slope):
+            losses = [self._moved(weights, directions, by) for by in (amplitude, -amplitude)]
+            if 2 * amplitude * abs(slope) < DIGITS * torch.finfo(dtype).eps * max(map(abs, losses)):
+                continue  # it would drown in rounding
+            found.append((losses[0] - losses[1]) / (2 * amplitude))
+            if abs(found[-1] - slope) <= allowed:
                 return False
-            found.append(difference)
-        allowed = APART[dtype] * abs(slope)
         return any(abs(a - b) <= allowed for a, b in combinations(found, 2))
 
-    def _difference(self, directions: Mapping[str, Tensor], amplitude: float, eps: float, slope: float) -> float | None:
-        """The central difference; None where it would drown in rounding."""
+    def _moved(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], by: float) -> float:
+        """The loss where weights have moved; infinite if it is not finite."""
 
-        def moving(by: float) -> Trial:
-            return lambda name, output: output + by * directions[name] if name in directions else None
+        @contextmanager
+        def moved() -> Iterator[None]:
+            with torch.no_grad():
+                tensors = {name: weights[name] + by * direction for name, direction in directions.items()}
+                with replaced(self.objective.model, tensors):
+                    yield
 
         try:
-            losses = [self.loss(moving(by), torch.no_grad()) for by in (amplitude, -amplitude)]
+            return float(self.loss(lambda *_: None, moved()))
         except NotFiniteError:
-            return None
-        values = [float(loss) for loss in losses]
-        if abs(2 * amplitude * slope) < DIGITS * eps * max(map(abs, values)):
-            return None
-        return (values[0] - values[1]) / (2 * amplitude)
+            return inf
 
 
 class _Derivatives(TorchFunctionMode):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dagrow._comparison import close, jittered, rounding_between
-from dagrow._model_state import preserve_state
+from dagrow._model_state import preserve_state, replaced
 from dagrow._pytree import leaves
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.statistics import ForwardProbe, Objective
-from dagrow.surgery._apply import preview, replaced
+from dagrow.surgery._apply import preview
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
 
@@ -34,7 +34,7 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
         raise GrowthError(
             f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
             f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it, or a step "
-            "does that does not call the model itself; leave the axis out with axes=."
+            "that does not call the model itself reads hidden activations or weights; leave the axis out with axes=."
         )
 
 
@@ -48,8 +48,9 @@ def check_unchanged(growth: Growth) -> None:
     if not same:
         raise GrowthError(
             f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
-            "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
-            "the axis out with axes=."
+            "on the way to the consumers a zero does not stay zero, which this init needs, or a step that does not "
+            "call the model itself reads hidden activations or weights. Use another init, or leave the axis out with "
+            "axes=."
         )
 
 

@@ -17,6 +17,7 @@ from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
 from dagrow.tracing import tensor_at
 
+ROUNDING = 100  #: a slope that is smaller, relative to the loss and what its type tells apart, is none
 TINY = 1e-12  #: of new entries where the slope is taken: just above 0, where norms and magnitudes have a kink
 
 
@@ -37,7 +38,7 @@ def completed(growth: Growth) -> Growth:
     if not (objective.findings.penalty or growth.preserving) or not growth.change.slope:
         return growth
     gain = -_penalty_slope(growth) * _share(objective)
-    if not gain and growth.preserving:
+    if not gain and not objective.findings.penalty:
         return growth
     note = (
         f"{gain:.4g} of the gain is that of a penalty on weights, which directions and held-out gains leave out, and "
@@ -54,8 +55,8 @@ def _noted(growth: Growth, detached: AbstractSet[str]) -> Growth:
     if not concerned:
         return growth
     note = (
-        f"the gain is that of autograd's gradient, which at the outputs of {', '.join(sorted(concerned))} is not the "
-        "slope of the loss: something behind them is detached or straight-through, or changes gradients"
+        f"the gain is that of autograd's gradient, which for {', '.join(sorted(concerned))} is not the slope of the "
+        "loss: something in the loss is detached or straight-through, or changes gradients"
     )
     return replace(growth, notes=(*growth.notes, note))
 
@@ -67,7 +68,7 @@ def _penalty_slope(growth: Growth) -> float:
     except DagrowError:
         if not growth.preserving:
             raise
-        return _slope(growth, cut=False)  # a step that differentiates by the inputs: nothing but a penalty has a slope
+        return _slope(growth, cut=False)  # the step needs the graph of what layers compute, which has no slope here
 
 
 def _slope(growth: Growth, *, cut: bool) -> float:
@@ -89,7 +90,9 @@ def _slope(growth: Growth, *, cut: bool) -> float:
             "is given, so that it does not see what would become of them. Take parameters from the model in it: "
             "step(model, batch), with model.parameters()."
         )
-    return 0.0 if slopes[0] is None else float(slopes[0])
+    slope = 0.0 if slopes[0] is None else float(slopes[0])
+    rounding = ROUNDING * torch.finfo(loss.dtype).eps * abs(float(loss.detach()))
+    return slope if abs(slope) > rounding or not growth.preserving else 0.0
 
 
 def _old(model: nn.Module, change: Change) -> dict[str, Tensor]:
