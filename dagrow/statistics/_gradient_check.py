@@ -39,17 +39,22 @@ class GradientCheck:
 
     def __init__(self, dag: Dag, objective: Objective, hooks: Hooks, pairs: Iterable[Pair]) -> None:
         self.objective, self.hooks, self.model = objective, hooks, dag.model
-        features = [feature for x, y in pairs if x != y for feature in (x, y) if isinstance(feature, Feature)]
-        names = {name for feature in features for name in (*feature.goals, *feature.input_goals)}
-        names -= objective.findings.compared
-        self.edges = {edge.name: edge for edge in dag.edges if edge.name in names and not edge.shared}
+        wanted, meeting = set[str](), set[str]()
+        for x, y in pairs:
+            for feature in (x, y):
+                assert isinstance(feature, Feature)
+                wanted.update(feature.goals, feature.input_goals)
+                meeting.update(*((feature.goals, feature.input_goals) if x != y else ()))
+        wanted -= objective.findings.compared
+        self.watched = {edge.name: edge for edge in dag.edges if edge.name in wanted and not edge.shared}
+        self.edges = {name: edge for name, edge in self.watched.items() if name in meeting}
 
     def begin(self) -> None:
         """Before the batch runs."""
-        if not self.edges:
+        if not self.watched:
             return
         self.goals, self.hooks.goals = self.hooks.goals, self.hooks.goals | self.edges.keys()
-        self.weights = {key: w for edge in self.edges.values() for key, w in _weights(edge, self.model).items()}
+        self.weights = {key: w for edge in self.watched.values() for key, w in _weights(edge, self.model).items()}
         self.hooks.weights = [*self.weights.values()]
         self.frozen = [weight for weight in self.hooks.weights if not weight.requires_grad]
         for weight in self.frozen:
@@ -68,7 +73,7 @@ class GradientCheck:
         Raises:
             LossError: goals are not all that the loss wants.
         """
-        if not self.edges:
+        if not self.watched:
             return
         after, gradients = ModelState(self.model), self._by_edge(self.hooks.weight_gradients)
         trials = Trials(self.objective, self.hooks, self.before, batch)
@@ -86,10 +91,10 @@ class GradientCheck:
             weight.requires_grad_(False)
         self.hooks.goals, self.hooks.weights, self.hooks.weight_gradients = self.goals, (), ()
         self.objective.findings.compared.update(self.edges)
-        self.edges = {}
+        self.watched, self.edges = {}, {}
 
     def _by_edge(self, gradients: Sequence[Tensor | None]) -> dict[str, dict[str, Tensor | None]]:
-        by_edge: dict[str, dict[str, Tensor | None]] = {name: {} for name in self.edges}
+        by_edge: dict[str, dict[str, Tensor | None]] = {name: {} for name in self.watched}
         for (name, entry), gradient in zip(self.weights, gradients, strict=True):
             by_edge[name][entry] = gradient
         return by_edge
@@ -210,7 +215,7 @@ def _old(edge: Edge, capture: Capture, entry: str, gradient: Tensor | None, like
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return sum(float(tensor.norm()) ** 2 for tensor in tensors) ** 0.5
+    return sum(float(tensor.detach().norm()) ** 2 for tensor in tensors) ** 0.5
 
 
 def _resolution(capture: Capture) -> float:

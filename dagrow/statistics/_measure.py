@@ -105,9 +105,8 @@ class CaptureHooks(LayerHooks):
         }
         self._captures: dict[str, Capture] = {}
         self._hidden = False  #: whether a layer ran without a graph
-        self._runs_again: bool | None = (
-            None  #: whether layers run once more in the backward pass; None before the first
-        )
+        self._depends = False  #: whether the loss depends on weights, whatever reaches the goals
+        self._runs_again: bool | None = None  #: whether layers run in the backward pass too; not known before one
         self._arrived: dict[Place, Tensor] | None = None  #: gradients in a backward pass, while it runs
 
     def remove(self) -> None:
@@ -181,7 +180,8 @@ class CaptureHooks(LayerHooks):
         gradients = self._gradients(loss, captures)
         for capture in captures.values():  # nor do they hold on to the graph
             capture.output_gradient = capture.input_gradient = None
-        if not gradients:
+        self._depends = self._depends or any(gradient is not None for gradient in self.weight_gradients)
+        if not (gradients or self._depends):
             raise LossError(
                 "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
                 "output, without detach(), item() or torch.no_grad()."
