@@ -18,6 +18,7 @@ room knows nothing of batches and losses, and writes nothing into a model.
 
 from dagrow.graph._dag import Dag, trace
 from dagrow.graph._edges import Axis, Edge
+from dagrow.graph._owners import check_owners
 from dagrow.graph._summary import weight_uses
 from dagrow.graph._view import Rule
 
@@ -26,6 +27,7 @@ __all__ = [
     "Dag",
     "Edge",
     "Rule",
+    "check_owners",
     "trace",
     "weight_uses",
 ]

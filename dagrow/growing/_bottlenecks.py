@@ -124,6 +124,6 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     return Bottlenecks(
         (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves),
         m.samples,
-        m.loss,
+        objective.reported(m.loss),
         tuple(edge.shared for edge in dag.edges if edge.shared),
     )

@@ -3,10 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
-from torch.optim import Optimizer
-
 from dagrow.errors import listed
-from dagrow.graph import Dag
+from dagrow.graph import Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._line_search import apply_best, combined
 from dagrow.growing._planning import applicable
@@ -14,7 +12,7 @@ from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import corrected, growths_of
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
-from dagrow.surgery import Receipt, check_optimizer, transaction
+from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
 
 
 def grow(
@@ -24,7 +22,7 @@ def grow(
     operators: Sequence[Operator] = (AddNeurons(),),
     *,
     validation: Iterable[Any] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers = None,
     step: Step | None = None,
     mode: str = "eval",
     **options: Unpack[MeasureOptions],
@@ -41,7 +39,7 @@ def grow(
         loss: of a batch.
         operators: asked one after the other, each on the model that the one before has grown.
         validation: batches for the line search; by default those that were measured.
-        optimizer: its state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: instead of ``loss``.
         mode: that the model runs in.
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
@@ -56,17 +54,18 @@ def grow(
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
+    check_owners(dag.model)
 
     def work() -> Receipt:
         grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
         parts = [part for part in grown if part is not None]
-        return combined(parts, parts[0].loss_before if parts else judge.mean())
+        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()))
 
     return transaction(dag, work)
 
 
 def _grown(
-    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizer | None, operators: int
+    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizers, operators: int
 ) -> Receipt | None:
     """The operator's best growth that lowers the loss, applied; None if there is none. All operators share the 5 %."""
     growths = applicable(corrected(*growths_of(dag, objective, operator), operators))

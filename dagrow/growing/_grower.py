@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any, Unpack
 
-from torch.optim import Optimizer
-
 from dagrow._model_state import all_or_nothing
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
@@ -22,7 +20,7 @@ from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situa
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
-from dagrow.surgery import Growth, Receipt, check_optimizer, transaction
+from dagrow.surgery import Growth, Optimizers, Receipt, check_optimizer, transaction
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Grower:
         policy: which growths first.
         stop: when growing is over for good; any of these, or a spent budget, ends it.
         per_step: what one step may add.
-        optimizer: its state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
@@ -70,7 +68,7 @@ class Grower:
         policy: Policy = ByLineSearch(),
         stop: Sequence[StopRule] = (NothingToAdd(),),
         per_step: Budget = Budget(),
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         step: Step | None = None,
         mode: str = "eval",
         **options: Unpack[MeasureOptions],
@@ -147,8 +145,8 @@ class Grower:
             return transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
 
     def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
-        train_loss = objective.mean() if train_loss is None else train_loss
-        validation_loss = None if judge is None else judge.mean()
+        train_loss = objective.reported(objective.mean()) if train_loss is None else train_loss
+        validation_loss = None if judge is None else judge.reported(judge.mean())
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
         asked, budget, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()

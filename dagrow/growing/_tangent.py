@@ -119,8 +119,7 @@ def tangent(
 class _Jacobian:
     """``J = df/dtheta`` over all batches, by its products. Vectors of parameters are flat and float64.
 
-    Random draws (dropout in train mode) are the same in every pass: each pass starts where the first one did, and
-    each batch advances the generators by one forward pass.
+    Random draws (dropout in train mode) are the same whenever a batch is run.
     """
 
     def __init__(self, dag: Dag, batches: Iterable[Any], loss: Loss, mode: str, options: MeasureOptions) -> None:
@@ -149,8 +148,7 @@ class _Jacobian:
         energy, pulled = 0.0, torch.zeros_like(move)
         with self._running():
             for batch, _ in self.objective:
-                with preserve_state(self.model):
-                    pushed = self._push(batch, move)
+                pushed = self._push(batch, move)
                 energy += float(pushed.double().square().sum())
                 pulled += self._pull(batch, pushed)
         return energy / self.samples, pulled / self.samples
@@ -184,15 +182,15 @@ class _Jacobian:
 
     def _goal(self, batch: Any, samples: int) -> Tensor:
         """``v`` of a batch, in the output's own shape."""
-        with preserve_state(self.model):
-            value = self.objective.value(batch)
-            if not value.requires_grad:
-                raise LossError("the loss does not depend on the model: no gradient reaches its output.")
-            assert self.output is not None
-            (gradient,) = torch.autograd.grad(value, self.output)
+        value = self.objective.value(batch)
+        if not value.requires_grad:
+            raise LossError("the loss does not depend on the model: no gradient reaches its output.")
+        assert self.output is not None
+        (gradient,) = torch.autograd.grad(value, self.output)
         return gradient * (-self.objective.scale(samples) * samples)
 
     def _output(self, batch: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+        self.objective.hold()
         args, kwargs = bind(batch[0])
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         tensors = {**buffers, **parameters}

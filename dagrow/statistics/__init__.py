@@ -26,6 +26,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 """
 
 from dagrow.statistics._backward import gradients_of
+from dagrow.statistics._batches import sample_count
 from dagrow.statistics._features import (
     Feature,
     InputFeatures,
@@ -40,12 +41,13 @@ from dagrow.statistics._features import (
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._measure import measure
-from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
+from dagrow.statistics._objective import NotFiniteError, Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
+from dagrow.statistics._steps import Loss, Step
 from dagrow.tracing import bind
 
 __all__ = [

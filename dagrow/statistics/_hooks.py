@@ -63,23 +63,21 @@ class ForwardProbe:
     """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``.
 
     Args:
-        model: whose forward it is.
-        keep: is handed what the forward gives, if it is given.
+        model: whose forward is looked at.
+        instead: is called in its place, with it and its arguments; by default it runs.
     """
 
-    def __init__(self, model: nn.Module, keep: Callable[[Any], None] | None = None) -> None:
-        self.keep = keep
-        self.attributes, self.forward, self.ran = vars(model), model.forward, False
+    def __init__(self, model: nn.Module, instead: Callable[..., object] | None = None) -> None:
+        self.attributes, self.forward, self.ran, self.instead = vars(model), model.forward, False, instead
         self.own_forward = self.attributes.get("forward")  # of this very object, beside that of its class
 
     def __enter__(self) -> "ForwardProbe":
         @functools.wraps(self.forward)
         def probed(*args: object, **kwargs: object) -> object:
             self.ran = True
-            output = self.forward(*args, **kwargs)
-            if self.keep is not None:
-                self.keep(output)
-            return output
+            return (
+                self.forward(*args, **kwargs) if self.instead is None else self.instead(self.forward, *args, **kwargs)
+            )
 
         self.attributes["forward"] = probed
         return self

@@ -1,6 +1,6 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,12 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
 def _outputs(objective: Objective, batch: object) -> list[Any]:
     """What the model's own forward gives, each time that the loss of a batch runs it."""
     outputs: list[Any] = []
-    with ForwardProbe(objective.model, outputs.append):
+
+    def kept(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    with ForwardProbe(objective.model, kept):
         objective.value(batch)
     return [leaf for _, leaf in leaves(outputs)]
 

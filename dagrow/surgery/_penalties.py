@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import preserve_state, restoring
-from dagrow.errors import DagrowError, LossError
+from dagrow.errors import LossError
 from dagrow.graph import Dag
-from dagrow.statistics import LayerHooks, Objective, gradients_of
+from dagrow.statistics import LayerHooks, gradients_of
 from dagrow.surgery._apply import preview
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
@@ -37,7 +37,7 @@ def completed(growth: Growth) -> Growth:
     growth = _noted(growth, objective.findings.detached)
     if not (objective.findings.penalty or growth.preserving) or not growth.change.slope:
         return growth
-    gain = -_penalty_slope(growth) * _share(objective)
+    gain = -_penalty_slope(growth) / objective.reported(1.0)  # of a sum, a constant is a part in so many
     if not gain and not objective.findings.penalty:
         return growth
     note = (
@@ -65,7 +65,7 @@ def _penalty_slope(growth: Growth) -> float:
     """The slope in gamma at 0+ of what is left of a batch's loss when layers' outputs are cut from their weights."""
     try:
         return _slope(growth, cut=True)
-    except DagrowError:
+    except Exception:
         if not growth.preserving:
             raise
         return _slope(growth, cut=False)  # the step needs the graph of what layers compute, which has no slope here
@@ -73,9 +73,9 @@ def _penalty_slope(growth: Growth) -> float:
 
 def _slope(growth: Growth, *, cut: bool) -> float:
     dag, change, objective = growth.dag, growth.change, growth.objective
-    batch = next(iter(objective))[0]
     with preserve_state(dag.model), torch.inference_mode(False), torch.enable_grad():
         dag.model.train(objective.mode == "train")
+        batch = next(iter(objective))[0]
         largest = max(float(slope.abs().max()) for slope in change.slope.values())
         gamma = torch.tensor(TINY / (largest or 1.0), dtype=torch.float64, requires_grad=True)
         start, old = change.start(dag.model), _old(dag.model, change)
@@ -117,11 +117,3 @@ def _cut(dag: Dag, change: Change) -> Iterator[None]:
     layers = {layer.name: layer for layer in dag.layers.values()}
     with restoring(restore), LayerHooks(dag.model, layers.values(), cut):
         yield
-
-
-def _share(objective: Objective) -> float:
-    """What a constant in the loss of every batch is in its mean over samples."""
-    if objective.reduction == "mean":
-        return 1.0
-    counts = [n for _, n in objective]
-    return sum(objective.scale(n) * n for n in counts) / sum(counts)

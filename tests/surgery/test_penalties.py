@@ -107,6 +107,15 @@ def test_a_penalty_in_a_loss_that_knows_the_model() -> None:
     assert growth.gain == pytest.approx((growth.loss(-1e-5) - growth.loss(1e-5)) / 2e-5, rel=1e-6)
 
 
+def test_beside_a_sum_over_samples_a_penalty_counts_once_a_batch() -> None:
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return mse_loss(model(batch[0]), batch[1], reduction="sum") + squares(model.parameters())
+
+    dag = dagrow.trace(perceptrons.mlp(3, 5, 2), torch.randn(2, 3).double())
+    for growth in dagrow.propose(dag, perceptrons.data(70), step=step, operators=OPERATORS[:2], reduction="sum"):
+        assert growth.gain == pytest.approx((growth.loss(-1e-5) - growth.loss(1e-5)) / 2e-5, rel=1e-6)
+
+
 def test_what_is_applied_has_the_loss_that_was_predicted() -> None:
     batches = perceptrons.data()
     dag, step = dagrow.trace(perceptrons.mlp(3, 5, 2), batches[0][0][:2]), stepping(squares, 1e-4)
