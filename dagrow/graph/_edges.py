@@ -132,6 +132,13 @@ def edges_of(
         yield Edge(name, by_name[name], growable, reason, labels.shared.get(name))
 
 
+def refused(sites: Iterable[LayerSite]) -> Iterator[Edge]:
+    """Layers whose rules say that they do not grow, and that are not among those that were labelled."""
+    for site in sites:
+        reason = site.rule.refusal(site.module)
+        yield Edge(site.name, site, False, reason, reason)
+
+
 def in_place(edge: Edge, model: nn.Module) -> bool:
     """Whether the model still holds the layer, or the parameters of a function."""
     if not edge.layer.paths:
