@@ -5,7 +5,7 @@ import contextlib
 import operator
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -82,6 +82,28 @@ def _including_others(state: "ModelState") -> Iterator[None]:
 
     handle = register_module_forward_pre_hook(include)
     with restoring(handle.remove):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def restore() -> None:
+        for holder, leaf, tensor in reversed(originals):
+            holder[leaf] = tensor
+
+    with restoring(restore):
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            originals.append((holder, leaf, holder[leaf]))
+            if tensor.is_leaf and not tensor.is_inference():  # a step may ask which parameters are trainable
+                tensor = tensor.detach().requires_grad_(holder[leaf].requires_grad)
+            holder[leaf] = tensor
         yield
 
 

@@ -7,7 +7,7 @@ from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
 from dagrow.statistics import Objective, measure
-from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, disjoint, preview
+from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, completed, disjoint, preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class CandidateRuns:
             if growth.preserving:
                 check_unchanged(growth)
         _check_run(self.growths, forward)
-        return self.growths
+        return [completed(growth) for growth in self.growths]
 
     def _start(self, candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:

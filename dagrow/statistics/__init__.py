@@ -25,6 +25,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 '0.3498'
 """
 
+from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import sample_count
 from dagrow.statistics._features import (
     Feature,
@@ -38,7 +39,7 @@ from dagrow.statistics._features import (
     Stacked,
 )
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
-from dagrow.statistics._hooks import LayerHooks
+from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import NotFiniteError, Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
@@ -54,6 +55,7 @@ __all__ = [
     "DirectionScore",
     "Feature",
     "FitScore",
+    "ForwardProbe",
     "Groups",
     "Hidden",
     "InputFeatures",
@@ -80,6 +82,7 @@ __all__ = [
     "TapFeatures",
     "bind",
     "fan_out_score",
+    "gradients_of",
     "measure",
     "move_score",
     "patch_gram",

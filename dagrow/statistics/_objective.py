@@ -25,6 +25,7 @@ from dagrow.statistics._batches import (
     numbered,
     sample_count,
 )
+from dagrow.statistics._findings import Findings
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, supervised
@@ -69,6 +70,7 @@ class Objective:
         groups: what samples go into one fold, or None.
         max_batches: how many batches are read at most, or None.
         progress: whether a progress bar may show.
+        findings: how the loss depends on weights, as far as layers have been measured.
 
     Raises:
         BatchError: the batches cannot be read, or not twice.
@@ -100,6 +102,7 @@ class Objective:
         self._shared = _Shared(seed, options.get("reduction"))
         self._place, self._probed = _Place(), False
         self._samples, self._batches = 0, 0  # of the last pass
+        self.findings = Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dagrow._model_state import ModelState, all_or_nothing, restoring
+from dagrow._model_state import ModelState, all_or_nothing, replaced, restoring
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag, check_owners
@@ -53,26 +53,6 @@ def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = Non
         structure.write(grown_class)
         with replaced(dag.model, tensors or {}):
             yield
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
-    originals: list[tuple[dict[str, Any], str, Tensor]] = []
-
-    def restore() -> None:
-        for holder, leaf, tensor in reversed(originals):
-            holder[leaf] = tensor
-
-    with restoring(restore):
-        for name, tensor in tensors.items():
-            path, _, leaf = name.removeprefix(".").rpartition(".")
-            module = model.get_submodule(path)
-            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-            holder = next(holder for holder in holders if leaf in holder)
-            originals.append((holder, leaf, holder[leaf]))
-            holder[leaf] = tensor
-        yield
 
 
 class _Structure:
