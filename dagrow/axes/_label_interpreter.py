@@ -269,7 +269,7 @@ class LabelInterpreter(ABC):
         inputs, dims = args[0], reduced_dims(node, args, kwargs)
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
-            return self.unknown(node, inputs, f"{op_name(node)} has no rule where it mixes channels")
+            return self.unknown(node, inputs, f"{op_name(node)} mixes channels")
         reduced, result = thinned(inputs, dims), tensors_in(node.meta["val"])[0]
         return reduced if result.ndim == inputs.ndim else reduced.squeeze(dims)
 
@@ -277,7 +277,7 @@ class LabelInterpreter(ABC):
         """Entries along some dimensions are ordered or transformed; different channels must not be among them."""
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
-            return self.unknown(node, inputs, f"{op_name(node) or name_of(node)} has no rule where it mixes channels")
+            return self.unknown(node, inputs, f"{name_of(node)} has no rule where it mixes channels")
         result, thin = tensors_in(node.meta["val"])[0], thinned(inputs, dims)
         if result.ndim != inputs.ndim:
             return thin.squeeze(tuple(dims))
@@ -342,7 +342,7 @@ class LabelInterpreter(ABC):
                 none = (table[:, 0] < 0).view([-1 if d == dim else 1 for d in range(inputs.ndim)])
                 inputs = inputs.index_select(dim, table[:, 0].clamp_min(0)).masked_fill(none, NO_CHANNEL)
             else:
-                return self.unknown(node, inputs, f"{name_of(node)} has no rule where it mixes channels")
+                return self.unknown(node, inputs, f"{name_of(node)} mixes channels")
         return inputs
 
     def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> object:

@@ -24,6 +24,8 @@ class Layer(nn.Module):
         self.stack = nn.Parameter(torch.randn(3, 5, 6))
         self.register_buffer("mask", torch.ones(6, 5))
         self.fake, self.use = torch.ao.quantization.FakeQuantize(), use
+        for name in {"weight", "other", "bias", "scale", "stack"} - set(use.__code__.co_names):  # that nothing reads
+            delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, x)
