@@ -51,6 +51,15 @@ CASES: list[tuple[Callable[[Any, Tensor], Tensor], str]] = [
         lambda m, x: functional.conv1d(x[..., None], (m.weight - m.weight.mean(1, keepdim=True))[..., None])[..., 0],
         COMPUTED,
     ),
+    (
+        lambda m, x: functional.linear(x, m.weight, torch.cat([m.bias[:2], m.scale[2:]])),
+        "its bias is computed from 2.bias",
+    ),
+    (lambda m, x: functional.linear(x, m.weight, x.mean(0)[:1]), "its bias is computed from the input"),
+    (
+        lambda m, x: functional.conv1d(x[..., None], m.weight[..., None], padding=x.shape[0] // 100)[..., 0],
+        "conv1d has no rule where its settings are computed",
+    ),
     (lambda m, x: x @ (m.weight * m.mask).t(), f"{COMPUTED}, 2.mask"),
     (lambda m, x: torch.addmm(m.bias, x, (m.weight * m.mask).t()), f"{COMPUTED}, 2.mask"),
     (lambda m, x: torch.einsum("bi,oi->bo", x, m.weight * m.scale[:, None]), f"{COMPUTED}, 2.scale"),
