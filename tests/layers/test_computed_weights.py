@@ -57,7 +57,7 @@ CASES: list[tuple[Callable[[Any, Tensor], Tensor], str]] = [
     ),
     (lambda m, x: functional.linear(x, m.weight, x.mean(0)[:1]), "its bias is computed from the input"),
     (
-        lambda m, x: functional.conv1d(x[..., None], m.weight[..., None], padding=x.shape[0] // 100)[..., 0],
+        lambda m, x: functional.conv1d(x[..., None], m.weight.unsqueeze(2), padding=x.shape[0] // 100)[..., 0],
         "conv1d has no rule where its settings are computed",
     ),
     (lambda m, x: x @ (m.weight * m.mask).t(), f"{COMPUTED}, 2.mask"),
