@@ -133,7 +133,7 @@ class _Jacobian:
                 energy += float(v.double().square().sum())
                 slope += self._pull(batch, v)
                 samples += n
-        self.samples = samples
+        self.samples, self.objective.others.complete = samples, True
         return energy / samples, slope / samples
 
     def gram(self, move: Tensor) -> tuple[float, Tensor]:
@@ -141,7 +141,7 @@ class _Jacobian:
         energy, pulled = 0.0, torch.zeros_like(move)
         with self._running():
             for batch, _ in self.objective:
-                with preserve_state(self.model):
+                with preserve_state(self.model, self.objective.others):
                     pushed = self._push(batch, move)
                 energy += float(pushed.double().square().sum())
                 pulled += self._pull(batch, pushed)
@@ -159,7 +159,7 @@ class _Jacobian:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self.objective.probe()
-        with preserve_state(self.model), torch.inference_mode(False), torch.enable_grad():
+        with preserve_state(self.model, self.objective.others), torch.inference_mode(False), torch.enable_grad():
             self.model.train(self.objective.mode == "train")
             yield
 
@@ -176,7 +176,7 @@ class _Jacobian:
 
     def _goal(self, batch: Any, samples: int) -> Tensor:
         """``v`` of a batch, in the output's own shape."""
-        with preserve_state(self.model):
+        with preserve_state(self.model, self.objective.others):
             value = self.objective.value(batch)
             if not value.requires_grad:
                 raise LossError("the loss does not depend on the model: no gradient reaches its output.")

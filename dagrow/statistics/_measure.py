@@ -51,7 +51,7 @@ def measure(
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
-    with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
+    with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
@@ -66,6 +66,7 @@ def measure(
             sums.add(Batch(captures, n, seen, folds), value)
             del captures
             seen += n
+    objective.others.complete = True
     return sums.moments(forward)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
-from dagrow._model_state import preserve_state
+from dagrow._model_state import Others, preserve_state
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.tracing import bind
 
@@ -66,6 +66,7 @@ class Objective:
         self.model, self.batches, self.mode, self.name = model, batches, mode, name
         self.function: Step = step if step is not None else _supervised(loss)
         self._reduction: str | None = None
+        self.others = Others()  #: modules that the loss or the step runs beside the model
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -77,7 +78,9 @@ class Objective:
         Returns:
             An objective of its own.
         """
-        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
+        objective = Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
+        objective.others.modules += self.others.modules
+        return objective
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Batches, in the same order each time: passes agree on who is in which fold.
@@ -176,7 +179,7 @@ class Objective:
     def probe(self) -> None:
         """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
         if self._reduction is None:
-            with preserve_state(self.model, weights=True), torch.no_grad():
+            with preserve_state(self.model, self.others, weights=True), torch.no_grad():
                 self.model.eval()
                 self._reduction = self._probe_reduction()
 
@@ -211,11 +214,12 @@ class Objective:
         """
         self.probe()
         total, count = 0.0, 0
-        with preserve_state(self.model), torch.no_grad():
+        with preserve_state(self.model, self.others), torch.no_grad():
             self.model.train(self.mode == "train")
             for batch, n in self:
                 total += float(self.value(batch)) * self.scale(n) * n
                 count += n
+        self.others.complete = True
         return total / count
 
 
