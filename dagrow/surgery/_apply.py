@@ -137,8 +137,12 @@ class _OldTensor:
 
 
 def _resize(tensor: Tensor, values: Tensor) -> None:
-    """Gives a tensor another storage and shape; it stays the same object."""
+    """Gives a tensor another storage and shape; it stays the same object, in the same kind of memory."""
     tensor.grad = None
+    if tensor.device.type == "cpu" and tensor.is_shared():
+        values = values.share_memory_()
+    elif tensor.is_pinned():
+        values = values.pin_memory()
     tensor.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
 
 
