@@ -194,12 +194,10 @@ def _refuse_tensors_of_its_own(optimizer: Optimizer, growing: Mapping[Tensor, Te
     others |= {str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for group in optimizer.param_groups:
         others |= {name: value for name, value in group.items() if name != "params"}
-    shapes = {parameter.shape for parameter in growing}
     for name, value in others.items():
-        tensors = (
-            leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
-        )
-        if any(tensor.ndim and tensor.shape in shapes for tensor in tensors):
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim]
+        own = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+        if any(_has_been(parameter, tensor) for tensor in own for parameter in growing):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps tensors in {name!r} of the shape of a parameter that grows: nothing "
                 "says which of its parameters they are for. Make a new optimizer after the growth, or use one that "
