@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import objective_of
@@ -50,6 +52,7 @@ def propose(
     return sorted(growths, key=expected_gain, reverse=True)
 
 
+@torch.inference_mode(False)
 def growths_of(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
     """What an operator could add, and how many places it looked at."""
     candidates = operator.candidates(dag)
