@@ -144,8 +144,8 @@ def test_a_model_that_was_compiled_in_place_grows_and_stays_compiled() -> None:
     found = Beside()
     for model, operator in ((found.model, AddNeurons(k=2)), (found.model[0], dagrow.AddLayer(2, nn.Tanh()))):
         model.compile(backend="eager")
-        compiled = model._compiled_call_impl
-        batches = [batch[:2] for batch in found.batches]
+        compiled, batches = model._compiled_call_impl, [batch[:2] for batch in found.batches]
+        found.model(batches[0][0])
         receipt = dagrow.propose(found.dag, batches, mse_loss, [operator])[0].apply(0.3)
         assert model._compiled_call_impl is compiled
         measured = sum(mse_loss(found.model(x), y).item() for x, y in batches) / 2
