@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -284,6 +285,29 @@ def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
     if torch.cuda.is_initialized():
         states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     return states
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global random generators, of torch, numpy and Python. Inside :func:`preserve_state`.
+
+    Args:
+        seed: any whole number from 0 on.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def drawn_so_far() -> tuple[object, ...]:
+    """What tells whether anything is drawn from the global random generators between two calls."""
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, *gauss = numpy_state
+    tensors = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        tensors += torch.cuda.get_rng_state_all()
+    return (*(crc32(t.numpy().tobytes()) for t in tensors), crc32(keys.tobytes()), position, *gauss, random.getstate())
 
 
 class NoDropout(TorchFunctionMode):

@@ -6,14 +6,20 @@ channels change nothing if those of one operand are zero; so the rows that write
 at the sum as zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from dagrow.axes._attribute_sizes import Attributes, changed_attributes, resized_attributes, resolve_sizes
+from dagrow.axes._attribute_sizes import (
+    Attributes,
+    AttributeSizes,
+    changed_attributes,
+    resized_attributes,
+    resolve_sizes,
+)
 from dagrow.axes._channel_labels import Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap
@@ -22,7 +28,7 @@ from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._size_rewriting import Arguments
 from dagrow.axes._widened_labels import WidenedLabeller
 from dagrow.layers import MOVES, ZERO_KEEPING, LayerSite, is_move_module, keeps_zero, op_name
-from dagrow.tracing import AttributePath, Program
+from dagrow.tracing import AttributeInt, AttributePath, Comparison, Program, Trial
 
 T = TypeVar("T")
 
@@ -39,6 +45,7 @@ class WideningPlan:
         attributes: of modules that state a size.
         written: whether the forward must be written anew, with the literals in it; else the attributes change it.
         zeros: producer -> which slots of a new unit must start at zero ``[slots]``.
+        trials: for each example of which a comparison of sizes comes out otherwise, its number and its sizes.
     """
 
     rows: Mapping[str, IndexMap]
@@ -48,6 +55,7 @@ class WideningPlan:
     attributes: Attributes = field(default_factory=dict)
     written: bool = False
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    trials: Sequence[tuple[int, Trial]] = ()
 
     @property
     def touched(self) -> set[tuple[str, str]]:
@@ -108,8 +116,46 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
         for rider in layout.entries
     }
     resized = resized_attributes(program.model, layers, layout, run.labelling)
-    literals, attributes, written = resolve_sizes(program, run.literals, run.attributes, resized, run.sizes)
-    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, _zero_slots(run))
+    stated = {**resized, **run.sizes}
+    trials, otherwise = _comparisons(run, stated)
+    fixed = _as_they_are(otherwise) | run.literals
+    literals, attributes, written = resolve_sizes(program, fixed, run.attributes, resized, run.sizes)
+    if written:  # a forward that is written anew has no attributes to compare with
+        literals = _as_they_are(_with_attributes(program, stated)) | dict(literals)
+    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, _zero_slots(run), trials)
+
+
+def _as_they_are(comparisons: Iterable[Comparison]) -> dict[fx.Node, Arguments]:
+    """The nodes that are compared, as literals: the graph holds for them in the wider network."""
+    return {node: (node.args, dict(node.kwargs)) for each in comparisons for node in each.nodes}
+
+
+def _with_attributes(program: Program, stated: AttributeSizes) -> Iterator[Comparison]:
+    """Comparisons with numbers that modules state, where these change."""
+    for each in (each for part in program.every for each in part.comparisons):
+        sides = [side for side in (each.left, each.right) if isinstance(side, AttributeInt)]
+        if any(stated.get(side.path, side) != side for side in sides):
+            yield each
+
+
+def _comparisons(run: WidenedLabeller, attributes: AttributeSizes) -> tuple[list[tuple[int, Trial]], list[Comparison]]:
+    """What comes out otherwise in the wider network: trials of it, and the comparisons."""
+
+    def value(side: object) -> object:
+        if isinstance(side, AttributeInt):
+            return attributes.get(side.path, int(side))
+        return run.values[side] if isinstance(side, fx.Node) else side
+
+    trials, found = [], list[Comparison]()
+    for number, program in enumerate(run.program.every):
+        otherwise = [each for each in program.comparisons if each.comes_out_otherwise(value)]
+        if otherwise:
+            values = {node.name: run.values[node] for node in program.graph.nodes}
+            sizes = {name: v.shape if isinstance(v, Tensor) else v for name, v in values.items()}
+            sizes = {name: v for name, v in sizes.items() if isinstance(v, (int, torch.Size))}
+            trials.append((number, Trial(sizes, attributes)))
+            found += otherwise
+    return trials, found
 
 
 def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLayout, k: int) -> WidenedLabeller:

@@ -1,7 +1,7 @@
 """Edges and axes: the weighted layers of a model, and the hidden widths between them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
@@ -70,7 +70,7 @@ class Axis:
         name: the names of those producers that were there first: it stays as it is when new paths join.
         width: its number of units (a unit is one channel, or several that can only grow together).
         producers: the edges that write it.
-        consumers: the edges that read it.
+        consumers: the edges that read it, in any of the examples.
         riders: what carries one entry per channel on the way.
         growable: whether it can widen.
         reason: why not, or None.
@@ -86,10 +86,34 @@ class Axis:
     layout: AxisLayout = field(repr=False, compare=False)
 
     @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Layers beside it that other examples run, not the first: they widen along, and are not measured."""
+        return tuple(name for name in self._names if name in self.layout.labelling.elsewhere)
+
+    @property
+    def measured(self) -> "Axis":
+        """The axis as the first example shows it, without the layers that only others run."""
+        elsewhere = self.elsewhere
+        if not elsewhere:
+            return self
+        producers, consumers = (
+            tuple(edge for edge in edges if edge.name not in elsewhere) for edges in (self.producers, self.consumers)
+        )
+        riders = tuple(rider for rider in self.riders if rider.name not in elsewhere)
+        return replace(self, producers=producers, consumers=consumers, riders=riders)
+
+    @property
     def shared(self) -> str | None:
         """Why no closed form holds for it: a layer beside it does not act once on each sample; or None."""
-        names = [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
-        return next((why for name in names if (why := self.layout.labelling.shared.get(name))), None)
+        shared = self.layout.labelling.shared
+        there = self.measured
+        if not there.producers or (self.consumers and not there.consumers):
+            return shared[self.elsewhere[0]]
+        return next((why for name in there._names if (why := shared.get(name))), None)
+
+    @property
+    def _names(self) -> list[str]:
+        return [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
 
 
 def edges_of(
@@ -102,9 +126,17 @@ def edges_of(
         growable = any(why is None for _, why in around)
         causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
-            causes.insert(0, f"its input: {labels.classes.reason(int(labels.columns[name][0]))}")
+            why = labels.classes.reason(int(labels.columns[name][0])) or "holds no channels of a layer"
+            causes.insert(0, f"its input: {why}")
         reason = None if growable else "; ".join(dict.fromkeys(causes))
         yield Edge(name, by_name[name], growable, reason, labels.shared.get(name))
+
+
+def refused(sites: Iterable[LayerSite]) -> Iterator[Edge]:
+    """Layers whose rules say that they do not grow, and that are not among those that were labelled."""
+    for site in sites:
+        reason = site.rule.refusal(site.module)
+        yield Edge(site.name, site, False, reason, reason)
 
 
 def in_place(edge: Edge, model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from rich.table import Table
 
@@ -10,7 +10,7 @@ from dagrow._text import render
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag
 from dagrow.solvers import Pair, best_move
-from dagrow.statistics import InputFeatures, Loss, Objective, OutputGoal, Step, measure
+from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Objective, OutputGoal, Step, measure
 from dagrow.surgery import transaction
 
 
@@ -76,6 +76,7 @@ def bottlenecks(
     step: Step | None = None,
     mode: str = "eval",
     ridge: float = 0.0,
+    **options: Unpack[MeasureOptions],
 ) -> Bottlenecks:
     """Measures at every edge which part of its goal its own weights can follow. Changes nothing.
 
@@ -86,6 +87,7 @@ def bottlenecks(
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
         ridge: relative to each feature's second moment.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         Bottlenecks by edge, largest first.
@@ -95,11 +97,13 @@ def bottlenecks(
         GrowthError: no layer can be measured.
     """
     check_real("bottlenecks", 0, ridge=ridge)
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
 
-def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+def objective_of(
+    dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str, options: MeasureOptions
+) -> Objective:
     """The loss on the batches. Refuses what is no dag of its model any more before anything runs."""
     if not isinstance(dag, Dag):
         raise GrowthError(
@@ -107,7 +111,7 @@ def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step
             "dag = dagrow.trace(model, example_inputs)."
         )
     dag.check()
-    return Objective(dag.model, batches, loss, step=step, mode=mode)
+    return Objective(dag.model, batches, loss, step=step, mode=mode, **options)
 
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
@@ -120,6 +124,6 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     return Bottlenecks(
         (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves),
         m.samples,
-        m.loss,
+        objective.reported(m.loss),
         tuple(edge.shared for edge in dag.edges if edge.shared),
     )

@@ -1,7 +1,7 @@
 """``fit``: a plain training loop that grows."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
@@ -17,7 +17,7 @@ from dagrow.growing._planning import Budget
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step, sample_count
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, check_steps, sequence_of
 
 
@@ -39,6 +39,7 @@ def fit(
     per_step: Budget = Budget(),
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> History:
     """Trains a model for some epochs, and grows it after each in which its schedule says so.
 
@@ -63,6 +64,7 @@ def fit(
         per_step: what one step may add.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A record for each epoch. The model's modes are as they were found.
@@ -89,10 +91,11 @@ def fit(
         optimizer=optimizer,
         step=step,
         mode=mode,
+        **options,
     )
-    for one in sequence_of(optimizer):
-        check_steps(one)
-    objective = Objective(dag.model, batches, step=grower.function, mode=mode)
+    for each in sequence_of(optimizer):
+        check_steps(each)
+    objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
     try:
@@ -139,14 +142,14 @@ def _anneal(schedulers: Sequence[LRScheduler], history: History) -> None:
 
 
 def _epoch(objective: Objective, optimizers: Sequence[Optimizer]) -> float:
-    """Trains on every batch once. The mean loss over samples, each batch before its own step."""
+    """Trains on every batch once. The loss, of each batch before its own step."""
     total, count = 0.0, 0
     objective.model.train()
     with torch.enable_grad():
-        for batch in objective.batches:
+        for batch, samples in objective.read():
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            value = objective.value(batch)
+            value = objective.drawn_value(batch)
             if not value.requires_grad:
                 raise LossError(
                     "the loss does not depend on the model's trainable parameters. Compute it from the model's output, "
@@ -155,10 +158,9 @@ def _epoch(objective: Objective, optimizers: Sequence[Optimizer]) -> float:
             value.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            samples = sample_count(batch)
             total += float(value.detach()) * objective.scale(samples) * samples
             count += samples
-    return total / count
+    return objective.reported(total / count)
 
 
 def _progress() -> Progress:

@@ -1,7 +1,7 @@
 """``grow``: measures, proposes, and applies what lowers the loss."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from dagrow.errors import listed
 from dagrow.graph import Dag, check_owners
@@ -11,7 +11,7 @@ from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import corrected, growths_of
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
 
 
@@ -25,6 +25,7 @@ def grow(
     optimizer: Optimizers = None,
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> Receipt:
     """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
 
@@ -41,6 +42,7 @@ def grow(
         optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: instead of ``loss``.
         mode: that the model runs in.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
@@ -48,7 +50,7 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
@@ -57,7 +59,7 @@ def grow(
     def work() -> Receipt:
         grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
         parts = [part for part in grown if part is not None]
-        return combined(parts, parts[0].loss_before if parts else judge.mean())
+        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()))
 
     return transaction(dag, work)
 

@@ -81,9 +81,11 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
 def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
     if growth.preserving:  # comes in whole
-        return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
-    gamma, after = best_amplitude(growth, judge, before)
-    return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
+        gamma, after = 1.0, growth.loss(1.0, judge)
+    else:
+        gamma, after = best_amplitude(growth, judge, before)
+    losses = judge.reported(before), judge.reported(after)
+    return growth.commit(gamma, *losses, optimizer) if gamma > 0 else None
 
 
 def combined(parts: Sequence[Receipt], before: float) -> Receipt:

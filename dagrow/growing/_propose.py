@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -13,7 +13,7 @@ from dagrow.growing._candidate_runs import CandidateRuns
 from dagrow.growing._policies import expected_gain
 from dagrow.operators import AddNeurons, Operator
 from dagrow.solvers import LEVEL, holm
-from dagrow.statistics import Loss, Objective, Step
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Growth, transaction
 
 
@@ -25,6 +25,7 @@ def propose(
     *,
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> list[Growth]:
     """Measures what every operator could add at every place. Changes nothing.
 
@@ -35,6 +36,7 @@ def propose(
         operators: ways to grow.
         step: instead of ``loss``.
         mode: that the model runs in.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples. Their
@@ -44,7 +46,7 @@ def propose(
         BatchError, LossError: the batches or the loss do not fit.
         GrowthError: an operator was asked for a place that cannot grow, or nothing can.
     """
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in operators])
     tests = sum(count for _, count in proposals)

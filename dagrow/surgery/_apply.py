@@ -302,7 +302,8 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
     """
     check_owners(dag.model)
     start = change.start(dag.model)
-    changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
+    examples, at_zero = (dag.example_inputs, *dag.also), change.at(start, 0.0)
+    changed = difference(dag.model, examples, lambda: _grown(dag.model, change, at_zero))
     if changed is not None:
         grows = ", ".join((*change.index_maps, *change.added))
         raise GrowthError(

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
+from dagrow.layers import LayerSite
 from dagrow.surgery._new_layers import NewPath, insert_paths, parameters_of
-from dagrow.tracing import Program, tensor_at, write_forward
+from dagrow.tracing import Program, fixed_arguments, tensor_at, write_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Change:
         literals: node of the graph -> its arguments with the sizes of the grown network.
         written: whether the forward is written anew, with the literals and the new paths in it.
         program: what the graph was when the change was drafted.
+        layers: of the graphs of all examples, by their nodes.
         new_paths: new layers beside those that there are.
     """
 
@@ -39,12 +41,19 @@ class Change:
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
+    layers: Mapping[fx.Node, LayerSite]
     new_paths: tuple[NewPath, ...] = ()
 
     @cached_property
     def added(self) -> dict[str, Tensor]:
         """Parameters that the model has not got yet, at gamma = 0."""
         return parameters_of(self.new_paths)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a forward that is written anew holds for."""
+        fixed = fixed_arguments(self.program) if self.written else ""
+        return (f"the forward is written anew, for calls with {fixed}, as in the examples",) if fixed else ()
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +69,7 @@ class Change:
         return write_forward(
             self.program,
             self.literals,
-            partial(insert_paths, new_paths=self.new_paths),
+            partial(insert_paths, new_paths=self.new_paths, layers=self.layers),
             [path.record for path in self.new_paths],
         )
 
@@ -130,17 +139,17 @@ class Draft:
         self.read: dict[str, IndexMap] = {}
         self.written: dict[str, IndexMap] = {}
         riders: list[tuple[Rider, IndexMap]] = []
-        for axis, widening in widenings:
+        for _, widening in widenings:
             self.literals |= widening.literals
             self.attributes |= widening.attributes
             self.zeros |= widening.zeros
-            for edge in axis.producers:
-                self._widen_edge(edge, widening.rows[edge.name], 0)
-            for edge in axis.consumers:
-                self._widen_edge(edge, widening.columns[edge.name], 1)
+            for name, rows in widening.rows.items():
+                self._widen_edge(dag.edge(name), rows, 0)
+            for name, columns in widening.columns.items():
+                self._widen_edge(dag.edge(name), columns, 1)
             riders += widening.entries.items()
-        for edge in {edge.name: edge for axis, _ in widenings for edge in (*axis.producers, *axis.consumers)}.values():
-            self._restate_widths(edge)
+        for name in dict.fromkeys(name for _, plan in widenings for name in (*plan.rows, *plan.columns)):
+            self._restate_widths(dag.edge(name))
         for rider, index_map in riders:
             self._widen_rider(rider, index_map)
 
@@ -273,6 +282,7 @@ class Draft:
             self.literals,
             self.forward_written,
             self.dag.program,
+            self.dag.view.every_layer,
             tuple(self.new_paths),
         )
 

@@ -126,7 +126,7 @@ class Growth:
             objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
 
         Returns:
-            The loss, a mean over samples.
+            The loss as a mean over samples, of which the gain is minus the slope; a sum counts for each sample.
         """
         check_real("loss", gamma=gamma)
         return self.losses(objective)(gamma)
@@ -187,15 +187,20 @@ class Growth:
         check_real("apply", gamma=gamma)
         self.check_fresh()
         check_optimizer(optimizer, self.dag.model)
-        return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
+        return transaction(self.dag, lambda: self._applied(gamma, optimizer))
+
+    def _applied(self, gamma: float, optimizer: Optimizers | None) -> "Receipt":
+        before, after = self.objective.mean(), self.loss(gamma)
+        reported = self.objective.reported
+        return self.commit(gamma, reported(before), reported(after), optimizer)
 
     def commit(self, gamma: float, before: float, after: float, optimizer: Optimizers) -> "Receipt":
         """Applies the growth when the losses are known already.
 
         Args:
             gamma: the amplitude.
-            before: the loss of the model as it is.
-            after: the loss at the amplitude.
+            before: the user's loss of the model as it is, see ``Objective.reported``.
+            after: that at the amplitude.
             optimizer: as for :meth:`apply`.
 
         Returns:
@@ -224,7 +229,7 @@ class Receipt:
         where: the axis or edge, or "" if nothing was worth adding.
         neurons: new units.
         gamma: the amplitude that was chosen; of the last part, if there are several.
-        loss_before, loss_after: the loss on the batches that chose the amplitude.
+        loss_before, loss_after: the user's loss, averaged over the batches that chose the amplitude.
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.

@@ -154,11 +154,12 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
 
     Args:
         dag: the dag that the axis is of.
-        axis: the axis that is to widen.
+        axis: the axis that is to widen; of it, what the first example runs.
 
     Returns:
         Places, in the order of their first producers.
     """
+    axis = axis.measured
     grouped: dict[tuple, list[tuple[Edge, dict[str, PositionMap | None]]]] = {}
     for producer in axis.producers:
         arrivals = {consumer.name: position_map(dag, axis, producer, consumer) for consumer in axis.consumers}
@@ -166,3 +167,9 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
         key = tuple(None if a is None else a.positions for a in arrivals.values()) if aligned else (producer.name,)
         grouped.setdefault(key, []).append((producer, arrivals))
     return [Place(dag, axis, tuple(p for p, _ in group), group[0][1]) for group in grouped.values()]
+
+
+def unmeasured(axis: Axis) -> tuple[str, ...]:
+    """A note for growths of an axis of which other examples run more than the one that is measured, or none."""
+    others = axis.elsewhere
+    return (f"not measured, as only other examples run them: {', '.join(others)}",) if others else ()
