@@ -38,7 +38,7 @@ def test_several_optimizers_and_schedulers_train_and_grow_along() -> None:
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [5e-3, 5e-3]
     pairs = zip((p for part in parts for p in part), before, strict=True)
     assert not any(p.shape == found.shape and torch.equal(p, found) for p, found in pairs)
-    with pytest.raises(DagrowError, match="another optimizer"):
+    with pytest.raises(dagrow.DagrowError, match="another optimizer"):
         dagrow.fit(dag, BATCHES, mse, TWO, epochs=1, optimizer=optimizers[0], scheduler=schedulers)
 
 
