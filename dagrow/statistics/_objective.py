@@ -25,6 +25,7 @@ from dagrow.statistics._batches import (
     sample_count,
 )
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
+from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, supervised
 
@@ -97,7 +98,7 @@ class Objective:
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
         self._shared = _Shared(seed, options.get("reduction"))
-        self.others = Others()
+        self.others = Others(modules_reached(self.function))
         self._place, self._probed = _Place(), False
         self._samples, self._batches = 0, 0  # of the last pass
 
@@ -127,7 +128,7 @@ class Objective:
 
     def _like(self, other: "Objective") -> "Objective":
         other._shared = self._shared
-        other.others.modules += self.others.modules
+        other.others.modules = list(self.others.modules)
         return other
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
