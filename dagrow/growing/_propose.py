@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+import torch
 from rich.table import Table
 
 from dagrow._progress import with_progress
@@ -70,6 +71,7 @@ class _Growths(Printable, list[Growth]):
         return render(table) if self else "no growth"
 
 
+@torch.inference_mode(False)
 def growths_of(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
     """What an operator could add, and how many places it looked at."""
     candidates = operator.candidates(dag)

@@ -64,7 +64,7 @@ def measure(
     order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
     check = GradientCheck(dag, objective, hooks, sums.pairs)
-    with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
+    with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
@@ -88,6 +88,7 @@ def measure(
             sums.add([Batch(view, n, seen, folds) for view in views], value, units)
             del calls, views
             seen += n
+    objective.others.complete = True
     groups.check_all_read()
     return sums.moments(forward)
 

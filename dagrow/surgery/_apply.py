@@ -19,19 +19,16 @@ from dagrow.graph import Dag, check_owners
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
 from dagrow.surgery._new_layers import NewPath, attach, detach
+from dagrow.surgery._optimizer_groups import adopt, log_added, log_removed, refuse_new, regroup
 from dagrow.surgery._optimizers import (
     Optimizers,
-    adopt,
     carry,
     first_entries,
-    log_added,
     log_growth,
-    log_removed,
     log_undo,
-    refuse_new,
-    regroup,
     sequence_of,
     settle,
+    watch_steps,
 )
 from dagrow.tracing import tensor_at
 
@@ -120,8 +117,12 @@ class _OldTensor:
 
 
 def _resize(tensor: Tensor, values: Tensor) -> None:
-    """Gives a tensor another storage and shape; it stays the same object."""
+    """Gives a tensor another storage and shape; it stays the same object, in the same kind of memory."""
     tensor.grad = None
+    if tensor.device.type == "cpu" and tensor.is_shared():
+        values = values.share_memory_()
+    elif tensor.is_pinned():
+        values = values.pin_memory()
     tensor.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
 
 
@@ -139,6 +140,7 @@ class Overwritten:
 
     def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
         """Puts grown tensors, new layers and the forward in place."""
+        watch_steps()
         self._add(tensors)
         with torch.no_grad():
             for name, old in self.tensors.items():
@@ -291,13 +293,12 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
     kind, tensors = change.kind(dag.model), change.at(start, gamma)
     undo = UndoRecord(dag, change, optimizer, kind)
     growing = {old.tensor: tensors[name] for name, old in undo.overwritten.tensors.items() if old.index_maps}
-    for one in undo.optimizers:
-        first_entries(one, growing)
+    first = [first_entries(one, growing) for one in undo.optimizers]
     refuse_new(undo.optimizers, change.added, dag.model)
     with all_or_nothing(undo.restore):
         undo.overwritten.write(tensors, kind)
-        for one in undo.optimizers:
-            carry(one)
+        for one, entries in zip(undo.optimizers, first, strict=True):
+            carry(one, entries)
         adopt(undo.optimizers, undo.overwritten.added, dag.model)
         dag.add_growth(undo)
     return undo

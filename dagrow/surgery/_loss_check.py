@@ -56,7 +56,7 @@ def check_unchanged(growth: Growth) -> None:
 
 def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
     """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
-    with preserve_state(objective.model), torch.no_grad():
+    with preserve_state(objective.model, objective.others), torch.no_grad():
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)

@@ -268,9 +268,7 @@ def test_the_first_batch_is_compared_once() -> None:
     objective.probe()
     probed, calls[0] = [calls[0]], 0
     dagrow.propose(dag, perceptrons.data(), step=counted, operators=[MoveWeights()])
-    assert (
-        calls[0] == probed[0] + 2 * 3 + 2 + 2
-    )  # passes, a finite difference, whose rows are whose
+    assert calls[0] == probed[0] + 2 * 3 + 2 + 2  # passes, a finite difference, whose rows are whose
 
 
 def test_random_numbers_in_train_mode_are_the_same_in_a_finite_difference() -> None:
