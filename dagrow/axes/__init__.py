@@ -28,6 +28,7 @@ down 2 is an output of the model
 ([[4], [5]], [[4], [5]])
 """
 
+from dagrow.axes._attribute_sizes import changed_attributes
 from dagrow.axes._channel_labels import Labelling, Rider
 from dagrow.axes._grouping import AxisLayout, group
 from dagrow.axes._head_axes import head_axes
@@ -48,6 +49,7 @@ __all__ = [
     "Labelling",
     "Rider",
     "WideningPlan",
+    "changed_attributes",
     "disjoint",
     "group",
     "head_axes",

@@ -229,6 +229,7 @@ class Receipt:
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.
+        left_out: places that failed meanwhile, each with the reason.
     """
 
     where: str
@@ -241,6 +242,7 @@ class Receipt:
     growth: Growth | None = field(default=None, repr=False)
     _undo: UndoRecord | None = field(default=None, repr=False)
     _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+    left_out: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple["Receipt", ...]:
@@ -293,6 +295,9 @@ class Receipt:
             restore()
 
     def __str__(self) -> str:
+        return "\n".join([self._applied(), *(f"Left out: {note}" for note in self.left_out)])
+
+    def _applied(self) -> str:
         if self._parts:
             return "\n".join(map(str, self._parts))
         if not self.where:
