@@ -16,8 +16,10 @@ room knows nothing of batches and losses, and writes nothing into a model.
 42
 """
 
+from dagrow.graph._axes import Axis, Writing
 from dagrow.graph._dag import Dag, trace
-from dagrow.graph._edges import Axis, Edge
+from dagrow.graph._edges import Edge
+from dagrow.graph._position_map import PositionMap, per_channel
 from dagrow.graph._summary import weight_uses
 from dagrow.graph._view import Rule
 
@@ -25,7 +27,10 @@ __all__ = [
     "Axis",
     "Dag",
     "Edge",
+    "PositionMap",
     "Rule",
+    "Writing",
+    "per_channel",
     "trace",
     "weight_uses",
 ]

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axes, labelled, widen
 from dagrow.errors import TraceError
-from dagrow.graph._edges import Axis, Edge, axes_of, edges_of
+from dagrow.graph._axes import Axis, axes_of
+from dagrow.graph._edges import Edge, edges_of
 from dagrow.graph._other_mode import OtherMode, in_other_mode, unused
 from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, rule_for
 from dagrow.tracing import (
@@ -79,9 +80,18 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
         added = [path for path, *_ in added_paths(model)]
-        axes = tuple(axes_of(edges, reasons, added))
+        axes = tuple(axes_of(edges, reasons, added, _Traced(program, layers, labels)))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
         return DagView(program, layers, labels, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
+
+
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """What axes are read off."""
+
+    program: Program
+    layers: Mapping[fx.Node, LayerSite]
+    labels: Labelling
 
 
 def untouched(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -134,6 +134,8 @@ def _measured(
         m = measure(dag, objective, pairs, folds=1)
         moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
     except Exception as error:
+        if isinstance(error, GrowthError):
+            raise
         place = partial(is_of_place, dag=dag, objective=objective, grown=False)
         for half in halves(edges, error, left_out, lambda edge: edge.name, place):
             yield from _measured(dag, objective, half, ridge, left_out)

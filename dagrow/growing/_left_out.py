@@ -36,7 +36,7 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._notes: dict[str, None] = {}
-        self._first: Exception | None = None
+        self._errors: list[Exception] = []
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class LeftOut:
     def add(self, where: str, error: Exception) -> None:
         """Leaves a place out, and says so in the log."""
         note = f"{where}: {error if isinstance(error, DagrowError) else first_line(error)}"
-        self._first = self._first or error
+        self._errors.append(error)
         if note not in self._notes:
             _LOG.warning("left out %s", note)
             _LOG.debug("at %s", where, exc_info=error)
@@ -57,16 +57,18 @@ class LeftOut:
         self._notes |= dict.fromkeys(growths.left_out)
 
     def refuse(self) -> None:
-        """Raises, as nothing is left: the error of a single place, or a GrowthError that lists all reasons."""
-        if self._first is None:
+        """Raises, as nothing is left: the error of a single place, or one that lists all reasons."""
+        if not self._errors:
             return
-        if len(self._notes) == 1 and isinstance(self._first, DagrowError):
-            raise self._first
+        first, kinds = self._errors[0], {type(error) for error in self._errors}
+        if len(self._notes) == 1 and isinstance(first, DagrowError):
+            raise first
+        kind = type(first) if len(kinds) == 1 and isinstance(first, DagrowError) else GrowthError
         reasons = "".join(f"\n- {note}" for note in self._notes)
-        raise GrowthError(
+        raise kind(
             f"nothing can grow, as every place that was looked at fails:{reasons}\nName other places with axes= or "
             "edges= of the operators, or see print(dag)."
-        ) from self._first
+        ) from first
 
 
 def halves(

@@ -42,7 +42,6 @@ from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
-from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.tracing import bind
 
@@ -64,7 +63,6 @@ __all__ = [
     "Ones",
     "OutputGoal",
     "PatchInputs",
-    "PositionMap",
     "PulledGoal",
     "ResidualGoal",
     "SampleScores",
@@ -77,7 +75,5 @@ __all__ = [
     "measure",
     "move_score",
     "patch_gram",
-    "per_channel",
-    "position_map",
     "sample_count",
 ]

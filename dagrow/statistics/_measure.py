@@ -60,7 +60,7 @@ def measure(
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            captures = hooks.captures(loss, -objective.scale(n) * n)
+            captures = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             sums.add(Batch(captures, n, seen, folds), value)
@@ -109,12 +109,13 @@ class CaptureHooks(LayerHooks):
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
 
-    def captures(self, loss: Tensor, scale: float) -> dict[str, Capture]:
+    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, Capture]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
             loss: of the batch.
             scale: from its gradient to the goals of single samples.
+            ran: whether the model's own forward ran.
 
         Returns:
             Layer -> what was left there.
@@ -124,7 +125,7 @@ class CaptureHooks(LayerHooks):
             LossError: none of them ran.
         """
         missing = set(self._layers) - set(self._captures)
-        if missing and not self._captures:
+        if missing and not self._captures and not ran:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(

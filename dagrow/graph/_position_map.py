@@ -1,6 +1,6 @@
 """Where what a producer writes arrives at a consumer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from dagrow.axes import NO_CHANNEL
-from dagrow.graph import Axis, Dag, Edge
-from dagrow.statistics._position_tracker import MIXED, PositionTracker
+from dagrow.axes import NO_CHANNEL, AxisLayout
+from dagrow.graph._edges import Edge
+from dagrow.graph._position_tracker import MIXED, PositionTracker, Traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,27 +93,36 @@ def _sparse(entries: Tensor, values: Tensor, *size: int) -> Tensor:
     return torch.sparse_coo_tensor(entries, values, size, check_invariants=False).coalesce()
 
 
-def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> PositionMap | None:
-    """Where a unit of the axis arrives.
+def position_maps(
+    dag: Traced, layout: AxisLayout, producer: Edge, consumers: Sequence[Edge]
+) -> tuple[dict[str, PositionMap | None], str | None]:
+    """Where a unit of an axis arrives.
 
     Args:
         dag: the model's.
-        axis: the axis that gets a new unit.
+        layout: of the axis that gets a new unit.
         producer: the edge that writes it.
-        consumer: the edge that reads it.
+        consumers: the edges that read it.
 
     Returns:
-        The map; None if the unit does not arrive, or not as means of what the producer writes.
+        Consumer -> the map; None if the unit does not arrive, or not as means of what the producer writes. And what it
+        meets on the way that is no mean, with the user's line, or None.
     """
-    tracker = PositionTracker(dag, axis, producer)
-    inputs = tracker.inputs_of(consumer)
+    tracker = PositionTracker(dag, layout, producer.name)
+    tracker.track()
+    return {consumer.name: _read_off(tracker, layout, producer, consumer) for consumer in consumers}, tracker.mixing
+
+
+def _read_off(tracker: PositionTracker, layout: AxisLayout, producer: Edge, consumer: Edge) -> PositionMap | None:
+    """The map, from the numbers that arrive at the consumer."""
+    inputs = tracker.inputs.get(consumer.name)
     if inputs is None:
         return None
-    columns = axis.layout.columns[consumer.name][0]
+    columns = layout.columns[consumer.name][0]
     inputs = inputs.index_select(consumer.rule.channel_dim(inputs.ndim), columns)
     shifted = (inputs + 1).double()  # a margin of zeros is NO_CHANNEL
     numbers = consumer.rule.features(consumer.module, shifted).long() - 1
-    n, channels = tracker.samples, axis.layout.rows[producer.name].shape[1]
+    n, channels = tracker.samples, layout.rows[producer.name].shape[1]
     if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()) or len(numbers) % n:
         return None
     positions = tracker.rows // n
@@ -126,7 +135,7 @@ def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> Positi
     cells = torch.unique(first)
     cells = cells[cells != NO_CHANNEL]
     index = _renumbered(cells, int(cells.max()) + 1)[first]
-    grids = {producer.name: tuple(tracker.sizes), consumer.name: _grid(dag, consumer)}
+    grids = {producer.name: tuple(tracker.sizes), consumer.name: _grid(tracker.dag, consumer)}
     bare = PositionMap(tracker.means.entries(cells), index, positions, channels, grids)
     return _with_image(bare, producer, consumer)
 
@@ -166,7 +175,7 @@ def _renumbered(kept: Tensor, count: int) -> Tensor:
     return numbers
 
 
-def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
+def _grid(dag: Traced, edge: Edge) -> tuple[int, ...]:
     """The sizes of an edge's output in the example but for samples and channels."""
     shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
     return tuple(size for dim, size in enumerate(shape) if dim not in (0, edge.rule.channel_dim(len(shape))))
