@@ -38,12 +38,14 @@ def close(expected: object, actual: object, allowed: float | None = None) -> boo
         allowed: how far apart entries may be; by default what their type tells apart of the largest expected one.
 
     Returns:
-        Whether they are, of tensors also the shape, dtype and device.
+        Whether they are, of tensors also the shape, dtype, device and layout.
     """
     if not (isinstance(expected, Tensor) and isinstance(actual, Tensor)):
         return expected is actual or bool(np.all(expected == actual))
-    if any(getattr(expected, fact) != getattr(actual, fact) for fact in ("shape", "dtype", "device")):
+    if any(getattr(expected, fact) != getattr(actual, fact) for fact in ("shape", "dtype", "device", "layout")):
         return False
+    if expected.layout is not torch.strided:
+        expected, actual = expected.to_dense(), actual.to_dense()
     if not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(expected, actual)
     if allowed is None:

@@ -4,16 +4,19 @@ import collections
 import contextlib
 import operator
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
@@ -53,18 +56,37 @@ def restoring(restore: Callable[[], object]) -> Iterator[None]:
 def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Leaves a model and the random generators as they were, whatever happens inside. See :class:`ModelState`.
 
-    Gradients are None inside, as something there may run backward.
+    Gradients are None inside, as something there may run backward. Modules that were compiled in place run as they are
+    written, so that hooks see their layers.
     """
     state = ModelState(model, weights=weights)
-    with state.kept():
-        for saved in state.tensors:
-            if saved.grad is not None:
-                saved.tensor.grad = None
+    with state.kept(), _including_others(state):
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        state.drop_gradients()
+        yield
+
+
+@contextlib.contextmanager
+def _including_others(state: "ModelState") -> Iterator[None]:
+    """Inside, modules outside the model that this thread calls, a head or a metric, become part of a state."""
+    thread = threading.get_ident()
+
+    def include(module: nn.Module, _args: object) -> None:
+        new = id(module) not in state.modules and threading.get_ident() == thread
+        if new and torch._C._get_dispatch_mode(FAKE) is None:
+            with torch._C.DisableTorchFunction():
+                state.include(module)
+                state.drop_gradients()
+
+    handle = register_module_forward_pre_hook(include)
+    with restoring(handle.remove):
         yield
 
 
 class ModelState:
-    """A model and the random generators as they are when it is made, to come back to.
+    """A model and the random generators as they are when it is made, to come back to, and modules included later.
 
     Of the model: its class, every attribute of every module (modes, hooks, caches in containers), and of every
     parameter, buffer and other tensor there the gradient, ``requires_grad`` and the values.
@@ -78,20 +100,39 @@ class ModelState:
     def __init__(self, model: nn.Module, *, weights: bool = False) -> None:
         self.model, self.kind = model, type(model)
         self.trusting = False
-        containers: dict[int, Any] = {}
-        tensors: dict[int, Tensor] = {}
-        modules = list(model.modules())
-        for module in modules:
-            _collect(vars(module), containers, tensors)
-        self.contents = [(container, container.copy()) for container in containers.values()]
-        self.tensors = [
-            _TensorState.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in tensors.values()
-        ]
-        unusual = (value for module in modules for value in vars(module).values() if type(value) not in _USUAL)
-        own = ((value.set_state, value.get_state()) for value in unusual if isinstance(value, torch.Generator))
-        self.generators = [*_random_state(), *own]
+        self.modules: dict[int, nn.Module] = {}
+        self.contents: list[tuple[Any, Any]] = []
+        self.tensors: list[_TensorState] = []
+        self.generators = random_state()
         self.grad = torch.is_grad_enabled()
         self.modes, self.fake = torch._C._len_torch_function_stack(), torch._C._get_dispatch_mode(FAKE)
+        self.include(model, weights=weights)
+
+    def include(self, module: nn.Module, *, weights: bool = False) -> None:
+        """Comes back to another module too, as it is now.
+
+        Args:
+            module: with all its parts; what is known of it already stays so.
+            weights: as for the model.
+        """
+        containers: dict[int, Any] = {}
+        tensors: dict[int, Tensor] = {}
+        modules = [part for part in module.modules() if id(part) not in self.modules]
+        for part in modules:
+            _collect(vars(part), containers, tensors)
+        self.contents += [(container, container.copy()) for container in containers.values()]
+        self.tensors += [
+            _TensorState.of(tensor, weights or not isinstance(tensor, nn.Parameter)) for tensor in tensors.values()
+        ]
+        unusual = (value for part in modules for value in vars(part).values() if type(value) not in _USUAL)
+        self.generators += [(v.set_state, v.get_state()) for v in unusual if isinstance(v, torch.Generator)]
+        self.modules |= {id(part): part for part in modules}
+
+    def drop_gradients(self) -> None:
+        """Makes all gradients None, for what is to run backward inside."""
+        for saved in self.tensors:
+            if saved.grad is not None and saved.tensor.grad is saved.grad:
+                saved.tensor.grad = None
 
     def trusted(self, function: Callable[[], T]) -> T:
         """Runs a function that comes back here more than once.
@@ -214,7 +255,12 @@ class _TensorState:
             tensor.grad = self.grad
 
 
-def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
+    """What sets each random generator that all share, and its state.
+
+    Returns:
+        Functions, and what to call them with to come back to the present.
+    """
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
@@ -223,6 +269,29 @@ def _random_state() -> list[tuple[Callable[[Any], Any], Any]]:
     if torch.cuda.is_initialized():
         states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     return states
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global random generators, of torch, numpy and Python. Inside :func:`preserve_state`.
+
+    Args:
+        seed: any whole number from 0 on.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def drawn_so_far() -> tuple[object, ...]:
+    """What tells whether anything is drawn from the global random generators between two calls."""
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, *gauss = numpy_state
+    tensors = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        tensors += torch.cuda.get_rng_state_all()
+    return (*(crc32(t.numpy().tobytes()) for t in tensors), crc32(keys.tobytes()), position, *gauss, random.getstate())
 
 
 class NoDropout(TorchFunctionMode):

@@ -102,7 +102,8 @@ def resolve_sizes(
     users = [node for place in everywhere for node in program.attribute_uses[place]]
     calls = {node: (node.args, dict(node.kwargs)) for node in users} | dict(literals)
     calls = {node: with_attributes(arguments, everywhere) for node, arguments in calls.items()}
-    if literals or not agree or program.computed_attributes & {*resized, *everywhere}:
+    computed = frozenset().union(*(part.computed_attributes for part in program.every))
+    if literals or not agree or computed & {*resized, *everywhere}:
         return calls, attributes, True
     changed = {path: dict(names) for path, names in attributes.items()}
     for (path, name, index), size in everywhere.items():

@@ -6,6 +6,7 @@ labels are united; what nobody understands freezes what it touches, and the reas
 are one class at the end must grow together.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class Labelling:
         unit_dims: node -> the dimension along which channels stay apart; those along all others are one.
         channels: smaller labels are channels of layers.
         tensor_names: parameters and buffers of the model.
+        elsewhere: layers that only further examples run, so that they are not measured.
     """
 
     classes: UnionFind
@@ -75,6 +77,7 @@ class Labelling:
     unit_dims: Mapping[fx.Node, int] = field(default_factory=dict)
     channels: int = 0
     tensor_names: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
 
 
 class ChannelLabeller(LabelInterpreter):
@@ -191,6 +194,7 @@ class ChannelLabeller(LabelInterpreter):
             return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
         known = next((labels for rider, labels in self.labelling.entries.items() if rider.name == node.target), None)
         if known is not None:
+            self._check_use(node, known)
             return known
         if not binds(node, self.live):
             return self.opaque(node, f"is computed from {node.target}")
@@ -202,6 +206,12 @@ class ChannelLabeller(LabelInterpreter):
         self.labelling.entries[Rider(str(node.target), None, max(neutral, default=0.0))] = labels
         return labels
 
+    def _check_use(self, node: fx.Node, labels: Tensor) -> None:
+        """Freezes a tensor that one example adds and another multiplies with, so that no entry is neutral in both."""
+        neutral = {rider.neutral for rider in self.labelling.entries if rider.name == node.target}
+        if neutral_entries(node) - neutral:
+            self.freeze([labels], f"is bound to {node.target}, which is used in sums and in products")
+
     def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         name, rule, labelling = layer.name, layer.rule, self.labelling
         assert isinstance(rule, EdgeRule)
@@ -210,7 +220,6 @@ class ChannelLabeller(LabelInterpreter):
         dim, rows = rule.channel_dim(inputs.ndim), labelling.rows[name]
         columns = self._fold(self._per_channel(inputs, dim), rule.blocks(layer.module))
         if name in labelling.columns:
-            labelling.shared[name] = f"{name} is called more than once"
             columns = self.merge([labelling.columns[name], columns])
         labelling.columns[name] = columns
         if dim == 0 and inputs.ndim > 1:
@@ -248,7 +257,6 @@ class ChannelLabeller(LabelInterpreter):
             labelling.riders[name] = Rider(name, rule, paths=paths, module=module, owner=layer.owner)
         rider = labelling.riders[name]
         if rider in labelling.entries:
-            labelling.shared[name] = f"{name} is called more than once"
             self.merge([labelling.entries[rider], labels])
         labelling.entries[rider] = labels
 
@@ -286,8 +294,10 @@ def _written(labels: Tensor, rule: EdgeRule | RiderRule, node: fx.Node) -> Tenso
     return expanded_along(labels, rule.channel_dim(len(shape)), shape)
 
 
-def label(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
-    """Runs the whole graph on fresh labels."""
+def label(
+    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite], also: Sequence[fx.Graph] = ()
+) -> Labelling:
+    """Runs the whole graph on fresh labels, and those of further examples on the labels of the same layers."""
     tensor_names = frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()))
     labelling = Labelling(UnionFind(), tensor_names=tensor_names)
     edges = [(layer, layer.rule) for layer in layers.values() if isinstance(layer.rule, EdgeRule)]
@@ -298,15 +308,30 @@ def label(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]
             labelling.classes.unite(by_block[:1], by_block)
     labelling.channels = len(labelling.classes)
     labeller = ChannelLabeller(model, layers, labelling)
-    labeller.live = _live(graph)
-    labeller.run(graph.nodes, labelling.values)
+    for each in (graph, *also):
+        labeller.live = _live(each)
+        labeller.run(each.nodes, labelling.values)
     labelling.rows = {name: rows for name, rows in labelling.rows.items() if name in labelling.columns}
-    for layer, rule in edges:
-        if layer.inputs not in labeller.live:
-            labelling.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
-        elif rule.blocks(layer.module) > 1:
-            labelling.shared[layer.name] = f"{layer.name} has weights of its own for every group"
+    _note_shared(graph, layers, labelling)
     return labelling
+
+
+def _note_shared(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite], labelling: Labelling) -> None:
+    """Notes the layers whose weights do not act once on each sample of the first example."""
+    live = _live(graph)
+    calls = Counter(layer.name for node, layer in layers.items() if node.graph is graph)
+    labelling.elsewhere = frozenset(layer.name for layer in layers.values()) - calls.keys()
+    for name, count in calls.items():
+        if count > 1:
+            labelling.shared[name] = f"{name} is called more than once"
+    for name in labelling.elsewhere:
+        labelling.shared[name] = f"{name} is run by other examples than the first, which is the one that is measured"
+    for layer in (layer for node, layer in layers.items() if node.graph is graph):
+        rule = layer.rule
+        if isinstance(rule, EdgeRule) and layer.inputs not in live:
+            labelling.shared[layer.name] = f"{layer.name} reads a constant, not the samples"
+        elif isinstance(rule, EdgeRule) and rule.blocks(layer.module) > 1:
+            labelling.shared[layer.name] = f"{layer.name} has weights of its own for every group"
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

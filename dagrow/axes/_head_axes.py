@@ -40,14 +40,14 @@ def head_axes(
         Axes of another labelling, and those that they stand for.
     """
     labelling = layouts[0].labelling
-    dims = dict(_laid_out(program.graph, labelling, _labels_of(layouts)))
+    dims = dict(_laid_out(program, labelling, _labels_of(layouts)))
     growable: list[AxisLayout] = []
     replaced: dict[AxisLayout, None] = {}
     for rank in range(1, _RANKS + 1):
         unit_dims = {node: node_dims[-rank] for node, node_dims in dims.items() if rank <= len(node_dims)}
         remaining = list(layouts) if unit_dims or rank == 1 else []
         for is_split in (False, True):
-            splits = list(_equal_splits(program.graph, labelling, _labels_of(remaining))) if is_split else []
+            splits = list(_equal_splits(program, labelling, _labels_of(remaining))) if is_split else []
             if not remaining or not (splits if is_split else unit_dims):
                 continue
             merged = _merged(program, layers, replace(labelling, unit_dims=unit_dims), splits)
@@ -63,10 +63,15 @@ def _labels_of(layouts: Iterable[AxisLayout]) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.long), *(layout.labels for layout in layouts)])
 
 
-def _laid_out(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iterator[tuple[fx.Node, list[int]]]:
+def _nodes(program: Program) -> Iterator[fx.Node]:
+    """Of all examples."""
+    return (node for part in program.every for node in part.graph.nodes)
+
+
+def _laid_out(program: Program, labelling: Labelling, labels: Tensor) -> Iterator[tuple[fx.Node, list[int]]]:
     """Where channels are laid out over several dimensions, and which."""
     is_member = labelling.classes.membership(labels)
-    for node in graph.nodes:
+    for node in _nodes(program):
         value = labelling.values.get(node)
         if op_name(node) in _LAYOUTS and isinstance(value, Tensor):
             roots = labelling.classes.roots(unexpanded(value))
@@ -75,10 +80,10 @@ def _laid_out(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iterator
                 yield node, dims
 
 
-def _equal_splits(graph: fx.Graph, labelling: Labelling, labels: Tensor) -> Iterator[list[Tensor]]:
+def _equal_splits(program: Program, labelling: Labelling, labels: Tensor) -> Iterator[list[Tensor]]:
     """Parts of the same shape that channels are cut into."""
     is_member = labelling.classes.membership(labels)
-    for node in graph.nodes:
+    for node in _nodes(program):
         parts = labelling.values.get(node)
         if op_name(node) in CUTS and isinstance(parts, (tuple, list)):
             all_hold = all(bool(is_member[labelling.classes.roots(unexpanded(part))].any()) for part in parts)
@@ -105,7 +110,7 @@ def _merged(
     for node, dim in labelling.unit_dims.items():
         labeller.unite_units(values[node], dim)
     changed, arrived = set(labelling.unit_dims), set()
-    for node in program.graph.nodes:  # what follows them is labelled again
+    for node in _nodes(program):  # what follows them is labelled again
         if not any(source in changed for source in node.all_input_nodes):
             continue
         layer = layers.get(node)

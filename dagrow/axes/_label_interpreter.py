@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from dagrow._pytree import tensors_in
-from dagrow.axes._label_tensors import NO_CHANNEL, concatenated, is_repeated, reshaped, unexpanded
+from dagrow.axes._label_lookups import gathered, indexed, indexed_dims, moves_by_numbers
+from dagrow.axes._label_tensors import NO_CHANNEL, concatenated, is_repeated, reshaped, thinned, unexpanded
 from dagrow.layers import (
     ATTENTION,
     ATTENTION_ARGUMENTS,
-    CREATION,
     MODES,
     MOVES,
+    NOISE,
     PAIRWISE,
+    PICKS,
     POINTWISE,
+    PUTS,
     REDUCTIONS,
     REFUSALS,
     SIZES,
@@ -38,6 +42,7 @@ from dagrow.layers import (
     op_name,
     reduced_dims,
     tables_of,
+    taken_dims,
 )
 
 Values = dict[fx.Node, Any]
@@ -116,13 +121,24 @@ class LabelInterpreter(ABC):
         """Adds the nodes' values to ``values``."""
         for node in nodes:
             try:
-                values[node] = self.evaluate(node, values)
+                value = self.evaluate(node, values)
+                if _sizes(value) != _sizes(node.meta.get("val")):
+                    raise RuntimeError("labels are not laid out as numbers are")
             except _FAILURES:
                 touched = [values[source] for source in node.all_input_nodes]
-                values[node] = self.unknown(node, touched, f"operation {op_name(node)} cannot run on labels")
+                value = self.unknown(node, touched, f"operation {name_of(node)} cannot run on labels")
+            values[node] = value
 
     def evaluate(self, node: fx.Node, values: Values) -> object:
-        """The node's value, from those of the nodes before it."""
+        """The node's value, from those of the nodes before it; labels of several results are those of each."""
+        value, result = self._evaluated(node, values), node.meta.get("val")
+        if not isinstance(value, Tensor) or isinstance(result, Tensor):
+            return value
+        if any(part.ndim != value.ndim for part in tensors_in(result)):
+            raise RuntimeError("results differ in their dimensions")
+        return tree_map(lambda part: value if isinstance(part, Tensor) else part, result)
+
+    def _evaluated(self, node: fx.Node, values: Values) -> object:
         if node.op in ("placeholder", "get_attr"):
             return self.source(node)
         layer = self.layers.get(node)
@@ -160,6 +176,9 @@ class LabelInterpreter(ABC):
             dims = mixed_dims(node, module, args[0].ndim)
             if dims is not None:
                 return self.mixed(node, f"{type(module).__name__} ({node.target})", dims, args[0])
+        taken = taken_dims(node, module, args, kwargs)
+        if taken is not None:
+            return self.taken(node, taken, self.merge(tensors_in(args)))
         if isinstance(module, nn.Embedding):
             return self.table(node, f"Embedding ({node.target}) {REFUSALS[nn.Embedding]}")
         no_rule = "has no rule" if len(args) + len(kwargs) == 1 else "has no rule for several arguments"
@@ -170,16 +189,21 @@ class LabelInterpreter(ABC):
         name, tensors = op_name(node), tensors_in((args, kwargs))
         if name in MODES:
             return None
-        if name in SIZES or not (tensors or name in CREATION | UNIFORM):
+        if name in SIZES or not (tensors or tensors_in(node.meta.get("val"))):
             return executor(node)(*args, **kwargs)
-        if name in CREATION | UNIFORM:
+        if name in UNIFORM or len(tensors) == str(name).startswith("new_"):
             return self.created(node, args, kwargs)
-        if name in MOVES and not (name == "getitem" and tensors_in(args[1:])):  # labels are no indices
-            return self.move(node, args, kwargs)
-        if name in POINTWISE and isinstance(args[0], Tensor):
-            return args[0] if len(tensors) == 1 or name in ("to", "type_as") else self.merge(tensors)
+        if name in MOVES:
+            by_numbers = moves_by_numbers(name, args, kwargs)
+            return self.picked(node, args, kwargs) if by_numbers else self.move(node, args, kwargs)
+        if name in PICKS | PUTS:
+            return (self.looked_up if name in PICKS else self.put)(node, *args, **kwargs)
+        if name in POINTWISE | NOISE:
+            return tensors[0] if len(tensors) == 1 or name in ("to", "type_as") else self.merge(tensors)
         if name in PAIRWISE:
             return self.merge(tensors)
+        if name == "view_as_complex":  # pairs of channels become one
+            return self.merge(args[0].unbind(-1))
         if name == "glu":
             return self.halves(node, *args, **kwargs)
         if name in REDUCTIONS:
@@ -191,8 +215,11 @@ class LabelInterpreter(ABC):
             left, right = (arg for arg in args if isinstance(arg, Tensor))
             return self.multiply(node, product, left, right)
         tables = tables_of(name, None, args, kwargs)
-        if tables is not None and len(tensors) == 1 and isinstance(node.meta["val"], Tensor):
+        if tables is not None and len(tensors) == 1:
             return self.spatial(node, tables, args[0])
+        taken = taken_dims(node, None, args, kwargs)
+        if taken is not None:
+            return self.taken(node, taken, self.merge(tensors))
         dims = mixed_dims(node, None, args[0].ndim) if tensors and args and isinstance(args[0], Tensor) else None
         if dims is not None:
             self.freeze(tensors[1:], f"is used in {name}")
@@ -200,16 +227,13 @@ class LabelInterpreter(ABC):
         return self.unknown(node, (args, kwargs), f"operation {name_of(node)} has no rule")
 
     def created(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
-        """A constant, whose shape may follow a width. Channels stay apart in one that is the same everywhere."""
-        name = str(op_name(node))
-        shaping = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "generator")}
-        constant = executor(node)(*args, **shaping, **_NOWHERE)
-        assert isinstance(constant, Tensor)
-        if name in UNIFORM:
-            return torch.tensor(NO_CHANNEL).expand(constant.shape)
-        if constant.shape != node.meta["val"].shape:
-            raise RuntimeError(f"the size of what {name} makes follows a width")
-        return self.opaque(node, f"is a constant made by {name}")
+        """A tensor made from no others. Channels stay apart in one that is alike everywhere; else it is a constant."""
+        if op_name(node) not in UNIFORM:
+            return self.opaque(node, f"is a constant made by {op_name(node)}")
+        shaping = {key: value for key, value in kwargs.items() if key not in ("device", "dtype", "generator", "layout")}
+        made = executor(node)(*args, **shaping, **_NOWHERE)
+        assert isinstance(made, Tensor)
+        return torch.tensor(NO_CHANNEL).expand(made.shape)
 
     def halves(self, node: fx.Node, inputs: Tensor, dim: int = -1) -> object:
         """A gated linear unit: the halves of a dimension meet."""
@@ -246,13 +270,61 @@ class LabelInterpreter(ABC):
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
             return self.unknown(node, inputs, f"{op_name(node)} mixes channels")
-        index = tuple(slice(0, 1) if d in dims else slice(None) for d in range(inputs.ndim))
-        result = node.meta["val"]
-        value = result if isinstance(result, Tensor) else result[0]
-        reduced = inputs[index] if value.ndim == inputs.ndim else inputs[index].squeeze(dims)
-        if result is value:
-            return reduced
-        return type(result)([reduced, torch.tensor(NO_CHANNEL).expand(reduced.shape)])  # values and their indices
+        reduced, result = thinned(inputs, dims), tensors_in(node.meta["val"])[0]
+        return reduced if result.ndim == inputs.ndim else reduced.squeeze(dims)
+
+    def taken(self, node: fx.Node, dims: Sequence[int], inputs: Tensor) -> object:
+        """Entries along some dimensions are ordered or transformed; different channels must not be among them."""
+        self.check_taken_together(node, inputs, dims)
+        if any(self.varies(inputs, d) for d in dims):
+            return self.unknown(node, inputs, f"{op_name(node) or name_of(node)} mixes channels")
+        result, thin = tensors_in(node.meta["val"])[0], thinned(inputs, dims)
+        if result.ndim != inputs.ndim:
+            return thin.squeeze(tuple(dims))
+        return thin.expand([size if d in dims else -1 for d, size in enumerate(result.shape)])
+
+    def looked_up(self, node: fx.Node, inputs: Tensor, dim: Any, index: Any = None, **kwargs: Any) -> object:
+        """Entries along a dimension are picked by the numbers in a tensor, which labels do not know."""
+        if isinstance(dim, Tensor):  # take_along_dim
+            dim, index = index, dim
+        index, dim = kwargs.get("index", index), kwargs.get("dim", dim) % inputs.ndim
+        if self.varies(inputs, dim):
+            return self.unknown(node, (inputs, index), f"{op_name(node)} picks channels by numbers in a tensor")
+        picked = gathered(inputs, dim, index)
+        self.check_index(node, index, picked)
+        return picked
+
+    def put(self, node: fx.Node, inputs: Tensor, dim: int, index: Tensor, source: Any, *_: Any, **__: Any) -> object:
+        """Entries go along a dimension to where the numbers in a tensor say."""
+        if not isinstance(source, Tensor):
+            return inputs
+        dim %= inputs.ndim
+        if self.varies(inputs, dim) or self.varies(source, dim):
+            reason = f"{op_name(node)} puts channels where numbers in a tensor say"
+            return self.unknown(node, (inputs, index, source), reason)
+        put = self.merge([thinned(inputs, [dim]), thinned(source, [dim])])
+        self.check_index(node, index, put)
+        return put.expand(inputs.shape)
+
+    def picked(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
+        """An operation that moves entries by the numbers in tensors, which labels do not know."""
+        reason = f"{op_name(node)} picks channels by numbers in a tensor"
+        if op_name(node) != "getitem":
+            dims = taken_dims(node, None, args, kwargs)
+            return self.unknown(node, (args, kwargs), reason) if dims is None else self.taken(node, dims, args[0])
+        inputs, index = args[0], args[1] if isinstance(args[1], tuple) else args[1:]
+        meta: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
+        meta_index = meta[1] if isinstance(meta[1], tuple) else meta[1:]
+        if any(self.varies(inputs, dim) for dim in indexed_dims(index, meta_index, inputs.ndim)):
+            return self.unknown(node, args, reason)
+        self.freeze(tensors_in(index), located(node, "is used as an index"))
+        return indexed(inputs, index, meta_index, meta[0], node.meta["val"])
+
+    def check_index(self, node: fx.Node, index: Tensor, picked: Tensor) -> None:
+        """Numbers that were computed from channels pick for the same channels only."""
+        a, b = self.comparable(unexpanded(index)), self.comparable(unexpanded(picked))
+        if a.ndim != b.ndim or not bool((a == b).all()):
+            self.freeze([index], located(node, f"is used as an index in {op_name(node)}"))
 
     def spatial(self, node: fx.Node, tables: Tables, inputs: Tensor) -> object:
         """An operation on the last dimensions. Along one that holds several channels, entries may only be moved."""
@@ -289,6 +361,10 @@ class LabelInterpreter(ABC):
         return self.opaque(node, reason)
 
 
+def _sizes(value: object) -> list[torch.Size]:
+    return [part.shape for part in tensors_in(value)]
+
+
 def name_of(node: fx.Node) -> str:
     """What a node's operation is called; of a module, its path."""
     return op_name(node) or str(node.target)
@@ -305,6 +381,8 @@ def moved(node: fx.Node, args: tuple, kwargs: dict) -> Any:
     name = op_name(node)
     if name in ("view", "reshape"):
         return reshaped(args[0], torch.empty_like(args[0], device="meta").reshape(*args[1:], **kwargs).shape)
+    if name == "view_as_real":
+        return args[0].unsqueeze(-1).expand(*args[0].shape, 2)
     if name in ("cat", "concat", "concatenate"):
         return concatenated(*args, **kwargs)
     if name in ("roll", "flip") and not kwargs and is_repeated(args[0], args[-1]):

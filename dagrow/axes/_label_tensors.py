@@ -21,6 +21,11 @@ def unexpanded(tensor: Tensor) -> Tensor:
     return tensor.as_strided([size if step else 1 for size, step in zip(tensor.shape, strides, strict=True)], strides)
 
 
+def thinned(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """The tensor with some dimensions cut to one entry."""
+    return tensor[tuple(slice(0, 1) if d in dims else slice(None) for d in range(tensor.ndim))]
+
+
 def expanded_along(labels: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
     """Labels along one dimension of a shape, whose size there may be another, the same at all positions."""
     column = labels.view([-1 if d == dim else 1 for d in range(len(shape))])
@@ -46,7 +51,7 @@ def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A reshape that keeps repeated what is repeated along dimensions that stay as they are."""
     stay = _same_dims(tensor.shape, shape) if tensor.numel() else {}
     repeated = {before: after for before, after in stay.items() if tensor.stride(before) == 0}
-    thin = tensor[tuple(slice(0, 1) if d in repeated else slice(None) for d in range(tensor.ndim))]
+    thin = thinned(tensor, [*repeated])
     thin_shape = [1 if d in repeated.values() else size for d, size in enumerate(shape)]
     return thin.reshape(thin_shape).expand(torch.Size(shape))
 
@@ -65,7 +70,7 @@ def concatenated(parts: Sequence[Tensor], dim: int = 0, axis: int | None = None)
     repeated = [d for d in range(len(sizes)) if d != dim and all(_repeats(part, d, len(sizes)) for part in parts)]
     if any(part.shape[d] != sizes[d] for part in parts for d in repeated):
         raise RuntimeError("sizes of tensors must match except in the dimension of the concatenation")
-    thin = [part[tuple(slice(0, 1) if d in repeated else slice(None) for d in range(len(sizes)))] for part in parts]
+    thin = [thinned(part, repeated) for part in parts]
     return torch.cat(thin, dim).expand([size if d in repeated else -1 for d, size in enumerate(sizes)])
 
 

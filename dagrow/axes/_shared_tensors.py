@@ -5,7 +5,7 @@ cannot grow at one of them. Convolutions with groups grow by whole groups; where
 again with such a convolution as an edge, which grows by a channel in each group.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from dagrow.tracing import tensor_at
 
 
 def labelled(
-    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]
+    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite], also: Sequence[fx.Graph] = ()
 ) -> tuple[dict[fx.Node, LayerSite], Labelling]:
     """Runs a graph on labels, and freezes what shared tensors write, read or carry.
 
@@ -25,17 +25,19 @@ def labelled(
         graph: of the model's forward.
         model: the model.
         layers: those that a rule knows, by their nodes.
+        also: graphs of the same model for further examples, whose layers are among them.
 
     Returns:
         The layers, convolutions whose groups are frozen as edges, within whose groups what is around them may still
         grow; and the labelling.
     """
-    labelling = _label_and_freeze(graph, model, layers)
+    graphs = (graph, *also)
+    labelling = _label_and_freeze(graphs, model, layers)
     rules = {rider.name: rule for rider in labelling.entries if (rule := _rule_within_groups(labelling, rider))}
     if not rules:
         return dict(layers), labelling
     layers = {node: replace(layer, rule=rules.get(layer.name, layer.rule)) for node, layer in layers.items()}
-    return layers, _label_and_freeze(graph, model, layers)
+    return layers, _label_and_freeze(graphs, model, layers)
 
 
 def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
@@ -48,23 +50,31 @@ def _rule_within_groups(labelling: Labelling, rider: Rider) -> EdgeRule | None:
     return BlockConvolutionRule(rule.space, groups=int(module.groups)) if is_frozen else None  # type: ignore[arg-type]
 
 
-def _label_and_freeze(graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
-    labelling = label(graph, model, layers)
-    sharing = _Sharing.of(graph, model, layers)
+def _label_and_freeze(graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> Labelling:
+    graph, *also = graphs
+    labelling = label(graph, model, layers, also)
+    sharing = _Sharing.of(graphs, model, layers)
+    calls = {name: reason for each in graphs for name, reason in _varying_calls(each, layers).items()}
     for layer in {layer.name: layer for layer in layers.values() if layer.name in labelling.rows}.values():
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
         names = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
-        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module)
+        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module) or calls.get(layer.name)
         if reason:
             labelling.shared.setdefault(layer.name, reason)
             labelling.classes.freeze(labelling.rows[layer.name], reason)
             labelling.classes.freeze(labelling.columns[layer.name], reason)
     for rider, labels in labelling.entries.items():
-        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors)
+        reason = sharing.reason(None if rider.rule is None else rider.name, rider.tensors) or calls.get(rider.name)
         if reason:
             labelling.classes.freeze(labels, reason)
     return labelling
+
+
+def _varying_calls(graph: fx.Graph, layers: Mapping[fx.Node, LayerSite]) -> dict[str, str]:
+    """Layers and tensors used directly that are called more often for more samples, and how it is said."""
+    marked = [node for node in graph.nodes if "calls" in node.meta]
+    return {layers[node].name if node in layers else str(node.target): node.meta["calls"] for node in marked}
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,15 @@ class _Sharing:
     readers: Mapping[str, set[str | None]]
 
     @classmethod
-    def of(cls, graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> "_Sharing":
+    def of(cls, graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapping[fx.Node, LayerSite]) -> "_Sharing":
         names: dict[int, list[str]] = {}
         buffers = model.named_buffers(remove_duplicate=False)
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
             names.setdefault(id(tensor), []).append(name)
         readers: dict[str, set[str | None]] = {}
-        for name, reader in _reads(graph, model, layers):
-            readers.setdefault(name, set()).add(reader)
+        for graph in graphs:
+            for name, reader in _reads(graph, model, layers):
+                readers.setdefault(name, set()).add(reader)
         return cls(model, names, readers)
 
     def reason(self, user: str | None, paths: Iterable[str]) -> str | None:
@@ -99,6 +110,8 @@ class _Sharing:
             names = self.names.get(id(tensor_at(self.model, name)), [])
             if not names:
                 return f"{name} is computed, not a parameter"
+            if tensor_at(self.model, name).is_complex():
+                return f"{name} holds complex numbers"
             if len(names) > 1:
                 return f"{name} is shared with {', '.join(other for other in names if other != name)}"
             if any(reader != user for reader in self.readers.get(name, ())):

@@ -31,7 +31,7 @@ from dagrow.axes._widening_checks import (
     check_size,
     check_split,
 )
-from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, Contraction, EdgeRule, LayerSite, op_name
+from dagrow.layers import ATTENTION, ATTENTION_ARGUMENTS, UNIFORM, Contraction, EdgeRule, LayerSite, op_name
 from dagrow.tracing import Program
 
 
@@ -122,10 +122,18 @@ class WidenedLabeller(ChannelLabeller):
         Raises:
             CannotWidenError: a check of the safety net failed.
         """
-        graph, uses = self.program.graph, self.program.attribute_uses
+        uses = self.program.attribute_uses
         starts = {node for node, layer in self.layers.items() if layer.name in self.row_maps}
-        starts |= {node for rider in self.rider_maps for node in graph.find_nodes(op="get_attr", target=rider.name)}
         starts |= {node for place in self.sizes for node in uses[place] if node not in self.layers}
+        for graph in (program.graph for program in self.program.every):
+            starts |= {node for rider in self.rider_maps for node in graph.find_nodes(op="get_attr", target=rider.name)}
+            self._run_from([node for node in starts if node.graph is graph])
+        check_new_labels(self.classes, self.first_new, self.units)
+        check_arrivals(self.layers.values(), self.layout, self.labelling, self.reads, bool(self.sums))
+        self._resize_calls()
+
+    def _run_from(self, starts: Iterable[fx.Node]) -> None:
+        """Runs nodes of one graph, and what follows those whose value changes."""
         waiting, seen = sorted(starts), set(starts)
         while waiting:
             node = heapq.heappop(waiting)
@@ -135,9 +143,6 @@ class WidenedLabeller(ChannelLabeller):
                     if user not in seen:
                         seen.add(user)
                         heapq.heappush(waiting, user)
-        check_new_labels(self.classes, self.first_new, self.units)
-        check_arrivals(self.layers.values(), self.layout, self.labelling, self.reads, bool(self.sums))
-        self._resize_calls()
 
     def _changes(self, node: fx.Node) -> bool:
         """Runs a node. Whether its value is another than before."""
@@ -151,11 +156,8 @@ class WidenedLabeller(ChannelLabeller):
         only_reads = layer is not None and layer.name in self.before.rows and layer.name not in self.row_maps
         if only_reads or self._is_unchanged(value, before):
             return False
-        if not self._is_checked(node, value, before):
-            if node.meta.get("baked") and value != before:
-                self.literals[node] = node.args, dict(node.kwargs)
-            if isinstance(value, Tensor) and isinstance(before, Tensor):
-                check_order(node, self.classes, self.first_new, value, before)
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and not self._is_checked(node, value, before):
+            check_order(node, self.classes, self.first_new, value, before)
         self.values[node] = value
         self._checked[node] = self.classes.unions
         return True
@@ -216,6 +218,11 @@ class WidenedLabeller(ChannelLabeller):
 
     def check_taken_together(self, node: fx.Node, inputs: Tensor, dims: Iterable[int]) -> None:
         check_size(node, inputs.shape, self.before.values[node.all_input_nodes[0]].shape, dims)
+
+    def created(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
+        if op_name(node) not in UNIFORM:  # what it is called with follows the width, or nobody would ask
+            raise CannotWidenError(located(node, f"what {name_of(node)} makes follows the width"))
+        return super().created(node, args, kwargs)
 
     def check_product(self, node: fx.Node, product: Contraction, left: Tensor, right: Tensor) -> None:
         before = [labels for n in node.all_input_nodes if isinstance(labels := self.before.values[n], Tensor)]

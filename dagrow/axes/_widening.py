@@ -13,7 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from dagrow.axes._attribute_sizes import Attributes, changed_attributes, resized_attributes, resolve_sizes
+from dagrow.axes._attribute_sizes import (
+    Attributes,
+    AttributeSizes,
+    changed_attributes,
+    resized_attributes,
+    resolve_sizes,
+)
 from dagrow.axes._channel_labels import Rider
 from dagrow.axes._grouping import AxisLayout
 from dagrow.axes._index_map import CannotWidenError, IndexMap
@@ -22,7 +28,7 @@ from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._size_rewriting import Arguments
 from dagrow.axes._widened_labels import WidenedLabeller
 from dagrow.layers import MOVES, ZERO_KEEPING, LayerSite, is_move_module, keeps_zero, op_name
-from dagrow.tracing import AttributePath, Program
+from dagrow.tracing import AttributeInt, AttributePath, Program, Trial
 
 T = TypeVar("T")
 
@@ -40,6 +46,7 @@ class WideningPlan:
         written: whether the forward must be written anew, with the literals in it; else the attributes change it.
         zeros: producer -> which slots of a new unit must start at zero ``[slots]``.
         silent: whether some of what layers read of a new unit starts at zero.
+        trials: for each example of which a comparison of sizes comes out otherwise, its number and its sizes.
     """
 
     rows: Mapping[str, IndexMap]
@@ -50,6 +57,7 @@ class WideningPlan:
     written: bool = False
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
     silent: bool = False
+    trials: Sequence[tuple[int, Trial]] = ()
 
     @property
     def touched(self) -> set[tuple[str, str]]:
@@ -110,14 +118,36 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
         for rider in layout.entries
     }
     resized = resized_attributes(program.model, layers, layout, run.labelling)
-    literals, attributes, written = resolve_sizes(program, run.literals, run.attributes, resized, run.sizes)
+    trials, fixed = _comparisons(run, {**resized, **run.sizes})
+    kept = {node: (node.args, dict(node.kwargs)) for node in fixed} | run.literals
+    literals, attributes, written = resolve_sizes(program, kept, run.attributes, resized, run.sizes)
     read = torch.cat(
         [torch.empty(0, dtype=torch.long)]
         + [run.classes.roots(run.labelling.columns[edge][columns[edge].new.flatten()]) for edge in columns]
     )
     zero = _zero_labels(run, read)
     zeros, silent = _zero_slots(run, zero), bool(torch.isin(read, zero).any())
-    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, zeros, silent)
+    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, zeros, silent, trials)
+
+
+def _comparisons(run: WidenedLabeller, attributes: AttributeSizes) -> tuple[list[tuple[int, Trial]], list[fx.Node]]:
+    """What comes out otherwise in the wider network: trials of it, and the nodes that are compared."""
+
+    def value(side: object) -> object:
+        if isinstance(side, AttributeInt):
+            return attributes.get(side.path, int(side))
+        return run.values[side] if isinstance(side, fx.Node) else side
+
+    trials, nodes = [], list[fx.Node]()
+    for number, program in enumerate(run.program.every):
+        otherwise = [each for each in program.comparisons if each.comes_out_otherwise(value)]
+        if otherwise:
+            values = {node.name: run.values[node] for node in program.graph.nodes}
+            sizes = {name: v.shape if isinstance(v, Tensor) else v for name, v in values.items()}
+            sizes = {name: v for name, v in sizes.items() if isinstance(v, (int, torch.Size))}
+            trials.append((number, Trial(sizes, attributes)))
+            nodes += [node for each in otherwise for node in each.nodes]
+    return trials, nodes
 
 
 def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLayout, k: int) -> WidenedLabeller:

@@ -21,11 +21,11 @@ from dagrow.axes._index_map import CannotWidenError
 from dagrow.axes._label_interpreter import Values, located, name_of
 from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._union_find import UnionFind
-from dagrow.layers import ATTENTION, CREATION, CUTS, MOVES, UNIFORM, EdgeRule, LayerSite, op_name
+from dagrow.layers import ATTENTION, CUTS, MOVES, UNIFORM, EdgeRule, LayerSite, op_name
 from dagrow.tracing import AttributeInt, AttributePath
 
 _FILLING = {"full", "full_like", "new_full"}
-_SHAPING = MOVES | CREATION | UNIFORM - _FILLING | {ATTENTION}
+_SHAPING = MOVES | UNIFORM - _FILLING | {ATTENTION}
 
 
 def check_new_labels(classes: UnionFind, first_new: int, units: Tensor) -> None:

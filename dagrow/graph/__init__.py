@@ -19,6 +19,7 @@ room knows nothing of batches and losses, and writes nothing into a model.
 from dagrow.graph._axes import Axis, Writing
 from dagrow.graph._dag import Dag, trace
 from dagrow.graph._edges import Edge
+from dagrow.graph._owners import check_owners
 from dagrow.graph._position_map import PositionMap, per_channel
 from dagrow.graph._summary import weight_uses
 from dagrow.graph._view import Rule
@@ -30,6 +31,7 @@ __all__ = [
     "PositionMap",
     "Rule",
     "Writing",
+    "check_owners",
     "per_channel",
     "trace",
     "weight_uses",

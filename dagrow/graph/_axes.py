@@ -1,7 +1,7 @@
 """Axes: the hidden widths between weighted layers, and what new units can start as there."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dagrow.axes import AxisLayout, Rider, widen
@@ -18,7 +18,7 @@ class Axis:
         name: the names of those producers that were there first: it stays as it is when new paths join.
         width: its number of units (a unit is one channel, or several that can only grow together).
         producers: the edges that write it.
-        consumers: the edges that read it.
+        consumers: the edges that read it, in any of the examples.
         riders: what carries one entry per channel on the way.
         growable: whether it can widen.
         reason: why not, or None.
@@ -36,10 +36,34 @@ class Axis:
     traced: Traced = field(repr=False, compare=False)
 
     @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Layers beside it that other examples run, not the first: they widen along, and are not measured."""
+        return tuple(name for name in self._names if name in self.layout.labelling.elsewhere)
+
+    @property
+    def measured(self) -> "Axis":
+        """The axis as the first example shows it, without the layers that only others run."""
+        elsewhere = self.elsewhere
+        if not elsewhere:
+            return self
+        producers, consumers = (
+            tuple(edge for edge in edges if edge.name not in elsewhere) for edges in (self.producers, self.consumers)
+        )
+        riders = tuple(rider for rider in self.riders if rider.name not in elsewhere)
+        return replace(self, producers=producers, consumers=consumers, riders=riders)
+
+    @property
     def shared(self) -> str | None:
         """Why no closed form holds for it: a layer beside it does not act once on each sample; or None."""
-        names = [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
-        return next((why for name in names if (why := self.layout.labelling.shared.get(name))), None)
+        shared = self.layout.labelling.shared
+        there = self.measured
+        if not there.producers or (self.consumers and not there.consumers):
+            return shared[self.elsewhere[0]]
+        return next((why for name in there._names if (why := shared.get(name))), None)
+
+    @property
+    def _names(self) -> list[str]:
+        return [edge.name for edge in (*self.producers, *self.consumers)] + [rider.name for rider in self.riders]
 
     @cached_property
     def writings(self) -> tuple["Writing", ...]:

@@ -13,6 +13,7 @@ from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._axes import Axis
 from dagrow.graph._edges import Edge, in_place
+from dagrow.graph._owners import check_unwrapped
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
 from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
 from dagrow.layers import LayerRule, LayerSite, OperationRule
@@ -29,14 +30,17 @@ class Dag:
     Attributes:
         model: the user's own.
         example_inputs: what it was traced with.
+        also: further examples, of other calls.
         rules: the user's own.
         view: all that was read off the model, as it is since the last growth.
         undos: what undoes the growths of the transaction that is open, oldest first; None where none is.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: object, rules: Sequence[Rule]) -> None:
-        self.model, self.example_inputs, self.rules = model, example_inputs, tuple(rules)
-        self._tracer = Tracer(model, example_inputs, self.rules)
+    def __init__(
+        self, model: nn.Module, example_inputs: object, rules: Sequence[Rule], also: Sequence[object] = ()
+    ) -> None:
+        self.model, self.example_inputs, self.rules, self.also = model, example_inputs, tuple(rules), tuple(also)
+        self._tracer = Tracer(model, example_inputs, self.also, self.rules)
         self._growths = _growths.setdefault(model, [])
         self.undos: list[Any] | None = None
         self.view: DagView = analyse(self._tracer, self._growths, verified=True)
@@ -148,11 +152,15 @@ class Dag:
             GrowthError: the axis cannot grow so.
         """
         try:
-            return widen(self.program, self.layers, axis.layout, k)
+            plan = widen(self.program, self.view.every_layer, axis.layout, k)
         except CannotWidenError as misfit:
             raise GrowthError(
                 f"axis {axis.name} cannot grow by {k}: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
+        raised = self.view.obstacles.raised(plan)
+        if raised:
+            raise GrowthError(f"axis {axis.name} cannot grow by {k}: {raised}. Give a number that the model takes.")
+        return plan
 
     def check(self) -> None:
         """Makes sure that the model is still the one that was traced.
@@ -195,7 +203,7 @@ class Dag:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are traced anew, with the model and without the receipts that could undo growths."""
-        return Dag, (self.model, self.example_inputs, self.rules)
+        return Dag, (self.model, self.example_inputs, self.rules, self.also)
 
     def __repr__(self) -> str:
         growing = sum(axis.growable for axis in self.axes)
@@ -212,6 +220,8 @@ class Dag:
         """
         unknown = without_rule(self.program, self._tracer.layer_rules)
         notes = [f"No rule yet for {', '.join(unknown)}: what they touch cannot grow."] if unknown else []
+        idle = ", ".join(self.view.obstacles.unreached.names)
+        notes += [f"No example runs {idle}: an axis that they may read or write cannot grow."] if idle else []
         notes += [f"Fixed while tracing: {text}." for text in self.program.specialisations]
         return "\n".join([render(*tables(repr(self), self.edges, self.axes), width=width), *notes])
 
@@ -219,13 +229,19 @@ class Dag:
         return self.describe()
 
 
-def trace(model: nn.Module, example_inputs: object = None, *, rules: Sequence[Rule] = ()) -> Dag:
+def trace(
+    model: nn.Module, example_inputs: object = None, *, also: Sequence[object] = (), rules: Sequence[Rule] = ()
+) -> Dag:
     """Views a model as a dag. Changes nothing.
 
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Without it the
             model goes through ``torch.fx``, and the example's shape is taken from its first layer.
+        also: a list of further examples, each given like ``example_inputs``, of calls that run other parts of the model
+            (a head of another task, an optional input, a flag). What they show is united: an axis has the layers
+            that write and read it in any of them, and growing it keeps the function of all of these calls. Measured
+            is what the first example runs; new weights of layers that only others run start at zero.
         rules: of your own, asked before the built-in ones: for types of layers (``EdgeRule``, ``RiderRule``) and for
             operations (``OperationRule``). Modules of your own that they name are not looked into.
 
@@ -241,12 +257,21 @@ def trace(model: nn.Module, example_inputs: object = None, *, rules: Sequence[Ru
         raise TraceError(
             f"a {type(model).__name__} hides what it computes; trace the model that it was made of, then compile again."
         )
+    check_unwrapped(model)
     others = [rule for rule in rules if not isinstance(rule, (LayerRule, OperationRule))]
     if others:
         raise TraceError(
             f"rules={rules!r}: give a list of instances of EdgeRule, RiderRule or OperationRule of dagrow.layers."
         )
-    return Dag(model, example_inputs, rules)
+    return Dag(model, example_inputs, rules, _checked(also, example_inputs))
+
+
+def _checked(also: object, example_inputs: object) -> tuple[object, ...]:
+    if not isinstance(also, (list, tuple)):
+        raise TraceError(f"also= was given a {type(also).__name__}; give a list of examples, also=[example, ...].")
+    if also and example_inputs is None:
+        raise TraceError("also= was given without example_inputs; give the example of the call to measure first.")
+    return tuple(also)
 
 
 def _lookup(kind: str, name: str, items: Sequence[T]) -> T:

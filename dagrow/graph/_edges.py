@@ -72,7 +72,8 @@ def edges_of(
         growable = any(why is None for _, why in around)
         causes = [f"its output: {why}" if name in layout.rows else f"its input: {why}" for layout, why in around]
         if not any(name in layout.columns for layout, _ in around):
-            causes.insert(0, f"its input: {labels.classes.reason(int(labels.columns[name][0]))}")
+            why = labels.classes.reason(int(labels.columns[name][0])) or "holds no channels of a layer"
+            causes.insert(0, f"its input: {why}")
         reason = None if growable else "; ".join(dict.fromkeys(causes))
         yield Edge(name, by_name[name], growable, reason, labels.shared.get(name))
 

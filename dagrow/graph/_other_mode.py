@@ -24,10 +24,10 @@ def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | s
 
 
 def unused(program: Program) -> set[str]:
-    """Parameters and buffers of numbers that the graph does not use."""
+    """Parameters and buffers of numbers that the graphs of no example use."""
     tensors = dict(_tensors(program.model))
     used: set[int] = set()
-    for node in program.graph.nodes:
+    for node in (node for part in program.every for node in part.graph.nodes):
         if node.op == "call_module":
             used |= {id(tensor) for _, tensor in _tensors(program.model.get_submodule(str(node.target)))}
         elif node.op == "get_attr" and node.target not in program.constants:
@@ -40,6 +40,14 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
 
 
+def on_labels(program: Program, rules: Sequence[LayerRule]) -> tuple[dict[fx.Node, LayerSite], Labelling]:
+    """The layers of all examples, and what a run of their graphs on labels shows."""
+    sites: dict[fx.Node, LayerSite] = {}
+    for part in program.every:
+        sites |= layer_sites(part.graph, part.model, rules)
+    return labelled(program.graph, program.model, sites, [part.graph for part in program.also])
+
+
 @dataclass(frozen=True, eq=False)
 class OtherMode:
     """The graph in the other mode, run on labels."""
@@ -50,7 +58,7 @@ class OtherMode:
 
     @classmethod
     def of(cls, program: Program, rules: Sequence[LayerRule]) -> "OtherMode":
-        return cls(program, *labelled(program.graph, program.model, layer_sites(program.graph, program.model, rules)))
+        return cls(program, *on_labels(program, rules))
 
     def obstacle(self, layout: AxisLayout, widening: WideningPlan) -> str | None:
         """Why an axis that can widen in the mode that was traced cannot in the other.

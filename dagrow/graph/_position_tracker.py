@@ -121,6 +121,9 @@ class PositionTracker(LabelInterpreter):
     def mixed(self, node: fx.Node, name: str, dims: Sequence[int], inputs: Tensor) -> object:
         return self.unknown(node, inputs, "") if any(self.varies(inputs, dim) for dim in dims) else inputs
 
+    def taken(self, node: fx.Node, dims: Sequence[int], inputs: Tensor) -> object:
+        return self.unknown(node, inputs, "")
+
     def windowed(self, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
         """Means over the entries that tables name, along the last dimensions."""
         first = inputs.ndim - len(tables)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from weakref import ref
@@ -12,19 +12,24 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from dagrow._model_state import preserve_state
-from dagrow.axes import AxisLayout, CannotWidenError, Labelling, group, head_axes, labelled, widen
+from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
 from dagrow.graph._axes import Axis, axes_of
 from dagrow.graph._edges import Edge, edges_of
-from dagrow.graph._other_mode import OtherMode, in_other_mode, unused
-from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, layer_sites, rule_for
+from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, unused
+from dagrow.graph._unreached import Unreached
+from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, rule_for
 from dagrow.tracing import (
     DynamicSizes,
     Program,
+    Trial,
     added_paths,
     dynamic_sizes,
+    raised_otherwise,
     record,
     relax_guards,
+    source,
+    statement,
     symbolic,
     two_samples,
     unwritable,
@@ -38,8 +43,8 @@ class DagView:
     """A model as it was when it was analysed. A growth gives its dag another view, undo gives the old one back.
 
     Attributes:
-        program: the model's forward as a graph.
-        layers: the layers that a rule knows, by their nodes.
+        program: the model's forward as a graph, and those of further examples.
+        every_layer: the layers that a rule knows, by their nodes in all of these.
         labels: which channels these read and write.
         widths: edge -> how many channels it reads and writes.
         obstacles: why an axis cannot grow although its channels go together.
@@ -47,13 +52,18 @@ class DagView:
     """
 
     program: Program
-    layers: Mapping[fx.Node, LayerSite]
+    every_layer: Mapping[fx.Node, LayerSite]
     labels: Labelling
     edges: tuple[Edge, ...]
     axes: tuple[Axis, ...]
     widths: Mapping[str, tuple[int, int]]
     obstacles: "Obstacles"
     growths: tuple[ref[Any], ...]
+
+    @cached_property
+    def layers(self) -> Mapping[fx.Node, LayerSite]:
+        """Those in the graph of the first example."""
+        return {node: layer for node, layer in self.every_layer.items() if node.graph is self.program.graph}
 
     @cached_property
     def dynamic_sizes(self) -> DynamicSizes:
@@ -75,7 +85,7 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
     model = tracer.model
     with untouched(model):
         program = tracer.program(verified=verified)
-        layers, labels = labelled(program.graph, model, layer_sites(program.graph, model, tracer.layer_rules))
+        layers, labels = on_labels(program, tracer.layer_rules)
         obstacles = Obstacles(tracer, program, layers)
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
@@ -102,10 +112,18 @@ def untouched(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True, eq=False)
 class Tracer:
-    """Writes down the forward of a model, in whatever mode the model is."""
+    """Writes down the forward of a model, in whatever mode the model is.
+
+    Attributes:
+        model: the user's own.
+        example_inputs: of the call that is measured; None where there are none.
+        also: example inputs of other calls.
+        rules: the user's own.
+    """
 
     model: nn.Module
     example_inputs: object
+    also: tuple[object, ...]
     rules: tuple[Rule, ...]
 
     @property
@@ -114,16 +132,25 @@ class Tracer:
         return (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
 
     def program(self, *, verified: bool) -> Program:
-        """The program, from the example inputs."""
-        return self._program(self.example_inputs, verified=verified)
+        """The program, from the example inputs, with those of the other calls."""
+        also = tuple(self._program(example, verified=verified) for example in self.also)
+        return replace(self._program(self.example_inputs, verified=verified), also=also)
 
     def quickly(self) -> Program:
-        """The program, from few samples if the model takes so few."""
+        """The same, from few samples if the model takes so few."""
+        return replace(self._quickly(self.example_inputs), also=tuple(map(self._quickly, self.also)))
+
+    def _quickly(self, example_inputs: object) -> Program:
         try:
-            few = None if self.example_inputs is None else two_samples(self.example_inputs)
+            few = None if example_inputs is None else two_samples(example_inputs)
             return self._program(few, verified=False)
         except TraceError:
-            return self.program(verified=False)
+            return self._program(example_inputs, verified=False)
+
+    def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
+        """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
+        example_inputs = (self.example_inputs, *self.also)[number]
+        return None if example_inputs is None else raised_otherwise(program, example_inputs, trial, self._is_known)
 
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
@@ -150,17 +177,42 @@ class Obstacles:
 
     tracer: Tracer
     program: Program
-    layers: Mapping[fx.Node, LayerSite]
+    every_layer: Mapping[fx.Node, LayerSite]
 
     def obstacle(self, layout: AxisLayout) -> str | None:
         """Why the axis cannot widen by one unit, or None."""
         try:
-            widening = widen(self.program, self.layers, layout, 1)
+            widening = widen(self.program, self.every_layer, layout, 1)
         except CannotWidenError as misfit:
             return str(misfit)
+        raised = self.raised(widening)
+        if raised:
+            return raised
         if widening.written and self.unwritable:
             return f"a size is written into the model's forward, {self.unwritable}"
-        return self._other_mode.obstacle(layout, widening) if self._other_mode else None
+        in_other_mode = self._other_mode.obstacle(layout, widening) if self._other_mode else None
+        return in_other_mode or self.unreached.obstacle(layout, self.every_layer)
+
+    @cached_property
+    def unreached(self) -> Unreached:
+        """What no example runs, in no mode."""
+        idle = self._idle
+        if idle and not isinstance(self._other_program, str):
+            idle = idle & unused(self._other_program)
+        return Unreached(self.program.model, idle, self.tracer.layer_rules)
+
+    @cached_property
+    def _idle(self) -> set[str]:
+        """Parameters and buffers of numbers that are not used in this mode."""
+        return unused(self.program)
+
+    def raised(self, widening: WideningPlan) -> str | None:
+        """What the model's forward raises at the widths of a plan, by an assertion or a branch of its own; or None."""
+        for number, trial in widening.trials:
+            error = self.tracer.raised(self.program.every[number], number, trial)
+            if error is not None:
+                return f"the model's forward would raise {statement(error)} [{source(error)}]"
+        return None
 
     @cached_property
     def unwritable(self) -> str | None:
@@ -172,8 +224,7 @@ class Obstacles:
     @cached_property
     def _other_mode(self) -> OtherMode | None:
         """The other mode, if it uses parameters that are not used in this one."""
-        idle = unused(self.program)
-        if not idle or isinstance(self._other_program, str) or unused(self._other_program) >= idle:
+        if not self._idle or isinstance(self._other_program, str) or unused(self._other_program) >= self._idle:
             return None
         return OtherMode.of(self._other_program, self.tracer.layer_rules)
 
@@ -189,7 +240,7 @@ def _reasons(labels: Labelling, obstacles: Obstacles) -> dict[AxisLayout, str | 
     reasons = {layout: layout.reason or obstacles.obstacle(layout) for layout in layouts}
     misfits = [layout for layout in layouts if reasons[layout] and not layout.reason]
     if misfits:
-        heads, replaced = head_axes(obstacles.program, obstacles.layers, misfits, obstacles.obstacle)
+        heads, replaced = head_axes(obstacles.program, obstacles.every_layer, misfits, obstacles.obstacle)
         layouts = [layout for layout in layouts if layout not in replaced] + heads
         layouts.sort(key=lambda layout: int(layout.labels[0]))
     return {layout: reasons.get(layout) for layout in layouts}

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from rich.table import Table
 
@@ -12,7 +12,7 @@ from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, Edge
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.solvers import Moments, Pair, best_move
-from dagrow.statistics import InputFeatures, Loss, Objective, OutputGoal, Step, measure
+from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Objective, OutputGoal, Step, measure
 from dagrow.surgery import transaction
 
 
@@ -78,6 +78,7 @@ def bottlenecks(
     step: Step | None = None,
     mode: str = "eval",
     ridge: float = 0.0,
+    **options: Unpack[MeasureOptions],
 ) -> Bottlenecks:
     """Measures at every edge which part of its goal its own weights can follow. Changes nothing.
 
@@ -88,6 +89,7 @@ def bottlenecks(
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
         ridge: relative to each feature's second moment.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         Bottlenecks by edge, largest first. Edges that failed are in ``left_out``, with the reason.
@@ -97,11 +99,13 @@ def bottlenecks(
         GrowthError: no layer can be measured.
     """
     check_real("bottlenecks", 0, ridge=ridge)
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     return transaction(dag, lambda: _bottlenecks(dag, objective, ridge))
 
 
-def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str) -> Objective:
+def objective_of(
+    dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step | None, mode: str, options: MeasureOptions
+) -> Objective:
     """The loss on the batches. Refuses what is no dag of its model any more before anything runs."""
     if not isinstance(dag, Dag):
         raise GrowthError(
@@ -109,7 +113,7 @@ def objective_of(dag: Dag, batches: Iterable[Any], loss: Loss | None, step: Step
             "dag = dagrow.trace(model, example_inputs)."
         )
     dag.check()
-    return Objective(dag.model, batches, loss, step=step, mode=mode)
+    return Objective(dag.model, batches, loss, step=step, mode=mode, **options)
 
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
@@ -121,7 +125,9 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
         left_out.refuse()
     moments = measured[0][0]
     shared = tuple(edge.shared for edge in dag.edges if edge.shared)
-    return Bottlenecks((each for _, each in measured), moments.samples, moments.loss, (*shared, *left_out.notes))
+    return Bottlenecks(
+        (each for _, each in measured), moments.samples, objective.reported(moments.loss), (*shared, *left_out.notes)
+    )
 
 
 def _measured(

@@ -1,7 +1,7 @@
 """``fit``: a plain training loop that grows."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
@@ -17,8 +17,8 @@ from dagrow.growing._planning import Budget
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, StopRule
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step, sample_count
-from dagrow.surgery import check_steps
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
+from dagrow.surgery import Optimizers, check_steps, sequence_of
 
 
 def fit(
@@ -30,8 +30,8 @@ def fit(
     schedule: Schedule = EveryEpochs(),
     *,
     epochs: int,
-    optimizer: Optimizer,
-    scheduler: LRScheduler | None = None,
+    optimizer: Optimizers,
+    scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     validation: Iterable[Any] | None = None,
     measured: Iterable[Any] | None = None,
     policy: Policy = ByLineSearch(),
@@ -39,6 +39,7 @@ def fit(
     per_step: Budget = Budget(),
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> History:
     """Trains a model for some epochs, and grows it after each in which its schedule says so.
 
@@ -54,8 +55,8 @@ def fit(
         budget: what may be added in all.
         schedule: when to grow.
         epochs: of training, numbered from 0.
-        optimizer: of the model's parameters; its state grows along.
-        scheduler: of the optimizer's learning rates; it takes a step after each epoch.
+        optimizer: of the model's parameters, or a list of them; their state grows along.
+        scheduler: of an optimizer's learning rates, or a list; each takes a step after each epoch.
         validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
         measured: batches that growing looks at; by default those to train on.
         policy: which growths first.
@@ -63,6 +64,7 @@ def fit(
         per_step: what one step may add.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A record for each epoch. The model's modes are as they were found.
@@ -74,9 +76,9 @@ def fit(
         OptimizerError: the optimizer or its scheduler does not fit.
     """
     check_whole("fit", 1, epochs=epochs)
-    if optimizer is None:
-        raise OptimizerError("fit(optimizer=None): give the torch.optim.Optimizer that trains the model.")
-    _check_scheduler(scheduler, optimizer)
+    if optimizer is None or optimizer == []:
+        raise OptimizerError(f"fit(optimizer={optimizer}): give the torch.optim.Optimizer that trains the model.")
+    schedulers = _checked_schedulers(scheduler, optimizer)
     grower = Grower(
         dag,
         loss,
@@ -89,18 +91,20 @@ def fit(
         optimizer=optimizer,
         step=step,
         mode=mode,
+        **options,
     )
-    check_steps(optimizer)
-    objective = Objective(dag.model, batches, step=grower.function, mode=mode)
+    for each in sequence_of(optimizer):
+        check_steps(each)
+    objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
     try:
         with _progress() as progress:
             task = progress.add_task("training", total=epochs)
             for epoch in range(epochs):
-                train_loss = _epoch(objective, optimizer)
+                train_loss = _epoch(objective, sequence_of(optimizer))
                 grower.step(epoch, batches if measured is None else measured, validation, train_loss=train_loss)
-                _anneal(scheduler, grower.history)
+                _anneal(schedulers, grower.history)
                 progress.update(task, advance=1, description=_line(grower.history))
     finally:
         for module in dag.model.modules():
@@ -108,13 +112,17 @@ def fit(
     return grower.history
 
 
-def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> None:
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise OptimizerError(
-            f"fit(scheduler={scheduler!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
-        )
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+def _checked_schedulers(scheduler: object, optimizer: Optimizers) -> tuple[LRScheduler, ...]:
+    schedulers = () if scheduler is None else tuple(scheduler) if isinstance(scheduler, (list, tuple)) else (scheduler,)
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in schedulers:
+        if not isinstance(one, LRScheduler):
+            raise OptimizerError(
+                f"fit(scheduler={one!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+            )
+        if not any(one.optimizer is other for other in several):
+            raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
+    return schedulers
 
 
 def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
@@ -125,32 +133,34 @@ def _probe(objective: Objective, **others: Iterable[Any] | None) -> None:
             objective.with_batches(batches, name).probe()
 
 
-def _anneal(scheduler: LRScheduler | None, history: History) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(history[-1].loss)
-    elif scheduler is not None:
-        scheduler.step()
+def _anneal(schedulers: Sequence[LRScheduler], history: History) -> None:
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(history[-1].loss)
+        else:
+            scheduler.step()
 
 
-def _epoch(objective: Objective, optimizer: Optimizer) -> float:
-    """Trains on every batch once. The mean loss over samples, each batch before its own step."""
+def _epoch(objective: Objective, optimizers: Sequence[Optimizer]) -> float:
+    """Trains on every batch once. The loss, of each batch before its own step."""
     total, count = 0.0, 0
     objective.model.train()
     with torch.enable_grad():
-        for batch in objective.batches:
-            optimizer.zero_grad()
-            value = objective.value(batch)
+        for batch, samples in objective.read():
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            value = objective.drawn_value(batch)
             if not value.requires_grad:
                 raise LossError(
                     "the loss does not depend on the model's trainable parameters. Compute it from the model's output, "
                     "without detach(), item() or torch.no_grad()."
                 )
             value.backward()
-            optimizer.step()
-            samples = sample_count(batch)
+            for optimizer in optimizers:
+                optimizer.step()
             total += float(value.detach()) * objective.scale(samples) * samples
             count += samples
-    return total / count
+    return objective.reported(total / count)
 
 
 def _progress() -> Progress:

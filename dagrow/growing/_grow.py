@@ -1,12 +1,10 @@
 """``grow``: measures, proposes, and applies what lowers the loss."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import Any, Unpack
 
 from dagrow.errors import listed
-from dagrow.graph import Dag
+from dagrow.graph import Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._left_out import LeftOut
 from dagrow.growing._line_search import combined, tried
@@ -14,8 +12,8 @@ from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import corrected, run_of
 from dagrow.operators import AddNeurons, Operator
-from dagrow.statistics import Loss, Objective, Step
-from dagrow.surgery import Receipt, check_optimizer, transaction
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
+from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
 
 
 def grow(
@@ -25,9 +23,10 @@ def grow(
     operators: Sequence[Operator] = (AddNeurons(),),
     *,
     validation: Iterable[Any] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers = None,
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> Receipt:
     """Measures, proposes, and applies the best growth of each operator in turn, at the amplitude of a line search.
 
@@ -41,9 +40,10 @@ def grow(
         loss: of a batch.
         operators: asked one after the other, each on the model that the one before has grown.
         validation: batches for the line search; by default those that were measured.
-        optimizer: its state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: instead of ``loss``.
         mode: that the model runs in.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart. Places that
@@ -52,10 +52,11 @@ def grow(
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
     """
-    objective = objective_of(dag, batches, loss, step, mode)
+    objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     judge = objective if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
+    check_owners(dag.model)
 
     left_out = LeftOut()
 
@@ -64,7 +65,7 @@ def grow(
         if not any(worked for _, worked in runs):
             left_out.refuse()
         parts = [part for part, _ in runs if part is not None]
-        return combined(parts, parts[0].loss_before if parts else judge.mean(), left_out.notes)
+        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()), left_out.notes)
 
     return transaction(dag, work)
 
@@ -74,7 +75,7 @@ def _grown(
     objective: Objective,
     judge: Objective,
     operator: Operator,
-    optimizer: Optimizer | None,
+    optimizer: Optimizers,
     operators: int,
     left_out: LeftOut,
 ) -> tuple[Receipt | None, bool]:

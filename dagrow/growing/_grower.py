@@ -4,9 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, nan
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import Any, Unpack
 
 from dagrow._model_state import all_or_nothing
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
@@ -22,8 +20,8 @@ from dagrow.growing._recording import growable_widths, grown_of, snapshot_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
-from dagrow.statistics import Loss, Objective, Step
-from dagrow.surgery import Growth, Receipt, check_optimizer, transaction
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
+from dagrow.surgery import Growth, Optimizers, Receipt, check_optimizer, transaction
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,10 @@ class Grower:
         policy: which growths first.
         stop: when growing is over for good; any of these, or a spent budget, ends it.
         per_step: what one step may add.
-        optimizer: its state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Raises:
         GrowthError: an argument does not fit; an operator can never grow what it was asked for, or none finds a place.
@@ -70,9 +69,10 @@ class Grower:
         policy: Policy = ByLineSearch(),
         stop: Sequence[StopRule] = (NothingToAdd(),),
         per_step: Budget = Budget(),
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         step: Step | None = None,
         mode: str = "eval",
+        **options: Unpack[MeasureOptions],
     ) -> None:
         check_kinds(
             dag=(dag, Dag),
@@ -84,9 +84,9 @@ class Grower:
         self.stop = listed("stop", stop, StopRule, "[dagrow.NothingToAdd()]")
         self.operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
         check_optimizer(optimizer, dag.model)
-        self.function = Objective(dag.model, (), loss, step=step, mode=mode).function
+        self.function = Objective(dag.model, (), loss, step=step, mode=mode, **options).function
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
-        self.optimizer, self.mode, self._begun = optimizer, mode, time.perf_counter()
+        self.optimizer, self.mode, self.options, self._begun = optimizer, mode, options, time.perf_counter()
         self._state = _State(budget, History(snapshots=(snapshot_of(dag),)))
         self._check_places()
 
@@ -136,7 +136,7 @@ class Grower:
         train_loss = None if train_loss is None else _finite(train_loss)
         self.dag.check()
         check_optimizer(self.optimizer, self.dag.model)
-        objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode)
+        objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode, **self.options)
         judge = None if validation is None else objective.with_batches(validation, "validation")
         state = self._state
 
@@ -147,8 +147,8 @@ class Grower:
             return transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
 
     def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
-        train_loss = objective.mean() if train_loss is None else train_loss
-        validation_loss = None if judge is None else judge.mean()
+        train_loss = objective.reported(objective.mean()) if train_loss is None else train_loss
+        validation_loss = None if judge is None else judge.reported(judge.mean())
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
         asked, budget, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
@@ -179,7 +179,7 @@ class Grower:
     def _share(self, objective: Objective) -> float:
         if all(edge.shared for edge in self.dag.edges):
             return 0.0  # nothing can be measured
-        edges = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode).values()
+        edges = bottlenecks(self.dag, objective.batches, step=self.function, mode=self.mode, **self.options).values()
         goal = sum(edge.goal for edge in edges)
         return sum(edge.bottleneck for edge in edges) / goal if goal else 0.0
 
@@ -212,7 +212,9 @@ class Grower:
         operators = [operator for operator in affordable if self._has_places(operator)]
         if not operators:
             return []
-        growths = propose(self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode)
+        growths = propose(
+            self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode, **self.options
+        )
         left_out.take(growths)
         candidates = [growth for growth in applicable(growths) if places is None or place(growth) in places]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]

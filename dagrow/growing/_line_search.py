@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
-from torch.optim import Optimizer
-
 from dagrow.errors import OptimizerError
 from dagrow.growing._left_out import LeftOut, is_of_place
 from dagrow.statistics import NotFiniteError, Objective
-from dagrow.surgery import Growth, Receipt, where_new
+from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
@@ -83,17 +81,17 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     return line_search(loss, before, START * reach or 1.0)
 
 
-def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None) -> Receipt | None:
+def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
     if growth.preserving:  # comes in whole
-        return growth.commit(1.0, before, growth.loss(1.0, judge), optimizer)
-    gamma, after = best_amplitude(growth, judge, before)
-    return growth.commit(gamma, before, after, optimizer) if gamma > 0 else None
+        gamma, after = 1.0, growth.loss(1.0, judge)
+    else:
+        gamma, after = best_amplitude(growth, judge, before)
+    losses = judge.reported(before), judge.reported(after)
+    return growth.commit(gamma, *losses, optimizer) if gamma > 0 else None
 
 
-def tried(
-    growth: Growth, judge: Objective, before: float, optimizer: Optimizer | None, left_out: LeftOut
-) -> Receipt | None:
+def tried(growth: Growth, judge: Objective, before: float, optimizer: Optimizers, left_out: LeftOut) -> Receipt | None:
     """:func:`apply_best`; None also where the growth fails, which is left out."""
     try:
         return apply_best(growth, judge, before, optimizer)

@@ -1,25 +1,23 @@
 """Which growth first: a policy gives every growth a value, from what was measured or by training copies."""
 
 import copy
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
-from math import inf, isfinite, isnan
+from math import inf, isnan
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dagrow._model_state import preserve_state
-from dagrow.errors import SEEDS, GrowthError, LossError, check_real, check_whole, first_line
+from dagrow.errors import SEEDS, GrowthError, check_real, check_whole, first_line
 from dagrow.growing._left_out import LeftOut, is_of_place
 from dagrow.growing._line_search import best_amplitude
-from dagrow.statistics import Objective
+from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, check_steps, grown
 
 
@@ -189,30 +187,25 @@ class ShortTraining(Policy):
         with nullcontext() if gamma is None else grown(dag, growth.change, gamma):
             model = _copy(dag.model)
         try:
-            self._train(model, growth.objective)
-            return Objective(model, judge.batches, step=judge.function, mode=judge.mode, name=judge.name).mean()
-        except LossError:  # it diverged
+            self._train(growth.objective.with_model(model))
+            return judge.with_model(model).mean()
+        except NotFiniteError:  # it diverged
             return inf
 
-    def _train(self, model: nn.Module, objective: Objective) -> None:
-        optimizer = self._new_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
-        model.train()
+    def _train(self, objective: Objective) -> None:
+        parameters = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
+        optimizer = self._new_optimizer(parameters)
+        objective.model.train()
         with torch.enable_grad():
             for batch, _ in islice(self._passes(objective), self.steps):
                 optimizer.zero_grad()
-                value = objective.function(model, batch)
-                if not isfinite(float(value.detach())):
-                    raise LossError("training diverged.")
-                value.backward()
+                objective.drawn_value(batch).backward()
                 optimizer.step()
 
     def _passes(self, objective: Objective) -> Iterator[tuple[Any, int]]:
         """All batches again and again, in an order that does not depend on what the model drew before."""
         for turn in count(self.seed):
-            torch.manual_seed(turn)
-            random.seed(turn)
-            np.random.seed(turn % 2**32)
-            yield from objective
+            yield from objective.read(turn, objective.max_batches)
 
     def _new_optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from dagrow.errors import listed
 from dagrow.graph import Dag
@@ -12,7 +12,7 @@ from dagrow.growing._left_out import Growths, LeftOut
 from dagrow.growing._policies import expected_gain
 from dagrow.operators import AddNeurons, Operator
 from dagrow.solvers import LEVEL, holm
-from dagrow.statistics import Loss, Objective, Step
+from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Growth, transaction
 
 
@@ -24,6 +24,7 @@ def propose(
     *,
     step: Step | None = None,
     mode: str = "eval",
+    **options: Unpack[MeasureOptions],
 ) -> Growths:
     """Measures what every operator could add at every place. Changes nothing.
 
@@ -34,6 +35,7 @@ def propose(
         operators: ways to grow.
         step: instead of ``loss``.
         mode: that the model runs in.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples. Their
@@ -44,7 +46,7 @@ def propose(
         BatchError, LossError: the batches or the loss do not fit.
         GrowthError: an operator was asked for a place that cannot grow, nothing can, or every place fails.
     """
-    objective, left_out = objective_of(dag, batches, loss, step, mode), LeftOut()
+    objective, left_out = objective_of(dag, batches, loss, step, mode, options), LeftOut()
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
     runs = transaction(dag, lambda: [run_of(dag, objective, operator, left_out) for operator in operators])
     if not any(run.worked for run, _ in runs):

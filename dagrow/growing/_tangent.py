@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from rich.table import Table
@@ -26,7 +26,7 @@ from dagrow._text import render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
-from dagrow.statistics import Loss, Objective, bind
+from dagrow.statistics import Loss, MeasureOptions, Objective, bind
 
 WINDOW = 10  #: iterations over which progress is judged
 KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
@@ -76,7 +76,14 @@ class Tangent:
 
 
 def tangent(
-    dag: Dag, batches: Iterable[Any], loss: Loss, *, mode: str = "eval", iterations: int = 200, tolerance: float = 1e-3
+    dag: Dag,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    mode: str = "eval",
+    iterations: int = 200,
+    tolerance: float = 1e-3,
+    **options: Unpack[MeasureOptions],
 ) -> Tangent:
     """Measures which part of its functional gradient the network can follow. Changes nothing.
 
@@ -89,6 +96,7 @@ def tangent(
         mode: the mode that the model runs in, ``"eval"`` or ``"train"``.
         iterations: at most this many.
         tolerance: stops when ten iterations together explain less than this part of the goal.
+        options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
         Figures of the whole network, and beside them those of each layer.
@@ -100,8 +108,8 @@ def tangent(
     """
     check_whole("tangent", 0, iterations=iterations)
     check_real("tangent", 0, tolerance=tolerance)
-    edges = bottlenecks(dag, batches, loss, mode=mode)
-    jacobian = _Jacobian(dag, batches, loss, mode)
+    edges = bottlenecks(dag, batches, loss, mode=mode, **options)
+    jacobian = _Jacobian(dag, batches, loss, mode, options)
     goal, slope = jacobian.goal()
     best = _conjugate_gradients(jacobian, slope, goal, iterations, tolerance)
     bottleneck = jacobian.residual(best.move) if best.iterations else goal
@@ -111,13 +119,12 @@ def tangent(
 class _Jacobian:
     """``J = df/dtheta`` over all batches, by its products. Vectors of parameters are flat and float64.
 
-    Random draws (dropout in train mode) are the same in every pass: each pass starts where the first one did, and
-    each batch advances the generators by one forward pass.
+    Random draws (dropout in train mode) are the same whenever a batch is run.
     """
 
-    def __init__(self, dag: Dag, batches: Iterable[Any], loss: Loss, mode: str) -> None:
+    def __init__(self, dag: Dag, batches: Iterable[Any], loss: Loss, mode: str, options: MeasureOptions) -> None:
         self.model, self.loss, self.samples = dag.model, loss, 0
-        self.objective = Objective(self.model, batches, None if loss is None else self._at_output, mode=mode)
+        self.objective = Objective(self.model, batches, None if loss is None else self._at_output, mode=mode, **options)
         self.parameters = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         self.size = sum(p.numel() for p in self.parameters.values())
         self.names = _names(self.model, {*self.parameters, *dict(self.model.named_buffers())})
@@ -141,8 +148,7 @@ class _Jacobian:
         energy, pulled = 0.0, torch.zeros_like(move)
         with self._running():
             for batch, _ in self.objective:
-                with preserve_state(self.model):
-                    pushed = self._push(batch, move)
+                pushed = self._push(batch, move)
                 energy += float(pushed.double().square().sum())
                 pulled += self._pull(batch, pushed)
         return energy / self.samples, pulled / self.samples
@@ -176,15 +182,15 @@ class _Jacobian:
 
     def _goal(self, batch: Any, samples: int) -> Tensor:
         """``v`` of a batch, in the output's own shape."""
-        with preserve_state(self.model):
-            value = self.objective.value(batch)
-            if not value.requires_grad:
-                raise LossError("the loss does not depend on the model: no gradient reaches its output.")
-            assert self.output is not None
-            (gradient,) = torch.autograd.grad(value, self.output)
+        value = self.objective.value(batch)
+        if not value.requires_grad:
+            raise LossError("the loss does not depend on the model: no gradient reaches its output.")
+        assert self.output is not None
+        (gradient,) = torch.autograd.grad(value, self.output)
         return gradient * (-self.objective.scale(samples) * samples)
 
     def _output(self, batch: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+        self.objective.hold()
         args, kwargs = bind(batch[0])
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         tensors = {**buffers, **parameters}

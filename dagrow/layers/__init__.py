@@ -41,10 +41,10 @@ from dagrow.layers._geometry import Geometry, weight_gradient
 from dagrow.layers._linear import LINEAR, PRODUCTS, LinearRule, Product
 from dagrow.layers._norms import BATCH_NORMS, GROUP_NORM, INSTANCE_NORMS, PRELU
 from dagrow.layers._op_tables import (
-    CREATION,
     CUTS,
     MODES,
     MOVES,
+    NOISE,
     PAIRWISE,
     POINTWISE,
     REDUCTIONS,
@@ -66,6 +66,7 @@ from dagrow.layers._operation_rules import OperationRule
 from dagrow.layers._rules import EdgeRule, LayerRule, RiderRule, rule_for, with_constant
 from dagrow.layers._sites import LayerSite, layer_sites
 from dagrow.layers._spatial_ops import Tables, tables_of
+from dagrow.layers._taken_together import PICKS, PUTS, taken_dims
 
 #: one rule for each type of layer that dagrow knows
 DEFAULT_RULES: tuple[LayerRule, ...] = (
@@ -76,13 +77,15 @@ DEFAULT_RULES: tuple[LayerRule, ...] = (
 __all__ = [
     "ATTENTION",
     "ATTENTION_ARGUMENTS",
-    "CREATION",
     "CUTS",
     "DEFAULT_RULES",
     "MODES",
     "MOVES",
+    "NOISE",
     "PAIRWISE",
+    "PICKS",
     "POINTWISE",
+    "PUTS",
     "REDUCTIONS",
     "REFUSALS",
     "SIZES",
@@ -115,6 +118,7 @@ __all__ = [
     "reduced_dims",
     "rule_for",
     "tables_of",
+    "taken_dims",
     "weight_gradient",
     "with_constant",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 ATTENTION = "scaled_dot_product_attention"
 ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-_PRODUCTS = {"matmul", "bmm", "mm"}
+_PRODUCTS = {"matmul", "bmm", "mm", "sparse_mm", "spmm", "smm", "hspmm"}
 _MOST = 10  #: dimensions that an ellipsis may stand for
 
 

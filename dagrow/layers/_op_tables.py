@@ -16,9 +16,14 @@ POINTWISE = frozenset(
     isinf isnan lgamma log10 log2 logical_not logit positive sgn sinc sinh trunc
     float double half gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log log1p log_sigmoid logsigmoid
     mish nan_to_num neg negative pos reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin softplus
-    softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16 rand_like
-    randn_like empty_like
+    softshrink softsign sqrt square tan tanh tanhshrink threshold to type bfloat16
+    angle as_tensor asarray coalesce conj conj_physical frexp imag real resolve_conj resolve_neg to_dense to_sparse
+    to_sparse_coo to_sparse_csr
     """.split()
+)
+#: an entry is drawn at random, from a distribution that at most the entry there before tells
+NOISE = frozenset(
+    "bernoulli cauchy exponential geometric log_normal normal poisson randint_like random uniform".split()
 )
 #: y = f(x1, x2, ...), entry by entry after broadcasting
 PAIRWISE = frozenset(
@@ -26,7 +31,7 @@ PAIRWISE = frozenset(
     add sub subtract mul multiply div divide truediv floordiv mod pow maximum minimum where lerp addcmul addcdiv
     eq ne lt le gt ge masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or fmod remainder atan2 radd
     rsub rmul rtruediv rdiv rpow copysign float_power floor_divide fmax fmin heaviside hypot ldexp logaddexp logaddexp2
-    true_divide xlogy
+    true_divide xlogy complex polar
     """.split()
 )
 #: entries are moved, repeated or dropped, never computed with: executed as they are on labels
@@ -35,7 +40,7 @@ MOVES = frozenset(
     broadcast_to cat channel_shuffle chunk concat concatenate expand expand_as flatten flip getitem movedim moveaxis
     narrow permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll select split
     split_with_sizes squeeze stack swapaxes swapdims t T mT tensor_split tile transpose unbind unflatten unsqueeze
-    values view view_as
+    values view view_as view_as_real
     """.split()
 )
 #: a dimension is cut into parts
@@ -43,8 +48,8 @@ CUTS = frozenset({"chunk", "split", "tensor_split"})
 #: entries along some dimensions are merged
 REDUCTIONS = frozenset(
     """
-    all amax amin any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min nanmean nansum norm
-    prod std sum var
+    all amax amin aminmax any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min nanmean
+    nanmedian nansum norm prod std std_mean sum var var_mean
     """.split()
 )
 #: results are sizes or facts about a tensor, not values
@@ -57,14 +62,18 @@ ZERO_KEEPING = frozenset(
     abs clone contiguous data detach dropout dropout1d dropout2d dropout3d elu celu expm1 feature_alpha_dropout float
     double half bfloat16 to type gelu hardshrink hardswish leaky_relu log1p mish neg negative pos relu relu6 round rrelu
     selu sign silu sin softshrink softsign sqrt square tan tanh tanhshrink
-    mul multiply rmul mean sum
+    mul multiply rmul mean sum coalesce to_dense to_sparse
     """.split()
 )
 #: switches that change how what follows is computed, not what becomes of channels
 MODES = frozenset("set_grad_enabled enter_autocast exit_autocast".split())
-CREATION = frozenset("arange eye linspace rand randn tensor scalar_tensor new_tensor empty new_empty".split())
-#: the same number everywhere
-UNIFORM = frozenset("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full".split())
+#: tensors that are alike at all entries, in which no channel is told from another: one number, or noise
+UNIFORM = frozenset(
+    """
+    empty empty_like full full_like new_empty new_full new_ones new_zeros ones ones_like rand rand_like randn
+    randn_like zeros zeros_like
+    """.split()
+)
 #: a PReLU with a slope for each channel has a rule of its own
 _POINTWISE_MODULES = tuple(
     getattr(nn, name)

@@ -54,8 +54,9 @@ def tables_of(
     if module is not None:
         name, settings = _module_call(module)
     else:
+        name = name.removesuffix("_with_indices") if name else None
         settings = {**dict(zip(_ORDERS.get(_family(name), ()), args[1:], strict=False)), **(kwargs or {})}
-    if name is None or settings.get("return_indices") or any(isinstance(x, Tensor) for x in tree_leaves(settings)):
+    if name is None or any(isinstance(x, Tensor) for x in tree_leaves(settings)):
         return None
     if name in _POOLS:
         return lambda sizes: _pool(settings, sizes[-_POOLS[name] :])

@@ -25,6 +25,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 '0.3498'
 """
 
+from dagrow.statistics._batches import sample_count
 from dagrow.statistics._features import (
     Feature,
     InputFeatures,
@@ -39,10 +40,12 @@ from dagrow.statistics._features import (
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._measure import measure
-from dagrow.statistics._objective import Loss, NotFiniteError, Objective, Step, sample_count
+from dagrow.statistics._objective import NotFiniteError, Objective
+from dagrow.statistics._options import Groups, MeasureOptions, Reduction
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
+from dagrow.statistics._steps import Loss, Step
 from dagrow.tracing import bind
 
 __all__ = [
@@ -50,11 +53,13 @@ __all__ = [
     "DirectionScore",
     "Feature",
     "FitScore",
+    "Groups",
     "Hidden",
     "InputFeatures",
     "LayerHooks",
     "Loss",
     "MeanInputs",
+    "MeasureOptions",
     "MovedFeatures",
     "NewChannels",
     "NormInputs",
@@ -64,6 +69,7 @@ __all__ = [
     "OutputGoal",
     "PatchInputs",
     "PulledGoal",
+    "Reduction",
     "ResidualGoal",
     "SampleScores",
     "Squares",

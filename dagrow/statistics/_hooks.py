@@ -60,17 +60,24 @@ class LayerHooks:
 
 
 class ForwardProbe:
-    """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``."""
+    """Inside, ``ran`` tells whether the model's own forward has run, as ``model(x)`` or as ``model.forward(x)``.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.attributes, self.forward, self.ran = vars(model), model.forward, False
+    Args:
+        model: whose forward is looked at.
+        instead: is called in its place, with it and its arguments; by default it runs.
+    """
+
+    def __init__(self, model: nn.Module, instead: Callable[..., object] | None = None) -> None:
+        self.attributes, self.forward, self.ran, self.instead = vars(model), model.forward, False, instead
         self.own_forward = self.attributes.get("forward")  # of this very object, beside that of its class
 
     def __enter__(self) -> "ForwardProbe":
         @functools.wraps(self.forward)
         def probed(*args: object, **kwargs: object) -> object:
             self.ran = True
-            return self.forward(*args, **kwargs)
+            return (
+                self.forward(*args, **kwargs) if self.instead is None else self.instead(self.forward, *args, **kwargs)
+            )
 
         self.attributes["forward"] = probed
         return self

@@ -93,9 +93,10 @@ class CaptureHooks(LayerHooks):
         if name in self._captures:
             raise GrowthError(
                 f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
-                "if the model itself has changed, trace it again."
+                "if the model calls it more often for more samples, as where it cuts a batch into chunks, give batches "
+                "as small as the example; if the model itself has changed, trace it again."
             )
-        detached = inputs.detach()
+        detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
         self._captures[name] = capture
         if name in self.input_goals and inputs.requires_grad:

@@ -1,27 +1,53 @@
 """The user's loss on the user's batches, evaluated on the model as it is or on a preview of it.
 
-Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found.
+Nothing here leaves a trace: modes, buffers, gradients and random states are as they were found. Random numbers that a
+loss draws are the same whenever it is evaluated on a batch: each batch has a seed of its own, by its place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import Dataset, IterableDataset
 
-from dagrow._model_state import preserve_state
+from dagrow._model_state import ModelState, all_or_nothing, drawn_so_far, preserve_state, seed_everything
 from dagrow.errors import BatchError, DagrowError, LossError
-from dagrow.tracing import bind
-
-Loss = Callable[[Any, Any], Tensor]
-Step = Callable[[nn.Module, Any], Tensor]
+from dagrow.statistics._batches import (
+    add_note,
+    batch_count,
+    check_batches,
+    description,
+    generators_of,
+    numbered,
+    sample_count,
+)
+from dagrow.statistics._options import MeasureOptions, Reduction, check_options
+from dagrow.statistics._reduction import Recording, ReductionProbe
+from dagrow.statistics._steps import Loss, Step, check_callable, supervised
 
 
 class NotFiniteError(LossError):
     """The loss is infinite or not a number."""
+
+
+@dataclass
+class _Place:
+    """A batch of a pass, the one that was read last."""
+
+    number: int = 0
+    samples: int = 0
+    first: int = 0  #: the samples of the first batch
+
+
+@dataclass
+class _Shared:
+    """What objectives with the same loss have in common."""
+
+    seed: int
+    reduction: Reduction | None
 
 
 class Objective:
@@ -30,14 +56,22 @@ class Objective:
     Args:
         model: the user's model.
         batches: any re-iterable of ``(inputs, target)``; with ``step``, of anything.
-        loss: ``loss(output, target) -> scalar``, a mean or a sum over samples.
+        loss: ``loss(output, target) -> scalar``, a mean or a sum over samples, or one number of the batch.
         step: ``step(model, batch) -> scalar``, instead of ``loss``.
         mode: ``"eval"`` or ``"train"``, the mode that the model runs in.
         name: what messages call the batches.
+        options: see :class:`MeasureOptions`.
+
+    Attributes:
+        batch_dim: the dimension along which samples lie.
+        groups: what samples go into one fold, or None.
+        max_batches: how many batches are read at most, or None.
+        progress: whether a progress bar may show.
 
     Raises:
         BatchError: the batches cannot be read, or not twice.
         LossError: the loss cannot be called, or there is none, or there are two.
+        GrowthError, TypeError: an option is not one.
     """
 
     def __init__(
@@ -49,23 +83,21 @@ class Objective:
         step: Step | None = None,
         mode: str = "eval",
         name: str = "batches",
+        **options: Unpack[MeasureOptions],
     ) -> None:
-        if (loss is None) == (step is None):
-            raise LossError(
-                "give either loss=, called as loss(output, target), or step=, called as step(model, batch)."
-            )
-        if not callable(loss if step is None else step):
-            kind = type(loss if step is None else step).__name__
-            raise LossError(
-                f"the {'loss' if step is None else 'step'} is a {kind}, which cannot be called; give loss=, called as "
-                "loss(output, target), such as torch.nn.functional.mse_loss, or step=, called as step(model, batch)."
-            )
+        check_callable(loss, step)
         if mode not in ("eval", "train"):
             raise LossError(f"mode={mode!r} is neither 'eval' nor 'train'.")
-        _check_batches(batches, name)
-        self.model, self.batches, self.mode, self.name = model, batches, mode, name
-        self.function: Step = step if step is not None else _supervised(loss)
-        self._reduction: str | None = None
+        check_options(options)
+        check_batches(batches, name)
+        self.model, self.batches, self.mode, self.name, self.options = model, batches, mode, name, options
+        self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
+        self.max_batches, self.progress = options.get("max_batches"), options.get("progress", True)
+        self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
+        seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
+        self._shared = _Shared(seed, options.get("reduction"))
+        self._place, self._probed = _Place(), False
+        self._samples, self._batches = 0, 0  # of the last pass
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -77,33 +109,80 @@ class Objective:
         Returns:
             An objective of its own.
         """
-        return Objective(self.model, batches, step=self.function, mode=self.mode, name=name)
+        return self._like(Objective(self.model, batches, step=self.function, mode=self.mode, name=name, **self.options))
+
+    def with_model(self, model: nn.Module) -> "Objective":
+        """The same loss on the same batches, of another model.
+
+        Args:
+            model: such as a copy of this one.
+
+        Returns:
+            An objective of its own.
+        """
+        other = Objective(model, self.batches, step=self.function, mode=self.mode, name=self.name, **self.options)
+        return self._like(other)
+
+    def _like(self, other: "Objective") -> "Objective":
+        other._shared = self._shared
+        return other
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Batches, in the same order each time: passes agree on who is in which fold.
+        """Batches, in the same order each time, with the same random numbers. Inside :func:`preserve_state`.
 
-        Yields:
-            A batch and its number of samples.
-
-        Raises:
-            BatchError: there are none.
+        Returns:
+            An iterator over batches with their numbers of samples.
         """
-        empty = True
-        states = [(generator, generator.get_state()) for generator in _generators(self.batches)]
-        try:
-            for batch in self.batches:
-                empty = False
-                with self._naming_batches():
-                    samples = sample_count(batch)
-                yield batch, samples
-        finally:
+        return self.read(self._shared.seed, self.max_batches)
+
+    def read(self, seed: int | None = None, most: int | None = None) -> Iterator[tuple[Any, int]]:
+        """Batches, to train on.
+
+        Args:
+            seed: of what a loader draws; by default it draws what comes, and goes on there.
+            most: the largest number of batches.
+
+        Returns:
+            An iterator over batches with their numbers of samples.
+        """
+        states = [] if seed is None else [(owner, owner.get_state()) for owner in generators_of(self.batches)]
+
+        def restore() -> None:
             for generator, state in states:
                 generator.set_state(state)
-        if empty:
+
+        with all_or_nothing(restore):
+            if seed is not None:
+                seed_everything(_seed(seed, 0))
+            try:
+                source = iter(self.batches)
+            except BaseException as error:
+                add_note(error, f"dagrow: raised where {self.name} were to be read")
+                raise
+        return self._read(source, restore, seed, most)
+
+    def _read(
+        self, source: Iterator[Any], restore: Callable[[], None], seed: int | None, most: int | None
+    ) -> Iterator[tuple[Any, int]]:
+        seen = self._place = _Place()
+        total = 0
+        try:
+            with self._naming_batches():
+                for number, batch in numbered(source, self.name, most, batch_count(self.batches)):
+                    samples = sample_count(batch, self.batch_dim)
+                    self._place = seen = _Place(number, samples, seen.first or samples)
+                    total += samples
+                    yield batch, samples
+                    if seed is not None:
+                        seed_everything(_seed(seed, 2 * number + 2))
+        finally:
+            restore()
+        if not total:
             raise BatchError(
                 f"{self.name} is empty: not one batch came out. Give at least one; and if it held some before, it can "
                 "be read only once: give a list or a DataLoader, which can be read again."
             )
+        self._samples, self._batches = total, seen.number + 1
 
     @contextmanager
     def _naming_batches(self) -> Iterator[None]:
@@ -111,15 +190,35 @@ class Objective:
         try:
             yield
         except DagrowError as error:
-            if self.name != "batches":
+            if self.name != "batches" and not str(error).startswith(self.name):
                 error.args = (f"{self.name}: {error}",)
             raise
 
-    def value(self, batch: object) -> Tensor:
-        """The user's own scalar for one batch.
+    def hold(self, turn: int = 0) -> None:
+        """Seeds the random generators for the batch that was read last: every evaluation of it begins there.
 
         Args:
-            batch: one of the batches, or another like them.
+            turn: of evaluations with other random numbers.
+        """
+        seed_everything(_seed(self._shared.seed, 2 * self._place.number + 1, turn))
+
+    def value(self, batch: object) -> Tensor:
+        """The user's own scalar for the batch that was read last. Inside :func:`preserve_state`.
+
+        Args:
+            batch: that one, or another like it.
+
+        Returns:
+            A tensor without dimensions.
+        """
+        self.hold()
+        return self.drawn_value(batch)
+
+    def drawn_value(self, batch: object) -> Tensor:
+        """The same with random numbers as they come, as for training.
+
+        Args:
+            batch: as for :meth:`value`.
 
         Returns:
             A tensor without dimensions.
@@ -127,13 +226,14 @@ class Objective:
         with self._naming_batches():
             return self._value(batch)
 
-    def _value(self, batch: object) -> Tensor:
+    def _value(self, batch: object, how: str = "") -> Tensor:
         try:
             value = self.function(self.model, batch)
         except DagrowError:
             raise
-        except Exception as error:
-            raise BatchError(self._failure(batch, error)) from error
+        except BaseException as error:
+            add_note(error, self._note(batch, how))
+            raise
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
@@ -142,18 +242,26 @@ class Objective:
             )
         if not torch.isfinite(value):
             raise NotFiniteError(
-                f"the loss is {value.item()} on a batch of {_description(batch)}; growth needs finite losses. Look for "
+                f"the loss is {value.item()} on a batch of {description(batch)}; growth needs finite losses. Look for "
                 "such values in the batch and in the model's parameters, or lower the learning rate."
             )
         return value.reshape(())
 
-    def _failure(self, batch: object, error: Exception) -> str:
+    def _note(self, batch: object, how: str) -> str:
+        """What an exception of the user's code was about."""
         kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
-        return (
-            f"the model or the loss failed on a batch of {_description(batch)} ({type(error).__name__}: {error}). The "
-            f"model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device that "
-            "the model takes and the loss compares."
+        samples, first = self._place.samples, self._place.first
+        note = (
+            f"dagrow: raised on batch {self._place.number} of {self.name}, counted from 0{how}: {description(batch)}. "
+            f"The model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device "
+            "that the model takes and the loss compares."
         )
+        if samples != first:
+            note += (
+                f" This batch has {samples} samples, the first had {first}: where the model or the loss is written for "
+                "that many, leave it out (drop_last=True)."
+            )
+        return note
 
     def scale(self, samples: int) -> float:
         """The factor from the user's scalar for a batch to a mean over its samples.
@@ -162,46 +270,85 @@ class Objective:
             samples: of the batch.
 
         Returns:
-            1 for a mean, 1 / samples for a sum.
+            1 / samples for a sum, else 1.
         """
-        return 1.0 if self.reduction == "mean" else 1.0 / samples
+        return 1.0 / samples if self.reduction == "sum" else 1.0
+
+    def reported(self, mean: float) -> float:
+        """A mean over samples as the user's loss states it: the user's scalars, averaged over batches.
+
+        Args:
+            mean: over the samples of the pass that was made last.
+
+        Returns:
+            For a sum that times the samples of a batch, else the same; batches count by their samples.
+        """
+        return mean * self._samples / self._batches if self.reduction == "sum" else mean
 
     @property
-    def reduction(self) -> str:
-        """Whether the user's loss is a "mean" or a "sum" over samples, found by repeating a batch."""
+    def reduction(self) -> Reduction:
+        """Whether the user's loss is a "mean" or a "sum" over samples, or one number of the "batch"."""
         self.probe()
-        assert self._reduction is not None
-        return self._reduction
+        assert self._shared.reduction is not None
+        return self._shared.reduction
 
     def probe(self) -> None:
         """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
-        if self._reduction is None:
+        if not self._probed:
             with preserve_state(self.model, weights=True), torch.no_grad():
                 self.model.eval()
-                self._reduction = self._probe_reduction()
+                self._shared.reduction = self._probe_reduction()
+            self._probed = True
 
-    def _probe_reduction(self) -> str:
-        for batch, n in self:
-            versions = [parameter._version for parameter in self.model.parameters()]
-            value = float(self.value(batch))
-            if versions != [parameter._version for parameter in self.model.parameters()]:
-                raise LossError(
-                    "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
-                    "leaves backward() and optimizer.step() to the training loop."
-                )
-            if value == 0:
+    def _probe_reduction(self) -> Reduction:
+        for batch, samples in self:
+            recording = Recording(self.model)
+            loss = self._checked_value(batch, recording)
+            if self._shared.reduction is not None:
+                return self._shared.reduction
+            probe = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, loss)
+            finding = probe.finding()
+            if finding is None:
                 continue
-            ratio = float(self.value(_doubled(batch, n))) / value
-            if abs(ratio - 1) < 1e-3:
-                return "mean"
-            if abs(ratio - 2) < 1e-3:
-                return "sum"
-            raise LossError(
-                f"repeating a batch multiplies the loss by {ratio:.4g}; a mean over samples gives 1, a sum gives 2. "
-                "Return one of the two (a penalty on the weights goes with a mean), and draw no random numbers in eval "
-                "mode."
-            )
+            if finding.reduction is None:
+                raise LossError(
+                    f"{finding.why}. Say what the loss is with reduction=: 'mean' or 'sum' where it is one over the "
+                    "samples of a batch, perhaps with a penalty that does not depend on them; 'batch' where it is one "
+                    "number of the whole batch, as a contrastive loss is."
+                )
+            return finding.reduction
         return "mean"
+
+    def _checked_value(self, batch: object, recording: Recording) -> float:
+        """The loss of a batch, which is a function of it and of the model, and changes neither."""
+        state = ModelState(self.model)
+        versions = [parameter._version for parameter in self.model.parameters()]
+        with recording.recorded():
+            value = self.value(batch)
+        if versions != [parameter._version for parameter in self.model.parameters()]:
+            raise LossError(
+                "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
+                "leaves backward() and optimizer.step() to the training loop."
+            )
+        state.restore()
+        again = self.value(batch)
+        state.restore()
+        allowed = torch.finfo(value.dtype).eps ** 0.5 if value.is_floating_point() else 0.0
+        if abs(float(again) - float(value)) > allowed * abs(float(value)):
+            raise LossError(
+                f"the loss of the same batch is {float(value):.9g} and then {float(again):.9g}, with the global random "
+                "generators of torch, numpy and Python at the same seed. It draws from a generator of its own, or "
+                "depends on how often it was called; such numbers cannot be held while a growth is measured. Draw from "
+                "the global generators, and keep counters out of the loss."
+            )
+        return float(value)
+
+    def _evaluate(self, batch: object, turn: int) -> tuple[Tensor, bool]:
+        """The loss of a batch, and whether it draws random numbers."""
+        self.hold(turn)
+        before = drawn_so_far()
+        value = self._value(batch, ", or on it repeated, to tell a mean from a sum")
+        return value, drawn_so_far() != before
 
     def mean(self) -> float:
         """The loss, in eval mode unless asked otherwise.
@@ -219,82 +366,6 @@ class Objective:
         return total / count
 
 
-def _check_batches(batches: object, name: str) -> None:
-    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        raise BatchError(
-            f"{name} is a {type(batches).__name__}, which holds single samples; give batches of them: "
-            "torch.utils.data.DataLoader(dataset, batch_size=...)."
-        )
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise BatchError(f"{name} is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
-    if isinstance(batches, Iterator):
-        raise BatchError(
-            f"{name} is a {type(batches).__name__}, which can be read only once; give a list, list({name}), or a "
-            "DataLoader."
-        )
-
-
-def _generators(batches: object) -> list[torch.Generator]:
-    """The random generators of a loader's own."""
-    generators = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
-    return [generator for generator in generators if isinstance(generator, torch.Generator)]
-
-
-def _supervised(loss: Loss | None) -> Step:
-    assert loss is not None
-
-    def step(model: nn.Module, batch: object) -> Tensor:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise BatchError(
-                f"a batch is {_description(batch)}; it must be (inputs, target). One batch alone goes into a list, "
-                "[(inputs, target)]; for other batches, give step=, called as step(model, batch)."
-            )
-        n, target = sample_count(batch), batch[1]
-        if isinstance(target, Tensor) and target.ndim and len(target) % n:
-            raise BatchError(
-                f"a batch has {n} inputs and {len(target)} targets: {_description(batch)}. Give as many of each."
-            )
-        args, kwargs = bind(batch[0])
-        return loss(model(*args, **kwargs), target)
-
-    return step
-
-
-def sample_count(batch: object) -> int:
-    """The size of the first dimension of a batch's first tensor.
-
-    Args:
-        batch: any nest of tensors.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        BatchError: there are none, or no tensor to tell.
-    """
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            if not len(leaf):
-                raise BatchError(f"a batch has no samples: {_description(batch)}.")
-            return len(leaf)
-    raise BatchError(f"a batch holds no tensor with a sample dimension: {_description(batch)}.")
-
-
-def _doubled(batch: object, n: int) -> object:
-    """The batch followed by itself."""
-
-    def twice(leaf: object) -> object:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
-
-    return tree_map(twice, batch)
-
-
-def _description(batch: object) -> str:
-    """Shapes and types of a batch, for messages."""
-
-    def describe(leaf: object) -> str:
-        if not isinstance(leaf, Tensor):
-            return type(leaf).__name__
-        return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
-
-    return str(tree_map(describe, batch))
+def _seed(*numbers: int) -> int:
+    """A seed that follows from whole numbers."""
+    return crc32(repr(numbers).encode())

@@ -30,7 +30,7 @@ from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
 from dagrow.surgery._loss_check import check_preserved, check_unchanged
 from dagrow.surgery._new_layers import NewPath, dependent, zeroed
-from dagrow.surgery._optimizers import check_optimizer, check_steps
+from dagrow.surgery._optimizers import Optimizers, check_optimizer, check_steps, sequence_of
 from dagrow.surgery._store import load, save
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Draft",
     "Growth",
     "NewPath",
+    "Optimizers",
     "Receipt",
     "check_optimizer",
     "check_preserved",
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "preview",
     "save",
+    "sequence_of",
     "transaction",
     "where_new",
     "zeroed",

@@ -5,31 +5,32 @@ Every parameter keeps its identity, so that optimizers, schedulers, hooks and lo
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from dagrow._model_state import ModelState, all_or_nothing, restoring
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
-from dagrow.graph import Dag
+from dagrow.graph import Dag, check_owners
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
-from dagrow.surgery._new_layers import attach, detach
+from dagrow.surgery._new_layers import NewPath, attach, detach
 from dagrow.surgery._optimizers import (
+    Optimizers,
     adopt,
     carry,
+    first_entries,
     log_added,
     log_growth,
     log_removed,
     log_undo,
-    refuse,
     refuse_new,
     regroup,
+    sequence_of,
     settle,
 )
 from dagrow.tracing import tensor_at
@@ -169,11 +170,12 @@ class Overwritten:
         model, new_paths = self.structure.model, self.structure.change.new_paths
         attach(model, new_paths, copied=True)
         for path in new_paths:
-            for name, parameter in model.get_submodule(path.name).named_parameters(path.name):
+            added = model.get_submodule(path.name).to(tensor_at(model, path.beside))
+            for name, parameter in added.named_parameters(path.name):
                 with torch.no_grad():
                     parameter.copy_(tensors.get(name, parameter))
                 self.added.append(parameter)
-                log_added(parameter, tensor_at(model, path.beside))
+                log_added(parameter, _beside(model, path, name, parameter), model)
 
     def restore(self) -> None:
         """Puts everything back. May run twice."""
@@ -192,29 +194,50 @@ class Overwritten:
         return [old for old in self.tensors.values() if old.index_maps]
 
 
+def _beside(model: nn.Module, path: NewPath, name: str, parameter: Tensor) -> Tensor:
+    """What a new parameter is optimized with: a weight with that of the layer it is added to, a bias with a bias."""
+    weight = tensor_at(model, path.beside)
+    if parameter.ndim > 1:
+        return weight
+    owner, kind = path.beside.rpartition(".")[0], name.rpartition(".")[2]
+    named = [(at, p) for at, p in model.named_parameters() if not at.startswith(f"{path.name}.")]
+    place = next(index for index, (_, p) in enumerate(named) if p is weight)
+    alike = [
+        (at.rpartition(".")[0] != owner, abs(index - place), index)
+        for index, (at, p) in enumerate(named)
+        if p.ndim == parameter.ndim and p.requires_grad and at.rpartition(".")[2] == kind
+    ]
+    return named[min(alike)[2]][1] if alike else weight
+
+
 class UndoRecord:
     """Everything that a growth overwrote, as it was."""
 
-    def __init__(self, dag: Dag, change: Change, optimizer: Optimizer | None, kind: type[nn.Module]) -> None:
-        self.dag, self.view, self.optimizer, self.kind = dag, dag.view, optimizer, kind
+    def __init__(self, dag: Dag, change: Change, optimizer: Optimizers, kind: type[nn.Module]) -> None:
+        self.dag, self.view, self.optimizers, self.kind = dag, dag.view, sequence_of(optimizer), kind
         self.overwritten = Overwritten(dag.model, change)
-        self.state: dict[Tensor, dict[str, Any]] = {}  #: of the optimizer, for what was overwritten
-        states = {} if optimizer is None else optimizer.state
-        for old in self.overwritten.tensors.values():
-            if old.tensor in states:
-                self.state[old.tensor] = _copied(states[old.tensor], replaced=bool(old.index_maps))
+        #: of each optimizer its state of what was overwritten
+        self.states: list[dict[Tensor, dict[str, Any]]] = [
+            {
+                old.tensor: _copied(optimizer.state[old.tensor], replaced=bool(old.index_maps))
+                for old in self.overwritten.tensors.values()
+                if old.tensor in optimizer.state
+            }
+            for optimizer in self.optimizers
+        ]
 
+    @torch.inference_mode(False)
     def restore(self) -> None:
         """Puts everything back. May run twice."""
         self.overwritten.restore()
-        if self.optimizer is not None:
-            regroup(self.optimizer)
+        for optimizer, state in zip(self.optimizers, self.states, strict=True):
+            regroup(optimizer)
             for old in self.overwritten.tensors.values():
-                if old.tensor in self.state:
-                    self.optimizer.state[old.tensor] = _copied(self.state[old.tensor], replaced=False)
+                if old.tensor in state:
+                    optimizer.state[old.tensor] = _copied(state[old.tensor], replaced=False)
                 else:
-                    self.optimizer.state.pop(old.tensor, None)
-            settle(self.optimizer, [old.tensor for old in self.overwritten.growing])
+                    optimizer.state.pop(old.tensor, None)
+            settle(optimizer, [old.tensor for old in self.overwritten.growing])
         self.dag.remove_growth(self, self.view)
 
 
@@ -263,7 +286,8 @@ def transaction(dag: Dag, work: Callable[[], T]) -> T:
     return result
 
 
-def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = None) -> UndoRecord:
+@torch.inference_mode(False)
+def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) -> UndoRecord:
     """Writes a change at an amplitude into the model. All or nothing.
 
     Returns:
@@ -271,27 +295,30 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizer | None = 
 
     Raises:
         GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
-            does not show, so that it would not be the same function at gamma = 0.
+            does not show, so that it would not be the same function at gamma = 0; or a wrapper is bound to it.
         OptimizerError: the optimizer holds state that cannot follow.
     """
+    check_owners(dag.model)
     start = change.start(dag.model)
-    changed = difference(dag.model, dag.example_inputs, lambda: _grown(dag.model, change, change.at(start, 0.0)))
+    examples, at_zero = (dag.example_inputs, *dag.also), change.at(start, 0.0)
+    changed = difference(dag.model, examples, lambda: _grown(dag.model, change, at_zero))
     if changed is not None:
         grows = ", ".join((*change.index_maps, *change.added))
         raise GrowthError(
             f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
             "depends on the width in a way that its graph does not show. Leave this axis out."
         ) from changed.cause
-    kind = change.kind(dag.model)
+    kind, tensors = change.kind(dag.model), change.at(start, gamma)
     undo = UndoRecord(dag, change, optimizer, kind)
-    if optimizer is not None:
-        refuse(optimizer, [old.tensor for old in undo.overwritten.growing])
-        refuse_new(optimizer, change.added)
+    growing = {old.tensor: tensors[name] for name, old in undo.overwritten.tensors.items() if old.index_maps}
+    for one in undo.optimizers:
+        first_entries(one, growing)
+    refuse_new(undo.optimizers, change.added, dag.model)
     with all_or_nothing(undo.restore):
-        undo.overwritten.write(change.at(start, gamma), kind)
-        if optimizer is not None:
-            carry(optimizer)
-            adopt(optimizer, undo.overwritten.added, dag.model.parameters())
+        undo.overwritten.write(tensors, kind)
+        for one in undo.optimizers:
+            carry(one)
+        adopt(undo.optimizers, undo.overwritten.added, dag.model)
         dag.add_growth(undo)
     return undo
 
@@ -318,10 +345,12 @@ def _grown(model: nn.Module, change: Change, tensors: Mapping[str, Tensor]) -> I
         yield
 
 
+@torch.inference_mode(False)
 def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Module]) -> Overwritten:
     """Gives a copy of the model as it was the shapes of the grown one. All or nothing.
 
-    Old entries keep the copy's own values, new ones are those that the growth wrote.
+    Old entries keep the copy's own values, moved as the growth moved those of the model; new ones are those that the
+    growth wrote.
 
     Returns:
         What puts the copy back.
@@ -330,16 +359,12 @@ def widen_copy(change: Change, gamma: float, copy: nn.Module, kind: type[nn.Modu
         GrowthError: the copy is not one of the model as it was before the growth.
     """
     _check_copy(change, copy)
-    tensors = {}
-    for name, index_maps in change.index_maps.items():
-        old, fresh, slope = tensor_at(copy, name).detach(), change.fresh.get(name), change.slope.get(name)
-        if slope is not None:
-            fresh = gamma * slope.to(old) + (0 if fresh is None else fresh.to(old))
-        tensors[name] = pad(old, index_maps, fresh)
-    tensors |= {name: value + gamma * change.slope.get(name, 0) for name, value in change.added.items()}
-    overwritten = Overwritten(copy, replace(change, slope={}))
+    tensors, trained = change.tensors(copy, gamma), any(parameter.requires_grad for parameter in copy.parameters())
+    overwritten = Overwritten(copy, change)
     with all_or_nothing(overwritten.restore):
         overwritten.write(tensors, kind if change.written else type(copy))
+        for parameter in overwritten.added:
+            parameter.requires_grad_(trained)
     return overwritten
 
 

@@ -135,17 +135,17 @@ class Draft:
         self.read: dict[str, IndexMap] = {}
         self.written: dict[str, IndexMap] = {}
         riders: list[tuple[Rider, IndexMap]] = []
-        for axis, widening in widenings:
+        for _, widening in widenings:
             self.literals |= widening.literals
             self.attributes |= widening.attributes
             self.zeros |= widening.zeros
-            for edge in axis.producers:
-                self._widen_edge(edge, widening.rows[edge.name], 0)
-            for edge in axis.consumers:
-                self._widen_edge(edge, widening.columns[edge.name], 1)
+            for name, rows in widening.rows.items():
+                self._widen_edge(dag.edge(name), rows, 0)
+            for name, columns in widening.columns.items():
+                self._widen_edge(dag.edge(name), columns, 1)
             riders += widening.entries.items()
-        for edge in {edge.name: edge for axis, _ in widenings for edge in (*axis.producers, *axis.consumers)}.values():
-            self._restate_widths(edge)
+        for name in dict.fromkeys(name for _, plan in widenings for name in (*plan.rows, *plan.columns)):
+            self._restate_widths(dag.edge(name))
         for rider, index_map in riders:
             self._widen_rider(rider, index_map)
 
@@ -286,13 +286,23 @@ def pad(tensor: Tensor, index_maps: Sequence[IndexMap], fresh: Tensor | None = N
     """The tensor in its grown shape: old entries where they land, new ones from ``fresh`` or zero."""
     if not index_maps:
         return tensor
+    if tensor.layout is torch.sparse_coo:  # gradients of embeddings may be
+        return pad(tensor.to_dense(), index_maps, fresh).to_sparse(tensor.sparse_dim())
     shape = list(tensor.shape)
     for index_map in index_maps:
         if len(index_map.old) != tensor.shape[index_map.dim]:
             raise GrowthError("the model has changed its widths since the growth was measured; propose again.")
         shape[index_map.dim] = index_map.size
-    grown = tensor.new_zeros(shape) if fresh is None else fresh.detach().clone()
+    grown = laid_out(tensor, shape)
+    grown = grown.zero_() if fresh is None else grown.copy_(fresh)
     return _place(grown, tensor, index_maps)
+
+
+def laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for a tensor of another shape, its dimensions in the order in which they lie in this one's memory."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    return torch.empty_permuted(torch.Size(shape), order, dtype=tensor.dtype, device=tensor.device)
 
 
 def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Tensor:
@@ -301,4 +311,4 @@ def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Ten
     old = index_map.old.to(tensor.device)
     if others:
         tensor = _place(grown.index_select(index_map.dim, old), tensor, others)
-    return grown.index_copy_(index_map.dim, old, tensor.to(grown.dtype))
+    return grown.index_copy_(index_map.dim, old, tensor)

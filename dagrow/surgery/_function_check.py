@@ -1,6 +1,6 @@
 """Whether a grown model at gamma = 0 is still the same function, on the example inputs, in both modes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Difference:
 
 
 def difference(
-    model: nn.Module, example_inputs: Any, grown: Callable[[], AbstractContextManager[None]]
+    model: nn.Module, examples: Sequence[Any], grown: Callable[[], AbstractContextManager[None]]
 ) -> Difference | None:
     """Compares the model as it is with the model inside ``grown()``.
 
@@ -54,26 +54,28 @@ def difference(
 
     Args:
         model: as it is.
-        example_inputs: what both run on.
+        examples: what both run on, one after the other; nothing is compared where there is None.
         grown: a context in which the model is grown.
 
     Returns:
         How they differ, or None if they do not.
     """
-    if example_inputs is None or not hold_values(model, bind(example_inputs)):
+    if examples[0] is None or not hold_values(model, [bind(example) for example in examples]):
         return None
-    state = ModelState(model, weights=True)
-    before = {training: _run(state, example_inputs, training) for training in (model.training, not model.training)}
+    state, modes = ModelState(model, weights=True), (model.training, not model.training)
+    calls = [(number, training) for number in range(len(examples)) for training in modes]
+    before = {call: _run(state, examples[call[0]], call[1]) for call in calls}
     with grown():
         grown_state = ModelState(model, weights=True)
-        after = {training: _run(grown_state, example_inputs, training) for training in before}
-    for training, run in before.items():
-        now, mode = after[training], "training" if training else "evaluation"
+        after = {call: _run(grown_state, examples[call[0]], call[1]) for call in calls}
+    for (number, training), run in before.items():
+        now, mode = after[number, training], "training" if training else "evaluation"
+        mode += f" on also[{number - 1}]" if number else ""
         if run.failure is not None:
             continue
         if now.failure is not None:
             return Difference(f"it would fail in {mode}: {first_line(now.failure)}", now.failure)
-        changed = _changed(state, example_inputs, training, run, now)
+        changed = _changed(state, examples[number], training, run, now)
         if changed or run.outputs.keys() != now.outputs.keys():
             return Difference(f"its output{next(iter(changed), '')} would change in {mode}")
     return None

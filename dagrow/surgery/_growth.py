@@ -7,17 +7,16 @@ from math import ceil, prod
 from types import NoneType
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dagrow._model_state import all_or_nothing
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
-from dagrow.graph import Dag, weight_uses
+from dagrow.graph import Dag, check_owners, weight_uses
 from dagrow.solvers import LEVEL, Verdict, upper_tail
 from dagrow.statistics import Objective
 from dagrow.surgery._apply import Overwritten, UndoRecord, apply, preview, transaction, widen_copy
 from dagrow.surgery._draft import Change
-from dagrow.surgery._optimizers import check_optimizer
+from dagrow.surgery._optimizers import Optimizers, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Growth:
             objective: the loss on other batches, ``growth.objective.with_batches(batches)``.
 
         Returns:
-            The loss, a mean over samples.
+            The loss as a mean over samples, of which the gain is minus the slope; a sum counts for each sample.
         """
         check_real("loss", gamma=gamma)
         return self.losses(objective)(gamma)
@@ -171,12 +170,12 @@ class Growth:
             )
         self.dag.check()
 
-    def apply(self, gamma: float = 1.0, *, optimizer: Optimizer | None = None) -> "Receipt":
+    def apply(self, gamma: float = 1.0, *, optimizer: Optimizers = None) -> "Receipt":
         """Grows the model in place.
 
         Args:
             gamma: the amplitude; at 0 the function does not change.
-            optimizer: its state is brought along at once (otherwise at its next step).
+            optimizer: one or a list, whose state is brought along at once (otherwise at its next step).
 
         Returns:
             What became of it, to be printed and undone.
@@ -188,15 +187,20 @@ class Growth:
         check_real("apply", gamma=gamma)
         self.check_fresh()
         check_optimizer(optimizer, self.dag.model)
-        return transaction(self.dag, lambda: self.commit(gamma, self.objective.mean(), self.loss(gamma), optimizer))
+        return transaction(self.dag, lambda: self._applied(gamma, optimizer))
 
-    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizer | None) -> "Receipt":
+    def _applied(self, gamma: float, optimizer: Optimizers | None) -> "Receipt":
+        before, after = self.objective.mean(), self.loss(gamma)
+        reported = self.objective.reported
+        return self.commit(gamma, reported(before), reported(after), optimizer)
+
+    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizers) -> "Receipt":
         """Applies the growth when the losses are known already.
 
         Args:
             gamma: the amplitude.
-            before: the loss of the model as it is.
-            after: the loss at the amplitude.
+            before: the user's loss of the model as it is, see ``Objective.reported``.
+            after: that at the amplitude.
             optimizer: as for :meth:`apply`.
 
         Returns:
@@ -225,7 +229,7 @@ class Receipt:
         where: the axis or edge, or "" if nothing was worth adding.
         neurons: new units.
         gamma: the amplitude that was chosen; of the last part, if there are several.
-        loss_before, loss_after: the loss on the batches that chose the amplitude.
+        loss_before, loss_after: the user's loss, averaged over the batches that chose the amplitude.
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.
@@ -258,7 +262,8 @@ class Receipt:
         """Brings a copy of the model that was made before the growth to the grown shapes, in place.
 
         For averages of the weights: after ``receipt.carry(ema.module)``, ``ema.update_parameters(model)`` goes on
-        working. Old entries keep the copy's own values, new ones are those that the growth wrote into the model.
+        working. Old entries keep the copy's own values, moved as the growth moved those of the model; new ones are
+        those that the growth wrote into the model.
 
         Args:
             copy: of the model, from before the growth.
@@ -278,7 +283,7 @@ class Receipt:
         Also after training: what the growth wrote is then as it was before the growth, all else stays as it is now.
 
         Raises:
-            GrowthError: later growths are still in place, or it was undone already.
+            GrowthError: later growths are still in place, it was undone already, or a wrapper is bound to the model.
         """
         undos = [part._undo for part in self.parts if part._undo is not None]
         if not undos:
@@ -290,6 +295,7 @@ class Receipt:
             raise GrowthError(
                 f"a later growth is still in place; undo growths in reverse order, the one at {self.where} after it."
             )
+        check_owners(undos[0].dag.model)
         restore = partial(_restore, undos)
         with all_or_nothing(restore):
             restore()

@@ -11,10 +11,11 @@ from time import perf_counter_ns
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagrow.axes import IndexMap
+from dagrow.surgery._draft import laid_out
 
 _ATTRIBUTE = "_growth_log"
 
@@ -31,16 +32,16 @@ class Resize:
     def undoes(self, other: "Resize") -> bool:
         return self.undone and not other.undone and self.index_maps == other.index_maps
 
-    def follow(self, state: Tensor) -> Tensor:
-        """State of the shape before, with zeros at new entries; or less what was new."""
+    def follow(self, places: Tensor) -> Tensor:
+        """Numbers of entries of the shape before, with -1 at new entries; or less what was new."""
         index = [torch.arange(size) for size in (self.after if self.undone else self.before)]
         for index_map in self.index_maps:
             index[index_map.dim] = index_map.old
-        old = torch.meshgrid(*(places.to(state.device) for places in index), indexing="ij")
+        old = torch.meshgrid(*(at.to(places.device) for at in index), indexing="ij")
         if self.undone:
-            return state[old]
-        grown = state.new_zeros(self.after)
-        grown[old] = state
+            return places[old]
+        grown = places.new_full(self.after, -1)
+        grown[old] = places
         return grown
 
 
@@ -54,6 +55,7 @@ class GrowthLog:
         versions: optimizer -> the version of the parameter that its state is of.
         new: new parameters of new layers, to be optimized with this one.
         beside: of a new parameter, the one that it is optimized with.
+        model: of a new parameter, the model that it is in.
         removed: whether it was new and has been taken out again.
         since: when the log was opened, by a clock.
         informed: optimizers that know all that is noted here.
@@ -64,6 +66,7 @@ class GrowthLog:
     versions: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
     new: list[ref[Tensor]] = field(default_factory=list)
     beside: ref[Tensor] | None = None
+    model: ref[nn.Module] | None = None
     removed: bool = False
     since: int = field(default_factory=perf_counter_ns)
     informed: set[ref[Optimizer]] = field(default_factory=set)
@@ -99,12 +102,26 @@ class GrowthLog:
             return len(self.resizes)
         return max((at for at, resize in enumerate(self.resizes) if resize.before == shape), default=None)
 
-    def follow(self, state: Tensor, version: int | None) -> Tensor:
-        """State of a version, or of one of its shape, brought to the present one."""
+    def follow(self, state: Tensor, version: int | None, first: Tensor) -> Tensor:
+        """State of a version, or of one of its shape, brought to the present one.
+
+        Args:
+            state: of a shape that the parameter has or had.
+            version: that it is of, if that is known.
+            first: what new entries start with, in the present shape.
+
+        Returns:
+            State in the present shape.
+        """
         start = self.start(state.shape, version)
-        for resize in self.resizes[len(self.resizes) if start is None else start :]:
-            state = resize.follow(state)
-        return state
+        resizes = self.resizes[len(self.resizes) if start is None else start :]
+        if not resizes:
+            return state
+        places = torch.arange(state.numel(), device=state.device).reshape(state.shape)
+        for resize in resizes:
+            places = resize.follow(places)
+        entries = state.reshape(-1)[places.clamp(min=0)]
+        return laid_out(state, places.shape).copy_(torch.where(places < 0, first.to(state), entries))
 
     def is_behind(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer's state is of an earlier version."""

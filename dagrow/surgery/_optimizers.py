@@ -1,7 +1,8 @@
 """Optimizers that follow the parameters of a growing model.
 
 State that an optimizer keeps for an earlier version of a parameter is brought to the present one: old entries
-bit-equal, new ones zero. An optimizer that nobody passed is brought along just before its next step.
+bit-equal, new ones as the optimizer would begin with them. An optimizer that nobody passed is brought along just before
+its next step.
 
 New parameters of new layers are optimized along with one that was there: they join its group, and leave it again when
 the growth is undone.
@@ -11,20 +12,36 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
-from weakref import ref
+from warnings import warn
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from dagrow.axes import IndexMap
-from dagrow.errors import OptimizerError
+from dagrow.errors import OptimizerError, first_line
+from dagrow.surgery._first_state import Path, constructed_state, first_state, objects_in, tensors_in
 from dagrow.surgery._growth_log import GrowthLog, Resize, log_of, opened_log
 
-#: one entry per row or column, in Adafactor: of one neuron it has the parameter's shape by accident
-FACTORED = {"row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col"}
+Optimizers = Optimizer | Sequence[Optimizer] | None  #: what users give
+#: optimizer -> its groups when its state was last brought along: it has others once other state is loaded
+_groups: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+
+
+def sequence_of(optimizer: Optimizers) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none, as several.
+
+    Args:
+        optimizer: what was given.
+
+    Returns:
+        Each once.
+    """
+    several = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    return tuple(dict.fromkeys(several))
 
 
 def log_growth(parameter: Tensor, index_maps: Sequence[IndexMap]) -> None:
@@ -49,11 +66,11 @@ def log_undo(parameter: Tensor, index_maps: Sequence[IndexMap]) -> None:
     log.add(Resize(torch.Size(before), parameter.shape, tuple(index_maps), True))
 
 
-def log_added(parameter: Tensor, beside: Tensor) -> None:
-    """Notes that a parameter is new, and which one it is optimized with."""
+def log_added(parameter: Tensor, beside: Tensor, model: nn.Module) -> None:
+    """Notes that a parameter of a model is new, and which one it is optimized with."""
     log, other = opened_log(parameter), opened_log(beside)
     _forget(parameter, log)
-    log.beside = ref(beside)
+    log.beside, log.model = ref(beside), ref(model)
     other.new.append(ref(parameter))
     other.informed.clear()
     _watch_steps()
@@ -100,9 +117,14 @@ def _watch_steps() -> None:
 
 
 def _bring_along(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
-    this = ref(optimizer)
-    if any(this not in log.informed for _, log in _logged(optimizer)):
+    this, logged = ref(optimizer), list(_logged(optimizer))
+    if logged and (_is_loaded(optimizer) or any(this not in log.informed for _, log in logged)):
         carry(optimizer)
+
+
+def _is_loaded(optimizer: Optimizer) -> bool:
+    """Whether other state may have come in since its own was brought along."""
+    return _groups.get(optimizer) is not optimizer.param_groups
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -117,17 +139,21 @@ def _logged(optimizer: Optimizer) -> Iterator[tuple[Tensor, GrowthLog]]:
             yield parameter, log
 
 
-def adopt(optimizer: Optimizer, new: Iterable[Tensor], others: Iterable[Tensor]) -> None:
-    """New parameters that would be optimized with none of the optimizer's, as beside a frozen layer, join it.
+def adopt(optimizers: Sequence[Optimizer], new: Iterable[Tensor], model: nn.Module) -> None:
+    """New parameters that would be optimized with none of the optimizers', as beside a frozen layer, join one of them.
 
-    They join the first of the others that it has. No other optimizer takes them then.
+    They join the first of the model's parameters that an optimizer has which takes them. No other optimizer takes them
+    then.
     """
-    mine = {id(p) for p in _parameters(optimizer)}
-    neighbour = next(p for p in others if id(p) in mine)
+    mine = {id(p): optimizer for optimizer in reversed(optimizers) for p in _parameters(optimizer)}
     for parameter in new:
         if id(parameter) not in mine:
-            log_added(parameter, neighbour)
-    regroup(optimizer)
+            besides = (p for p in model.parameters() if id(p) in mine and p is not parameter)
+            beside = next((p for p in besides if _takes(mine[id(p)], p, parameter)), None)
+            if beside is not None:
+                log_added(parameter, beside, model)
+    for optimizer in optimizers:
+        regroup(optimizer)
 
 
 def regroup(optimizer: Optimizer) -> None:
@@ -135,27 +161,42 @@ def regroup(optimizer: Optimizer) -> None:
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, beside in new_beside(_parameters(optimizer)):
         group = groups.get(id(beside))
-        if id(parameter) not in groups and group is not None and _takes(optimizer, parameter):
-            groups[id(parameter)] = group
-            group["params"].append(parameter)
-            optimizer.state.update(_first_state(optimizer, parameter))
+        if id(parameter) in groups or group is None:
+            continue
+        if not _takes(optimizer, beside, parameter):
+            warn(f"{_refusal(optimizer, ['of shape ' + str(tuple(parameter.shape))])}", stacklevel=2)
+            continue
+        groups[id(parameter)] = group
+        _join(group, parameter, beside)
+        state = constructed_state(optimizer, beside, parameter)
+        if state:
+            optimizer.state[parameter] = state
     for parameter in [parameter for parameter, log in _logged(optimizer) if log.removed]:
         group = groups[id(parameter)]
-        group["params"][:] = [other for other in group["params"] if other is not parameter]
+        at = next(index for index, other in enumerate(group["params"]) if other is parameter)
+        for entries in (group["params"], *([group["param_names"]] if "param_names" in group else ())):
+            del entries[at]
         optimizer.state.pop(parameter, None)
 
 
-def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
-    """Whether an optimizer works with parameters of this shape, that it did not have from the start."""
-    matrices = getattr(torch.optim, "Muon", ())
-    return not isinstance(optimizer, torch.optim.LBFGS) and (parameter.ndim == 2 or not isinstance(optimizer, matrices))
+def _join(group: dict[str, Any], parameter: Tensor, beside: Tensor) -> None:
+    """A parameter gets the place in a group that it has in its model: files of state know it by its place."""
+    log, present = opened_log(parameter), {id(p): index for index, p in enumerate(group["params"])}
+    model = None if log.model is None else log.model()
+    named = [] if model is None else list(model.named_parameters())
+    order = [id(p) for _, p in named]
+    before = order[: order.index(id(parameter))] if id(parameter) in order else list(present)
+    at = 1 + max((present[p] for p in before if p in present), default=len(present) - 1)
+    group["params"].insert(at, parameter)
+    if "param_names" in group:
+        names = {id(p): name for name, p in named}
+        name, other = names.get(id(parameter), ""), names.get(id(beside), "")
+        group["param_names"].insert(at, group["param_names"][present[id(beside)]].removesuffix(other) + name)
 
 
-def _first_state(optimizer: Optimizer, parameter: Tensor) -> dict[Tensor, Any]:
-    """What an optimizer of this kind holds of a parameter before its first step: nothing, for most."""
-    if not isinstance(optimizer, torch.optim.Adagrad):
-        return {}
-    return dict(type(optimizer)([parameter], **optimizer.defaults).state)
+def _takes(optimizer: Optimizer, beside: Tensor, parameter: Tensor) -> bool:
+    """Whether an optimizer can step on a parameter that it did not have from the start."""
+    return not isinstance(optimizer, torch.optim.LBFGS) and first_state(optimizer, beside, parameter).failure is None
 
 
 def carry(optimizer: Optimizer) -> None:
@@ -164,16 +205,20 @@ def carry(optimizer: Optimizer) -> None:
     Raises:
         OptimizerError: some state cannot follow; none has changed.
     """
+    if _is_loaded(optimizer):
+        for _, log in _logged(optimizer):
+            log.versions.pop(optimizer, None)
     regroup(optimizer)
     behind = {parameter: log for parameter, log in _logged(optimizer) if log.is_behind(optimizer)}
-    refuse(optimizer, behind)
+    first = first_entries(optimizer, {parameter: parameter.detach() for parameter in behind})
     states = {
-        parameter: _brought(optimizer.state[parameter], log, log.versions.get(optimizer))
+        parameter: _brought(optimizer.state[parameter], log, log.versions.get(optimizer), first.get(parameter, {}))
         for parameter, log in behind.items()
         if parameter in optimizer.state
     }
     optimizer.state.update(states)
     settle(optimizer, behind)
+    _groups[optimizer] = optimizer.param_groups
     for _, log in _logged(optimizer):
         log.informed.add(ref(optimizer, log.informed.discard))
 
@@ -186,64 +231,141 @@ def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             log.versions[optimizer] = log.version
 
 
-def refuse(optimizer: Optimizer, growing: Iterable[Tensor]) -> None:
-    """Checks that the optimizer's state can follow its parameters among those that grow.
+def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[Path, Tensor]]:
+    """What the state of parameters starts with where they are new.
+
+    Args:
+        optimizer: is not changed.
+        growing: parameter -> it, grown. Others than the optimizer's do not count.
+
+    Returns:
+        Parameter -> place in its state -> a tensor of the grown shape; where there is none, state does not grow.
 
     Raises:
-        OptimizerError: some of it cannot.
+        OptimizerError: some state cannot follow.
     """
     mine = {id(p) for p in _parameters(optimizer)}
-    if not any(id(p) in mine for p in growing):
-        return
+    grown = {id(parameter): value for parameter, value in growing.items() if id(parameter) in mine}
+    if not grown:
+        return {}
+    _refuse_tensors_of_its_own(optimizer, growing)
+    first = {}
     for parameter in _parameters(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            wrong = next((leaf for leaf in tree_leaves(value) if key in FACTORED or not _fits(parameter, leaf)), None)
-            if wrong is not None:
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(wrong.shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}: nothing says where new entries belong. Make a new optimizer after the "
-                    "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
-                )
+        grows = id(parameter) in grown
+        entries = _first_entries(optimizer, parameter, grown[id(parameter)] if grows else parameter.detach(), grows)
+        if grows:
+            first[parameter] = entries
+    return first
 
 
-def refuse_new(optimizer: Optimizer, new: Mapping[str, Tensor]) -> None:
-    """Checks that an optimizer can take new parameters.
+def _first_entries(optimizer: Optimizer, parameter: Tensor, grown: Tensor, grows: bool) -> dict[Path, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    for path in objects_in(state) if grows else ():
+        raise _unknown(optimizer, path, ", an object with tensors in it,", parameter, None)
+    shaped = {path: value for path, value in tensors_in(state).items() if value.ndim and value.numel()}
+    if (not grows and all(value.shape == grown.shape for value in shaped.values())) or not shaped:
+        return {}
+    learnt, entries = first_state(optimizer, parameter, grown, shaped, wide=grows), dict[Path, Tensor]()
+    for path, value in shaped.items():
+        first = learnt.tensors.get(path)
+        if first is not None and _has_been(parameter, value) and _is_plain(value):
+            entries[path] = first
+        elif learnt.others.get(path) != value.shape or not _is_plain(value):
+            failure = learnt.failure if first is None else None
+            raise _unknown(optimizer, path, f" of shape {tuple(value.shape)}", parameter, failure) from failure
+    return entries
+
+
+def _unknown(
+    optimizer: Optimizer, path: Path, kind: str, parameter: Tensor, failure: Exception | None
+) -> OptimizerError:
+    tried = "" if failure is None else f" (its step on a new parameter fails: {first_line(failure)})"
+    return OptimizerError(
+        f"{type(optimizer).__name__} keeps {path[0].key!r}{kind} for a parameter of shape {tuple(parameter.shape)}: "
+        f"nothing says where new entries belong, or what they start with{tried}. Make a new optimizer after the "
+        "growth, or use one whose state has the parameter's shape (SGD, Adam, AdamW, ...)."
+    )
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether each entry of state stands for itself; not so where it is quantised or spread over devices."""
+    return type(value) in (Tensor, nn.Parameter) and (value.dtype is torch.bool or value.dtype.itemsize > 1)
+
+
+def _has_been(parameter: Tensor, value: Tensor) -> bool:
+    """Whether state has the shape of the parameter as it is or once was."""
+    log = log_of(parameter)
+    past = log is not None and bool(log.resizes) and log.start(value.shape) is not None
+    return past or value.shape == parameter.shape
+
+
+def _refuse_tensors_of_its_own(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> None:
+    """Tensors beside the state of parameters do not say whose they are."""
+    others = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    others |= {str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    for group in optimizer.param_groups:
+        others |= {name: value for name, value in group.items() if name != "params"}
+    shapes = {parameter.shape for parameter in growing}
+    for name, value in others.items():
+        tensors = (
+            leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
+        )
+        if any(tensor.ndim and tensor.shape in shapes for tensor in tensors):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} keeps tensors in {name!r} of the shape of a parameter that grows: nothing "
+                "says which of its parameters they are for. Make a new optimizer after the growth, or use one that "
+                "keeps them in its state."
+            )
+
+
+def refuse_new(optimizers: Sequence[Optimizer], new: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Checks that one of the optimizers can take each new parameter.
 
     Raises:
-        OptimizerError: it cannot take some of them.
+        OptimizerError: none takes some of them.
     """
-    refused = [name for name, parameter in new.items() if not _takes(optimizer, parameter)]
-    if refused:
-        raise OptimizerError(
-            f"{type(optimizer).__name__} cannot take the new parameters {', '.join(refused)}: it keeps one state for "
-            "all parameters together, or takes matrices only. Leave optimizer= out and give them to another optimizer "
-            "after the growth, or make a new one."
-        )
+    besides = [(one, next((p for p in model.parameters() if _holds(one, p)), None)) for one in optimizers]
+    taking = [(one, beside) for one, beside in besides if beside is not None]
+    refused = [name for name, p in new.items() if not any(_takes(one, beside, p) for one, beside in taking)]
+    if refused and optimizers:
+        raise OptimizerError(_refusal(optimizers[0], refused))
 
 
-def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
-    """Checks that something is an optimizer of a model, or None.
+def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
+    return any(p is parameter for p in _parameters(optimizer))
+
+
+def _refusal(optimizer: Optimizer, names: Sequence[str]) -> str:
+    return (
+        f"{type(optimizer).__name__} cannot take the new parameters {', '.join(names)}: it keeps one state for all "
+        "parameters together, or takes matrices only. Leave optimizer= out and give them to another optimizer after "
+        "the growth, or make a new one."
+    )
+
+
+def check_optimizer(optimizer: Optimizers, model: nn.Module) -> None:
+    """Checks that something is an optimizer of a model, several of them, or None.
 
     Args:
         optimizer: what was given.
-        model: whose parameters it should hold.
+        model: whose parameters each should hold.
 
     Raises:
-        OptimizerError: it is no optimizer, or holds none of them.
+        OptimizerError: one is no optimizer, or holds none of them.
     """
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise OptimizerError(
-            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or leave it out: then its state "
-            "is brought along at its next step."
-        )
+    several = optimizer if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
     known = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
-        raise OptimizerError(
-            f"the {type(optimizer).__name__} holds none of the parameters of the {type(model).__name__}; give the "
-            "one that trains this model, or leave it out."
-        )
+    for one in several:
+        if not isinstance(one, Optimizer):
+            raise OptimizerError(
+                f"optimizer is a {type(one).__name__}; give a torch.optim.Optimizer or a list of them, or leave it "
+                "out: then its state is brought along at its next step."
+            )
+        if not any(id(parameter) in known for parameter in _parameters(one)):
+            raise OptimizerError(
+                f"the {type(one).__name__} holds none of the parameters of the {type(model).__name__}; give the "
+                "one that trains this model, or leave it out."
+            )
 
 
 def check_steps(optimizer: Optimizer) -> None:
@@ -263,18 +385,12 @@ def check_steps(optimizer: Optimizer) -> None:
         )
 
 
-def _fits(parameter: Tensor, value: object) -> bool:
-    """Whether state is one number, or has the shape of the parameter as it is or once was."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or not value.numel() or value.shape == parameter.shape:
-        return True
-    log = log_of(parameter)
-    return value.shape == (1,) or (log is not None and bool(log.resizes) and log.start(value.shape) is not None)
-
-
-def _brought(state: Mapping[str, Any], log: GrowthLog, version: int | None) -> dict[str, Any]:
+def _brought(
+    state: Mapping[str, Any], log: GrowthLog, version: int | None, first: Mapping[Path, Tensor]
+) -> dict[str, Any]:
     """State of a version of a parameter, brought to the present one."""
 
-    def follow(value: Any) -> Any:
-        return log.follow(value, version) if isinstance(value, Tensor) and value.ndim else value
+    def follow(path: Path, value: Any) -> Any:
+        return log.follow(value, version, first[path]) if path in first else value
 
-    return {key: tree_map(follow, value) for key, value in state.items()}
+    return dict(tree_map_with_path(follow, dict(state)))

@@ -63,6 +63,7 @@ def load(
     path: str | os.PathLike[str],
     example_inputs: Any = None,
     *,
+    also: Sequence[Any] = (),
     rules: Sequence[Rule] = (),
 ) -> Dag:
     """Grows a freshly built model to the layers and widths in a file, in place, and gives it the weights in the file.
@@ -71,6 +72,7 @@ def load(
         model: as it was built before it grew, or anywhere on the way.
         path: what :func:`save` wrote.
         example_inputs: as for :func:`dagrow.trace`, which raises TraceError where the model cannot be traced.
+        also: as for :func:`dagrow.trace`.
         rules: as for :func:`dagrow.trace`.
 
     Returns:
@@ -80,7 +82,7 @@ def load(
         StoreError: the file is none of ours, or of another architecture. The model is as it was.
     """
     paths, widths, state = _read(_path(path))
-    dag = trace(model, example_inputs, rules=rules)
+    dag = trace(model, example_inputs, also=also, rules=rules)
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
 
     def work() -> None:

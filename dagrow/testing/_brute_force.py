@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from dagrow._model_state import preserve_state
 from dagrow.graph import Dag, Edge
 from dagrow.layers import DEFAULT_RULES, EdgeRule, rule_for, with_constant
-from dagrow.statistics import LayerHooks, Loss, Objective
+from dagrow.statistics import LayerHooks, Loss, Objective, sample_count
 from dagrow.surgery import Change, Growth, NewPath, preview
 from dagrow.tracing import Executor
 
@@ -79,7 +79,7 @@ def targets_of(
     """
     dag, change, names = growth.dag, growth.change, list(growth.gain_from)
     objective = Objective(dag.model, batches, loss, mode=mode)
-    samples = sum(n for _, n in objective)
+    samples = sum(map(sample_count, batches))
     if change.new_paths:
         return [_path_target(growth, branch, objective, samples) for branch in change.new_paths]
     edges = [dag.edge(name) for name in names]
@@ -198,7 +198,8 @@ def _last_layer(branch: NewPath, change: Change, inputs: Tensor) -> tuple[Tensor
 
 def _residual_goal(growth: Growth, branch: NewPath, objective: Objective) -> Tensor:
     """Minus the gradient of each sample's loss at a zero that is added to an activation, as rows."""
-    program, reader, mean = growth.dag.program, growth.dag.edge(branch.reads), objective.reduction == "mean"
+    program, reader = growth.dag.program, growth.dag.edge(branch.reads)
+    objective.probe()  # which runs the model, too
     goals: list[Tensor] = []
 
     class Probed(Executor):
@@ -214,8 +215,9 @@ def _residual_goal(growth: Growth, branch: NewPath, objective: Objective) -> Ten
         for batch, n in objective:
             probes: list[Tensor] = []
             probed = cast(nn.Module, lambda *a, **k: program.run_with(Probed(program), a, k))
+            objective.hold()
             loss = objective.function(probed, batch)
-            (gradient,) = torch.autograd.grad(loss.sum() * (n if mean else 1), probes)
+            (gradient,) = torch.autograd.grad(loss.sum() * objective.scale(n) * n, probes)
             goals.append(-gradient.movedim(reader.rule.channel_dim(gradient.ndim), -1).flatten(0, -2))
     return torch.cat(goals)
 
@@ -239,7 +241,8 @@ def regressed(x: Tensor, y: Tensor) -> Tensor:
 
 def _rows(objective: Objective, edges: Iterable[Edge]) -> dict[str, _Rows]:
     """The rows of edges."""
-    edges, mean = list(edges), objective.reduction == "mean"  # finding that out runs the model, too
+    edges = list(edges)
+    objective.probe()  # which runs the model, too
     inputs: dict[str, list[Tensor]] = {edge.name: [] for edge in edges}
     goals: dict[str, list[Tensor]] = {edge.name: [] for edge in edges}
     probes: dict[str, Tensor] = {}
@@ -254,7 +257,7 @@ def _rows(objective: Objective, edges: Iterable[Edge]) -> dict[str, _Rows]:
         for batch, n in objective:
             last: dict[str, Tensor] = {}
             with LayerHooks(objective.model, [edge.layer for edge in edges], catch):
-                loss = objective.value(batch) * (n if mean else 1)
+                loss = objective.value(batch) * objective.scale(n) * n
             zeros = [probes[edge.name] for edge in edges]
             for edge, gradient in zip(edges, torch.autograd.grad(loss, zeros, materialize_grads=True), strict=True):
                 inputs[edge.name].append(last[edge.name])

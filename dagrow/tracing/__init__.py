@@ -16,31 +16,38 @@ torch.Size([5, 2])
 'Sequential'
 """
 
-from dagrow.tracing._attribute_int import AttributeInt, AttributePath
+from dagrow.tracing._attribute_int import AttributeInt, AttributePath, Trial
 from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
 from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable, write_forward
-from dagrow.tracing._frontends import record, symbolic
+from dagrow.tracing._frontends import raised_otherwise, record, symbolic
 from dagrow.tracing._inputs import bind, hold_values
 from dagrow.tracing._leaf_modules import is_opaque
 from dagrow.tracing._program import Executor, Program, tensor_at
+from dagrow.tracing._source_lines import source, statement
+from dagrow.tracing._traced_int import Comparison
 from dagrow.tracing._verification import relax_guards, two_samples
 
 __all__ = [
     "AttributeInt",
     "AttributePath",
+    "Comparison",
     "DynamicSizes",
     "Executor",
     "PathRecord",
     "Program",
+    "Trial",
     "added_paths",
     "bind",
     "dynamic_sizes",
     "hold_values",
     "is_opaque",
+    "raised_otherwise",
     "record",
     "relax_guards",
     "run_decomposed",
+    "source",
+    "statement",
     "symbolic",
     "tensor_at",
     "two_samples",

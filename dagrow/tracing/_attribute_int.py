@@ -5,16 +5,33 @@ that the model's own forward goes on. An attribute that was computed with cannot
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from dagrow._pytree import leaf_values
 from dagrow.tracing._builtin_reads import MathTells, attributes_read
-from dagrow.tracing._traced_int import TracedInt
+from dagrow.tracing._traced_int import SIGNS, Comparison, TracedInt, tried
 
 AttributePath = tuple[str, str, int | None]  #: a module, its attribute, and where in it if it is a list or tuple
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Numbers that a forward compares as if they were others.
+
+    Attributes:
+        sizes: node of the graph -> its number, or its shape, in a wider network.
+        attributes: of modules, and what they are there.
+    """
+
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[AttributePath, int] = field(default_factory=dict)
+
+
+UNTRIED = Trial()
 
 
 class AttributeUses:
@@ -23,10 +40,14 @@ class AttributeUses:
     Attributes:
         computed: attributes whose value was computed with or compared.
         live: whether the user's code runs now.
+        comparisons: those of attributes with plain numbers.
+        trial: what attributes are where others are tried out, with which the user's code compares.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trial: Trial = UNTRIED) -> None:
         self.computed: set[AttributePath] = set()
+        self.comparisons: list[Comparison] = []
+        self.trial = trial.attributes
         self.live: Callable[[], bool] = lambda: True
 
 
@@ -44,6 +65,11 @@ class AttributeInt(int):
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int.__int__(self),)
 
+    @property
+    def tried(self) -> int:
+        """What it is where another number is tried out."""
+        return self.uses.trial.get(self.path, int.__int__(self))
+
     __hash__ = int.__hash__
 
 
@@ -53,9 +79,13 @@ def _marking(name: str) -> Callable[..., Any]:
     def method(self: AttributeInt, *others: Any) -> Any:
         if any(isinstance(other, TracedInt) for other in others):
             return NotImplemented  # arithmetic on sizes is recorded, with this number in it
-        if self.uses.live():
-            self.uses.computed.add(self.path)
-        return getattr(int, name)(self, *others)
+        if not self.uses.live():
+            return getattr(int, name)(self, *others)
+        self.uses.computed.add(self.path)
+        result = getattr(int, name)(self.tried, *map(tried, others))
+        if name in SIGNS and isinstance(result, bool):
+            self.uses.comparisons.append(Comparison(self, SIGNS[name], others[0], result))
+        return result
 
     return method
 
@@ -72,18 +102,19 @@ _MATH_TELLS = MathTells(TracedInt, AttributeInt)
 
 
 @contextlib.contextmanager
-def attribute_ints(model: nn.Module) -> Iterator[AttributeUses]:
+def attribute_ints(model: nn.Module, trial: Trial = UNTRIED) -> Iterator[AttributeUses]:
     """Inside, whole numbers among the attributes of modules are :class:`AttributeInt`.
 
     Those that the code of a module may give to what reads them untold, such as ``range``, count as computed with.
 
     Args:
         model: whose modules have such attributes until the end.
+        trial: what some of them are tried out as.
 
     Yields:
         What forward does with them.
     """
-    uses, replaced = AttributeUses(), []
+    uses, replaced = AttributeUses(trial), []
     read = {kind: attributes_read(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Set
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -18,18 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeMode
 from dagrow._model_state import ModelState, preserve_state
 from dagrow._pytree import container_level, mapped
 from dagrow.errors import TraceError
-from dagrow.tracing._attribute_int import attribute_ints
+from dagrow.tracing._attribute_int import UNTRIED, Trial, attribute_ints
+from dagrow.tracing._call_counts import MANY, looks_at_samples, mark_calls, samples_of, with_samples
 from dagrow.tracing._contexts import explained, plainly, quietly
 from dagrow.tracing._graph_writer import GraphWriter, meta_copy
 from dagrow.tracing._inputs import Arguments, bind, bind_to_forward, hold_values
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Executor, Program
 from dagrow.tracing._recorder import Recorder
-from dagrow.tracing._source_lines import source
+from dagrow.tracing._source_lines import is_raised_by_user, source
 from dagrow.tracing._verification import verify
 
 Closed = Callable[[nn.Module], bool]  #: which modules become one node
 _STARS: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_LONGER, _FEWEST = 8, 4000  #: times as many nodes, and so many, show that calls follow the number of samples
 _ASK = "Give example inputs, dagrow.trace(model, example_inputs): the model is then run once and recorded."
 _KEEPING_WIDTH = frozenset(
     "relu relu_ tanh sigmoid gelu silu elu selu leaky_relu softplus mish hardtanh relu6 dropout flatten float "
@@ -66,32 +69,92 @@ def record(model: nn.Module, example_inputs: object, *, verified: bool = True, c
         if program.obstacle and real:  # many a forward does without values where there are none
             with state.kept(), contextlib.suppress(TraceError), quietly():
                 program = _recorded(model, inputs, False, closed, cached)
+        samples = samples_of(inputs)
+        if looks_at_samples(program.graph, samples, program.baked_size):
+            program = replace(program, specialisations=(*program.specialisations, *varying_calls(program, samples)))
         return verify(program, example_inputs, state) if verified else program
+
+    def varying_calls(program: Program, samples: int) -> tuple[str, ...]:
+        times, most = 1 + MANY // samples, max(_FEWEST, _LONGER * len(program.graph.nodes))
+        try:  # it may refuse more samples, or need their values
+            with quietly(), state.kept():
+                more = _recorded(model, with_samples(inputs, times), False, closed, cached, most)
+        except Exception:
+            return ()
+        return mark_calls(program.graph, more.graph, times)
 
     return state.trusted(recorded)
 
 
-def _recorded(model: nn.Module, inputs: Arguments, real: bool, closed: Closed, cached: Set[int]) -> Program:
-    """One run of the model, on fake tensors unless ``real``. Leaves it for the caller to clean up."""
+def raised_otherwise(
+    program: Program, example_inputs: object, trial: Trial, closed: Closed = _never
+) -> Exception | None:
+    """What the model's forward raises by itself where sizes compare as in a wider network.
+
+    Args:
+        program: the graph, whose model is run, and left as it was found.
+        example_inputs: that it was recorded with.
+        trial: the sizes of the wider network.
+        closed: as the graph was recorded.
+
+    Returns:
+        What a ``raise`` or ``assert`` of the user's code raised, or None.
+    """
+    model, inputs, state = program.model, bind(example_inputs), ModelState(program.model, weights=True)
+    cached = {id(saved.tensor) for saved in state.tensors}
+    try:
+        with state.kept(), quietly():
+            _recorded(model, inputs, program.on_values, closed, cached, trial=trial)
+    except TraceError as error:
+        cause = error.__cause__
+        return cause if isinstance(cause, Exception) and is_raised_by_user(cause) else None
+    return None
+
+
+def _recorded(
+    model: nn.Module,
+    inputs: Arguments,
+    real: bool,
+    closed: Closed,
+    cached: Set[int],
+    most: int | None = None,
+    trial: Trial = UNTRIED,
+) -> Program:
+    """One run of the model, on fake tensors unless ``real``, or of its first part. The caller cleans up behind it."""
     bound = bind_to_forward(model, *inputs)
     fake = None if real else FakeMode(allow_non_fake_inputs=True)
     for module in model.modules():  # wrapped inputs and outputs would hide which tensor is which
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
-    with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model) as uses, plainly():
-        writer = GraphWriter(model, fake, cached)
+    with fake or contextlib.nullcontext(), torch.enable_grad(), attribute_ints(model, trial) as uses, plainly():
+        writer = GraphWriter(model, fake, cached, most)
+        writer.trial = trial.sizes
         recorder = Recorder(writer, closed)
         uses.live = writer.live
         for name, value in bound.arguments.items():
             star = _STARS.get(bound.signature.parameters[name].kind, "")
             bound.arguments[name] = writer.placeholder(star + name, value)
-        with explained(model, inputs), recorder:
-            output = model(*bound.args, **bound.kwargs)
-        writer.output(output)
+        try:
+            with explained(model, inputs), recorder:
+                output = model(*bound.args, **bound.kwargs)
+            writer.output(output)
+        except TraceError:
+            if not writer.is_full:
+                raise
         for name in writer.assigned():
             writer.notes[f"forward assigns buffer {name}; the graph leaves it"] = None
     notes, computed = tuple(writer.notes), frozenset(uses.computed)
-    return Program(model, writer.graph, writer.constants, notes, computed, writer.obstacle, writer.baked_size)
+    return Program(
+        model,
+        writer.graph,
+        writer.constants,
+        notes,
+        computed,
+        writer.obstacle,
+        writer.baked_size,
+        tuple(uses.comparisons),
+        real,
+    )
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ from dagrow.tracing._contexts import DEVICES, Autocast, autocast_state
 from dagrow.tracing._source_lines import source
 from dagrow.tracing._traced_int import TracedInt, guard
 
+_PAD = "whose samples have sizes of their own, so that it has no width. Give a padded tensor with a mask."
+_TRAIN = "which has no gradient, so that nothing could be measured. Grow the model before it is quantised."
 Versions = dict[int, int]  #: the id of a tensor -> how often it was written
 
 
@@ -43,11 +45,16 @@ class GraphWriter:
         notes: what of the example is fixed in the graph.
         obstacle: why no forward can be written from the graph.
         baked_size: a size that Python may have counted to or computed with, unseen.
+        trial: node -> another size or shape, with which the user's code compares; empty where nothing is tried out.
+        most: nodes, after which it stops; None for no limit.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset()) -> None:
-        self.model, self.fake, self.cached, self.graph = model, fake, cached, fx.Graph()
+    def __init__(
+        self, model: nn.Module, fake: FakeMode | None, cached: Set[int] = frozenset(), most: int | None = None
+    ) -> None:
+        self.model, self.fake, self.cached, self.most, self.graph = model, fake, cached, most, fx.Graph()
         self.live: Callable[[], bool] = lambda: False
+        self.trial: Mapping[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.notes: dict[str, None] = {}
         self.obstacle: str | None = None
@@ -66,8 +73,15 @@ class GraphWriter:
         """Something that the graph cannot follow."""
         self.notes[f"{text} ({source()})"] = None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has written as much as it may."""
+        return self.most is not None and len(self.graph.nodes) > self.most
+
     def emit(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, disposable: bool = False) -> fx.Node:
         """A new node; if it is disposable, only for as long as something reads it."""
+        if self.is_full:
+            raise TraceError(f"the graph has more than {self.most} nodes")
         self._follow_autocast()
         return self._create(op, target, args, kwargs, disposable=disposable)
 
@@ -92,7 +106,13 @@ class GraphWriter:
 
     def lower(self, value: Any) -> Any:
         """Arguments with nodes in the places of tensors and sizes."""
-        return map_aggregate(value, self._lower_leaf)
+        try:
+            return map_aggregate(value, self._lower_leaf)
+        except SystemError as error:  # a named tuple that looks at what it is made of
+            kinds = ", ".join(sorted({type(part).__name__ for part in value[0] if isinstance(part, tuple)}))
+            raise TraceError(
+                f"{source()}: forward calls a function with a {kinds}, which a graph cannot hold. Call it with tensors."
+            ) from error
 
     def _lower_leaf(self, value: Any) -> Any:
         if isinstance(value, np.generic):  # written into a forward it must be a plain number
@@ -257,7 +277,10 @@ def meta_copy(value: Any) -> Any:
     """`value` as a node keeps it: without its entries, and safe from later in-place changes of shape."""
     if not isinstance(value, Tensor):
         return value
-    if value.layout is not torch.strided or value.is_nested:
+    if value.is_nested or value.is_quantized:
+        kind, instead = ("nested", _PAD) if value.is_nested else ("quantised", _TRAIN)
+        raise TraceError(f"{source()}: forward computes with a {kind} tensor, {instead}")
+    if value.layout is not torch.strided:
         return value.detach()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 

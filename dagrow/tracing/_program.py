@@ -15,6 +15,7 @@ from dagrow.errors import TraceError
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath
 from dagrow.tracing._contexts import modes_kept
 from dagrow.tracing._inputs import bind_to_forward, fits
+from dagrow.tracing._traced_int import Comparison
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,9 @@ class Program:
         computed_attributes: whole numbers among the attributes of modules that forward computed with.
         obstacle: what forward does that none written from the graph would do.
         baked_size: a size that its loops may count to, or that ``math`` may have read.
+        attribute_comparisons: those of computed attributes with plain numbers.
+        on_values: whether it was recorded on the example's own values.
+        also: the same of further examples, which may run other parts of the model.
     """
 
     model: nn.Module
@@ -43,12 +47,26 @@ class Program:
     computed_attributes: frozenset[AttributePath] = frozenset()
     obstacle: str | None = None
     baked_size: str | None = None
+    attribute_comparisons: tuple[Comparison, ...] = ()
+    on_values: bool = False
+    also: tuple["Program", ...] = ()
+
+    @property
+    def every(self) -> tuple["Program", ...]:
+        """This program, and those of further examples."""
+        return self, *self.also
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Of sizes, and of whole numbers among the attributes of modules, in forward."""
+        of_sizes = [each for node in self.graph.nodes for each in node.meta.get("comparisons", ())]
+        return [*of_sizes, *self.attribute_comparisons]
 
     @cached_property
     def attribute_uses(self) -> dict[AttributePath, list[fx.Node]]:
-        """Attributes of modules, whole numbers, and the nodes that have them as arguments."""
+        """Attributes of modules, whole numbers, and the nodes of all examples that have them as arguments."""
         uses: dict[AttributePath, list[fx.Node]] = {}
-        for node in self.graph.nodes:
+        for node in (node for program in self.every for node in program.graph.nodes):
             for value in leaf_values((node.args, node.kwargs)):
                 if isinstance(value, AttributeInt):
                     uses.setdefault(value.path, []).append(node)

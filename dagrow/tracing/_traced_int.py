@@ -1,7 +1,8 @@
 """Sizes that remember where in a graph they come from."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import fx
@@ -11,6 +12,7 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 _BAKED = (
     "int float trunc round ceil floor abs truediv rtruediv divmod rdivmod pow rpow and or xor lshift rshift".split()
 )
+SIGNS = {f"__{name}__": sign for name, sign in _COMPARISONS.items()}
 COMPARISONS = {sign: getattr(operator, name) for name, sign in _COMPARISONS.items()}
 
 
@@ -18,6 +20,7 @@ class Writer(Protocol):
     """What a size tells that it was used."""
 
     live: Callable[[], bool]  #: whether the user's code runs now
+    trial: Mapping[str, Any]  #: node -> another size or shape, with which the user's code compares; empty for none
 
     def note(self, text: str) -> None:
         """Something that the graph cannot follow."""
@@ -49,6 +52,25 @@ def mark_baked(size: object) -> None:
         size.meta["baked"] = True
 
 
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A comparison of sizes in a forward. Both sides are nodes, numbers that modules state, or plain numbers."""
+
+    left: Any
+    sign: str
+    right: Any
+    holds: bool
+
+    def comes_out_otherwise(self, value: Callable[[Any], Any]) -> bool:
+        """Whether it does with other values of its sides."""
+        return bool(COMPARISONS[self.sign](value(self.left), value(self.right))) is not self.holds
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """Those of its sides that are nodes."""
+        return (side for side in (self.left, self.right) if isinstance(side, fx.Node))
+
+
 def guard(left: fx.Node, sign: str, right: object, holds: object) -> None:
     """The graph holds only where a comparison of sizes comes out as it did."""
     if not isinstance(holds, bool):
@@ -56,6 +78,25 @@ def guard(left: fx.Node, sign: str, right: object, holds: object) -> None:
     for size in (left, right):
         mark_baked(size)
     left.meta.setdefault("guards", {})[sign, int.__int__(right) if isinstance(right, int) else right] = holds
+    left.meta.setdefault("comparisons", []).append(Comparison(left, sign, right, holds))
+
+
+def _tried(node: fx.Node, trial: Mapping[str, Any], size: int) -> int:
+    """A size where others are tried out, also where it is read again or computed anew."""
+    if node.name in trial:
+        return int(trial[node.name])
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and len(node.args) > 1 and isinstance(node.args[1], int):
+        tensor = source.args[0] if node.target is operator.getitem and source.args else source
+        shape = trial.get(tensor.name) if isinstance(tensor, fx.Node) else None
+        if shape is not None and (tensor is not source or node.target == "size"):
+            return int(shape[node.args[1]])
+    return size
+
+
+def tried(value: Any) -> Any:
+    """A number as it is tried out, where one is."""
+    return getattr(value, "tried", value)
 
 
 def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable[..., Any]:
@@ -72,6 +113,8 @@ def _arithmetic(function: Callable[..., int], swapped: bool = False) -> Callable
 
 def _guarding(name: str, sign: str) -> Callable[..., Any]:
     def method(self: "TracedInt", *others: Any) -> Any:
+        if self.writer.trial and self.writer.live():
+            return getattr(int, name)(self.tried, *map(tried, others))
         result = getattr(int, name)(self, *others)
         other = others[0] if others else 0
         if isinstance(other, (int, float)) and self.writer.live():
@@ -107,12 +150,24 @@ class TracedInt(int):
         self.node, self.writer = node, writer
         return self
 
+    @property
+    def tried(self) -> int:
+        """What it is where another size is tried out."""
+        return _tried(self.node, self.writer.trial, int.__int__(self))
+
+    def __repr__(self) -> str:
+        return int.__repr__(self.tried)
+
+    def __format__(self, spec: str) -> str:
+        return int.__format__(self.tried, spec)
+
     def bake(self, *others: object) -> None:
         if self.writer.live() and all(isinstance(other, (int, float)) for other in others):
             guard(self.node, "==", int.__int__(self), True)
             self.writer.note(f"{formula(self.node)} = {int.__repr__(self)} is baked in as a plain number")
 
     __hash__ = object.__hash__
+    __str__ = __repr__
     __neg__ = _arithmetic(operator.neg)
     __bool__ = _guarding("__bool__", "!=")
 

@@ -126,9 +126,18 @@ def _resized(inputs: Arguments, batch_sizes: Sequence[int] = ()) -> Iterator[tup
         samples = torch.arange(size) % batch
 
         def taken(leaf: object, samples: Tensor = samples) -> object:
-            return leaf[samples.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
+            return _rows(leaf, samples) if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) else leaf
 
         yield size, mapped(taken, inputs)
+
+
+def _rows(tensor: Tensor, numbers: Tensor) -> Tensor:
+    """Some rows of a tensor of any layout."""
+    numbers = numbers.to(tensor.device)
+    if tensor.layout is torch.strided:
+        return tensor[numbers]
+    rows = tensor.to_sparse_coo().index_select(0, numbers)
+    return rows if tensor.layout is torch.sparse_coo else rows.to_sparse(layout=tensor.layout)
 
 
 def two_samples(example_inputs: Any) -> Any:

@@ -218,7 +218,7 @@ def test_layers_without_forward_mode_are_followed_in_reverse_mode_twice() -> Non
 
     torch.manual_seed(0)
     model, batches = Cubic().double(), case("mlp")[1]
-    jacobian = _Jacobian(cast(dagrow.Dag, SimpleNamespace(model=model)), batches, squares, "eval")
+    jacobian = _Jacobian(cast(dagrow.Dag, SimpleNamespace(model=model)), batches, squares, "eval", {})
     move = torch.randn(jacobian.size, dtype=F64)
     pushed = jacobian._push(batches[0], move)
     output = model(batches[0][0])

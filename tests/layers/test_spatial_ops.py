@@ -80,5 +80,11 @@ def test_each_dimension_of_space_has_its_own_table() -> None:
 
 def test_what_is_no_operation_on_space_has_no_tables() -> None:
     assert tables_of("relu", None, (X,)) is None
-    assert tables_of("max_pool1d", None, (X, 2), {"return_indices": True}) is None
+    assert tables_of("max_pool1d", None, (X, torch.tensor(2))) is None
     assert tables_of(None, nn.Linear(3, 3)) is None
+
+
+def test_a_pool_that_tells_its_indices_has_the_tables_of_one_that_does_not() -> None:
+    calls = [("max_pool1d", {}), ("max_pool1d_with_indices", {"return_indices": True})]
+    (table,), (other,) = (tables_of(name, None, (X, 2), kwargs)(X.shape) for name, kwargs in calls)  # type: ignore[misc]
+    assert torch.equal(table, other)

@@ -125,7 +125,7 @@ def broken(output: Tensor, target: Tensor) -> Tensor:
     raise KeyError("a bug in the loss")
 
 
-BAD_BATCHES: dict[str, tuple[Any, type[DagrowError], str]] = {
+BAD_BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
     "generator": ((b for b in BATCHES), BatchError, "read only once; give a list"),
     "iterator": (iter(BATCHES), BatchError, "read only once; give a list"),
     "secretly once": (Once(), BatchError, "read only once"),
@@ -142,16 +142,16 @@ BAD_BATCHES: dict[str, tuple[Any, type[DagrowError], str]] = {
     "inputs only": ([X], BatchError, "step="),
     "no samples": ([(X[:0], Y[:0])], BatchError, "no samples"),
     "numpy": ([(X.numpy(), Y.numpy())], BatchError, "tensor"),
-    "inputs too wide": ([(torch.cat([X, X], 1), Y)], BatchError, r"\(8, 8\) float32"),
+    "inputs too wide": ([(torch.cat([X, X], 1), Y)], RuntimeError, r"\(8, 8\) float32"),
     "fewer targets": ([(X, Y[:5])], BatchError, "8 inputs and 5 targets"),
-    "targets too wide": ([(X, X)], BatchError, r"\(8, 4\) float32"),
-    "double inputs": ([(X.double(), Y.double())], BatchError, "parameters are float32"),
-    "integer inputs": ([(X.long(), Y)], BatchError, "int64"),
+    "targets too wide": ([(X, X)], RuntimeError, r"\(8, 4\) float32"),
+    "double inputs": ([(X.double(), Y.double())], RuntimeError, "parameters are float32"),
+    "integer inputs": ([(X.long(), Y)], RuntimeError, "int64"),
     "nan inputs": ([(X * math.nan, Y)], LossError, "finite"),
     "infinite targets": ([(X, Y * math.inf)], LossError, "finite"),
-    "meta": ([(X.to("meta"), Y)], BatchError, "device"),
-    "second batch bad": ([(X, Y), (X[:, :2], Y)], BatchError, r"\(8, 2\)"),
-    "wrong keyword": ([({"inputs": X}, Y)], BatchError, "inputs"),
+    "meta": ([(X.to("meta"), Y)], RuntimeError, "device"),
+    "second batch bad": ([(X, Y), (X[:, :2], Y)], RuntimeError, r"batch 1 of batches.*\(8, 2\)"),
+    "wrong keyword": ([({"inputs": X}, Y)], TypeError, "inputs"),
     "set": ([({1, 2}, Y)], DagrowError, "set"),
 }
 
@@ -190,7 +190,9 @@ def test_losses(case: str) -> None:
 
 
 def test_a_bug_in_the_loss_is_told_with_its_cause() -> None:
-    refused(BatchError, "KeyError: 'a bug in the loss'", lambda dag: dagrow.grow(dag, BATCHES, broken, OPERATORS))
+    refused(
+        KeyError, "a bug in the loss.*\n?.*batch 0 of batches", lambda dag: dagrow.grow(dag, BATCHES, broken, OPERATORS)
+    )
 
 
 def test_step_and_loss() -> None:

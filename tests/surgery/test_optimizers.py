@@ -1,4 +1,4 @@
-"""Optimizer state follows its parameters: old entries bit-equal, new ones zero."""
+"""Optimizer state follows its parameters: old entries bit-equal, new ones as the optimizer begins with them."""
 
 import copy
 import threading
@@ -20,9 +20,9 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
     return {name: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for name, s in found.items()}
 
 
-def expected(state: Tensor, shape: torch.Size) -> Tensor:
+def expected(state: Tensor, shape: torch.Size, new: float | Tensor = 0.0) -> Tensor:
     """New entries come last in this model."""
-    padded = torch.zeros(shape, dtype=state.dtype)
+    padded = torch.zeros(shape, dtype=state.dtype) + new
     padded[tuple(slice(0, size) for size in state.shape)] = state
     return padded
 
@@ -33,7 +33,8 @@ def assert_padded(before: dict[str, dict[str, Any]], model: nn.Module, optimizer
         assert after.keys() == before[name].keys()
         for key, old in before[name].items():
             if isinstance(old, Tensor) and old.ndim:
-                assert torch.equal(after[key], expected(old, parameter.shape)), (name, key)
+                new = {"step_size": 0.01, "ax": parameter.detach()}.get(key, 0.0)
+                assert torch.equal(after[key], expected(old, parameter.shape, new)), (name, key)
             else:
                 assert after[key] == old, (name, key)
 

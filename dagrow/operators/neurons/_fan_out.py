@@ -15,7 +15,7 @@ from dagrow.axes import Rider, WideningPlan
 from dagrow.graph import Edge
 from dagrow.layers import RiderRule
 from dagrow.operators._base import Needs, Preview, Steps, scored
-from dagrow.operators.neurons._places import Place
+from dagrow.operators.neurons._places import Place, unmeasured
 from dagrow.operators.neurons._proposal import Proposal
 from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
@@ -176,7 +176,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
             draft.move(consumer, fit.compensation)
     _calibrate(draft, m, settings.place, plan, kept, objective.mode)
     gains, drop = {name: fit.gain for name, fit in fits.items()}, sum(fit.drop for fit in fits.values())
-    change = draft.change()
+    change, others = draft.change(), unmeasured(dag.axis(axis.name))
     if settings.fan == "random":
         gains, drop = _downhill(draft, _slopes(draft, m, units, kept)), 0.0
     return Growth(
@@ -189,7 +189,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
         drop=drop,
         singular_values=proposal.values,
         invariant=proposal.invariant and settings.fan == "fitted",
-        notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note)))),
+        notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note), *others))),
         change=change,
         dag=dag,
         objective=objective,

@@ -171,9 +171,16 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
 
     Args:
         dag: the dag that the axis is of.
-        axis: the axis that is to widen.
+        axis: the axis that is to widen; of it, what the first example runs.
 
     Returns:
         Places, in the order of their first producers.
     """
+    axis = axis.measured
     return [Place(dag, axis, writing.producers, writing.arrivals) for writing in axis.writings]
+
+
+def unmeasured(axis: Axis) -> tuple[str, ...]:
+    """A note for growths of an axis of which other examples run more than the one that is measured, or none."""
+    others = axis.elsewhere
+    return (f"not measured, as only other examples run them: {', '.join(others)}",) if others else ()

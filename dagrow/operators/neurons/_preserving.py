@@ -9,7 +9,7 @@ from torch import Tensor
 from dagrow.axes import WideningPlan
 from dagrow.graph import Axis, Dag
 from dagrow.operators._base import Needs, Operator, Steps
-from dagrow.operators.neurons._places import places
+from dagrow.operators.neurons._places import places, unmeasured
 from dagrow.solvers import Moments, Pair, leading_svd
 from dagrow.statistics import Objective, OutputGoal
 from dagrow.surgery import Draft, Growth, cost_of
@@ -60,6 +60,7 @@ class NewUnits:
             cost_of(self.dag, change),
             preserving=True,
             invariant=False,
+            notes=unmeasured(self.axis),
             change=change,
             dag=self.dag,
             objective=objective,

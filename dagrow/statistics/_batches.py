@@ -1,0 +1,150 @@
+"""Batches: what can be read again and again, how many samples one holds, and what messages say of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
+
+from dagrow.errors import BatchError
+
+ENDLESS = 10_000  #: batches of something without a length that are too many to have an end
+
+
+def check_batches(batches: object, name: str) -> None:
+    """Refuses what holds no batches, or cannot be read twice.
+
+    Args:
+        batches: what was given.
+        name: what messages call it.
+
+    Raises:
+        BatchError: it is none of the kind.
+    """
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which holds single samples; give batches of them: "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise BatchError(f"{name} is a {type(batches).__name__}; give a list of (inputs, target) or a DataLoader.")
+    if isinstance(batches, Iterator):
+        raise BatchError(
+            f"{name} is a {type(batches).__name__}, which can be read only once; give a list, list({name}), or a "
+            "DataLoader."
+        )
+
+
+def batch_count(batches: object, most: int | None = None) -> int | None:
+    """How many batches there are to read.
+
+    Args:
+        batches: a re-iterable.
+        most: the largest number that is wanted.
+
+    Returns:
+        Their number, or None where it is not known.
+    """
+    try:
+        length = len(batches)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # what a loader of a stream says
+        return None
+    return length if most is None else min(length, most)
+
+
+def numbered(source: Iterator[Any], name: str, most: int | None, length: int | None) -> Iterator[tuple[int, Any]]:
+    """Batches with their numbers, of something that has an end.
+
+    Args:
+        source: an iterator over batches; what it raises gets a note.
+        name: what messages call the batches.
+        most: the largest number that is wanted.
+        length: of the batches, if it is known.
+
+    Yields:
+        A number, from 0, and a batch.
+
+    Raises:
+        BatchError: there are too many to have an end.
+    """
+    number = -1
+    try:
+        for number, batch in enumerate(islice(source, most)):
+            if number == ENDLESS and most is None and length is None:
+                break
+            yield number, batch
+        else:
+            return
+    except BaseException as error:
+        add_note(error, f"dagrow: raised where batch {number + 1} of {name}, counted from 0, was to be read")
+        raise
+    raise BatchError(
+        f"{name} has no length and has not ended after {ENDLESS:,} batches. If it never ends, give max_batches=, as "
+        "many as are to be measured; if it does, give it a __len__, or a max_batches= above it."
+    )
+
+
+def generators_of(batches: object) -> list[torch.Generator]:
+    """The random generators of a loader's own.
+
+    Args:
+        batches: a loader, or anything else.
+
+    Returns:
+        The generators, often none.
+    """
+    generators = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+    return [generator for generator in generators if isinstance(generator, torch.Generator)]
+
+
+def sample_count(batch: object, dim: int = 0) -> int:
+    """The size of a batch's first tensor along its samples.
+
+    Args:
+        batch: any nest of tensors.
+        dim: the dimension along which samples lie; tensors that have no such dimension do not count.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        BatchError: there are none, or no tensor to tell.
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            if not leaf.shape[dim]:
+                raise BatchError(f"a batch has no samples: {description(batch)}.")
+            return leaf.shape[dim]
+    raise BatchError(f"a batch holds no tensor with a sample dimension {dim}: {description(batch)}.")
+
+
+def description(batch: object) -> str:
+    """Shapes and types of a batch, for messages.
+
+    Args:
+        batch: any nest of tensors.
+
+    Returns:
+        The nest, with words for its leaves.
+    """
+
+    def describe(leaf: object) -> str:
+        if not isinstance(leaf, Tensor):
+            return type(leaf).__name__
+        return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+
+    return str(tree_map(describe, batch))
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an error that is the user's own, once.
+
+    Args:
+        error: it stays what it is.
+        note: a sentence.
+    """
+    if not isinstance(error, GeneratorExit) and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
