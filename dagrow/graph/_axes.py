@@ -102,10 +102,11 @@ class Axis:
     @property
     def _beyond_theory(self) -> dict[str, str]:
         """Of an axis that layers read, in closed form, the initialisations that do not fit."""
-        linear = [any(a is not None for a in writing.arrivals.values()) for writing in self.writings]
-        if not any(linear) and widen(self.traced.program, self.traced.layers, self.layout, 1).silent:
+        writings = self.measured.writings
+        linear = [any(a is not None for a in writing.arrivals.values()) for writing in writings]
+        if not any(linear) and widen(self.traced.program, self.traced.every_layer, self.layout, 1).silent:
             return dict.fromkeys(_BUT_ZERO, "what layers read of a new unit has to start at zero")
-        mixing = next((writing.mixing for writing in self.writings if writing.mixing), "the forward")
+        mixing = next((writing.mixing for writing in writings if writing.mixing), "the forward")
         why = f"{mixing} computes with several positions together, which linear theory does not follow"
         return {init: why for init, fits in (("optimal", any(linear)), ("gradmax", linear[0])) if not fits}
 

@@ -43,27 +43,38 @@ class DagView:
     """A model as it was when it was analysed. A growth gives its dag another view, undo gives the old one back.
 
     Attributes:
-        program: the model's forward as a graph, and those of further examples.
-        every_layer: the layers that a rule knows, by their nodes in all of these.
-        labels: which channels these read and write.
+        traced: the model's forward as a graph, its layers and labels.
         widths: edge -> how many channels it reads and writes.
         obstacles: why an axis cannot grow although its channels go together.
         growths: what undoes each growth of the model that was in place, oldest first.
     """
 
-    program: Program
-    every_layer: Mapping[fx.Node, LayerSite]
-    labels: Labelling
+    traced: "_Traced"
     edges: tuple[Edge, ...]
     axes: tuple[Axis, ...]
     widths: Mapping[str, tuple[int, int]]
     obstacles: "Obstacles"
     growths: tuple[ref[Any], ...]
 
-    @cached_property
+    @property
+    def program(self) -> Program:
+        """The model's forward as a graph, and those of further examples."""
+        return self.traced.program
+
+    @property
+    def every_layer(self) -> Mapping[fx.Node, LayerSite]:
+        """The layers that a rule knows, by their nodes in all of these."""
+        return self.traced.every_layer
+
+    @property
     def layers(self) -> Mapping[fx.Node, LayerSite]:
         """Those in the graph of the first example."""
-        return {node: layer for node, layer in self.every_layer.items() if node.graph is self.program.graph}
+        return self.traced.layers
+
+    @property
+    def labels(self) -> Labelling:
+        """Which channels these read and write."""
+        return self.traced.labels
 
     @cached_property
     def dynamic_sizes(self) -> DynamicSizes:
@@ -90,9 +101,10 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
         added = [path for path, *_ in added_paths(model)]
-        axes = tuple(axes_of(edges, reasons, added, _Traced(program, layers, labels)))
+        traced = _Traced(program, layers, labels)
+        axes = tuple(axes_of(edges, reasons, added, traced))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
-        return DagView(program, layers, labels, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
+        return DagView(traced, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +112,13 @@ class _Traced:
     """What axes are read off."""
 
     program: Program
-    layers: Mapping[fx.Node, LayerSite]
+    every_layer: Mapping[fx.Node, LayerSite]
     labels: Labelling
+
+    @cached_property
+    def layers(self) -> Mapping[fx.Node, LayerSite]:
+        """Those in the graph of the first example."""
+        return {node: layer for node, layer in self.every_layer.items() if node.graph is self.program.graph}
 
 
 def untouched(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -124,10 +124,8 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     if not measured:
         left_out.refuse()
     moments = measured[0][0]
-    shared = tuple(edge.shared for edge in dag.edges if edge.shared)
-    return Bottlenecks(
-        (each for _, each in measured), moments.samples, objective.reported(moments.loss), (*shared, *left_out.notes)
-    )
+    notes = (*(edge.shared for edge in dag.edges if edge.shared), *left_out.notes)
+    return Bottlenecks((each for _, each in measured), moments.samples, objective.reported(moments.loss), notes)
 
 
 def _measured(
