@@ -3,7 +3,7 @@
     python tests/benchmarks/coverage_proposals.py --zoo FOLDER --out tests/benchmarks/coverage.jsonl
 
 Adds to the results of ``coverage.py``, cheap models first, and goes on where an earlier run stopped. Each model runs in
-a process of its own, in eval mode and double precision, on two batches of two samples, with images of 64 pixels where
+a process of its own, in eval mode and double precision, on two batches of two samples, with images of 32 pixels where
 the model takes them. At each growable axis the default operator and a random one propose one neuron (or the table says
 why not); every growth is put in place at a small amplitude and taken back bit for bit; of some the slope of the loss is
 compared with the gain, and they are applied and undone.
@@ -34,8 +34,8 @@ from dagrow.surgery import Growth, grown
 from dagrow.testing import check_slope
 from dagrow.tracing import tensor_at
 
-SIZE, SAMPLED = 64, 2  #: pixels; growths of an operator whose slopes are compared
-OPERATORS = {"optimal": AddNeurons(k=1, folds=2), "random": AddNeurons(k=1, init="random", folds=2)}
+SIZE, SAMPLED = 32, 2  #: pixels; growths of an operator whose slopes are compared
+OPERATORS = {"optimal": AddNeurons(k=1, folds=1), "random": AddNeurons(k=1, init="random", folds=1)}
 
 
 def step(model: Any, batch: Any) -> Tensor:
