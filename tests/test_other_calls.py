@@ -167,3 +167,32 @@ def test_copies_and_files_keep_the_examples(tmp_path: Any) -> None:
 def test_examples_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         dagrow.trace(CASES["an early exit"][0], **arguments)
+
+
+def shared_path(m: Any, x: Tensor, other: bool | None) -> Any:
+    h = torch.tanh(m.c(torch.tanh(m.a(x))))
+    return m.d(h) if other else m.b(h)
+
+
+@pytest.mark.parametrize("operator", [dagrow.AddConnection(targets=("c",)), dagrow.AddLayer(2, targets=("c",))])
+def test_a_new_path_is_in_the_forward_of_every_example_that_runs_its_layers(operator: Any) -> None:
+    model = Net(shared_path, c=nn.Linear(7, 7), d=nn.Linear(7, 2))
+    dag = dagrow.trace(model, X[:2], also=[(X[:2], True)])
+    before = _outputs(model, True)
+    receipt = dagrow.propose(dag, [(X, X[:, :2])], _loss, [operator])[0].apply(0.0)
+    torch.testing.assert_close(before, _outputs(model, True), rtol=0, atol=1e-10)
+    receipt.undo()
+    dagrow.propose(dag, [(X, X[:, :2])], _loss, [operator])[0].apply(0.7)
+    changed = [not torch.allclose(a, b) for a, b in zip(before, _outputs(model, True), strict=True)]
+    assert changed == [True, True]
+    assert copy.deepcopy(dag).added_paths == dag.added_paths
+
+
+def test_a_new_path_to_a_layer_that_another_example_does_not_run_is_not_in_its_forward() -> None:
+    model = Net(early, head=nn.Linear(7, 3))
+    dag = dagrow.trace(model, X[:2], also=[(X[:2], True)])
+    before = _outputs(model, True)
+    dagrow.propose(dag, [(X, X[:, :2])], _loss, [dagrow.AddConnection(targets=("b",))])[0].apply(0.7)
+    after = _outputs(model, True)
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(before[1], after[1])

@@ -127,10 +127,13 @@ def test_numbers_in_tensors_that_pick_positions(use: Use) -> None:
 @pytest.mark.parametrize(
     ("use", "why"),
     [
-        (lambda h: h[..., torch.randperm(6)], "getitem picks channels by numbers in a tensor"),
-        (lambda h: h.index_select(2, torch.arange(6)), "index_select picks channels by numbers in a tensor"),
-        (lambda h: h.topk(6, 2).values, "topk mixes channels"),
-        (lambda h: torch.fft.fft2(h).real, "fft_fft2 mixes channels"),
+        (lambda h: h[..., torch.randperm(6)], "getitem has no rule where it picks channels by numbers in a tensor"),
+        (
+            lambda h: h.index_select(2, torch.arange(6)),
+            "index_select has no rule where it picks channels by numbers in a tensor",
+        ),
+        (lambda h: h.topk(6, 2).values, "topk has no rule where it mixes channels"),
+        (lambda h: torch.fft.fft2(h).real, "fft_fft2 has no rule where it mixes channels"),
     ],
 )
 def test_numbers_in_tensors_that_pick_channels(use: Use, why: str) -> None:

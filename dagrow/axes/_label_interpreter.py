@@ -277,7 +277,7 @@ class LabelInterpreter(ABC):
         """Entries along some dimensions are ordered or transformed; different channels must not be among them."""
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
-            return self.unknown(node, inputs, f"{op_name(node) or name_of(node)} mixes channels")
+            return self.unknown(node, inputs, f"{op_name(node) or name_of(node)} has no rule where it mixes channels")
         result, thin = tensors_in(node.meta["val"])[0], thinned(inputs, dims)
         if result.ndim != inputs.ndim:
             return thin.squeeze(tuple(dims))
@@ -289,7 +289,9 @@ class LabelInterpreter(ABC):
             dim, index = index, dim
         index, dim = kwargs.get("index", index), kwargs.get("dim", dim) % inputs.ndim
         if self.varies(inputs, dim):
-            return self.unknown(node, (inputs, index), f"{op_name(node)} picks channels by numbers in a tensor")
+            return self.unknown(
+                node, (inputs, index), f"{op_name(node)} has no rule where it picks channels by numbers in a tensor"
+            )
         picked = gathered(inputs, dim, index)
         self.check_index(node, index, picked)
         return picked
@@ -308,7 +310,7 @@ class LabelInterpreter(ABC):
 
     def picked(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         """An operation that moves entries by the numbers in tensors, which labels do not know."""
-        reason = f"{op_name(node)} picks channels by numbers in a tensor"
+        reason = f"{op_name(node)} has no rule where it picks channels by numbers in a tensor"
         if op_name(node) != "getitem":
             dims = taken_dims(node, None, args, kwargs)
             return self.unknown(node, (args, kwargs), reason) if dims is None else self.taken(node, dims, args[0])

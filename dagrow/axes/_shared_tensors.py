@@ -59,7 +59,7 @@ def _label_and_freeze(graphs: Sequence[fx.Graph], model: nn.Module, layers: Mapp
         rule = layer.rule
         assert isinstance(rule, EdgeRule)
         names = [layer.path(entry) for entry in rule.dims if getattr(layer.module, entry, None) is not None]
-        reason = sharing.reason(layer.name, names) or rule.refusal(layer.module) or calls.get(layer.name)
+        reason = rule.refusal(layer.module) or sharing.reason(layer.name, names) or calls.get(layer.name)
         if reason:
             labelling.shared.setdefault(layer.name, reason)
             labelling.classes.freeze(labelling.rows[layer.name], reason)

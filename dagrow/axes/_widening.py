@@ -6,7 +6,7 @@ channels change nothing if those of one operand are zero; so the rows that write
 at the sum as zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from dagrow.axes._label_tensors import unexpanded
 from dagrow.axes._size_rewriting import Arguments
 from dagrow.axes._widened_labels import WidenedLabeller
 from dagrow.layers import MOVES, ZERO_KEEPING, LayerSite, is_move_module, keeps_zero, op_name
-from dagrow.tracing import AttributeInt, AttributePath, Program, Trial
+from dagrow.tracing import AttributeInt, AttributePath, Comparison, Program, Trial
 
 T = TypeVar("T")
 
@@ -118,9 +118,12 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
         for rider in layout.entries
     }
     resized = resized_attributes(program.model, layers, layout, run.labelling)
-    trials, fixed = _comparisons(run, {**resized, **run.sizes})
-    kept = {node: (node.args, dict(node.kwargs)) for node in fixed} | run.literals
-    literals, attributes, written = resolve_sizes(program, kept, run.attributes, resized, run.sizes)
+    stated = {**resized, **run.sizes}
+    trials, otherwise = _comparisons(run, stated)
+    fixed = _as_they_are(otherwise) | run.literals
+    literals, attributes, written = resolve_sizes(program, fixed, run.attributes, resized, run.sizes)
+    if written:  # a forward that is written anew has no attributes to compare with
+        literals = _as_they_are(_with_attributes(program, stated)) | dict(literals)
     read = torch.cat(
         [torch.empty(0, dtype=torch.long)]
         + [run.classes.roots(run.labelling.columns[edge][columns[edge].new.flatten()]) for edge in columns]
@@ -130,15 +133,28 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
     return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, zeros, silent, trials)
 
 
-def _comparisons(run: WidenedLabeller, attributes: AttributeSizes) -> tuple[list[tuple[int, Trial]], list[fx.Node]]:
-    """What comes out otherwise in the wider network: trials of it, and the nodes that are compared."""
+def _as_they_are(comparisons: Iterable[Comparison]) -> dict[fx.Node, Arguments]:
+    """The nodes that are compared, as literals: the graph holds for them in the wider network."""
+    return {node: (node.args, dict(node.kwargs)) for each in comparisons for node in each.nodes}
+
+
+def _with_attributes(program: Program, stated: AttributeSizes) -> Iterator[Comparison]:
+    """Comparisons with numbers that modules state, where these change."""
+    for each in (each for part in program.every for each in part.comparisons):
+        sides = [side for side in (each.left, each.right) if isinstance(side, AttributeInt)]
+        if any(stated.get(side.path, side) != side for side in sides):
+            yield each
+
+
+def _comparisons(run: WidenedLabeller, attributes: AttributeSizes) -> tuple[list[tuple[int, Trial]], list[Comparison]]:
+    """What comes out otherwise in the wider network: trials of it, and the comparisons."""
 
     def value(side: object) -> object:
         if isinstance(side, AttributeInt):
             return attributes.get(side.path, int(side))
         return run.values[side] if isinstance(side, fx.Node) else side
 
-    trials, nodes = [], list[fx.Node]()
+    trials, found = [], list[Comparison]()
     for number, program in enumerate(run.program.every):
         otherwise = [each for each in program.comparisons if each.comes_out_otherwise(value)]
         if otherwise:
@@ -146,8 +162,8 @@ def _comparisons(run: WidenedLabeller, attributes: AttributeSizes) -> tuple[list
             sizes = {name: v.shape if isinstance(v, Tensor) else v for name, v in values.items()}
             sizes = {name: v for name, v in sizes.items() if isinstance(v, (int, torch.Size))}
             trials.append((number, Trial(sizes, attributes)))
-            nodes += [node for each in otherwise for node in each.nodes]
-    return trials, nodes
+            found += otherwise
+    return trials, found
 
 
 def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLayout, k: int) -> WidenedLabeller:

@@ -1,6 +1,6 @@
 """Edges: the weighted layers of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -76,6 +76,13 @@ def edges_of(
             causes.insert(0, f"its input: {why}")
         reason = None if growable else "; ".join(dict.fromkeys(causes))
         yield Edge(name, by_name[name], growable, reason, labels.shared.get(name))
+
+
+def refused(sites: Iterable[LayerSite]) -> Iterator[Edge]:
+    """Layers whose rules say that they do not grow, and that are not among those that were labelled."""
+    for site in sites:
+        reason = site.rule.refusal(site.module)
+        yield Edge(site.name, site, False, reason, reason)
 
 
 def in_place(edge: Edge, model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, labelled, widen
 from dagrow.errors import first_line
 from dagrow.layers import LayerRule, LayerSite, layer_sites
-from dagrow.tracing import Program, tensor_at
+from dagrow.tracing import CAST, Program, device_of, tensor_at
 
 
 def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | str:
@@ -20,6 +20,17 @@ def in_other_mode(model: nn.Module, trace: Callable[[], Program]) -> Program | s
             model.train(not model.training)
             return trace()
         except Exception as error:  # the user's forward may raise anything in a mode that nobody asked for
+            return first_line(error)
+
+
+def under_autocast(model: nn.Module, trace: Callable[[], Program]) -> Program | str:
+    """What ``trace`` gives with autocast on where it is off and the other way round, or why it gives nothing."""
+    device = device_of(model)
+    with preserve_state(model, weights=True):
+        try:
+            with torch.autocast(device, CAST, enabled=not torch.is_autocast_enabled(device)):
+                return trace()
+        except Exception as error:  # the user's forward may raise anything there
             return first_line(error)
 
 

@@ -55,13 +55,19 @@ def without_rule(program: Program, rules: Sequence[LayerRule]) -> list[str]:
     """Modules with parameters, and their types, that no rule knows."""
     nodes = {str(node.target): node for node in program.graph.nodes if node.op == "call_module"}
     modules = {name: (node, program.model.get_submodule(name)) for name, node in nodes.items()}
-    return [
+    unknown = [
         f"{name} ({type(module).__name__})"
         for name, (node, module) in modules.items()
         if rule_for(module, rules) is None
         and mixed_dims(node, module, 1) is None
         and any(True for _ in module.parameters())
     ]
+    packed = [  # weights that are no parameters
+        f"{name} (quantised {type(module).__name__})"
+        for name, module in program.model.named_modules()
+        if hasattr(module, "_packed_params") and hasattr(module, "weight") and "quantized" in type(module).__module__
+    ]
+    return unknown + packed
 
 
 @dataclass(frozen=True)

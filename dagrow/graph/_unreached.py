@@ -1,7 +1,7 @@
 """Parameters that no example runs, in no mode: which of them may read or write an axis that is said to grow.
 
-What an unknown call would do cannot be known; what it could do can. A part can use an axis only if the sizes fit, and
-only if its code comes near: a module's code handles what its own submodules give out.
+What an unknown call would do cannot be known; what it could do can. A part can use an axis only if the sizes fit, if
+some code of the model mentions it, and if that code comes near the axis: it handles what submodules give out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -13,6 +13,7 @@ from posixpath import commonpath
 from torch import Tensor, fx, nn
 
 from dagrow.axes import AxisLayout
+from dagrow.graph._mentions import mentioned
 from dagrow.layers import EdgeRule, LayerRule, LayerSite, LinearRule, rule_for
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -93,6 +94,12 @@ class Unreached:
 
     @cached_property
     def _parts(self) -> list[_Part]:
+        """Those that some code of the model mentions."""
+        names = mentioned(self.model) if self.tensors else frozenset()
+        return [part for part in self._all_parts if _after(part.scope, part.name) in names]
+
+    @property
+    def _all_parts(self) -> list[_Part]:
         parts = [part for name, module in self.model.named_modules() for part in self._of_module(name, module)]
         known = {part.name for part in parts}
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -134,6 +141,11 @@ class Unreached:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _after(scope: str, name: str) -> str:
+    """What a module's code calls a part by."""
+    return name[len(scope) + 1 if scope else 0 :].partition(".")[0]
 
 
 def _ancestors(name: str) -> Iterator[str]:

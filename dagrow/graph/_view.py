@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import ref
 
@@ -15,16 +15,18 @@ from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
 from dagrow.graph._axes import Axis, axes_of
-from dagrow.graph._edges import Edge, edges_of
-from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, unused
+from dagrow.graph._edges import Edge, edges_of, refused
+from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, under_autocast, unused
 from dagrow.graph._unreached import Unreached
-from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, rule_for
+from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, parameter_products, rule_for
 from dagrow.tracing import (
     DynamicSizes,
     Program,
     Trial,
     added_paths,
+    autocast_obstacle,
     dynamic_sizes,
+    given_number,
     raised_otherwise,
     record,
     relax_guards,
@@ -100,6 +102,8 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         obstacles = Obstacles(tracer, program, layers)
         reasons = _reasons(labels, obstacles)
         edges = {edge.name: edge for edge in edges_of(layers, labels, reasons)}
+        for part in program.every:
+            edges |= {edge.name: edge for edge in refused(parameter_products(part.graph, model, layers).values())}
         added = [path for path, *_ in added_paths(model)]
         traced = _Traced(program, layers, labels)
         axes = tuple(axes_of(edges, reasons, added, traced))
@@ -144,6 +148,11 @@ class Tracer:
     rules: tuple[Rule, ...]
 
     @property
+    def examples(self) -> tuple[object, ...]:
+        """Of all calls, the one that is measured first."""
+        return self.example_inputs, *self.also
+
+    @property
     def layer_rules(self) -> tuple[LayerRule, ...]:
         """The user's own first."""
         return (*(rule for rule in self.rules if isinstance(rule, LayerRule)), *DEFAULT_RULES)
@@ -166,8 +175,8 @@ class Tracer:
 
     def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
         """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
-        example_inputs = (self.example_inputs, *self.also)[number]
-        return None if example_inputs is None else raised_otherwise(program, example_inputs, trial, self._is_known)
+        example = self.examples[number]
+        return None if example is None else raised_otherwise(program, example, trial, self._is_known)
 
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
@@ -234,9 +243,19 @@ class Obstacles:
     @cached_property
     def unwritable(self) -> str | None:
         """Why no other forward can be written from the graph, as a clause about the model's own, or None."""
-        if self.tracer.example_inputs is not None:
-            relax_guards(self.program, self.tracer.example_inputs)
-        return unwritable(self.program, lambda: self._other_program)
+        for number, (example, program) in enumerate(zip(self.tracer.examples, self.program.every, strict=True)):
+            if example is not None:
+                relax_guards(program, example)
+            why = unwritable(program, partial(_part, number, lambda: self._other_program))
+            why = why or autocast_obstacle(program, _part(number, lambda: self._cast_program))
+            if why:
+                return f"{why}, on also[{number - 1}]" if number else why
+        return given_number(self.program)
+
+    @cached_property
+    def _cast_program(self) -> Program | str:
+        """The graph with autocast switched, or why there is none."""
+        return under_autocast(self.program.model, self.tracer.quickly)
 
     @cached_property
     def _other_mode(self) -> OtherMode | None:
@@ -249,6 +268,12 @@ class Obstacles:
     def _other_program(self) -> Program | str:
         """The graph in the mode that the model is not in, or why there is none."""
         return in_other_mode(self.program.model, self.tracer.quickly)
+
+
+def _part(number: int, program: Callable[[], Program | str]) -> Program | str:
+    """That of one example."""
+    whole = program()
+    return whole if isinstance(whole, str) else whole.every[number]
 
 
 def _reasons(labels: Labelling, obstacles: Obstacles) -> dict[AxisLayout, str | None]:

@@ -64,7 +64,7 @@ from dagrow.layers._op_tables import (
 )
 from dagrow.layers._operation_rules import OperationRule
 from dagrow.layers._rules import EdgeRule, LayerRule, RiderRule, rule_for, with_constant
-from dagrow.layers._sites import LayerSite, layer_sites
+from dagrow.layers._sites import LayerSite, layer_sites, parameter_products
 from dagrow.layers._spatial_ops import Tables, tables_of
 from dagrow.layers._taken_together import PICKS, PUTS, taken_dims
 
@@ -115,6 +115,7 @@ __all__ = [
     "neutral_entries",
     "op_name",
     "parameter_of",
+    "parameter_products",
     "reduced_dims",
     "rule_for",
     "tables_of",

@@ -17,6 +17,7 @@ from dagrow.layers._op_tables import op_name
 
 ENTRIES = ("weight", "bias", "running_mean", "running_var")  #: of layers, that functions take as arguments
 UNIT_DIM_OPS = frozenset({"squeeze", "unsqueeze"})  #: operations that add or drop dimensions of one entry
+_COPIES = frozenset({"to", "type_as", "contiguous", "float", "double"})  #: perhaps of another type
 _TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
 Settings = Mapping[str, Any]  #: arguments of a function by their names
 Tensors = Mapping[str, Tensor]  #: a model's parameters and buffers by their paths, or a layer's by their names
@@ -56,14 +57,17 @@ def parameter_of(value: Any, tensors: Tensors) -> ParameterSource | None:
         tensors: the model's parameters and buffers by their paths.
 
     Returns:
-        Itself, also after dimensions of one entry came and went, or, of a matrix, transposed; or None.
+        Itself, also after dimensions of one entry came and went or a cast to the type that it has; of a matrix also
+        transposed; or None.
     """
-    node = value
-    while isinstance(node, fx.Node) and op_name(node) in UNIT_DIM_OPS:
+    node, squeezed = value, False
+    while isinstance(node, fx.Node) and op_name(node) in UNIT_DIM_OPS | _COPIES:
+        squeezed |= op_name(node) in UNIT_DIM_OPS
         node = node.args[0] if node.args else None
     if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in tensors:
-        same = tensors[str(node.target)].shape == value.meta["val"].shape
-        return ParameterSource(node, squeezed=node is not value) if same else None
+        tensor, computed = tensors[str(node.target)], value.meta["val"]
+        same = (tensor.shape, tensor.dtype) == (computed.shape, computed.dtype)
+        return ParameterSource(node, squeezed=squeezed) if same else None
     if not isinstance(value, fx.Node) or op_name(value) not in _TRANSPOSES or not value.args or value.kwargs:
         return None
     matrix, dims = value.args[0], [dim % 2 for dim in leaf_values(value.args[1:]) if isinstance(dim, int)]
@@ -171,6 +175,19 @@ def _product(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | 
     return _linear(tensors, settings, not turned)
 
 
+def _einsum(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
+    """``...i,oi->...o``, or the weight the other way round."""
+    sides, arrow, out = str(settings["equation"]).replace(" ", "").partition("->")
+    read, _, weight = sides.partition(",")
+    letters = [side.replace("...", "") for side in (read, weight, out)]
+    if not arrow or len(weight) != 2 or any(len(set(side)) < len(side) for side in letters) or not letters[0]:
+        return None
+    i, o = read[-1], out[-1:]
+    if out != read[:-1] + o or {i, o} != set(weight) or o in read:
+        return None
+    return _linear(tensors, {}, turned != (weight[0] == i))
+
+
 def _left_product(tensors: Tensors, settings: Settings, turned: bool) -> nn.Module | None:
     weight = tensors["weight"]
     return Product(weight, turned=turned, columns=True) if weight.ndim == 2 else None
@@ -216,6 +233,7 @@ _SIGNATURES: dict[Any, tuple[_Signature, ...]] = {
     torch.matmul: _PRODUCTS,
     torch.mm: _PRODUCTS,
     matmul: _PRODUCTS,
+    torch.einsum: (_Signature(("equation", "input", "weight"), _einsum),),
     torch.addmm: (_Signature(("bias", "input", "weight"), _product),),
     functional.batch_norm: (_Signature(_ORDER_BATCH_NORM, _batch_norm),),
     functional.group_norm: (_Signature(("input", "num_groups", "weight", "bias", "eps"), _group_norm),),

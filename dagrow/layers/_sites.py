@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
+from dagrow.layers._computed_weights import ComputedLayer, computed_layer, parameter_product, weight_sources
 from dagrow.layers._functional_layers import ENTRIES, Tensors, functional_layers
 from dagrow.layers._rules import LayerRule, rule_for
 
@@ -55,7 +56,8 @@ def layer_sites(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -
         Layers by the nodes at which they act.
     """
     modules = dict(model.named_modules())
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = _tensors(model)
+    sources = weight_sources(graph, tensors)
     rule_of = {name: rule_for(module, rules) for name, module in modules.items()}
     sites: dict[fx.Node, LayerSite] = {}
     for node in graph.nodes:
@@ -65,10 +67,38 @@ def layer_sites(graph: fx.Graph, model: nn.Module, rules: Sequence[LayerRule]) -
             if rule is not None and inputs is not None:
                 sites[node] = LayerSite(name, modules[name], rule, inputs, owner=name)
         elif node.op in ("call_function", "call_method"):
-            site = _functional_site(node, tensors, rules)
+            site = _functional_site(node, tensors, rules) or _site(computed_layer(node, sources, tensors))
             if site is not None:
                 sites[node] = site
     return _with_unique_names(sites)
+
+
+def parameter_products(
+    graph: fx.Graph, model: nn.Module, layers: Mapping[fx.Node, LayerSite]
+) -> dict[fx.Node, LayerSite]:
+    """Products of activations with parameters that are no layers of :func:`layer_sites`: no rule says how they grow.
+
+    Args:
+        graph: of the model's forward.
+        model: whose parameters it uses.
+        layers: those that a rule knows.
+
+    Returns:
+        Layers by the nodes at which they act, which have names of their own.
+    """
+    tensors = _tensors(model)
+    sources = weight_sources(graph, tensors)
+    sites = dict(layers)
+    for node in graph.nodes:
+        if node not in sites and node.op in ("call_function", "call_method"):
+            site = _site(parameter_product(node, sources, tensors))
+            if site is not None:
+                sites[node] = site
+    return {node: site for node, site in _with_unique_names(sites).items() if node not in layers}
+
+
+def _tensors(model: nn.Module) -> Tensors:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _with_unique_names(sites: Mapping[fx.Node, LayerSite]) -> dict[fx.Node, LayerSite]:
@@ -91,12 +121,23 @@ def _only_argument(node: fx.Node) -> fx.Node | None:
     return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], fx.Node) else None
 
 
+def _site(layer: ComputedLayer | None) -> LayerSite | None:
+    if layer is None:
+        return None
+    name, owner = _name(layer.rule.paths[0])
+    return LayerSite(name, layer.module, layer.rule, layer.inputs, {path: path for path in layer.rule.paths}, owner)
+
+
+def _name(parameter: str) -> tuple[str, str]:
+    """How a layer is called that has this parameter, and the module that owns it."""
+    owner, _, leaf = parameter.rpartition(".")
+    return owner if leaf in ENTRIES and owner else parameter, owner
+
+
 def _functional_site(node: fx.Node, tensors: Tensors, rules: Sequence[LayerRule]) -> LayerSite | None:
     for layer in functional_layers(node, tensors):
         rule = rule_for(layer.module, rules)
         if rule is not None and rule.channel_dim(layer.inputs.meta["val"].ndim) >= 0:
-            first = next(iter(layer.paths.values()))
-            owner, _, leaf = first.rpartition(".")
-            name = owner if leaf in ENTRIES and owner else first
+            name, owner = _name(next(iter(layer.paths.values())))
             return LayerSite(name, layer.module, rule, layer.inputs, layer.paths, owner, layer.names)
     return None

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan, changed_attributes
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
+from dagrow.layers import LayerSite
 from dagrow.surgery._new_layers import NewPath, insert_paths, parameters_of
-from dagrow.tracing import Program, tensor_at, write_forward
+from dagrow.tracing import Program, fixed_arguments, tensor_at, write_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Change:
         literals: node of the graph -> its arguments with the sizes of the grown network.
         written: whether the forward is written anew, with the literals and the new paths in it.
         program: what the graph was when the change was drafted.
+        layers: of the graphs of all examples, by their nodes.
         new_paths: new layers beside those that there are.
     """
 
@@ -39,6 +41,7 @@ class Change:
     literals: Mapping[fx.Node, Arguments]
     written: bool
     program: Program
+    layers: Mapping[fx.Node, LayerSite]
     new_paths: tuple[NewPath, ...] = ()
 
     @cached_property
@@ -50,6 +53,12 @@ class Change:
     def shared_sizes(self) -> list[str]:
         """Numbers that modules state, which become others at some of their uses only."""
         return sorted({f"{path}.{name}".removeprefix(".") for path, name, _ in changed_attributes(self.literals)})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a forward that is written anew holds for."""
+        fixed = fixed_arguments(self.program) if self.written else ""
+        return (f"the forward is written anew, for calls with {fixed}, as in the examples",) if fixed else ()
 
     @property
     def names(self) -> list[str]:
@@ -65,7 +74,7 @@ class Change:
         return write_forward(
             self.program,
             self.literals,
-            partial(insert_paths, new_paths=self.new_paths),
+            partial(insert_paths, new_paths=self.new_paths, layers=self.layers),
             [path.record for path in self.new_paths],
         )
 
@@ -278,6 +287,7 @@ class Draft:
             self.literals,
             self.forward_written,
             self.dag.program,
+            self.dag.view.every_layer,
             tuple(self.new_paths),
         )
 

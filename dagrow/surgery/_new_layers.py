@@ -8,7 +8,7 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
-from dagrow.errors import StoreError
+from dagrow.errors import GrowthError, StoreError
+from dagrow.layers import LayerSite
 from dagrow.tracing import PathRecord
 
 #: of a weighted layer's arguments, those that state what it reads and writes
@@ -80,20 +81,30 @@ def detach(model: nn.Module, new_paths: Iterable[NewPath]) -> None:
         model._modules.pop(path.name, None)
 
 
-def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: Iterable[NewPath]) -> None:
-    """Puts new layers into a copy of the graph that they were made for.
+def insert_paths(
+    graph: fx.Graph,
+    copies: Mapping[fx.Node, fx.Node],
+    new_paths: Iterable[NewPath],
+    layers: Mapping[fx.Node, LayerSite],
+) -> None:
+    """Puts new layers into a copy of the graph that they were made for, or of that of another example.
 
     What reads the sum and comes before them has to wait for it.
 
     Args:
         graph: the copy.
         copies: nodes of that graph and their copies.
-        new_paths: what is put in.
+        new_paths: what is put in; in the graph of another example only where both layers run.
+        layers: of the graphs of all examples.
     """
+    nodes = {layer.name: node for node, layer in reversed([*layers.items()]) if node in copies}
     for path in new_paths:
-        reader, writer = copies[path.reader], copies[path.writer]
+        place = path if path.reader in copies else _in_other_graph(path, nodes, layers)
+        if place is None:
+            continue
+        reader, writer = copies[place.reader], copies[place.writer]
         with graph.inserting_before(reader):
-            added = graph.call_module(path.name, (copies[path.source],))
+            added = graph.call_module(place.name, (copies[place.source],))
         dependents, users = dependent(writer), [user for user in writer.users if user is not added]
         late_nodes = [node for node in crossed(writer, added) if node in dependents]
         with graph.inserting_after(max(writer, added)):
@@ -104,6 +115,23 @@ def insert_paths(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], new_paths: 
         for node in late_nodes:
             last.append(node)
             last = node
+
+
+def _in_other_graph(path: NewPath, nodes: Mapping[str, fx.Node], layers: Mapping[fx.Node, LayerSite]) -> NewPath | None:
+    """The place of new layers in the graph of another example; None if one of the layers beside them does not run."""
+    if path.reads not in nodes or path.writes not in {"", *nodes}:
+        return None
+    reader = nodes[path.reads]
+    source = layers[reader].inputs
+    if not path.writes:
+        return replace(path, reader=source.next, writer=source, source=source)
+    writer = nodes[path.writes]
+    if source in dependent(writer):
+        raise GrowthError(
+            f"the new layers {path.name} lead from what {path.reads} reads to {path.writes}, which in another example "
+            "comes before it. Leave this place out."
+        )
+    return replace(path, reader=reader, writer=writer, source=source)
 
 
 def crossed(writer: fx.Node, reader: fx.Node) -> list[fx.Node]:

@@ -17,8 +17,10 @@ torch.Size([5, 2])
 """
 
 from dagrow.tracing._attribute_int import AttributeInt, AttributePath, Trial
+from dagrow.tracing._autocast import CAST, autocast_obstacle, device_of
 from dagrow.tracing._call_forms import run_decomposed
 from dagrow.tracing._dynamic_sizes import DynamicSizes, dynamic_sizes
+from dagrow.tracing._fixed_arguments import fixed_arguments, given_number
 from dagrow.tracing._forward_codegen import PathRecord, added_paths, unwritable, write_forward
 from dagrow.tracing._frontends import raised_otherwise, record, symbolic
 from dagrow.tracing._inputs import bind, hold_values
@@ -29,6 +31,7 @@ from dagrow.tracing._traced_int import Comparison
 from dagrow.tracing._verification import relax_guards, two_samples
 
 __all__ = [
+    "CAST",
     "AttributeInt",
     "AttributePath",
     "Comparison",
@@ -38,8 +41,12 @@ __all__ = [
     "Program",
     "Trial",
     "added_paths",
+    "autocast_obstacle",
     "bind",
+    "device_of",
     "dynamic_sizes",
+    "fixed_arguments",
+    "given_number",
     "hold_values",
     "is_opaque",
     "raised_otherwise",

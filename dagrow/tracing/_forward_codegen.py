@@ -4,29 +4,26 @@ It is put on the object through a subclass of the user's class made for this obj
 the other methods, deepcopy, pickle and ``torch.compile`` go on working.
 """
 
-import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dagrow._pytree import is_plain, leaves, mapped
+from dagrow._pytree import mapped
 from dagrow.errors import TraceError
+from dagrow.tracing._autocast import device_of, follow_casts
 from dagrow.tracing._inputs import Arguments, fits
 from dagrow.tracing._leaf_modules import is_leaf
 from dagrow.tracing._program import Program
 from dagrow.tracing._traced_int import COMPARISONS, formula
+from dagrow.tracing._written_class import PREFIX, OtherSizesError, PathRecord, Written, own_class, own_shapes, subclass
 
 Edit = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], None]  #: of a copied graph, given nodes and their copies
-PathRecord = tuple[str, str, str]  #: a new path's name, and the layers that it reads with and writes to
 T = TypeVar("T")
-_PREFIX = "_dagrow_"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -90,21 +87,29 @@ def _agree(a: fx.Node, b: fx.Node, partner: Mapping[fx.Node, fx.Node], training:
 def write_forward(
     program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit | None = None, paths: Sequence[PathRecord] = ()
 ) -> type[nn.Module]:
-    """A class like the model's own whose forward runs the program's graph with other literal sizes.
+    """A class like the model's own whose forward runs the program's graphs with other literal sizes.
 
     Args:
-        program: the model and its graph, which stays as it is.
+        program: the model and its graph, and those of further examples, which stay as they are.
         literals: nodes and their arguments, where these change.
-        edit: what else changes in a copy of the graph, given each node's copy.
+        edit: what else changes in a copy of each graph, given each node's copy.
         paths: records of the new paths that this puts there.
 
     Returns:
         A subclass of the user's class, for this object alone.
     """
+    model, forwards = program.model, [_written(each, literals, edit) for each in program.every]
+    return subclass(own_class(model), forwards, (*added_paths(model), *paths), own_shapes(model))
+
+
+def _written(program: Program, literals: Mapping[fx.Node, Arguments], edit: Edit | None) -> Written:
+    """The forward for the calls of one example: its source, and what the names in it are."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(program.graph, copies))  # type: ignore[arg-type]
     for node, (args, kwargs) in literals.items():
+        if node not in copies:  # of another example
+            continue
         copies[node].args = fx.map_arg(args, lambda n: copies[n])
         copies[node].kwargs = fx.map_arg(kwargs, lambda n: copies[n])
     if edit is not None:
@@ -112,17 +117,26 @@ def write_forward(
     for node, copied in copies.items():
         if node.meta.get("modes"):
             _follow_mode(graph, copied, node.meta["modes"])
+        if node.meta.get("casts"):
+            follow_casts(graph, copied, node.meta["casts"], device_of(program.model))
     _hold_sizes(graph, copies, literals)
     switches = _follow_grad(graph)
     code = graph.python_code("self")
-    source = re.sub(r"\bself\.(_constant\d+)\b", rf"{_PREFIX}\1", code.src)
+    source = re.sub(r"\bself\.(_constant\d+)\b", rf"{PREFIX}\1", code.src)
     signature, names = _signature(program)
+    names[f"{PREFIX}uncast"] = _uncast
+    is_cast = program.graph.output_node().meta.get("autocast")
+    if is_cast is not None:
+        signature += f"\n    {PREFIX}uncast({device_of(program.model)!r}, {is_cast})"
     source = re.sub(r"^def forward\(.*?\).*?:\s*$", signature, source, count=1, flags=re.MULTILINE)
-    names |= {**code.globals, f"{_PREFIX}structure": program.graph.output_node().meta["structure"]}
-    names |= {f"{_PREFIX}fixed": _fixed, f"{_PREFIX}switches": switches}
-    names |= {f"{_PREFIX}branches": (*added_paths(program.model), *paths)}
-    names |= {_PREFIX + name: constant for name, constant in program.constants.items()}
-    return _subclass(_own_class(program.model), source, names)
+    names |= {**code.globals, f"{PREFIX}structure": program.graph.output_node().meta["structure"]}
+    names |= {
+        f"{PREFIX}fixed": _fixed,
+        f"{PREFIX}alike": fits,
+        f"{PREFIX}switches": switches,
+    }
+    names |= {PREFIX + name: constant for name, constant in program.constants.items()}
+    return source, names
 
 
 def added_paths(model: nn.Module) -> tuple[PathRecord, ...]:
@@ -134,69 +148,87 @@ def added_paths(model: nn.Module) -> tuple[PathRecord, ...]:
     Returns:
         Their records, oldest first.
     """
-    return getattr(type(model), f"{_PREFIX}names", {}).get(f"{_PREFIX}branches", ())
+    return getattr(type(model), f"{PREFIX}branches", ())
 
 
 def _signature(program: Program) -> tuple[str, dict[str, Any]]:
-    """The user's own parameters of forward, those that the graph does not have fixed at what they were."""
+    """The user's own parameters of forward, those that the graph does not have fixed at what they were.
+
+    Args:
+        program: the graph.
+
+    Returns:
+        The head of a function that tells whether a call is of the form that the graph was made for, and that of the
+        forward; what the names in them are.
+    """
     placeholders = {str(n.target).lstrip("*"): n for n in program.graph.nodes if n.op == "placeholder"}
     parameters = list(inspect.signature(program.model.forward).parameters.values())
-    names: dict[str, Any] = {f"{_PREFIX}default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+    names: dict[str, Any] = {f"{PREFIX}default_{p.name}": p.default for p in parameters if p.default is not p.empty}
     listed: list[str] = []
     checks: list[str] = []
+    alike: list[str] = []
     starred = False
     for p in parameters:
         star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         if p.kind is p.KEYWORD_ONLY and not starred:
             listed.append("*")
         starred |= p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY)
-        listed.append(star + p.name + (f"={_PREFIX}default_{p.name}" if p.default is not p.empty else ""))
-        baked = _baked(p, placeholders.get(p.name))
-        if baked is not None:
-            names[f"{_PREFIX}baked_{p.name}"] = baked[0]
-            checks.append(f"    {_PREFIX}fixed({p.name!r}, {_PREFIX}baked_{p.name}, {p.name})")
-    return "\n".join([f"def forward(self, {', '.join(listed)}):", *checks]), names
+        listed.append(star + p.name + (f"={PREFIX}default_{p.name}" if p.default is not p.empty else ""))
+        names[f"{PREFIX}baked_{p.name}"] = _baked(p, placeholders.get(p.name))
+        checks.append(f"    {PREFIX}fixed({p.name!r}, {PREFIX}baked_{p.name}, {p.name})")
+        alike.append(f"{PREFIX}alike({PREFIX}baked_{p.name}, {p.name})")
+    arguments = ", ".join(["self", *listed])
+    fitting = f"def {PREFIX}fits({arguments}):\n    return {' and '.join(alike) or True}"
+    return "\n".join([fitting, "", f"def forward({arguments}):", *checks]), names
 
 
-def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> tuple[object] | None:
-    """What an argument must be because the graph was made with it; None where it is all tensors."""
+def _baked(parameter: inspect.Parameter, node: fx.Node | None) -> object:
+    """What an argument must be because the graph was made with it; any tensor stands for all."""
     empty: dict[object, object] = {parameter.VAR_POSITIONAL: (), parameter.VAR_KEYWORD: {}}
     value = node.meta["val"] if node is not None else empty.get(parameter.kind, parameter.default)
-    if isinstance(value, Tensor):
-        return None
-    return (mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value),)  # any tensor fits
+    return mapped(lambda leaf: torch.empty(0) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _fixed(name: str, traced: object, value: object) -> None:
     if not fits(traced, value):
         raise TraceError(
-            f"forward was traced with {name} = {traced!r}, and the forward that dagrow wrote after growth holds for "
-            f"this value only; {value!r} was given. Trace the model with the value that you need before it grows."
+            f"forward was traced with {name} = {_shown(traced)}, and the forward that dagrow wrote after growth holds "
+            f"for this value only; {_shown(value)} was given. Trace the model with the calls that you need before it "
+            "grows: trace(model, example, also=[other, ...])."
         )
+
+
+def _uncast(device: str, is_cast: bool) -> None:
+    if torch.is_autocast_enabled(device) is not is_cast:
+        raise TraceError(
+            f"forward was traced {'under' if is_cast else 'without'} autocast, could not be otherwise, and was written "
+            f"anew by a growth. Trace the model {'without' if is_cast else 'under'} autocast before it grows."
+        )
+
+
+def _shown(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
 
 
 def _hold_sizes(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], literals: Mapping[fx.Node, Arguments]) -> None:
     """The new forward refuses inputs of sizes for which the user's own does something else."""
-    with graph.inserting_before(graph.output_node()):
-        for node, copied in copies.items():
-            for (sign, right), result in node.meta.get("guards", {}).items():
-                if node not in literals and right not in literals:
-                    text = f"{formula(node)} {sign} {formula(right)}"
-                    other = copies[right] if isinstance(right, fx.Node) else right
+    for node, copied in copies.items():
+        for (sign, right), result in node.meta.get("guards", {}).items():
+            if node not in literals and right not in literals:
+                text = f"{formula(node)} {sign} {formula(right)}"
+                other = copies[right] if isinstance(right, fx.Node) else right
+                later = max(copied, other) if isinstance(other, fx.Node) else copied
+                with graph.inserting_after(later):  # before anything fails that the comparison keeps from running
                     graph.call_function(_hold, (copied, sign, other, result, text))
 
 
 def _hold(left: Any, sign: str, right: Any, result: bool, text: str) -> None:
     if COMPARISONS[sign](left, right) is not result:
-        raise TraceError(
+        raise OtherSizesError(
             f"the forward that dagrow wrote after growth holds only where {text} is {result}, as it was when the model "
-            "was traced. Trace the model with the sizes that you need before it grows."
+            "was traced. Trace the model with the sizes that you need before it grows: trace(model, example, "
+            "also=[other, ...])."
         )
-
-
-def _own_class(model: nn.Module) -> type[nn.Module]:
-    """The user's class, below any that we made."""
-    return next(kind for kind in type(model).__mro__ if f"{_PREFIX}source" not in vars(kind))
 
 
 def _follow_mode(graph: fx.Graph, node: fx.Node, modes: Mapping[int, tuple[Any, Any]]) -> None:
@@ -223,64 +255,3 @@ def _follow_grad(graph: fx.Graph) -> bool:
         for node in switches:
             node.args = tuple(enabled if arg is True else arg for arg in node.args)
     return bool(switches)
-
-
-def _subclass(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> type[nn.Module]:
-    scope = dict(names)
-    exec(compile(source, f"<forward of {base.__name__}, written by dagrow>", "exec"), scope)
-    forward = _structured(scope["forward"], names[f"{_PREFIX}structure"])
-    body = {
-        "forward": _graded(forward) if names[f"{_PREFIX}switches"] else forward,
-        "__reduce_ex__": _reduce,
-        **{name: getattr(base, name) for name in ("__module__", "__doc__", "__qualname__")},
-        f"{_PREFIX}source": source,
-        f"{_PREFIX}names": dict(names),
-    }
-    return type(base.__name__, (base,), body)
-
-
-def _structured(forward: Callable[..., Any], structure: object) -> Callable[..., Any]:
-    """Puts outputs back into the containers that the user's forward returns, where they are no plain ones."""
-    if is_plain(structure):
-        return forward
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> object:
-        values = [value for _, value in leaves(forward(*args, **kwargs))]
-        return mapped(lambda index: values[index], structure)
-
-    return wrapped
-
-
-def _graded(forward: Callable[..., object]) -> Callable[..., object]:
-    """Leaves gradients switched as they were found, also when the forward fails."""
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> object:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-
-    return wrapped
-
-
-def _reduce(self: Any, protocol: object) -> tuple[object, ...]:
-    names = {
-        key: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
-        for key, value in self._dagrow_names.items()
-    }
-    return _rebuild, (_own_class(self), self._dagrow_source, names), self.__getstate__()
-
-
-class _ModuleName(NamedTuple):
-    """A Python module by its name, as it is pickled."""
-
-    name: str
-
-
-def _rebuild(base: type[nn.Module], source: str, names: Mapping[str, Any]) -> nn.Module:
-    scope = {
-        key: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
-        for key, value in names.items()
-    }
-    kind = _subclass(base, source, scope)
-    return kind.__new__(kind)

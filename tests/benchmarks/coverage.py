@@ -291,8 +291,9 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         sum(run.get(key, 0) for run in asked) for key in ("places", "proposed", "slopes", "zero_only")
     )
     lines.append(
-        f"{len(asked)} models asked for proposals: {proposed} of {places} axes and operators measured, put in place and "
-        f"taken back, {slopes} slopes equal to the gain; {others} axes take new units that start at zero, or copies, only"
+        f"{len(asked)} models asked for proposals: {proposed} of {places} axes and operators measured, put in place "
+        f"and taken back, {slopes} slopes equal to the gain; {others} axes take only new units that start at zero, or "
+        "copies"
     )
     for kind, attention in (("convolutional and other", False), ("attention", True)):
         shares = [run["share"] for run in known if run["attention"] is attention]

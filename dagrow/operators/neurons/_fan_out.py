@@ -176,7 +176,8 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
             draft.move(consumer, fit.compensation)
     _calibrate(draft, m, settings.place, plan, kept, objective.mode)
     gains, drop = {name: fit.gain for name, fit in fits.items()}, sum(fit.drop for fit in fits.values())
-    change, others = draft.change(), unmeasured(dag.axis(axis.name))
+    change = draft.change()
+    notes = (*unmeasured(dag.axis(axis.name)), *change.notes)
     if settings.fan == "random":
         gains, drop = _downhill(draft, _slopes(draft, m, units, kept)), 0.0
     return Growth(
@@ -189,7 +190,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
         drop=drop,
         singular_values=proposal.values,
         invariant=proposal.invariant and settings.fan == "fitted",
-        notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note), *others))),
+        notes=tuple(dict.fromkeys((*proposal.notes, *(fit.note for fit in fits.values() if fit.note), *notes))),
         change=change,
         dag=dag,
         objective=objective,

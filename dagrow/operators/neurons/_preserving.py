@@ -60,7 +60,7 @@ class NewUnits:
             cost_of(self.dag, change),
             preserving=True,
             invariant=False,
-            notes=unmeasured(self.axis),
+            notes=(*unmeasured(self.axis), *change.notes),
             change=change,
             dag=self.dag,
             objective=objective,

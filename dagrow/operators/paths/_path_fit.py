@@ -125,7 +125,7 @@ def _growth(site: PathSite, form: PathForm, basis: Tensor, fit: Fit, objective: 
         cost_of(site.dag, change),
         drop=fit.drop,
         invariant=form.invariant,
-        notes=(fit.note,) if fit.note else (),
+        notes=(*([fit.note] if fit.note else []), *change.notes),
         change=change,
         dag=site.dag,
         objective=objective,
