@@ -72,7 +72,7 @@ class PositionTracker(LabelInterpreter):
     Attributes:
         samples: in the example.
         rows: positions of the producer's output, for all samples together.
-        sizes: of the producer's output but for samples and channels.
+        written: the sizes of the producer's output but for channels.
         means: what numbers stand for.
         mixing: where entries are first computed with otherwise than by means, with the user's line; or None.
     """
@@ -82,7 +82,7 @@ class PositionTracker(LabelInterpreter):
         self.dag, self.layout, self.producer = dag, layout, producer
         self.mixing: str | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.samples, self.rows, self.sizes = 1, 0, torch.Size()
+        self.samples, self.rows, self.written = 1, 0, torch.Size()
         self.means = EntryMeans()
 
     def track(self) -> None:
@@ -169,7 +169,7 @@ class PositionTracker(LabelInterpreter):
         if layer.name == self.producer:
             channels = self.layout.rows[self.producer][0]
             flat = output.movedim(rule.channel_dim(output.ndim), -1)
-            self.rows, self.sizes = flat[..., 0].numel(), flat.shape[1:-1]
+            self.rows, self.written = flat[..., 0].numel(), flat.shape[:-1]
             self.means.next = self.rows * len(channels)
             count = torch.arange(self.rows).view(flat.shape[:-1])
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))

@@ -7,7 +7,8 @@ from typing import Any, Unpack
 
 from rich.table import Table
 
-from dagrow._text import render
+from dagrow._progress import with_progress
+from dagrow._text import Printable, render
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, Edge
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
@@ -38,7 +39,7 @@ class Bottleneck:
         return self.bottleneck / self.goal if self.goal else 0.0
 
 
-class Bottlenecks(Mapping[str, Bottleneck]):
+class Bottlenecks(Printable, Mapping[str, Bottleneck]):
     """Bottlenecks by edge, largest first; prints as a table."""
 
     def __init__(
@@ -70,6 +71,7 @@ class Bottlenecks(Mapping[str, Bottleneck]):
         return "\n".join([render(table), *(f"Left out: {why}." for why in self.left_out)])
 
 
+@with_progress
 def bottlenecks(
     dag: Dag,
     batches: Iterable[Any],

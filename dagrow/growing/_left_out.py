@@ -1,23 +1,24 @@
 """Places that fail are left out, with a note, and the others go on."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import torch
+from rich.table import Table
 
+from dagrow._log import LOG
+from dagrow._text import Printable, render
 from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, first_line
 from dagrow.graph import Dag
 from dagrow.statistics import Objective, measure
 from dagrow.surgery import Growth
 
 T = TypeVar("T")
-_LOG = logging.getLogger("dagrow")
 
 
-class Growths(list[Growth]):
-    """Growths, best first, and what was left out; prints one a line.
+class Growths(Printable, list[Growth]):
+    """Growths, best first, and what was left out; prints as a table.
 
     Attributes:
         left_out: places that failed, each with the reason.
@@ -28,7 +29,14 @@ class Growths(list[Growth]):
         self.left_out = left_out
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self), *(f"Left out: {note}" for note in self.left_out)]) or "no growths"
+        table = Table("operator", "where", "neurons", "gain", "held out", "p", "parameters", "FLOPs")
+        for g in self:
+            heldout = "" if g.heldout_gain is None else f"{g.heldout_gain:.4g} ± {g.heldout_error:.2g}"
+            chance = "" if g.p_value is None else f"{g.p_value:.2g}"
+            cost = f"{g.cost.parameters:+,}", f"{g.cost.flops:+,}"
+            table.add_row(repr(g.operator), g.where, str(g.neurons), f"{g.gain:.4g}", heldout, chance, *cost)
+        lines = [render(table) if self else "no growth", *(f"Left out: {note}" for note in self.left_out)]
+        return "\n".join(lines)
 
 
 class LeftOut:
@@ -48,8 +56,8 @@ class LeftOut:
         note = f"{where}: {error if isinstance(error, DagrowError) else first_line(error)}"
         self._errors.append(error)
         if note not in self._notes:
-            _LOG.warning("left out %s", note)
-            _LOG.debug("at %s", where, exc_info=error)
+            LOG.info("left out %s", note)
+            LOG.debug("at %s", where, exc_info=error)
         self._notes[note] = None
 
     def take(self, growths: Growths) -> None:

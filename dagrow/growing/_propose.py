@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+from dagrow._progress import with_progress
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import objective_of
@@ -16,6 +17,7 @@ from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Growth, transaction
 
 
+@with_progress
 def propose(
     dag: Dag,
     batches: Iterable[Any],

@@ -1,6 +1,8 @@
 """One pass over batches that gathers moments."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,10 +14,13 @@ from dagrow.errors import GrowthError, LossError
 from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
+from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
+from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._objective import Objective
+from dagrow.statistics._sample_order import SampleOrder
 
 
 def measure(
@@ -50,6 +55,7 @@ def measure(
     """
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
+    order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
     with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
@@ -57,15 +63,23 @@ def measure(
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
+            units = groups.of(batch, n)
+            with hooks.paused():
+                order.start(objective, batch, n, units)
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            captures = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
+            with objective.noting(batch):
+                calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            sums.add(Batch(captures, n, seen, folds), value)
-            del captures
+            views = joined_calls(calls)
+            with hooks.paused():
+                views = [order.arranged(view, objective, batch, n, units) for view in views]
+            sums.add([Batch(view, n, seen, folds) for view in views], value, units)
+            del calls, views
             seen += n
+    groups.check_all_read()
     return sums.moments(forward)
 
 
@@ -83,34 +97,40 @@ class CaptureHooks(LayerHooks):
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
-        self._captures: dict[str, Capture] = {}
+        self._calls: dict[str, list[Capture]] = defaultdict(list)
+        self._is_paused = False
 
     def remove(self) -> None:
         super().remove()
-        self._captures = {}
+        self._calls.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is kept inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if name in self._captures:
-            raise GrowthError(
-                f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
-                "if the model calls it more often for more samples, as where it cuts a batch into chunks, give batches "
-                "as small as the example; if the model itself has changed, trace it again."
-            )
+        if self._is_paused:
+            return None
         detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
-        self._captures[name] = capture
+        self._calls[name].append(capture)
         if name in self.input_goals and inputs.requires_grad:
             capture.input_gradient = get_gradient_edge(inputs)
-        if name not in self.goals:
-            return None
         if output.requires_grad:
             capture.output_gradient = get_gradient_edge(output)
+            return None
+        if name not in self.goals:
             return None
         leaf = output.detach().requires_grad_()
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
 
-    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, Capture]:
+    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
@@ -119,50 +139,45 @@ class CaptureHooks(LayerHooks):
             ran: whether the model's own forward ran.
 
         Returns:
-            Layer -> what was left there.
+            Layer -> what each of its calls left there.
 
         Raises:
             GrowthError: some layers did not run.
             LossError: none of them ran.
         """
-        missing = set(self._layers) - set(self._captures)
-        if missing and not self._captures and not ran:
+        missing = set(self._layers) - set(self._calls)
+        if missing and not self._calls and not ran:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        captures, self._captures = self._captures, {}
-        outputs = [captures[name] for name in sorted(self.goals)]
-        inputs = [captures[name] for name in sorted(self.input_goals)]
-        reached = [capture for capture in inputs if capture.input_gradient is not None]
-        ends = [*(capture.output_gradient for capture in outputs), *(capture.input_gradient for capture in reached)]
-        gradients = _gradients(loss, [end for end in ends if end is not None])
+        calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
+        several = any(len(captures) > 1 for captures in calls.values())  # of which those count that the loss sees
+        outputs = [each for name in calls if several or name in self.goals for each in calls[name]]
+        inputs = [each for name in sorted(self.input_goals) for each in calls[name]]
+        ends = [*(each.output_gradient for each in outputs), *(each.input_gradient for each in inputs)]
+        gradients = _gradients(loss, ends, required=bool(self.goals or self.input_goals))
         for capture, gradient in zip(outputs, gradients, strict=False):
+            capture.seen = gradient is not None
             goal = capture.inputs.new_zeros(capture.output_shape) if gradient is None else gradient.detach() * scale
             capture.output_goal = goal
-        for capture in inputs:  # unless a gradient arrives
-            capture.input_goal = torch.zeros_like(capture.inputs)
-        for capture, gradient in zip(reached, gradients[len(outputs) :], strict=True):
-            if gradient is not None:
-                capture.input_goal = gradient.detach() * scale
-        return captures
+        for capture, gradient in zip(inputs, gradients[len(outputs) :], strict=True):
+            capture.input_goal = torch.zeros_like(capture.inputs) if gradient is None else gradient.detach() * scale
+        return calls
 
 
-def _gradients(loss: Tensor, ends: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+def _gradients(loss: Tensor, ends: Sequence[GradientEdge | None], required: bool) -> Sequence[Tensor | None]:
+    """The gradient at each end; None where none arrives."""
+    some = [end for end in ends if end is not None]
     if not ends:
         return ()
-    try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
-    except RuntimeError as error:
-        raise LossError(
-            f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
-            "where the loss compares them."
-        ) from error
-    if all(gradient is None for gradient in gradients):
+    found = torch.autograd.grad(loss, some, allow_unused=True) if some and loss.requires_grad else ()
+    if required and all(gradient is None for gradient in found):
         raise LossError(
             "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
             "output, without detach(), item() or torch.no_grad()."
         )
-    return gradients
+    gradients = iter(found)
+    return [None if end is None else next(gradients, None) for end in ends]

@@ -5,7 +5,7 @@ no function of what the model's own forward returns does the model run on a batc
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -113,8 +113,8 @@ class ReductionProbe:
             if found is None or found.reduction is not None:
                 return found
             replays.append(found)
-        sure = [finding for finding in replays if finding.sure]
-        return sure[0] if sure else self._tried(self._compare_losses)
+        whole = replays[-1]  # where several entries may be one sample's, their order is unknown
+        return whole if whole.sure else self._tried(self._compare_losses)
 
     def _tried(self, compare: Callable[[], Finding | None]) -> Finding | None:
         """A finding, also where the loss takes no such batch. An exception for another reason is the user's own."""
@@ -123,14 +123,20 @@ class ReductionProbe:
         except _UnclearError as error:
             return Finding(None, str(error), error.last)
         except Exception as error:
-            again = False
-            with suppress(Exception):
-                compare()
-                again = True
-            if again:
+            if self._answers(compare):
                 raise
             self.evaluate(self.batch, 0)  # as given, too, if that is not the reason
             return Finding(None, f"the loss cannot be computed for a batch that is repeated ({first_line(error)})")
+
+    @staticmethod
+    def _answers(compare: Callable[[], Finding | None]) -> bool:
+        try:
+            compare()
+        except _UnclearError:
+            return True
+        except Exception:  # the same again
+            return False
+        return True
 
     def _compare_slopes(self, multiples: bool) -> Finding | None:
         """Compares the loss's slopes at what the model returned, with ``multiples`` also at tokens of samples."""

@@ -65,14 +65,14 @@ STEPS = pytest.mark.parametrize(
 def test_what_fails_when_it_is_wider_is_left_out(step: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
     dag, batches = attending()
     before = snapshot(dag)
-    with caplog.at_level(logging.WARNING, logger="dagrow"):
+    with caplog.at_level(logging.INFO, logger="dagrow"):
         growths = dagrow.propose(dag, batches, step=step, operators=WIDE)
     assert {growth.where for growth in growths} == {"query+key+value", "up"}
     (note,) = growths.left_out
     assert note.startswith("value: ")
     assert re.search(why, note)
     same(before, snapshot(dag), "proposing")
-    assert [record.name for record in caplog.records] == ["dagrow"]
+    assert {record.name for record in caplog.records} == {"dagrow"}
     assert note in caplog.text
     assert f"Left out: {note}" in str(growths)
 
