@@ -45,7 +45,6 @@ from dagrow.statistics._objective import NotFiniteError, Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
-from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.statistics._steps import Loss, Step
 from dagrow.tracing import bind
@@ -71,7 +70,6 @@ __all__ = [
     "Ones",
     "OutputGoal",
     "PatchInputs",
-    "PositionMap",
     "PulledGoal",
     "Reduction",
     "ResidualGoal",
@@ -86,7 +84,5 @@ __all__ = [
     "measure",
     "move_score",
     "patch_gram",
-    "per_channel",
-    "position_map",
     "sample_count",
 ]

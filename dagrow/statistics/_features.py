@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dagrow.errors import BatchError
+from dagrow.graph import PositionMap
 from dagrow.layers import Geometry, with_constant
 from dagrow.statistics._captures import Batch
-from dagrow.statistics._position_map import PositionMap
 
 
 class Feature(ABC):

@@ -78,7 +78,7 @@ def measure(
                 loss = objective.value(batch)
             forward = forward and probe.ran
             with objective.noting(batch):
-                calls = hooks.captures(loss, -objective.scale(n) * n)
+                calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             check.end(batch, calls, n, -objective.scale(n) * n)
@@ -186,12 +186,13 @@ class CaptureHooks(LayerHooks):
             if wanted and tensor.requires_grad
         }
 
-    def captures(self, loss: Tensor, scale: float) -> dict[str, list[Capture]]:
+    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
             loss: of the batch.
             scale: from its gradient to the goals of single samples.
+            ran: whether the model's own forward ran.
 
         Returns:
             Layer -> what each of its calls left there.
@@ -201,7 +202,7 @@ class CaptureHooks(LayerHooks):
             LossError: none of them ran.
         """
         missing = set(self._layers) - set(self._calls)
-        if missing and not self._calls:
+        if missing and not self._calls and not ran:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional
 
+from dagrow.graph import PositionMap
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Derived, Feature, OutputGoal, ResidualGoal, Wrapped
-from dagrow.statistics._position_map import PositionMap
 
 
 class _AtCells(Derived):

@@ -238,6 +238,7 @@ class Receipt(Printable):
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.
+        left_out: places that failed meanwhile, each with the reason.
         note: on how the amplitude was chosen, where it had to be bounded.
     """
 
@@ -251,6 +252,7 @@ class Receipt(Printable):
     growth: Growth | None = field(default=None, repr=False)
     _undo: UndoRecord | None = field(default=None, repr=False)
     _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+    left_out: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -307,6 +309,9 @@ class Receipt(Printable):
         LOG.info("undone: %s", self.where)
 
     def __str__(self) -> str:
+        return "\n".join([self._applied(), *(f"Left out: {note}" for note in self.left_out)])
+
+    def _applied(self) -> str:
         if self._parts:
             return "\n".join(map(str, self._parts))
         if not self.where:

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from dagrow.axes import NO_CHANNEL
-from dagrow.graph import Axis, Dag, Edge
-from dagrow.statistics._position_tracker import MIXED, PositionTracker
+from dagrow.axes import NO_CHANNEL, AxisLayout
+from dagrow.graph._edges import Edge
+from dagrow.graph._position_tracker import MIXED, PositionTracker, Traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,29 +98,38 @@ def _sparse(entries: Tensor, values: Tensor, *size: int) -> Tensor:
     return torch.sparse_coo_tensor(entries, values, size, check_invariants=False).coalesce()
 
 
-def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> PositionMap | None:
-    """Where a unit of the axis arrives.
+def position_maps(
+    dag: Traced, layout: AxisLayout, producer: Edge, consumers: Sequence[Edge]
+) -> tuple[dict[str, PositionMap | None], str | None]:
+    """Where a unit of an axis arrives.
 
     Args:
         dag: the model's.
-        axis: the axis that gets a new unit.
+        layout: of the axis that gets a new unit.
         producer: the edge that writes it.
-        consumer: the edge that reads it.
+        consumers: the edges that read it.
 
     Returns:
-        The map; None if the unit does not arrive, or not as means of what the producer writes.
+        Consumer -> the map; None if the unit does not arrive, or not as means of what the producer writes. And what it
+        meets on the way that is no mean, with the user's line, or None.
     """
-    tracker = PositionTracker(dag, axis, producer)
-    inputs = tracker.inputs_of(consumer)
+    tracker = PositionTracker(dag, layout, producer.name)
+    tracker.track()
+    return {consumer.name: _read_off(tracker, layout, producer, consumer) for consumer in consumers}, tracker.mixing
+
+
+def _read_off(tracker: PositionTracker, layout: AxisLayout, producer: Edge, consumer: Edge) -> PositionMap | None:
+    """The map, from the numbers that arrive at the consumer."""
+    inputs = tracker.inputs.get(consumer.name)
     if inputs is None:
         return None
-    columns = axis.layout.columns[consumer.name][0]
+    columns = layout.columns[consumer.name][0]
     inputs = inputs.index_select(consumer.rule.channel_dim(inputs.ndim), columns)
     shifted = (inputs + 1).double()  # a margin of zeros is NO_CHANNEL
     numbers = consumer.rule.features(consumer.module, shifted).long() - 1
     if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()):
         return None
-    find = partial(_of_items, dag, tracker, consumer, numbers)
+    find = partial(_of_items, tracker, producer, consumer, numbers)
     before = tracker.written[: producer.rule.channel_dim(len(tracker.written) + 1)]
     after = inputs.shape[: consumer.rule.channel_dim(inputs.ndim)]
     found = find(Items.leading_in(tracker.samples, before, after))
@@ -161,12 +170,14 @@ class Items:
         return cls(n, leading=(counts[0], counts[1]))
 
 
-def _of_items(dag: Dag, tracker: PositionTracker, consumer: Edge, numbers: Tensor, items: Items) -> PositionMap | None:
+def _of_items(
+    tracker: PositionTracker, producer: Edge, consumer: Edge, numbers: Tensor, items: Items
+) -> PositionMap | None:
     """The map of each item.
 
     Args:
-        dag: the model's.
         tracker: after its run.
+        producer: the edge that writes.
         consumer: the edge that reads.
         numbers: what it reads ``[rows, slots]``.
         items: which.
@@ -175,7 +186,7 @@ def _of_items(dag: Dag, tracker: PositionTracker, consumer: Edge, numbers: Tenso
         The map; None if they do not arrive alike, each where it lies itself.
     """
     n, dims = items.n, items.dims
-    producer, channels = tracker.producer, tracker.axis.layout.rows[tracker.producer.name].shape[1]
+    channels = tracker.layout.rows[producer.name].shape[1]
     if len(numbers) % n or tracker.rows % n:
         return None
     positions = tracker.rows // n
@@ -198,7 +209,7 @@ def _of_items(dag: Dag, tracker: PositionTracker, consumer: Edge, numbers: Tenso
     cells = cells[cells != NO_CHANNEL]
     index = _renumbered(cells, int(cells.max()) + 1)[first]
     grids, places = {}, {}
-    for edge, sizes, which in ((producer, tracker.written, 0), (consumer, _written(dag, consumer), 1)):
+    for edge, sizes, which in ((producer, tracker.written, 0), (consumer, _written(tracker.dag, consumer), 1)):
         dim, leading = dims[which], 1 if items.leading is None else items.leading[which]
         grids[edge.name] = (*sizes[:dim], *sizes[dim + 1 :])[leading - 1 :]
         places[edge.name] = dim if leading == 1 else None
@@ -240,7 +251,7 @@ def _renumbered(kept: Tensor, count: int) -> Tensor:
     return numbers
 
 
-def _written(dag: Dag, edge: Edge) -> tuple[int, ...]:
+def _written(dag: Traced, edge: Edge) -> tuple[int, ...]:
     """The sizes of an edge's output in the example but for channels."""
     shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
     return tuple(size for dim, size in enumerate(shape) if dim != edge.rule.channel_dim(len(shape)))
