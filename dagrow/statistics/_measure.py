@@ -69,7 +69,8 @@ def measure(
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            calls = hooks.captures(loss, -objective.scale(n) * n)
+            with objective.noting(batch):
+                calls = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             views = joined_calls(calls)
@@ -171,13 +172,7 @@ def _gradients(loss: Tensor, ends: Sequence[GradientEdge | None], required: bool
     some = [end for end in ends if end is not None]
     if not ends:
         return ()
-    try:
-        found = torch.autograd.grad(loss, some, allow_unused=True) if some and loss.requires_grad else ()
-    except RuntimeError as error:
-        raise LossError(
-            f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs "
-            "where the loss compares them."
-        ) from error
+    found = torch.autograd.grad(loss, some, allow_unused=True) if some and loss.requires_grad else ()
     if required and all(gradient is None for gradient in found):
         raise LossError(
             "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
