@@ -102,7 +102,10 @@ class SampleOrder:
             after = self._run(objective, replacement.batch)
         except Exception:  # a batch that the user's step would never get
             return []
-        before = self._run(objective, batch)
+        try:
+            before = self._run(objective, batch)
+        except torch.OutOfMemoryError:  # what two runs read does not fit
+            return []
         slopes = [each for seen in (before, after) for each, _ in seen.pop(SLOPE, [])]
         self.changes = {name: _changed(before[name], calls) for name, calls in after.items() if name in before}
         for changed in self.changes.pop(OUTPUT, []):
