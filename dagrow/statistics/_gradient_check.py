@@ -61,13 +61,12 @@ class GradientCheck:
             weight.requires_grad_()
         self.before = ModelState(self.model)
 
-    def end(self, batch: object, captures: Mapping[str, Capture], samples: int, scale: float) -> None:
+    def end(self, batch: object, calls: Mapping[str, Sequence[Capture]], scale: float) -> None:
         """After the batch has run forward and back. The next one is not looked at.
 
         Args:
             batch: what has run.
-            captures: what it left.
-            samples: how many.
+            calls: what each call of a layer left.
             scale: from its gradient to the goals of single samples.
 
         Raises:
@@ -78,7 +77,7 @@ class GradientCheck:
         after, gradients = ModelState(self.model), self._by_edge(self.hooks.weight_gradients)
         trials = Trials(self.objective, self.hooks, self.before, batch)
         left = {
-            name: _Rest.of(edge, captures[name], gradients[name], samples, scale)
+            name: _Rest.of(edge, calls[name], gradients[name], scale)
             for name, edge in self.edges.items()
             if gradients[name]
         }
@@ -168,27 +167,28 @@ class _Rest:
     """
 
     edge: Edge
-    capture: Capture
+    calls: Sequence[Capture]
     parts: Mapping[str, Tensor]
     gradient: float
     rounding: float
 
     @classmethod
-    def of(
-        cls, edge: Edge, capture: Capture, gradients: Mapping[str, Tensor | None], samples: int, scale: float
-    ) -> "_Rest":
+    def of(cls, edge: Edge, calls: Sequence[Capture], gradients: Mapping[str, Tensor | None], scale: float) -> "_Rest":
         """Compares with the products of what the layer read with the goals at its output."""
-        bias, parts, found = "bias" in gradients, {}, {}
-        products = product(InputFeatures(edge.name, bias), OutputGoal(edge.name), Batch({edge.name: capture}, samples))
-        expected = products[0].T / scale
+        bias, parts, found, summed = "bias" in gradients, {}, {}, 0.0
+        reads, goal = InputFeatures(edge.name, bias), OutputGoal(edge.name)
+        products = [product(reads, goal, Batch({edge.name: call}, len(call.inputs))) for call in calls]
+        expected = sum(each[0] for each in products[1:]) + products[0][0]
+        expected = expected.T / scale
         for entry, gradient in gradients.items():
             wanted = expected[:, -1:] if entry == "bias" else expected[:, : expected.shape[1] - bias]
-            found[entry] = _old(edge, capture, entry, gradient, wanted)
+            found[entry] = _old(edge, calls[0], entry, gradient, wanted)
             parts[entry] = found[entry] - wanted
-        assert capture.output_goal is not None
-        reads = (float(capture.inputs.norm()) ** 2 * edge.rule.taps(edge.module) + capture.positions) ** 0.5
-        summed = reads * float(capture.output_goal.norm()) / abs(scale)
-        return cls(edge, capture, parts, _norm(found.values()), ROUNDING * _resolution(capture) * summed)
+        for call in calls:
+            assert call.output_goal is not None
+            length = (_norm([call.inputs]) ** 2 * edge.rule.taps(edge.module) + call.positions) ** 0.5
+            summed += _resolution(call) * length * _norm([call.output_goal])
+        return cls(edge, calls, parts, _norm(found.values()), ROUNDING * summed / abs(scale))
 
     @property
     def size(self) -> float:
@@ -198,7 +198,7 @@ class _Rest:
     def equals(self, gradients: Mapping[str, Tensor | None]) -> bool:
         """Whether these gradients are what there is beside."""
         apart = (
-            part - _old(self.edge, self.capture, entry, gradients[entry], part) for entry, part in self.parts.items()
+            part - _old(self.edge, self.calls[0], entry, gradients[entry], part) for entry, part in self.parts.items()
         )
         return _norm(apart) <= self.rounding
 

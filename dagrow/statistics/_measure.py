@@ -1,6 +1,8 @@
 """One pass over batches that gathers moments."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,14 +16,17 @@ from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
+from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
+from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._objective import Objective
+from dagrow.statistics._sample_order import SampleOrder
 from dagrow.statistics._trials import Trial
 
-Place = tuple[str, str]  #: "input" or "output", and the name of a layer
+Place = tuple[str, str, int]  #: "input" or "output", the name of a layer, and which of its calls
 
 
 def measure(
@@ -56,6 +61,7 @@ def measure(
     """
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
+    order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
     check = GradientCheck(dag, objective, hooks, sums.pairs)
     with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
@@ -64,17 +70,24 @@ def measure(
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
+            units = groups.of(batch, n)
+            with hooks.paused():
+                order.start(objective, batch, n, units)
             check.begin()
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            captures = hooks.captures(loss, -objective.scale(n) * n)
+            calls = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            check.end(batch, captures, n, -objective.scale(n) * n)
-            sums.add(Batch(captures, n, seen, folds), value)
-            del captures
+            check.end(batch, calls, -objective.scale(n) * n)
+            views = joined_calls(calls)
+            with hooks.paused():
+                views = [order.arranged(view, objective, batch, n, units) for view in views]
+            sums.add([Batch(view, n, seen, folds) for view in views], value, units)
+            del calls, views
             seen += n
+    groups.check_all_read()
     return sums.moments(forward)
 
 
@@ -103,7 +116,8 @@ class CaptureHooks(LayerHooks):
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
-        self._captures: dict[str, Capture] = {}
+        self._calls: dict[str, list[Capture]] = defaultdict(list)
+        self._is_paused = False
         self._hidden = False  #: whether a layer ran without a graph
         self._depends = False  #: whether the loss depends on weights, whatever reaches the goals
         self._runs_again: bool | None = None  #: whether layers run in the backward pass too; not known before one
@@ -111,11 +125,22 @@ class CaptureHooks(LayerHooks):
 
     def remove(self) -> None:
         super().remove()
-        self._captures = {}
+        self._calls.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is kept inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
         if self.trial is not None:
             return self.trial(name, output)
+        if self._is_paused:
+            return None
         if self._arrived is not None:
             self._watch(self._edges(name, inputs, output))
             return None
@@ -124,21 +149,15 @@ class CaptureHooks(LayerHooks):
                 f"the loss or step runs {name} inside a transform of torch.func (vmap, grad, jvp, ...), where tensors "
                 "exist for its time alone. Call the model itself, on a whole batch: model(inputs)."
             )
-        if name in self._captures:
-            raise GrowthError(
-                f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
-                "if the model calls it more often for more samples, as where it cuts a batch into chunks, give batches "
-                "as small as the example; if the model itself has changed, trace it again."
-            )
         detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
-        self._captures[name] = capture
+        self._calls[name].append(capture)
         self._hidden = self._hidden or not torch.is_grad_enabled()
         edges = self._edges(name, inputs, output)
-        capture.input_gradient, capture.output_gradient = edges.get(("input", name)), edges.get(("output", name))
-        if name not in self.goals:
-            return None
+        capture.input_gradient, capture.output_gradient = edges.get(("input", name, 0)), edges.get(("output", name, 0))
         if output.requires_grad:
+            return None
+        if name not in self.goals:
             return None
         leaf = output.detach().requires_grad_()
         capture.output_gradient = get_gradient_edge(leaf)
@@ -146,14 +165,11 @@ class CaptureHooks(LayerHooks):
 
     def _edges(self, name: str, inputs: Tensor, output: Tensor) -> dict[Place, GradientEdge]:
         """Where autograd finds the gradients that goals are made of."""
-        places = {("input", name): (inputs, self.input_goals), ("output", name): (output, self.goals)}
-        return {
-            place: get_gradient_edge(tensor)
-            for place, (tensor, names) in places.items()
-            if name in names and tensor.requires_grad
-        }
+        wanted = {("input", name, 0): inputs} if name in self.input_goals else {}
+        wanted["output", name, 0] = output
+        return {place: get_gradient_edge(tensor) for place, tensor in wanted.items() if tensor.requires_grad}
 
-    def captures(self, loss: Tensor, scale: float) -> dict[str, Capture]:
+    def captures(self, loss: Tensor, scale: float) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
@@ -161,56 +177,67 @@ class CaptureHooks(LayerHooks):
             scale: from its gradient to the goals of single samples.
 
         Returns:
-            Layer -> what was left there.
+            Layer -> what each of its calls left there.
 
         Raises:
             GrowthError: some layers did not run.
             LossError: none of them ran.
         """
-        missing = set(self._layers) - set(self._captures)
-        if missing and not self._captures:
+        missing = set(self._layers) - set(self._calls)
+        if missing and not self._calls:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        captures, self._captures = self._captures, {}
-        if not (self.goals or self.input_goals):
-            return captures
-        gradients = self._gradients(loss, captures)
-        for capture in captures.values():  # nor do they hold on to the graph
-            capture.output_gradient = capture.input_gradient = None
+        calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
+        gradients = self._gradients(loss, calls)
         self._depends = self._depends or any(gradient is not None for gradient in self.weight_gradients)
-        if not (gradients or self._depends):
+        if (self.goals or self.input_goals) and not (gradients or self._depends):
             raise LossError(
                 "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
                 "output, without detach(), item() or torch.no_grad()."
             )
-        for name in self.goals:
-            gradient = gradients.get(("output", name))
-            zero = captures[name].inputs.new_zeros(captures[name].output_shape)
-            captures[name].output_goal = zero if gradient is None else gradient.detach() * scale
-        for name in self.input_goals:
-            gradient = gradients.get(("input", name))
-            zero = torch.zeros_like(captures[name].inputs)
-            captures[name].input_goal = zero if gradient is None else gradient.detach() * scale
-        return captures
+        for name, captures in calls.items():
+            for call, capture in enumerate(captures):
+                goals = {side: gradients.get((side, name, call)) for side in ("input", "output")}
+                at_input, at_output = (None if goal is None else goal.detach() * scale for goal in goals.values())
+                capture.seen = at_output is not None
+                if name in self.goals or len(captures) > 1:
+                    zero = capture.inputs.new_zeros(capture.output_shape)
+                    capture.output_goal = zero if at_output is None else at_output
+                if name in self.input_goals:
+                    capture.input_goal = torch.zeros_like(capture.inputs) if at_input is None else at_input
+                capture.output_gradient = capture.input_gradient = None  # nor do they hold on to the graph
+        return calls
 
-    def _gradients(self, loss: Tensor, captures: Mapping[str, Capture]) -> dict[Place, Tensor]:
+    def _gradients(self, loss: Tensor, calls: Mapping[str, Sequence[Capture]]) -> dict[Place, Tensor]:
         """Those that arrive; notes those of weights. Layers that run again meanwhile leave nothing else."""
-        ends = {("input", name): captures[name].input_gradient for name in sorted(self.input_goals)}
-        ends |= {("output", name): captures[name].output_gradient for name in sorted(self.goals)}
-        edges = {place: edge for place, edge in ends.items() if edge is not None}
+        several = any(len(captures) > 1 for captures in calls.values())  # of which those count that the loss sees
+        edges = dict[Place, GradientEdge]()
+        for name, captures in calls.items():
+            for call, capture in enumerate(captures):
+                if name in self.input_goals and capture.input_gradient is not None:
+                    edges["input", name, call] = capture.input_gradient
+                if (several or name in self.goals) and capture.output_gradient is not None:
+                    edges["output", name, call] = capture.output_gradient
         if self._runs_again is None:
-            self._runs_again = runs_again(loss, self._hidden)
+            self._runs_again = bool(edges) and runs_again(loss, self._hidden)
+        if self._runs_again and several:
+            raise LossError(
+                "the model is called several times in a step, and runs layers again in the backward pass (a checkpoint "
+                "with use_reentrant=True), so that nobody knows which call runs again. Let it call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
         self._arrived = {}
         try:
             if self._runs_again:
                 self._watch(edges)
                 run_backward(loss, self.model)
                 self.weight_gradients = [weight.grad for weight in self.weights]
-                self.model.zero_grad(set_to_none=True)
+                for parameter in self.model.parameters():
+                    parameter.grad = None
             else:
                 found = gradients_at(loss, [*edges.values()], self.weights)
                 self.weight_gradients = found[len(edges) :]

@@ -58,7 +58,7 @@ class PositionTracker(LabelInterpreter):
     Attributes:
         samples: in the example.
         rows: positions of the producer's output, for all samples together.
-        sizes: of the producer's output but for samples and channels.
+        written: the sizes of the producer's output but for channels.
         means: what numbers stand for.
     """
 
@@ -66,7 +66,7 @@ class PositionTracker(LabelInterpreter):
         super().__init__(dag.model, dag.layers)
         self.dag, self.axis, self.producer = dag, axis, producer
         self.inputs: dict[str, Tensor] = {}
-        self.samples, self.rows, self.sizes = 1, 0, torch.Size()
+        self.samples, self.rows, self.written = 1, 0, torch.Size()
         self.means = EntryMeans()
 
     def inputs_of(self, consumer: Edge) -> Tensor | None:
@@ -152,7 +152,7 @@ class PositionTracker(LabelInterpreter):
         if layer.name == self.producer.name:
             channels = self.axis.layout.rows[self.producer.name][0]
             flat = output.movedim(rule.channel_dim(output.ndim), -1)
-            self.rows, self.sizes = flat[..., 0].numel(), flat.shape[1:-1]
+            self.rows, self.written = flat[..., 0].numel(), flat.shape[:-1]
             self.means.next = self.rows * len(channels)
             count = torch.arange(self.rows).view(flat.shape[:-1])
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))
