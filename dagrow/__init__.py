@@ -23,6 +23,7 @@ face holds nothing of its own: it is what the rooms below give to users.
 (True, 3)
 """
 
+from dagrow._version import __version__
 from dagrow.errors import (
     BatchError,
     DagrowError,
@@ -115,6 +116,7 @@ __all__ = [
     "StoreError",
     "Tangent",
     "TraceError",
+    "__version__",
     "bottlenecks",
     "fit",
     "grow",

@@ -1,5 +1,7 @@
 """Tables as plain text."""
 
+from html import escape
+
 from rich.console import Console
 from rich.table import Table
 
@@ -19,3 +21,11 @@ def render(*tables: Table, width: int = 130) -> str:
         for table in tables:
             console.print(table)
     return capture.get().rstrip()
+
+
+class Printable:
+    """What prints as a table shows the same in a notebook."""
+
+    def _repr_html_(self) -> str:
+        style = "line-height: 1.2; white-space: pre; font-family: monospace"
+        return f'<pre style="{style}">{escape(str(self))}</pre>'

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dagrow"
-SUPPORT = {"errors", "_pytree", "_model_state", "_comparison", "_text"}
+SUPPORT = {"errors", "_pytree", "_model_state", "_comparison", "_text", "_log", "_progress", "_version"}
 MAY: dict[str, set[str]] = {room: set(SUPPORT) for room in (*SUPPORT, "solvers", "tracing", "layers", "pictures")}
 MAY["axes"] = SUPPORT | {"tracing", "layers"}
 MAY["graph"] = MAY["axes"] | {"axes"}

@@ -8,7 +8,7 @@ import networkx as nx
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dagrow._text import render
+from dagrow._text import Printable, render
 from dagrow.axes import CannotWidenError, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._edges import Axis, Edge, in_place
@@ -23,7 +23,7 @@ T = TypeVar("T", Edge, Axis)
 _growths: MutableMapping[nn.Module, list[ref[Any]]] = WeakIdKeyDictionary()
 
 
-class Dag:
+class Dag(Printable):
     """A model seen as a graph. It holds no weights of its own: ``dag.model`` is the user's model, grown in place.
 
     Attributes:

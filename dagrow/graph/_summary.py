@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from dagrow._text import render
+from dagrow._text import Printable, render
 from dagrow.axes import Rider
 from dagrow.graph._edges import Axis, Edge
 from dagrow.layers import (
@@ -63,7 +63,7 @@ def without_rule(program: Program, rules: Sequence[LayerRule]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Printable):
     """Layers and parameters that can grow, and those that cannot.
 
     Attributes:

@@ -148,8 +148,7 @@ class Tracer:
 
     def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
         """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
-        example = self.examples[number]
-        return None if example is None else raised_otherwise(program, example, trial, self._is_known)
+        return raised_otherwise(program, self.examples[number], trial, self._is_known)
 
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
@@ -208,6 +207,8 @@ class Obstacles:
     def raised(self, widening: WideningPlan) -> str | None:
         """What the model's forward raises at the widths of a plan, by an assertion or a branch of its own; or None."""
         for number, trial in widening.trials:
+            if self.tracer.example_inputs is None:
+                return "a comparison in the model's forward would come out otherwise; give trace example inputs"
             error = self.tracer.raised(self.program.every[number], number, trial)
             if error is not None:
                 return f"the model's forward would raise {statement(error)} [{source(error)}]"

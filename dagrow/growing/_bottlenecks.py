@@ -6,7 +6,8 @@ from typing import Any, Unpack
 
 from rich.table import Table
 
-from dagrow._text import render
+from dagrow._progress import with_progress
+from dagrow._text import Printable, render
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag
 from dagrow.solvers import Pair, best_move
@@ -36,7 +37,7 @@ class Bottleneck:
         return self.bottleneck / self.goal if self.goal else 0.0
 
 
-class Bottlenecks(Mapping[str, Bottleneck]):
+class Bottlenecks(Printable, Mapping[str, Bottleneck]):
     """Bottlenecks by edge, largest first; prints as a table."""
 
     def __init__(
@@ -68,6 +69,7 @@ class Bottlenecks(Mapping[str, Bottleneck]):
         return "\n".join([render(table), *(f"Left out: {why}." for why in self.left_out)])
 
 
+@with_progress
 def bottlenecks(
     dag: Dag,
     batches: Iterable[Any],

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from dagrow._progress import progress_bar, with_progress
 from dagrow.errors import LossError, OptimizerError, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._grower import Grower
@@ -21,6 +20,7 @@ from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, check_steps, sequence_of
 
 
+@with_progress
 def fit(
     dag: Dag,
     batches: Iterable[Any],
@@ -99,13 +99,12 @@ def fit(
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
     try:
-        with _progress() as progress:
-            task = progress.add_task("training", total=epochs)
+        with progress_bar() as bar:
             for epoch in range(epochs):
+                bar.update("training", epoch, epochs, _line(grower.history))
                 train_loss = _epoch(objective, sequence_of(optimizer))
                 grower.step(epoch, batches if measured is None else measured, validation, train_loss=train_loss)
                 _anneal(schedulers, grower.history)
-                progress.update(task, advance=1, description=_line(grower.history))
     finally:
         for module in dag.model.modules():
             module.training = modes.get(module, modes[dag.model])
@@ -163,12 +162,8 @@ def _epoch(objective: Objective, optimizers: Sequence[Optimizer]) -> float:
     return objective.reported(total / count)
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def _line(history: History) -> str:
+    if not len(history):
+        return "training"
     last = history[-1]
     return f"loss {last.loss:.4g}, {last.parameters:,} parameters{'' if history.over else ', growing'}"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
+from dagrow._progress import with_progress
 from dagrow.errors import listed
 from dagrow.graph import Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
@@ -15,6 +16,7 @@ from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
 
 
+@with_progress
 def grow(
     dag: Dag,
     batches: Iterable[Any],

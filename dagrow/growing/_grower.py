@@ -7,6 +7,7 @@ from math import isfinite, nan
 from typing import Any, Unpack
 
 from dagrow._model_state import all_or_nothing
+from dagrow._progress import progress_bar
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import bottlenecks
@@ -130,6 +131,12 @@ class Grower:
             GrowthError: an argument does not, or the dag is no longer that of its model.
             OptimizerError: the optimizer is no longer that of the model.
         """
+        with progress_bar(self.options.get("progress", True)):
+            return self._checked_step(epoch, batches, validation, train_loss)
+
+    def _checked_step(
+        self, epoch: int, batches: Iterable[Any], validation: Iterable[Any] | None, train_loss: float | None
+    ) -> Receipt:
         check_whole("step", epoch=epoch)
         train_loss = None if train_loss is None else _finite(train_loss)
         self.dag.check()

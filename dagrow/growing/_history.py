@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from dagrow._text import render
+from dagrow._text import Printable, render
 from dagrow.errors import FigureError, HistoryError
 from dagrow.pictures import Record, Snapshot, draw_graph, draw_plot, write_page
 
 
 @dataclass(frozen=True)
-class History(Sequence[Record]):
+class History(Printable, Sequence[Record]):
     """Records, oldest first; prints as a table of those in which something grew.
 
     Attributes:

@@ -1,29 +1,55 @@
 """The amplitude of a growth, by line search on the loss; the receipt of several growths in a row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 
+from dagrow._log import LOG
 from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
 GOLDEN = (5**0.5 - 1) / 2
 EVALUATIONS = 16  #: of the loss, at most
 START = 1 / 16  #: of the amplitude at which the loss would have fallen to 0, if it fell on as it begins to
+MOST = 16  #: times that amplitude, at most
+FLAT = 0.9  #: the part of a fall that a quarter of the amplitude brings where it levels out; a parabola gives 0.44
+SMALLEST = 1e-9  #: of the amplitude that was tried first
 WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
 
 
-def line_search(loss: Callable[[float], float], before: float, start: float = 1.0) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Amplitude:
+    """What a line search found.
+
+    Attributes:
+        gamma: the amplitude, 0 if none lowers the loss.
+        loss: at it.
+        note: why it is not the lowest, if it is not.
+    """
+
+    gamma: float
+    loss: float
+    note: str = ""
+
+
+def line_search(
+    loss: Callable[[float], float], before: float, start: float = 1.0, most: float | None = None
+) -> Amplitude:
     """Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
+
+    Where the loss falls further and further, the amplitude is bounded: by ``most``, and where it only levels out, as
+    behind a norm or a softmax, by the smallest of its powers of 4 that brings most of the fall.
 
     Args:
         loss: of an amplitude.
         before: the loss at amplitude 0.
         start: the amplitude that is tried first.
+        most: the largest amplitude; by default 256 times ``start``.
 
     Returns:
         The amplitude with the lowest loss, and that loss: never above ``before``; amplitude 0 if nothing is lower.
     """
-    losses = {0.0: before}
+    losses, most = {0.0: before}, 256 * start if most is None else most
 
     def at(gamma: float) -> float:
         if gamma not in losses:
@@ -32,14 +58,26 @@ def line_search(loss: Callable[[float], float], before: float, start: float = 1.
 
     best = start
     if at(best) < before:
-        while at(2 * best) < at(best) and len(losses) < EVALUATIONS:
+        while 2 * best <= most and at(2 * best) < at(best) and len(losses) < EVALUATIONS:
             best *= 2
     else:
         while at(best) >= before and len(losses) < EVALUATIONS:
             best /= 2
         while at(best / 2) < at(best) and len(losses) < EVALUATIONS:
             best /= 2
-    low, high = best / 2, best * 2
+    note = "the loss falls on and on with the amplitude, which is bounded" if best > start and 2 * best > most else ""
+    if before - at(best / 4) >= FLAT * (before - at(best)) > 0:
+        note = "the loss levels out; the amplitude is bounded where it has fallen"
+    if not note:
+        return _narrowed(at, losses, best)
+    while before - at(best / 4) >= FLAT * (before - min(losses.values())) and best > SMALLEST * start:
+        best /= 4
+    return _worth(before, best, at(best), note)
+
+
+def _narrowed(at: Callable[[float], float], losses: Mapping[float, float], best: float) -> Amplitude:
+    """The minimum between half and twice an amplitude, by golden sections."""
+    before, low, high = losses[0.0], best / 2, best * 2
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     while len(losses) < EVALUATIONS and high - low > 0.05 * best:
         if at(left) < at(right):
@@ -49,7 +87,11 @@ def line_search(loss: Callable[[float], float], before: float, start: float = 1.
             low, left = left, right
             right = low + GOLDEN * (high - low)
     gamma = min(losses, key=lambda g: (losses[g], g))
-    return (gamma, losses[gamma]) if losses[gamma] < before - WORTH * abs(before) else (0.0, before)
+    return _worth(before, gamma, losses[gamma])
+
+
+def _worth(before: float, gamma: float, loss: float, note: str = "") -> Amplitude:
+    return Amplitude(gamma, loss, note) if loss < before - WORTH * abs(before) else Amplitude(0.0, before)
 
 
 def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[float, float]:
@@ -66,6 +108,11 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
     Returns:
         The amplitude, 0 if none lowers the loss, and the loss at it.
     """
+    found = _searched(growth, judge, before)
+    return found.gamma, found.loss
+
+
+def _searched(growth: Growth, judge: Objective, before: float) -> Amplitude:
     loss_at = growth.losses(judge)
 
     def loss(gamma: float) -> float:
@@ -75,17 +122,19 @@ def best_amplitude(growth: Growth, judge: Objective, before: float) -> tuple[flo
             return inf
 
     reach = abs(before) / growth.gain if growth.gain > 0 else 0.0
-    return line_search(loss, before, START * reach or 1.0)
+    found = line_search(loss, before, START * reach or 1.0, MOST * reach or MOST)
+    if found.note:
+        LOG.warning("%r at %s: %s, to gamma %.3g.", growth.operator, growth.where, found.note, found.gamma)
+    return found
 
 
 def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
-    if growth.preserving:  # comes in whole
-        gamma, after = 1.0, growth.loss(1.0, judge)
-    else:
-        gamma, after = best_amplitude(growth, judge, before)
-    losses = judge.reported(before), judge.reported(after)
-    return growth.commit(gamma, *losses, optimizer) if gamma > 0 else None
+    whole = growth.preserving  # it comes in whole
+    found = Amplitude(1.0, growth.loss(1.0, judge)) if whole else _searched(growth, judge, before)
+    if not found.gamma > 0:
+        return None
+    return growth.commit(found.gamma, judge.reported(before), judge.reported(found.loss), optimizer, found.note)
 
 
 def combined(parts: Sequence[Receipt], before: float) -> Receipt:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dagrow._model_state import preserve_state
+from dagrow._progress import progress_bar
 from dagrow.errors import SEEDS, GrowthError, check_real, check_whole, first_line
 from dagrow.growing._line_search import best_amplitude
 from dagrow.statistics import NotFiniteError, Objective
@@ -107,8 +108,9 @@ class ByLineSearch(Policy):
     """
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
-        before = judge.mean()
-        return [0.0 if growth.preserving else self._fall(growth, judge, before) for growth in growths]
+        with progress_bar(judge.progress):
+            before = judge.mean()
+            return [0.0 if growth.preserving else self._fall(growth, judge, before) for growth in growths]
 
     @staticmethod
     def _fall(growth: Growth, judge: Objective, before: float) -> float:
@@ -163,7 +165,7 @@ class ShortTraining(Policy):
             return []
         values = with_values(growths, self.first, judge, past)
         best = sorted((growth for growth in growths if values[growth] >= 0), key=values.__getitem__, reverse=True)
-        with preserve_state(growths[0].dag.model):
+        with progress_bar(judge.progress), preserve_state(growths[0].dag.model):
             without = self._trained(growths[0], None, judge)
             losses = {g: self._trained(g, self._amplitude(g, judge), judge) for g in best[: self.top]}
         return [_fall(without, losses.get(growth, inf)) for growth in growths]

@@ -4,6 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+from rich.table import Table
+
+from dagrow._progress import with_progress
+from dagrow._text import Printable, render
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import objective_of
@@ -15,6 +19,7 @@ from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Growth, transaction
 
 
+@with_progress
 def propose(
     dag: Dag,
     batches: Iterable[Any],
@@ -49,7 +54,20 @@ def propose(
     proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in operators])
     tests = sum(count for _, count in proposals)
     growths = corrected([growth for growths, _ in proposals for growth in growths], tests)
-    return sorted(growths, key=expected_gain, reverse=True)
+    return _Growths(sorted(growths, key=expected_gain, reverse=True))
+
+
+class _Growths(Printable, list[Growth]):
+    """Growths that print as a table."""
+
+    def __str__(self) -> str:
+        table = Table("operator", "where", "neurons", "gain", "held out", "p", "parameters", "FLOPs")
+        for g in self:
+            heldout = "" if g.heldout_gain is None else f"{g.heldout_gain:.4g} ± {g.heldout_error:.2g}"
+            chance = "" if g.p_value is None else f"{g.p_value:.2g}"
+            cost = f"{g.cost.parameters:+,}", f"{g.cost.flops:+,}"
+            table.add_row(repr(g.operator), g.where, str(g.neurons), f"{g.gain:.4g}", heldout, chance, *cost)
+        return render(table) if self else "no growth"
 
 
 def growths_of(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:

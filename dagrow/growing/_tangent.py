@@ -22,7 +22,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from dagrow._model_state import ModelState, preserve_state
-from dagrow._text import render
+from dagrow._progress import with_progress
+from dagrow._text import Printable, render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
@@ -33,7 +34,7 @@ KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
 
 
 @dataclass(frozen=True)
-class Tangent:
+class Tangent(Printable):
     """What all trainable parameters together can follow of the network's functional gradient.
 
     Attributes:
@@ -75,6 +76,7 @@ class Tangent:
         return f"{render(table)}\n{self.edges}"
 
 
+@with_progress
 def tangent(
     dag: Dag,
     batches: Iterable[Any],
@@ -195,7 +197,8 @@ class _Jacobian:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         tensors = {**buffers, **parameters}
         values = {name: tensors[first] for name, first in self.names.items()}
-        return functional_call(self.model, values, args, kwargs, tie_weights=False)
+        with self.objective.noting(batch):
+            return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
     def _leaves(self) -> dict[str, Tensor]:
         return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
@@ -208,7 +211,9 @@ class _Jacobian:
                 duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in self.parameters.items()}
                 output, pushed = forward_ad.unpack_dual(self._output(batch, duals))
                 return torch.zeros_like(output) if pushed is None else pushed
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError) as error:
+            if type(error) not in (NotImplementedError, RuntimeError):
+                raise  # of the user's own
             before.restore()
             return self._push_in_reverse(batch, direction)
 

@@ -1,5 +1,6 @@
 """Batches: what can be read again and again, how many samples one holds, and what messages say of it."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -55,7 +56,9 @@ def batch_count(batches: object, most: int | None = None) -> int | None:
     return length if most is None else min(length, most)
 
 
-def numbered(source: Iterator[Any], name: str, most: int | None, length: int | None) -> Iterator[tuple[int, Any]]:
+def numbered(
+    source: Iterator[Any], name: str, most: int | None, length: int | None, training: bool = False
+) -> Iterator[tuple[int, Any]]:
     """Batches with their numbers, of something that has an end.
 
     Args:
@@ -63,6 +66,7 @@ def numbered(source: Iterator[Any], name: str, most: int | None, length: int | N
         name: what messages call the batches.
         most: the largest number that is wanted.
         length: of the batches, if it is known.
+        training: whether an epoch may be as long as it likes; then it is only warned.
 
     Yields:
         A number, from 0, and a batch.
@@ -74,7 +78,13 @@ def numbered(source: Iterator[Any], name: str, most: int | None, length: int | N
     try:
         for number, batch in enumerate(islice(source, most)):
             if number == ENDLESS and most is None and length is None:
-                break
+                if not training:
+                    break
+                warnings.warn(
+                    f"{name} has no length and has not ended after {ENDLESS:,} batches; an epoch of training needs an "
+                    "end, such as itertools.islice gives it.",
+                    stacklevel=2,
+                )
             yield number, batch
         else:
             return

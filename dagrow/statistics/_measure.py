@@ -77,7 +77,8 @@ def measure(
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
-            calls = hooks.captures(loss, -objective.scale(n) * n)
+            with objective.noting(batch):
+                calls = hooks.captures(loss, -objective.scale(n) * n)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
             check.end(batch, calls, -objective.scale(n) * n)

@@ -5,7 +5,7 @@ loss draws are the same whenever it is evaluated on a batch: each batch has a se
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Unpack
 from zlib import crc32
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import ModelState, all_or_nothing, drawn_so_far, preserve_state, seed_everything
+from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
     add_note,
@@ -49,6 +50,7 @@ class _Shared:
 
     seed: int
     reduction: Reduction | None
+    differentiating: bool = False  #: whether the loss takes derivatives itself, which no_grad() forbids
 
 
 class Objective:
@@ -171,7 +173,9 @@ class Objective:
         total = 0
         try:
             with self._naming_batches():
-                for number, batch in numbered(source, self.name, most, batch_count(self.batches)):
+                count = batch_count(self.batches, most)
+                for number, batch in numbered(source, self.name, most, count, training=seed is None):
+                    show_batch(number, count, self.name)
                     samples = sample_count(batch, self.batch_dim)
                     self._place = seen = _Place(number, samples, seen.first or samples)
                     total += samples
@@ -229,14 +233,24 @@ class Objective:
         with self._naming_batches():
             return self._value(batch)
 
-    def _value(self, batch: object, how: str = "") -> Tensor:
+    @contextmanager
+    def noting(self, batch: object, how: str = "") -> Iterator[None]:
+        """Exceptions of the user's code get a note on the batch that was read last, and stay what they are.
+
+        Args:
+            batch: that one, or another like it.
+            how: it differs from that one, for the note.
+        """
         try:
-            value = self.function(self.model, batch)
-        except DagrowError:
-            raise
+            yield
         except BaseException as error:
-            add_note(error, self._note(batch, how))
+            if not isinstance(error, DagrowError):
+                add_note(error, self._note(batch, how))
             raise
+
+    def _value(self, batch: object, how: str = "") -> Tensor:
+        with self.noting(batch, how), torch.enable_grad() if self._shared.differentiating else nullcontext():
+            value = self.function(self.model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
@@ -327,7 +341,7 @@ class Objective:
         state = ModelState(self.model)
         versions = [parameter._version for parameter in self.model.parameters()]
         with recording.recorded():
-            value = self.value(batch)
+            value = self._first_value(batch, recording)
         if versions != [parameter._version for parameter in self.model.parameters()]:
             raise LossError(
                 "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
@@ -346,6 +360,16 @@ class Objective:
             )
         return float(value)
 
+    def _first_value(self, batch: object, recording: Recording) -> Tensor:
+        try:
+            return self.value(batch)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError or "require grad" not in str(error):
+                raise
+        recording.outputs.clear()
+        self._shared.differentiating = True
+        return self.value(batch)
+
     def _evaluate(self, batch: object, turn: int) -> tuple[Tensor, bool]:
         """The loss of a batch, and whether it draws random numbers."""
         self.hold(turn)
@@ -359,6 +383,10 @@ class Objective:
         Returns:
             A mean over all samples of all batches.
         """
+        with progress_bar(self.progress):
+            return self._mean()
+
+    def _mean(self) -> float:
         self.probe()
         total, count = 0.0, 0
         with preserve_state(self.model), torch.no_grad():

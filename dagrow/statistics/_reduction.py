@@ -5,7 +5,7 @@ no function of what the model's own forward returns does the model run on a batc
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -123,14 +123,20 @@ class ReductionProbe:
         except _UnclearError as error:
             return Finding(None, str(error), error.last)
         except Exception as error:
-            again = False
-            with suppress(Exception):
-                compare()
-                again = True
-            if again:
+            if self._answers(compare):
                 raise
             self.evaluate(self.batch, 0)  # as given, too, if that is not the reason
             return Finding(None, f"the loss cannot be computed for a batch that is repeated ({first_line(error)})")
+
+    @staticmethod
+    def _answers(compare: Callable[[], Finding | None]) -> bool:
+        try:
+            compare()
+        except _UnclearError:
+            return True
+        except Exception:  # the same again
+            return False
+        return True
 
     def _compare_slopes(self, multiples: bool) -> Finding | None:
         """Compares the loss's slopes at what the model returned, with ``multiples`` also at tokens of samples."""

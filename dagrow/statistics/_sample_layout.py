@@ -146,6 +146,26 @@ class Replacement:
         return cls(tree_map(replaced, batch), sample)
 
 
+def first_samples(batch: object, n: int, count: int, batch_dim: int) -> object:
+    """A part of a batch.
+
+    Args:
+        batch: any nest of tensors.
+        n: samples.
+        count: how many are kept.
+        batch_dim: the dimension along which they lie.
+
+    Returns:
+        The first of them; what has no samples stays.
+    """
+
+    def kept(leaf: object) -> object:
+        dim = _sample_dim(leaf, n, batch_dim)
+        return leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, 0, count)
+
+    return tree_map(kept, batch)
+
+
 def _sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:
     """The dimension of a tensor of a batch along which samples lie: the usual one, or the first."""
     if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:

@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,9 +16,10 @@ from dagrow.graph import Dag
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._objective import Objective
-from dagrow.statistics._sample_layout import Replacement, SampleLayout, layout_of, rows_changed
+from dagrow.statistics._sample_layout import Replacement, SampleLayout, first_samples, layout_of, rows_changed
 
-OUTPUT = ""  #: the model's, among the names of layers
+PART = 64  #: samples that are enough to look at, where nothing is unusual
+OUTPUT, SLOPE = "", "."  #: the model's output, and the loss's slope there, among the names of layers
 Seen = dict[str, list[tuple[Tensor, int]]]  #: layer -> what each call read, and the dimension of its channels
 _orders: "WeakKeyDictionary[Objective, SampleOrder]" = WeakKeyDictionary()
 
@@ -54,11 +56,30 @@ class SampleOrder:
             n: their number.
             units: the number of the group that each is of.
         """
-        if not self.started and not _is_one(n, units):
+        if self.started or _is_one(n, units):
+            return
+        self.started = True
+        if units is None and _same_target(batch, n, self.batch_dim):
+            self._warn(f"all {n} samples of a batch have the same target")
+        if n <= 4 * PART or not self._is_plain(objective, batch, n):
             self.look(objective, batch, n, units)
 
+    def _is_plain(self, objective: Objective, batch: object, n: int) -> bool:
+        """Whether a part of a batch shows that samples come first everywhere; if it does not, that says nothing."""
+        part = first_samples(batch, n, PART, self.batch_dim)
+        try:
+            reasons = self._reasons(objective, part, PART, torch.arange(PART))
+        except Exception:  # the user's step may refuse batches of other sizes
+            return False
+        found = {layout_of(changed, PART, self.allowed, 0) for calls in self.changes.values() for changed in calls}
+        once = all(len(calls) == 1 for calls in self.changes.values())
+        if reasons or not once or found != {SampleLayout()}:
+            return False
+        self.layouts = {(name, (0,)): SampleLayout() for name in self.changes}
+        return True
+
     def look(self, objective: Objective, batch: object, n: int, units: Tensor | None) -> None:
-        """Finds out which rows change with one sample. No hooks of others may be at work.
+        """Finds out which rows change with one sample, and warns. No hooks of others may be at work.
 
         Args:
             objective: the loss.
@@ -66,23 +87,45 @@ class SampleOrder:
             n: their number.
             units: the number of the group that each is of; what one changes in its own group is expected.
         """
-        self.started, self.batch, self.changes = True, batch, {}
-        if units is None and _same_target(batch, n, self.batch_dim):
-            self._warn(f"all {n} samples of a batch have the same target")
+        self.batch = batch
+        for reason in self._reasons(objective, batch, n, torch.arange(n) if units is None else units):
+            self._warn(reason)
+
+    def _reasons(self, objective: Objective, batch: object, n: int, units: Tensor) -> list[str]:
+        """Notes what changes with one sample, and says how samples meet, if they do."""
+        self.changes = {}
         replacement = Replacement.of(batch, n, self.batch_dim)
         if replacement is None:
-            return
-        units = torch.arange(n) if units is None else units
+            return []
         self.allowed = units == units[replacement.sample]
         try:
             after = self._run(objective, replacement.batch)
         except Exception:  # a batch that the user's step would never get
-            return
+            return []
         before = self._run(objective, batch)
+        slopes = [each for seen in (before, after) for each, _ in seen.pop(SLOPE, [])]
         self.changes = {name: _changed(before[name], calls) for name, calls in after.items() if name in before}
         for changed in self.changes.pop(OUTPUT, []):
-            if layout_of(changed, n, self.allowed, self.batch_dim) is None:
-                self._warn(_apart(n, "the model's output"))
+            layout = layout_of(changed, n, self.allowed, self.batch_dim)
+            if layout is None:
+                return [_apart(n, "the model's output")]
+            if len(slopes) == 2 and objective.reduction != "batch" and self._mixes(layout, *slopes):
+                return [_apart(n, "what the loss asks of the model's output")]
+        return []
+
+    def _mixes(self, layout: SampleLayout, before: Tensor, after: Tensor) -> bool:
+        """Whether the loss's slopes at other samples change with one, by more than a common factor."""
+        # such a factor has a mean over what only some samples have, as tokens that are not padding
+        if before.shape != after.shape or not before.is_floating_point():
+            return False
+        owner = torch.arange(before.shape[layout.dim]) // layout.inner % len(self.allowed)
+        others = torch.nonzero(~self.allowed[owner]).flatten().to(before.device)
+        old, new = (slope.double().index_select(layout.dim, others) for slope in (before, after))
+        energy = float(old.square().sum())
+        if not energy:
+            return False
+        off = (new - old * (float((old * new).sum()) / energy)).abs().max()
+        return float(off) > max(1e-6, 32 * torch.finfo(before.dtype).eps) * float(old.abs().max())
 
     def _run(self, objective: Objective, batch: object) -> Seen:
         """What layers read in eval mode, and what the model returns, where it is called once."""
@@ -95,7 +138,7 @@ class SampleOrder:
 
         def note_output(_module: object, _args: object, output: object) -> None:
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim]
-            outputs.append(tensors[0].detach() if tensors else None)
+            outputs.append(tensors[0] if tensors else None)
 
         layers = {layer.name: layer for layer in self.dag.layers.values()}
         outputs: list[Tensor | None] = []
@@ -103,11 +146,16 @@ class SampleOrder:
             objective.model.eval()
             handle = objective.model.register_forward_hook(note_output)
             try:
-                objective.value(batch)
+                loss = objective.value(batch)
             finally:
                 handle.remove()
-        if len(outputs) == 1 and outputs[0] is not None:
-            seen[OUTPUT].append((outputs[0][..., None], outputs[0].ndim))
+        output = outputs[0] if len(outputs) == 1 else None
+        if output is not None:
+            seen[OUTPUT].append((output.detach()[..., None], output.ndim))
+            if loss.requires_grad and output.requires_grad:
+                with suppress(RuntimeError):  # a loss without a gradient is spoken of elsewhere
+                    found = torch.autograd.grad(loss, output, allow_unused=True)
+                    seen[SLOPE].extend((slope, slope.ndim) for slope in found if slope is not None)
         return seen
 
     def arranged(
@@ -191,7 +239,8 @@ def _same_target(batch: object, n: int, batch_dim: int) -> bool:
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     if not isinstance(target, Tensor) or target.ndim <= batch_dim or target.shape[batch_dim] != n or n < 3:
         return False
-    first, *others = target.unbind(batch_dim)
+    first = target.select(batch_dim, 0)
+    others = (target.select(batch_dim, sample) for sample in range(1, n))
     return bool((first != first.flatten()[0]).any()) and all(torch.equal(first, other) for other in others)
 
 

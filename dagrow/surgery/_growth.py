@@ -8,7 +8,9 @@ from types import NoneType
 
 from torch import Tensor, nn
 
+from dagrow._log import LOG
 from dagrow._model_state import all_or_nothing
+from dagrow._text import Printable
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, check_owners, weight_uses
@@ -33,7 +35,7 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
-class Growth:
+class Growth(Printable):
     """A proposed change of one place of a dag. Nothing happens before :meth:`apply`.
 
     Attributes:
@@ -45,7 +47,7 @@ class Growth:
         heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
             folds.
         heldout_error: its standard error over samples.
-        samples: how many the held-out gain was measured on; 0 without folds.
+        samples: how many the held-out gain was measured on, or groups of samples; 0 without folds.
         z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
         p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
             large a z; None where nobody asked: without folds, where ``AddNeurons`` was given k, and where nothing is
@@ -194,7 +196,7 @@ class Growth:
         reported = self.objective.reported
         return self.commit(gamma, reported(before), reported(after), optimizer)
 
-    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizers) -> "Receipt":
+    def commit(self, gamma: float, before: float, after: float, optimizer: Optimizers, note: str = "") -> "Receipt":
         """Applies the growth when the losses are known already.
 
         Args:
@@ -202,13 +204,16 @@ class Growth:
             before: the user's loss of the model as it is, see ``Objective.reported``.
             after: that at the amplitude.
             optimizer: as for :meth:`apply`.
+            note: on how the amplitude was chosen.
 
         Returns:
             The receipt.
         """
         undo = apply(self.dag, self.change, gamma, optimizer)
         new = where_new([self.change])
-        return Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo)
+        receipt = Receipt(self.where, self.neurons, gamma, before, after, self.gain, new, self, undo, note=note)
+        LOG.info("applied %r: %s", self.operator, receipt)
+        return receipt
 
     def __str__(self) -> str:
         heldout = "" if self.heldout_gain is None else f", held out {self.heldout_gain:.4g} ± {self.heldout_error:.2g}"
@@ -222,7 +227,7 @@ class Growth:
 
 
 @dataclass(frozen=True, eq=False)
-class Receipt:
+class Receipt(Printable):
     """An applied growth.
 
     Attributes:
@@ -233,6 +238,7 @@ class Receipt:
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.
+        note: on how the amplitude was chosen, where it had to be bounded.
     """
 
     where: str
@@ -245,6 +251,7 @@ class Receipt:
     growth: Growth | None = field(default=None, repr=False)
     _undo: UndoRecord | None = field(default=None, repr=False)
     _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+    note: str = ""
 
     @property
     def parts(self) -> tuple["Receipt", ...]:
@@ -297,6 +304,7 @@ class Receipt:
         restore = partial(_restore, undos)
         with all_or_nothing(restore):
             restore()
+        LOG.info("undone: %s", self.where)
 
     def __str__(self) -> str:
         if self._parts:
@@ -305,7 +313,7 @@ class Receipt:
             return f"nothing added; loss {self.loss_before:.6g}"
         return (
             f"{self.where}: {self.neurons} neurons at gamma {self.gamma:.3g}, gain {self.gain:.4g}, "
-            f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}"
+            f"loss {self.loss_before:.6g} -> {self.loss_after:.6g}{self.note and f' ({self.note})'}"
         )
 
 

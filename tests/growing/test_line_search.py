@@ -13,6 +13,7 @@ from dagrow import (
     Budget,
     ByLineSearch,
 )
+from dagrow.growing._line_search import line_search
 
 
 def test_a_line_search_finds_the_same_falls_whatever_the_units_of_activations() -> None:
@@ -105,3 +106,72 @@ def test_amplitudes_at_which_the_loss_overflows_are_not_chosen() -> None:
     receipt = dagrow.grow(dag, batches, loss, [dagrow.AddLayer(4)])
     assert 0 < receipt.gamma < 1e6
     assert receipt.loss_after < receipt.loss_before
+
+
+def unbounded(gamma: float) -> float:
+    return 1 - gamma
+
+
+def levelling(gamma: float) -> float:
+    return 1 - 0.3 * gamma / (gamma + 1)
+
+
+def levelling_above(gamma: float) -> float:
+    """It has a minimum on the way, and rises to where it levels out."""
+    return 1 - 0.3 * gamma / (gamma + 1) ** 1.01
+
+
+@pytest.mark.parametrize("start", [1 / 16, 1.0, 2.0**20, 2.0**30])
+def test_an_amplitude_is_bounded_where_the_loss_falls_on_and_on(start: float) -> None:
+    found = line_search(unbounded, 1.0, start)
+    assert found.gamma == 256 * start
+    assert "falls on and on" in found.note
+    for loss in (levelling, levelling_above):
+        found = line_search(loss, 1.0, start)
+        assert 1 < found.gamma < 100
+        assert found.loss < 1 - 0.9 * 0.28
+        assert "levels out" in found.note or found.gamma == 256 * start
+    found = line_search(lambda gamma: (gamma - start) ** 2, start**2, start)
+    assert found.gamma == pytest.approx(start, rel=0.05)
+    assert not found.note
+
+
+class PostNorm(nn.Module):
+    """A norm behind the sum: the larger the amplitude, the less it matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.a, self.b = nn.Embedding(11, 6), nn.Linear(6, 5), nn.Linear(5, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        return self.head(self.norm(x + self.b(torch.relu(self.a(x)))))
+
+
+def test_random_tokens_do_not_make_amplitudes_run_away(caplog: pytest.LogCaptureFixture) -> None:
+    bounded = 0
+    for seed in range(6):
+        model = PostNorm()
+        generator = torch.Generator().manual_seed(seed)
+        tokens, targets = torch.randint(11, (2, 200), generator=generator)
+        dag = dagrow.trace(model, tokens)
+        old = float(model.b.weight.detach().square().mean().sqrt())
+        with caplog.at_level("WARNING", "dagrow"):
+            receipt = dagrow.grow(dag, [(tokens, targets)], nn.functional.cross_entropy, [AddNeurons(k=3, folds=1)])
+        bounded += bool(receipt.note)
+        assert receipt.loss_after < receipt.loss_before
+        assert float(model.b.weight.detach().abs().max()) < 300 * old
+        assert receipt.note in str(receipt)
+    assert bounded
+    assert len([message for message in caplog.messages if "amplitude" in message]) == bounded
+
+
+def test_a_loss_without_a_minimum_is_not_followed_forever() -> None:
+    dag, batches, _ = scaled(1.0)
+    before = float(dag.model[4].weight.detach().abs().max())
+    receipt = dagrow.grow(dag, batches, lambda o, t: (o * t).mean(), [AddNeurons(k=1, folds=1)])
+    assert receipt.loss_after < receipt.loss_before
+    assert "falls on and on" in str(receipt)
+    assert float(dag.model[4].weight.detach().abs().max()) < 100 * before

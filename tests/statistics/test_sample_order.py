@@ -169,6 +169,29 @@ def test_targets_that_all_samples_share() -> None:
         dagrow.propose(dag, [(x, y)], functional.mse_loss, operators, batch_dim=1)
 
 
+LOSSES: dict[str, tuple[Callable[[nn.Module, Any], Tensor], bool]] = {
+    "a mean over time": (lambda m, b: functional.mse_loss(m(b[0]).mean(0), b[1][0]), True),
+    "scores compared in a batch": (lambda m, b: (m(b[0]) - b[1]).std(0).sum(), True),
+    "squares": (squared, False),
+    "absolute values": (lambda m, b: functional.l1_loss(m(b[0]), b[1]), False),
+    "a mean over what is not padding": (
+        lambda m, b: functional.cross_entropy(m(b[0]).flatten(0, 1), b[1][..., 0].gt(0).long().flatten(), W),
+        False,
+    ),
+}
+W = torch.tensor([1.0, 3.0]).double()
+
+
+@pytest.mark.parametrize(("step", "mixes"), LOSSES.values(), ids=LOSSES)
+def test_losses_in_which_samples_meet(step: Callable[[nn.Module, Any], Tensor], mixes: bool) -> None:
+    """Behind the model, where no layer sees it."""
+    dag, operators = dagrow.trace(Tokens(), X[:2]), [dagrow.AddNeurons(k=1)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dagrow.propose(dag, [(X, Y)], step=step, operators=operators, reduction="mean")
+    assert [str(each.message).startswith(APART) for each in caught] == [True] * mixes
+
+
 STAYING: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor, dict[str, Any]]] = {
     "attention over time": (lambda: attended(True), X, Y, {}),
     "time first": (lambda: attended(False), *TURNED, {"batch_dim": 1}),
