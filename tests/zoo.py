@@ -172,7 +172,11 @@ def weighted(loss: Loss) -> Step:
     return step
 
 
-STEPS = (None, through_a_step, with_a_penalty, weighted)
+def two_views(loss: Loss) -> Step:
+    return lambda model, batch: loss(model(batch[0]), batch[1]) + loss(model(0.5 * batch[0]), -batch[1])
+
+
+STEPS = (None, through_a_step, with_a_penalty, weighted, two_views)
 
 
 def stepping(law: testing.Law, case: Case, seed: int) -> Case:

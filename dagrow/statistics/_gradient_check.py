@@ -15,7 +15,6 @@ from dagrow._model_state import ModelState
 from dagrow.errors import LossError
 from dagrow.graph import Dag, Edge
 from dagrow.solvers import Pair
-from dagrow.statistics._calls import Calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature, InputFeatures, OutputGoal
 from dagrow.statistics._objective import Objective
@@ -62,13 +61,12 @@ class GradientCheck:
             weight.requires_grad_()
         self.before = ModelState(self.model)
 
-    def end(self, batch: object, calls: Calls, samples: int, scale: float) -> None:
+    def end(self, batch: object, calls: Mapping[str, Sequence[Capture]], scale: float) -> None:
         """After the batch has run forward and back. The next one is not looked at.
 
         Args:
             batch: what has run.
-            calls: what it left.
-            samples: how many.
+            calls: what each call of a layer left.
             scale: from its gradient to the goals of single samples.
 
         Raises:
@@ -169,27 +167,28 @@ class _Rest:
     """
 
     edge: Edge
-    capture: Capture
+    calls: Sequence[Capture]
     parts: Mapping[str, Tensor]
     gradient: float
     rounding: float
 
     @classmethod
-    def of(
-        cls, edge: Edge, captures: Sequence[Capture], gradients: Mapping[str, Tensor | None], scale: float
-    ) -> "_Rest":
-        """Compares with the products of what the layer read, in all calls, with the goals at its output."""
-        bias, parts, found = "bias" in gradients, {}, {}
-        reads, goal, capture = InputFeatures(edge.name, bias), OutputGoal(edge.name), captures[0]
-        products = [product(reads, goal, Batch({edge.name: each}, len(each.inputs)))[0] for each in captures]
-        expected = torch.stack(products).sum(0).T / scale
+    def of(cls, edge: Edge, calls: Sequence[Capture], gradients: Mapping[str, Tensor | None], scale: float) -> "_Rest":
+        """Compares with the products of what the layer read with the goals at its output."""
+        bias, parts, found, summed = "bias" in gradients, {}, {}, 0.0
+        reads, goal = InputFeatures(edge.name, bias), OutputGoal(edge.name)
+        products = [product(reads, goal, Batch({edge.name: call}, len(call.inputs))) for call in calls]
+        expected = sum(each[0] for each in products[1:]) + products[0][0]
+        expected = expected.T / scale
         for entry, gradient in gradients.items():
             wanted = expected[:, -1:] if entry == "bias" else expected[:, : expected.shape[1] - bias]
-            found[entry] = _old(edge, capture, entry, gradient, wanted)
+            found[entry] = _old(edge, calls[0], entry, gradient, wanted)
             parts[entry] = found[entry] - wanted
-        summed = sum(_read(edge, each) * _wanted(each) for each in captures) / abs(scale)
-        resolution = max(map(_resolution, captures))
-        return cls(edge, capture, parts, _norm(found.values()), ROUNDING * resolution * summed)
+        for call in calls:
+            assert call.output_goal is not None
+            length = (_norm([call.inputs]) ** 2 * edge.rule.taps(edge.module) + call.positions) ** 0.5
+            summed += _resolution(call) * length * _norm([call.output_goal])
+        return cls(edge, calls, parts, _norm(found.values()), ROUNDING * summed / abs(scale))
 
     @property
     def size(self) -> float:
@@ -199,7 +198,7 @@ class _Rest:
     def equals(self, gradients: Mapping[str, Tensor | None]) -> bool:
         """Whether these gradients are what there is beside."""
         apart = (
-            part - _old(self.edge, self.capture, entry, gradients[entry], part) for entry, part in self.parts.items()
+            part - _old(self.edge, self.calls[0], entry, gradients[entry], part) for entry, part in self.parts.items()
         )
         return _norm(apart) <= self.rounding
 
@@ -213,17 +212,6 @@ def _old(edge: Edge, capture: Capture, entry: str, gradient: Tensor | None, like
         if index_map is not None:
             matrix = matrix.index_select(dim, index_map.old.to(matrix.device))
     return matrix.flatten(1).to(like)
-
-
-def _read(edge: Edge, capture: Capture) -> float:
-    """The norm of all that a layer read, with the constant 1."""
-    return (float(capture.inputs.norm()) ** 2 * edge.rule.taps(edge.module) + capture.positions) ** 0.5
-
-
-def _wanted(capture: Capture) -> float:
-    """The norm of the goals at its output."""
-    assert capture.output_goal is not None
-    return float(capture.output_goal.norm())
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -81,7 +81,7 @@ def measure(
                 calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            check.end(batch, calls, n, -objective.scale(n) * n)
+            check.end(batch, calls, -objective.scale(n) * n)
             views = joined_calls(calls)
             with hooks.paused():
                 views = [order.arranged(view, objective, batch, n, units) for view in views]
@@ -119,7 +119,7 @@ class CaptureHooks(LayerHooks):
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
         self._calls: dict[str, list[Capture]] = defaultdict(list)
-        self._is_paused = self._several = False
+        self._is_paused = False
         self._hidden = False  #: whether a layer ran without a graph
         self._depends = False  #: whether the loss depends on weights, whatever reaches the goals
         self._runs_again: bool | None = None  #: whether layers run in the backward pass too; not known before one
@@ -139,12 +139,12 @@ class CaptureHooks(LayerHooks):
             self._is_paused = False
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if self._is_paused:
-            return None
         if self.trial is not None:
             return self.trial(name, output)
+        if self._is_paused:
+            return None
         if self._arrived is not None:
-            self._watch_again(name, inputs, output)
+            self._watch(self._edges(name, inputs, output))
             return None
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             raise LossError(
@@ -153,12 +153,10 @@ class CaptureHooks(LayerHooks):
             )
         detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
-        call = len(self._calls[name])
         self._calls[name].append(capture)
         self._hidden = self._hidden or not torch.is_grad_enabled()
-        edges = self._edges(name, call, inputs, output)
-        capture.input_gradient = edges.get(("input", name, call))
-        capture.output_gradient = edges.get(("output", name, call))
+        edges = self._edges(name, inputs, output)
+        capture.input_gradient, capture.output_gradient = edges.get(("input", name, 0)), edges.get(("output", name, 0))
         if output.requires_grad:
             return None
         if name not in self.goals:
@@ -167,24 +165,11 @@ class CaptureHooks(LayerHooks):
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
 
-    def _watch_again(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        """A layer that runs once more, in the backward pass."""
-        if self._several:
-            raise LossError(
-                f"the model runs {name} again in the backward pass (a checkpoint with use_reentrant=True), and was "
-                "called several times in the step, so which call runs again cannot be told. Let it call "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        self._watch(self._edges(name, 0, inputs, output))
-
-    def _edges(self, name: str, call: int, inputs: Tensor, output: Tensor) -> dict[Place, GradientEdge]:
-        """Where autograd finds the gradients that goals are made of, and those that tell what the loss sees."""
-        places = {"input": (inputs, name in self.input_goals), "output": (output, True)}
-        return {
-            (kind, name, call): get_gradient_edge(tensor)
-            for kind, (tensor, wanted) in places.items()
-            if wanted and tensor.requires_grad
-        }
+    def _edges(self, name: str, inputs: Tensor, output: Tensor) -> dict[Place, GradientEdge]:
+        """Where autograd finds the gradients that goals are made of."""
+        wanted = {("input", name, 0): inputs} if name in self.input_goals else {}
+        wanted["output", name, 0] = output
+        return {place: get_gradient_edge(tensor) for place, tensor in wanted.items() if tensor.requires_grad}
 
     def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
@@ -210,54 +195,52 @@ class CaptureHooks(LayerHooks):
                 "the model takes another way than when it was traced."
             )
         calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
-        self._several = any(len(captures) > 1 for captures in calls.values())  # those count that the loss sees
-        wanted = bool(self.goals or self.input_goals)
-        if not (wanted or self._several):
-            return calls
-        gradients = self._gradients(loss, calls, calls if self._several else self.goals)
+        gradients = self._gradients(loss, calls)
         self._depends = self._depends or any(gradient is not None for gradient in self.weight_gradients)
-        if wanted and not (gradients or self._depends):
+        if (self.goals or self.input_goals) and not (gradients or self._depends):
             raise LossError(
                 "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
                 "output, without detach(), item() or torch.no_grad()."
             )
         for name, captures in calls.items():
             for call, capture in enumerate(captures):
-                capture.output_gradient = capture.input_gradient = None  # nor does it hold on to the graph
-                at_output, at_input = (gradients.get((kind, name, call)) for kind in ("output", "input"))
+                goals = {side: gradients.get((side, name, call)) for side in ("input", "output")}
+                at_input, at_output = (None if goal is None else goal.detach() * scale for goal in goals.values())
                 capture.seen = at_output is not None
-                if self._several or name in self.goals:
+                if name in self.goals or len(captures) > 1:
                     zero = capture.inputs.new_zeros(capture.output_shape)
-                    capture.output_goal = zero if at_output is None else at_output.detach() * scale
+                    capture.output_goal = zero if at_output is None else at_output
                 if name in self.input_goals:
-                    zero = torch.zeros_like(capture.inputs)
-                    capture.input_goal = zero if at_input is None else at_input.detach() * scale
+                    capture.input_goal = torch.zeros_like(capture.inputs) if at_input is None else at_input
+                capture.output_gradient = capture.input_gradient = None  # nor do they hold on to the graph
         return calls
 
-    def _gradients(
-        self, loss: Tensor, calls: Mapping[str, Sequence[Capture]], outputs: Iterable[str]
-    ) -> dict[Place, Tensor]:
+    def _gradients(self, loss: Tensor, calls: Mapping[str, Sequence[Capture]]) -> dict[Place, Tensor]:
         """Those that arrive; notes those of weights. Layers that run again meanwhile leave nothing else."""
-        ends = {
-            ("input", name, call): capture.input_gradient
-            for name in sorted(self.input_goals)
-            for call, capture in enumerate(calls[name])
-        }
-        ends |= {
-            ("output", name, call): capture.output_gradient
-            for name in sorted(outputs)
-            for call, capture in enumerate(calls[name])
-        }
-        edges = {place: edge for place, edge in ends.items() if edge is not None}
+        several = any(len(captures) > 1 for captures in calls.values())  # of which those count that the loss sees
+        edges = dict[Place, GradientEdge]()
+        for name, captures in calls.items():
+            for call, capture in enumerate(captures):
+                if name in self.input_goals and capture.input_gradient is not None:
+                    edges["input", name, call] = capture.input_gradient
+                if (several or name in self.goals) and capture.output_gradient is not None:
+                    edges["output", name, call] = capture.output_gradient
         if self._runs_again is None:
-            self._runs_again = runs_again(loss, self._hidden)
+            self._runs_again = bool(edges) and runs_again(loss, self._hidden)
+        if self._runs_again and several:
+            raise LossError(
+                "the model is called several times in a step, and runs layers again in the backward pass (a checkpoint "
+                "with use_reentrant=True), so that nobody knows which call runs again. Let it call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
         self._arrived = {}
         try:
             if self._runs_again:
                 self._watch(edges)
                 run_backward(loss, self.model)
                 self.weight_gradients = [weight.grad for weight in self.weights]
-                self.model.zero_grad(set_to_none=True)
+                for parameter in self.model.parameters():
+                    parameter.grad = None
             else:
                 found = gradients_at(loss, [*edges.values()], self.weights)
                 self.weight_gradients = found[len(edges) :]

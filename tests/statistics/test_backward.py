@@ -101,8 +101,17 @@ def test_a_loss_cut_from_the_model_is_not_blamed_on_a_checkpoint() -> None:
         dagrow.propose(dag, batches, step=lambda model, batch: mse_loss(model(batch[0]).detach(), batch[1]))
 
 
-def test_a_layer_that_runs_twice_in_a_batch_is_noticed_beside_a_checkpoint() -> None:
-    batches = perceptrons.data()
-    dag = dagrow.trace(Blocks("other").double(), batches[0][0][:2])
-    with pytest.raises(LossError, match="called several times"):
-        dagrow.propose(dag, batches, step=lambda m, b: mse_loss(m(b[0]), b[1]) + mse_loss(m(-b[0]), b[1]))
+def two_views(model: nn.Module, batch: Any) -> Tensor:
+    return mse_loss(model(batch[0]), batch[1]) + mse_loss(model(-batch[0]), batch[1])
+
+
+def test_several_calls_of_what_runs_again() -> None:
+    batches, found = perceptrons.data(), []
+    for kind in ("plain", "other"):
+        dag = dagrow.trace(Blocks(kind).double(), batches[0][0][:2])
+        growths = dagrow.propose(dag, batches, step=two_views, operators=[AddNeurons(k=2)])
+        found.append({growth.where: growth.gain for growth in growths})
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    dag = dagrow.trace(Blocks("reentrant").double(), batches[0][0][:2])
+    with pytest.raises(LossError, match=r"called several times in a step.*use_reentrant=False"):
+        dagrow.propose(dag, batches, step=two_views)

@@ -12,8 +12,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.functional import linear, mse_loss
 
 import dagrow
-from dagrow import AddConnection, AddNeurons, LossError, MoveWeights
-from dagrow.statistics import Objective
+from dagrow import AddConnection, AddNeurons, LossError, MoveWeights, testing
+from dagrow.statistics import InputFeatures, Objective, OutputGoal, measure
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -264,11 +264,45 @@ def test_the_first_batch_is_compared_once() -> None:
         return plain(model, batch)
 
     dag = dagrow.trace(perceptrons.mlp(3, 4, 2), torch.randn(2, 3).double())
-    objective = Objective(dag.model, perceptrons.data(), step=counted)
-    objective.probe()
-    probed, calls[0] = [calls[0]], 0
-    dagrow.propose(dag, perceptrons.data(), step=counted, operators=[MoveWeights()])
-    assert calls[0] == probed[0] + 2 * 3 + 2 + 2  # passes, a finite difference, whose rows are whose
+    objective, reads, goal = Objective(dag.model, perceptrons.data(), step=counted), InputFeatures("2"), OutputGoal("2")
+    runs = []
+    for pair in ((goal, goal), (goal, goal), (reads, goal), (reads, goal)):
+        calls[0] = 0
+        measure(dag, objective, [pair])
+        runs.append(calls[0])
+    assert runs[2] == runs[1] + 2  # for a finite difference
+    assert runs[3] == runs[1]
+    assert objective.findings.compared == {"2"}
+
+
+def two_views(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return mse_loss(model(x), y) + (model(x + 0.1) - model(x - 0.1)).square().mean()
+
+
+def a_target_network(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        target = model(batch[0] + 0.1)
+    return mse_loss(model(batch[0]), 0.9 * target + batch[1])
+
+
+def differences_for_derivatives(model: nn.Module, batch: Any) -> Tensor:
+    x, h = batch[0], 1e-2
+    u = model(x)
+    return ((model(x + h) - 2 * u + model(x - h)) / h**2 + u - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("operator", [MoveWeights(), AddNeurons(k=1), AddConnection()])
+@pytest.mark.parametrize("step", [two_views, a_target_network, differences_for_derivatives], ids=lambda s: s.__name__)
+def test_several_calls_are_compared_together(step: Step, operator: dagrow.operators.Operator) -> None:
+    dag = dagrow.trace(perceptrons.mlp(3, 4, 4, 2), torch.randn(2, 3).double())
+    growths = dagrow.propose(dag, perceptrons.data(), step=step, operators=[operator])
+    assert growths
+    for growth in growths:
+        noted = any("not the slope of the loss" in note for note in growth.notes)
+        assert noted == (step is a_target_network)
+        if not noted:
+            testing.check_slope(growth)
 
 
 def test_random_numbers_in_train_mode_are_the_same_in_a_finite_difference() -> None:
