@@ -17,10 +17,12 @@ from dagrow._model_state import ModelState, all_or_nothing, drawn_so_far, preser
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
+    Place,
     add_note,
     batch_count,
     check_batches,
     description,
+    failure,
     generators_of,
     numbered,
     sample_count,
@@ -32,15 +34,6 @@ from dagrow.statistics._steps import Loss, Step, check_callable, supervised
 
 class NotFiniteError(LossError):
     """The loss is infinite or not a number."""
-
-
-@dataclass
-class _Place:
-    """A batch of a pass, the one that was read last."""
-
-    number: int = 0
-    samples: int = 0
-    first: int = 0  #: the samples of the first batch
 
 
 @dataclass
@@ -98,8 +91,10 @@ class Objective:
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
         self._shared = _Shared(seed, options.get("reduction"))
-        self._place, self._probed = _Place(), False
+        self._place, self._probed = Place(), False
+        self._others = True  # whether anything is drawn from the generators of numpy or Python, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
+        self._seeded: tuple[int, ...] = (0,)
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -155,7 +150,7 @@ class Objective:
 
         with all_or_nothing(restore):
             if seed is not None:
-                seed_everything(_seed(seed, 0))
+                self._seed(seed, 0)
             try:
                 source = iter(self.batches)
             except BaseException as error:
@@ -166,19 +161,21 @@ class Objective:
     def _read(
         self, source: Iterator[Any], restore: Callable[[], None], seed: int | None, most: int | None
     ) -> Iterator[tuple[Any, int]]:
-        seen = self._place = _Place()
+        seen = self._place = Place()
         total = 0
+        count = batch_count(self.batches, most)
         try:
-            with self._naming_batches():
-                count = batch_count(self.batches, most)
-                for number, batch in numbered(source, self.name, most, count, training=seed is None):
-                    show_batch(number, count, self.name)
-                    samples = sample_count(batch, self.batch_dim)
-                    self._place = seen = _Place(number, samples, seen.first or samples)
-                    total += samples
-                    yield batch, samples
-                    if seed is not None:
-                        seed_everything(_seed(seed, 2 * number + 2))
+            for number, batch in numbered(source, self.name, most, count, training=seed is None):
+                show_batch(number, count, self.name)
+                samples = sample_count(batch, self.batch_dim)
+                self._place = seen = Place(number, samples, seen.first or samples)
+                total += samples
+                yield batch, samples
+                if seed is not None:
+                    self._seed(seed, 2 * number + 2)
+        except DagrowError as error:
+            self._name_batches(error)
+            raise
         finally:
             restore()
         if not total:
@@ -188,15 +185,10 @@ class Objective:
             )
         self._samples, self._batches = total, seen.number + 1
 
-    @contextmanager
-    def _naming_batches(self) -> Iterator[None]:
+    def _name_batches(self, error: DagrowError) -> None:
         """Errors say which batches they are about, where there are others beside those that are measured."""
-        try:
-            yield
-        except DagrowError as error:
-            if self.name != "batches" and not str(error).startswith(self.name):
-                error.args = (f"{self.name}: {error}",)
-            raise
+        if self.name != "batches" and not str(error).startswith(self.name):
+            error.args = (f"{self.name}: {error}",)
 
     def hold(self, turn: int = 0) -> None:
         """Seeds the random generators for the batch that was read last: every evaluation of it begins there.
@@ -204,7 +196,11 @@ class Objective:
         Args:
             turn: of evaluations with other random numbers.
         """
-        seed_everything(_seed(self._shared.seed, 2 * self._place.number + 1, turn))
+        self._seed(self._shared.seed, 2 * self._place.number + 1, turn)
+
+    def _seed(self, *numbers: int) -> None:
+        self._seeded = numbers
+        seed_everything(crc32(repr(numbers).encode()), others=self._others)
 
     def value(self, batch: object) -> Tensor:
         """The user's own scalar for the batch that was read last. Inside :func:`preserve_state`.
@@ -227,8 +223,7 @@ class Objective:
         Returns:
             A tensor without dimensions.
         """
-        with self._naming_batches():
-            return self._value(batch)
+        return self._value(batch)
 
     @contextmanager
     def noting(self, batch: object, how: str = "") -> Iterator[None]:
@@ -241,13 +236,25 @@ class Objective:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, DagrowError):
-                add_note(error, self._note(batch, how))
+            self._add_note(error, batch, how)
             raise
 
+    def _add_note(self, error: BaseException, batch: object, how: str) -> None:
+        if isinstance(error, DagrowError):
+            self._name_batches(error)
+        else:
+            add_note(error, failure(self.model, batch, f"{self.name}, counted from 0{how}", self._place))
+
     def _value(self, batch: object, how: str = "") -> Tensor:
-        with self.noting(batch, how), torch.enable_grad() if self._shared.differentiating else nullcontext():
-            value = self.function(self.model, batch)
+        try:
+            with torch.enable_grad() if self._shared.differentiating else nullcontext():
+                value = self.function(self.model, batch)
+            return self._scalar(value, batch)
+        except BaseException as error:
+            self._add_note(error, batch, how)
+            raise
+
+    def _scalar(self, value: object, batch: object) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
@@ -260,22 +267,6 @@ class Objective:
                 "such values in the batch and in the model's parameters, or lower the learning rate."
             )
         return value.reshape(())
-
-    def _note(self, batch: object, how: str) -> str:
-        """What an exception of the user's code was about."""
-        kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
-        samples, first = self._place.samples, self._place.first
-        note = (
-            f"dagrow: raised on batch {self._place.number} of {self.name}, counted from 0{how}: {description(batch)}. "
-            f"The model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device "
-            "that the model takes and the loss compares."
-        )
-        if samples != first:
-            note += (
-                f" This batch has {samples} samples, the first had {first}: where the model or the loss is written for "
-                "that many, leave it out (drop_last=True)."
-            )
-        return note
 
     def scale(self, samples: int) -> float:
         """The factor from the user's scalar for a batch to a mean over its samples.
@@ -335,7 +326,7 @@ class Objective:
 
     def _checked_value(self, batch: object, recording: Recording) -> float:
         """The loss of a batch, which is a function of it and of the model, and changes neither."""
-        state = ModelState(self.model)
+        state, others = ModelState(self.model), self._draws_others()
         versions = [parameter._version for parameter in self.model.parameters()]
         with recording.recorded():
             value = self._first_value(batch, recording)
@@ -344,6 +335,8 @@ class Objective:
                 "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
                 "leaves backward() and optimizer.step() to the training loop."
             )
+        if not self._place.number:
+            self._others = others or self._draws_others()
         state.restore()
         again = self.value(batch)
         state.restore()
@@ -356,6 +349,12 @@ class Objective:
                 "the global generators, and keep counters out of the loss."
             )
         return float(value)
+
+    def _draws_others(self) -> bool:
+        """Whether numpy or Python have drawn since the generators were seeded last."""
+        now = drawn_so_far()[1]
+        self._seed(*self._seeded)
+        return drawn_so_far()[1] != now
 
     def _first_value(self, batch: object, recording: Recording) -> Tensor:
         try:
@@ -392,8 +391,3 @@ class Objective:
                 total += float(self.value(batch)) * self.scale(n) * n
                 count += n
         return total / count
-
-
-def _seed(*numbers: int) -> int:
-    """A seed that follows from whole numbers."""
-    return crc32(repr(numbers).encode())
