@@ -5,8 +5,8 @@ import contextlib
 import operator
 import random
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, TypeVar
 from zlib import crc32
@@ -52,15 +52,30 @@ def restoring(restore: Callable[[], object]) -> Iterator[None]:
         restore()
 
 
+@dataclass(eq=False)
+class Others:
+    """Modules that run beside a model, a head or a metric.
+
+    Attributes:
+        modules: those that were seen.
+        complete: whether others need not be looked for any more.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    complete: bool = False
+
+
 @contextlib.contextmanager
-def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
+def preserve_state(model: nn.Module, others: Others | None = None, *, weights: bool = False) -> Iterator[None]:
     """Leaves a model and the random generators as they were, whatever happens inside. See :class:`ModelState`.
 
     Gradients are None inside, as something there may run backward. Modules that were compiled in place run as they are
-    written, so that hooks see their layers.
+    written, so that hooks see their layers. Modules that run beside the model are left as they were, too.
     """
-    state = ModelState(model, weights=weights)
-    with state.kept(), _including_others(state):
+    state, others = ModelState(model, weights=weights), others or Others()
+    for module in others.modules:
+        state.include(module)
+    with state.kept(), contextlib.nullcontext() if others.complete else _looking_for(others, state):
         for module in model.modules():
             if module._compiled_call_impl is not None:
                 module._compiled_call_impl = None
@@ -69,8 +84,8 @@ def preserve_state(model: nn.Module, *, weights: bool = False) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _including_others(state: "ModelState") -> Iterator[None]:
-    """Inside, modules outside the model that this thread calls, a head or a metric, become part of a state."""
+def _looking_for(others: Others, state: "ModelState") -> Iterator[None]:
+    """Inside, modules outside the model that this thread calls become part of a state."""
     thread = threading.get_ident()
 
     def include(module: nn.Module, _args: object) -> None:
@@ -79,9 +94,32 @@ def _including_others(state: "ModelState") -> Iterator[None]:
             with torch._C.DisableTorchFunction():
                 state.include(module)
                 state.drop_gradients()
+            others.modules.append(module)
 
     handle = register_module_forward_pre_hook(include)
     with restoring(handle.remove):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def restore() -> None:
+        for holder, leaf, tensor in reversed(originals):
+            holder[leaf] = tensor
+
+    with restoring(restore):
+        for name, tensor in tensors.items():
+            path, _, leaf = name.removeprefix(".").rpartition(".")
+            module = model.get_submodule(path)
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            holder = next(holder for holder in holders if leaf in holder)
+            originals.append((holder, leaf, holder[leaf]))
+            if tensor.is_leaf and not tensor.is_inference():  # a step may ask which parameters are trainable
+                tensor = tensor.detach().requires_grad_(holder[leaf].requires_grad)
+            holder[leaf] = tensor
         yield
 
 

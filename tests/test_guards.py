@@ -109,6 +109,25 @@ def test_an_axis_whose_width_the_model_refuses_says_what_the_model_says(function
     assert "[test_guards.py:" in reason
 
 
+class Symbolic(nn.Module):
+    """Its forward asks for the width of a layer, and can be followed without an example."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.a, self.b = width, nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.a.out_features > self.width:
+            raise ValueError("too wide")
+        return self.b(self.a(x).relu())
+
+
+def test_without_an_example_a_comparison_that_comes_out_otherwise_asks_for_one() -> None:
+    assert "give trace example inputs" in str(dagrow.trace(Symbolic(8)).axis("a").reason)
+    assert "ValueError: too wide" in str(dagrow.trace(Symbolic(8), torch.randn(2, 4)).axis("a").reason)
+    assert dagrow.trace(Symbolic(9)).axis("a").growable
+
+
 def up_to_twelve(m: Any, x: Tensor) -> Any:
     h = m.a(x)
     assert h.shape[-1] <= 12, f"at most 12, got {h.shape[-1]}"

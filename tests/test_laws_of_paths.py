@@ -32,7 +32,7 @@ def holds(law: testing.Law, operator: Operator, case: Case) -> None:
 @given(plan=zoo.plans())
 @LAW
 def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator) -> None:
-    holds(law, operator, zoo.built(plan))
+    holds(law, operator, zoo.stepping(law, zoo.built(plan), plan.seed))
 
 
 @pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
@@ -41,4 +41,4 @@ def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator
 def test_a_law_over_images(law: testing.Law, plan: images.Plan, operator: Operator) -> None:
     case = images.built(plan)
     assume(case is not None)
-    holds(law, operator, case)
+    holds(law, operator, zoo.stepping(law, case, plan.seed))

@@ -132,6 +132,11 @@ def test_numbers_in_tensors_that_pick_positions(use: Use) -> None:
             lambda h: h.index_select(2, torch.arange(6)),
             "index_select has no rule where it picks channels by numbers in a tensor",
         ),
+        (
+            lambda h: h[:, [torch.tensor(0), torch.tensor(2)]],
+            "getitem has no rule where it picks channels by numbers in a tensor",
+        ),
+        (lambda h: h[:, : torch.tensor(3)], "getitem has no rule where it picks channels by numbers in a tensor"),
         (lambda h: h.topk(6, 2).values, "topk has no rule where it mixes channels"),
         (lambda h: torch.fft.fft2(h).real, "fft_fft2 has no rule where it mixes channels"),
     ],
@@ -264,6 +269,10 @@ def test_graphs_with_sparse_matrices(product: Any, layout: torch.layout) -> None
     dag = dagrow.trace(Graph(product), (x, matrix.to_sparse(layout=layout)))
     assert [axis.growable for axis in dag.axes] == [True, False]
     assert try_axes(dag, [(x, matrix.to_sparse(layout=layout))]) == {"a": None}
+    batches = [((x, matrix.to_sparse(layout=layout)), torch.randn(6, 2).double())]
+    for operator in (AddNeurons(k=1), dagrow.MoveWeights()):
+        for growth in dagrow.propose(dag, batches, functional.mse_loss, [operator], reduction="batch"):
+            assert (growth.loss(-1e-5) - growth.loss(1e-5)) / 2e-5 == pytest.approx(growth.gain, rel=1e-5)
 
 
 def thinned(h: Tensor) -> Tensor:
@@ -283,7 +292,22 @@ def test_layers_that_read_write_and_pass_sparse_tensors() -> None:
         assert dagrow.trace(out, x[:3].float()).axis("0").growable
 
 
+class Spectral(nn.Module):
+    """A scale for each channel in the complex plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.ones(6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.a(x) * self.scale).abs())
+
+
 def test_layers_of_complex_weights_are_refused() -> None:
+    assert (
+        dagrow.trace(Spectral(), torch.randn(3, 4)).axes[0].reason == "is bound to scale, which holds complex numbers"
+    )
     options = {"dtype": torch.complex64}
     model = nn.Sequential(nn.Linear(4, 6, **options), nn.Tanh(), nn.Linear(6, 2, **options))
     dag = dagrow.trace(model, torch.randn(3, 4, **options))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dagrow import testing
+from dagrow.statistics import Loss, Step
 from dagrow.testing import Case
 
 SMOOTH = ("Identity", "Tanh", "GELU", "SiLU", "Sigmoid", "Softplus")
@@ -144,6 +148,37 @@ def mean_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def sum_loss(output: Tensor, target: Tensor) -> Tensor:
     return functional.softplus(output - target).square().sum()
+
+
+def through_a_step(loss: Loss) -> Step:
+    return lambda model, batch: loss(model(batch[0]), batch[1])
+
+
+def with_a_penalty(loss: Loss) -> Step:
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model(batch[0]), batch[1]) + 0.03 * sum(p.square().sum() for p in model.parameters())
+
+    return step
+
+
+def weighted(loss: Loss) -> Step:
+    """Samples have weights of their own, as those of classes are."""
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        weights = 0.5 + (batch[1].flatten(1)[:, 0] > 0).double()
+        losses = (model(batch[0]) - batch[1]).square().flatten(1).sum(1)
+        return (weights * losses).sum() / weights.sum()
+
+    return step
+
+
+STEPS = (None, through_a_step, with_a_penalty, weighted)
+
+
+def stepping(law: testing.Law, case: Case, seed: int) -> Case:
+    """For laws of slopes the case with another step, by its seed, or with none."""
+    step = STEPS[seed % len(STEPS)] if law in (testing.slope, testing.descent) else None
+    return case if step is None else dataclasses.replace(case, step=step(case.loss))
 
 
 def stirred(model: nn.Module) -> nn.Module:

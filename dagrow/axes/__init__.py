@@ -28,11 +28,12 @@ down 2 is an output of the model
 ([[4], [5]], [[4], [5]])
 """
 
+from dagrow.axes._attribute_sizes import changed_attributes
 from dagrow.axes._channel_labels import Labelling, Rider
 from dagrow.axes._grouping import AxisLayout, group
 from dagrow.axes._head_axes import head_axes
 from dagrow.axes._index_map import CannotWidenError, IndexMap
-from dagrow.axes._label_interpreter import LabelInterpreter
+from dagrow.axes._label_interpreter import LabelInterpreter, located, name_of
 from dagrow.axes._label_tensors import NO_CHANNEL
 from dagrow.axes._shared_tensors import labelled
 from dagrow.axes._size_rewriting import Arguments
@@ -48,9 +49,12 @@ __all__ = [
     "Labelling",
     "Rider",
     "WideningPlan",
+    "changed_attributes",
     "disjoint",
     "group",
     "head_axes",
     "labelled",
+    "located",
+    "name_of",
     "widen",
 ]

@@ -191,7 +191,8 @@ class ChannelLabeller(LabelInterpreter):
         if node.target not in self.labelling.tensor_names:
             return self.opaque(node, "is a constant")
         if not node.meta["val"].is_floating_point():
-            return self.opaque(node, f"is bound to {node.target}, which holds no floating point numbers")
+            kind = "complex" if node.meta["val"].is_complex() else "no floating point"
+            return self.opaque(node, f"is bound to {node.target}, which holds {kind} numbers")
         known = next((labels for rider, labels in self.labelling.entries.items() if rider.name == node.target), None)
         if known is not None:
             self._check_use(node, known)

@@ -277,7 +277,7 @@ class LabelInterpreter(ABC):
         """Entries along some dimensions are ordered or transformed; different channels must not be among them."""
         self.check_taken_together(node, inputs, dims)
         if any(self.varies(inputs, d) for d in dims):
-            return self.unknown(node, inputs, f"{op_name(node) or name_of(node)} has no rule where it mixes channels")
+            return self.unknown(node, inputs, f"{name_of(node)} has no rule where it mixes channels")
         result, thin = tensors_in(node.meta["val"])[0], thinned(inputs, dims)
         if result.ndim != inputs.ndim:
             return thin.squeeze(tuple(dims))
@@ -317,7 +317,8 @@ class LabelInterpreter(ABC):
         inputs, index = args[0], args[1] if isinstance(args[1], tuple) else args[1:]
         meta: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
         meta_index = meta[1] if isinstance(meta[1], tuple) else meta[1:]
-        if any(self.varies(inputs, dim) for dim in indexed_dims(index, meta_index, inputs.ndim)):
+        nested = any(tensors_in(part) for part in index if not isinstance(part, Tensor))  # bounds of slices, lists
+        if nested or any(self.varies(inputs, dim) for dim in indexed_dims(index, meta_index, inputs.ndim)):
             return self.unknown(node, args, reason)
         self.freeze(tensors_in(index), located(node, "is used as an index"))
         return indexed(inputs, index, meta_index, meta[0], node.meta["val"])

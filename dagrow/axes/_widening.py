@@ -45,6 +45,7 @@ class WideningPlan:
         attributes: of modules that state a size.
         written: whether the forward must be written anew, with the literals in it; else the attributes change it.
         zeros: producer -> which slots of a new unit must start at zero ``[slots]``.
+        silent: whether some of what layers read of a new unit starts at zero.
         trials: for each example of which a comparison of sizes comes out otherwise, its number and its sizes.
     """
 
@@ -55,6 +56,7 @@ class WideningPlan:
     attributes: Attributes = field(default_factory=dict)
     written: bool = False
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    silent: bool = False
     trials: Sequence[tuple[int, Trial]] = ()
 
     @property
@@ -122,7 +124,13 @@ def widen(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLay
     literals, attributes, written = resolve_sizes(program, fixed, run.attributes, resized, run.sizes)
     if written:  # a forward that is written anew has no attributes to compare with
         literals = _as_they_are(_with_attributes(program, stated)) | dict(literals)
-    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, _zero_slots(run), trials)
+    read = torch.cat(
+        [torch.empty(0, dtype=torch.long)]
+        + [run.classes.roots(run.labelling.columns[edge][columns[edge].new.flatten()]) for edge in columns]
+    )
+    zero = _zero_labels(run, read)
+    zeros, silent = _zero_slots(run, zero), bool(torch.isin(read, zero).any())
+    return WideningPlan(run.row_maps, columns, entries, literals, attributes, written, zeros, silent, trials)
 
 
 def _as_they_are(comparisons: Iterable[Comparison]) -> dict[fx.Node, Arguments]:
@@ -179,15 +187,32 @@ def _fitting_run(program: Program, layers: Mapping[fx.Node, LayerSite], layout: 
     return fitting
 
 
-def _zero_slots(run: WidenedLabeller) -> dict[str, Tensor]:
-    """Producer -> which slots of a new unit must start at zero, if any. Raises CannotWidenError if none would do."""
+def _zero_labels(run: WidenedLabeller, read: Tensor) -> Tensor:
+    """Of the new labels those that must start at zero: of one side of each sum, one that no layer reads if there is."""
     zero = torch.empty(0, dtype=torch.long)
-    for node, left, right in run.sums:
-        left, right = run.classes.roots(left), run.classes.roots(right)
+    for node, *sides in run.sums:
+        left, right = (torch.unique(run.classes.roots(side)) for side in sides)
         if not any(len(side) and bool(torch.isin(side, zero).all()) for side in (left, right)):
-            side = right if len(right) else left
-            _check_stays_zero(run, node, side)
-            zero = torch.cat([zero, torch.unique(side)])
+            given = sorted((s for s in (right, left) if len(s)), key=lambda side: bool(torch.isin(side, read).any()))
+            zero = torch.cat([zero, _staying_zero(run, node, given)])
+    return zero
+
+
+def _staying_zero(run: WidenedLabeller, product: fx.Node, sides: Sequence[Tensor]) -> Tensor:
+    """The first of the sides of a sum that arrives there as zero if it is written so."""
+    for last, side in enumerate(sides, start=1 - len(sides)):
+        try:
+            _check_stays_zero(run, product, side)
+        except CannotWidenError:
+            if not last:
+                raise
+        else:
+            return side
+    return torch.empty(0, dtype=torch.long)
+
+
+def _zero_slots(run: WidenedLabeller, zero: Tensor) -> dict[str, Tensor]:
+    """Producer -> which slots of a new unit must start at zero, if any. Raises CannotWidenError if none would do."""
     slots = {}
     for edge, index_map in run.row_maps.items():
         unit = run.labelling.rows[edge][index_map.new[0]]  # the first new one, as which all are

@@ -16,9 +16,11 @@ room knows nothing of batches and losses, and writes nothing into a model.
 42
 """
 
+from dagrow.graph._axes import Axis, Writing
 from dagrow.graph._dag import Dag, trace
-from dagrow.graph._edges import Axis, Edge
+from dagrow.graph._edges import Edge
 from dagrow.graph._owners import check_owners
+from dagrow.graph._position_map import PositionMap, per_channel
 from dagrow.graph._summary import weight_uses
 from dagrow.graph._view import Rule
 
@@ -26,8 +28,11 @@ __all__ = [
     "Axis",
     "Dag",
     "Edge",
+    "PositionMap",
     "Rule",
+    "Writing",
     "check_owners",
+    "per_channel",
     "trace",
     "weight_uses",
 ]

@@ -9,9 +9,10 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dagrow._text import Printable, render
-from dagrow.axes import CannotWidenError, WideningPlan, widen
+from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
-from dagrow.graph._edges import Axis, Edge, in_place
+from dagrow.graph._axes import Axis
+from dagrow.graph._edges import Edge, in_place
 from dagrow.graph._owners import check_unwrapped
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
 from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
@@ -53,6 +54,11 @@ class Dag(Printable):
     def layers(self) -> Mapping[fx.Node, LayerSite]:
         """The layers that a rule knows, by their nodes."""
         return self.view.layers
+
+    @property
+    def labels(self) -> Labelling:
+        """Which channels these read and write."""
+        return self.view.labels
 
     @property
     def edges(self) -> tuple[Edge, ...]:

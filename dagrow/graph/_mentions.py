@@ -1,5 +1,6 @@
 """Names that the code of a model mentions. What no code of a model mentions, no call of it runs."""
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from functools import cached_property, partialmethod
@@ -66,13 +67,20 @@ def _names_in(functions: Iterator[FunctionType]) -> set[str]:
         own = set(_names(function.__code__))
         names |= own
         called = [function.__globals__.get(name) for name in own]
-        called += inspect.getclosurevars(function).nonlocals.values()
+        called += _enclosed(function)
         waiting += [
             each
             for each in called
             if isinstance(each, FunctionType) and not f"{each.__module__}.".startswith(("torch.", "dagrow."))
         ]
     return names
+
+
+def _enclosed(function: FunctionType) -> Iterator[object]:
+    """What a function finds in those that it was written in."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # nothing was put there yet
+            yield cell.cell_contents
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from warnings import warn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dagrow.errors import GrowthError, TraceError
 
@@ -42,14 +42,15 @@ def check_unwrapped(model: nn.Module) -> None:
 def check_owners(model: nn.Module) -> None:
     """Checks that the parameters of a model can grow or shrink without others that go on with the old ones.
 
-    Warns where several processes run, each of which grows a model of its own.
+    Warns where several processes run or share its memory, each of which would have to grow a model of its own.
 
     Args:
         model: whose parameters are to become others.
 
     Raises:
-        GrowthError: a wrapper is bound to them.
+        GrowthError: a wrapper is bound to them, or a tensor holds several of them.
     """
+    _check_memory(model)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return  # there are no wrappers then
     if any(True for _ in _wrappers(model)):
@@ -67,6 +68,45 @@ def check_owners(model: nn.Module) -> None:
             "it in the others. Else they train apart.",
             stacklevel=2,
         )
+
+
+def _check_memory(model: nn.Module) -> None:
+    """No larger tensor, and no other process, goes on with the memory of the parameters."""
+    parameters = dict(model.named_parameters())
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters.values()):
+        warn(
+            "the model is in memory that processes share, and a parameter that grows moves to other memory. Processes "
+            "that have the model already go on with the old one: start them after growing.",
+            stacklevel=3,
+        )
+    parts = {name: parameter for name, parameter in parameters.items() if _is_part(parameter)}
+    for tensor in (found for found in gc.get_objects() if type(found) is Tensor) if parts else ():
+        name = next((name for name, parameter in parts.items() if _holds(tensor, parameter)), None)
+        if name is not None:
+            raise GrowthError(
+                f"{name} is a part of a tensor of shape {tuple(tensor.shape)}, which would go on with what it was. "
+                "Delete that tensor, or give each parameter memory of its own: parameter.data = parameter.data.clone()."
+            )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory that a tensor lies in begins; 0 without any."""
+    plain = tensor.layout is torch.strided and tensor.device.type != "meta"
+    return tensor.untyped_storage().data_ptr() if plain else 0
+
+
+def _is_part(parameter: Tensor) -> bool:
+    """Whether the memory of a parameter is larger than it."""
+    size = parameter.numel() * parameter.element_size()
+    return bool(_memory(parameter)) and parameter.untyped_storage().nbytes() > size
+
+
+def _holds(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether a parameter is a part of a larger tensor."""
+    if tensor.numel() <= parameter.numel() or _memory(tensor) != _memory(parameter):
+        return False
+    first = parameter.storage_offset() - tensor.storage_offset()
+    return 0 <= first <= tensor.numel() - parameter.numel()
 
 
 def _is(value: object, names: Collection[str]) -> bool:

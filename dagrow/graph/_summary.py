@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from dagrow._text import Printable, render
 from dagrow.axes import Rider
-from dagrow.graph._edges import Axis, Edge
+from dagrow.graph._axes import Axis
+from dagrow.graph._edges import Edge
 from dagrow.layers import (
     ATTENTION,
     ATTENTION_ARGUMENTS,
@@ -32,11 +33,18 @@ def tables(title: str, edges: Sequence[Edge], axes: Sequence[Axis]) -> tuple[Tab
         inputs, outputs = edge.rule.widths(edge.module)
         kind, grows = type(edge.module).__name__, "yes" if edge.growable else "no"
         edge_table.add_row(edge.name, kind, f"{inputs} -> {outputs}", grows, edge.reason or "")
-    axis_table = Table("axis", "width", "written by", "read by", "riders", "grows", "why not")
+    axis_table = Table("axis", "width", "written by", "read by", "riders", "grows", "new units", "why not")
     for axis in axes:
         beside = (_names(axis.producers), _names(axis.consumers), _names(axis.riders))
-        axis_table.add_row(axis.name, str(axis.width), *beside, "yes" if axis.growable else "no", axis.reason or "")
+        grows, why = "yes" if axis.growable else "no", axis.reason or axis.other_inits.get("optimal", "")
+        axis_table.add_row(axis.name, str(axis.width), *beside, grows, _starts(axis), why)
     return edge_table, axis_table
+
+
+def _starts(axis: Axis) -> str:
+    """What new units start as: the best there is."""
+    measured = next((init for init in ("optimal", "random") if init in axis.inits), None)
+    return measured or ", ".join(axis.inits)
 
 
 def _names(items: Sequence[Edge] | Sequence[Rider]) -> str:

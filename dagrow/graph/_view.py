@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from dagrow._model_state import preserve_state
 from dagrow.axes import AxisLayout, CannotWidenError, Labelling, WideningPlan, group, head_axes, widen
 from dagrow.errors import TraceError
-from dagrow.graph._edges import Axis, Edge, axes_of, edges_of, refused
+from dagrow.graph._axes import Axis, axes_of
+from dagrow.graph._edges import Edge, edges_of, refused
 from dagrow.graph._other_mode import OtherMode, in_other_mode, on_labels, under_autocast, unused
 from dagrow.graph._unreached import Unreached
 from dagrow.layers import DEFAULT_RULES, LayerRule, LayerSite, OperationRule, parameter_products, rule_for
@@ -44,27 +45,38 @@ class DagView:
     """A model as it was when it was analysed. A growth gives its dag another view, undo gives the old one back.
 
     Attributes:
-        program: the model's forward as a graph, and those of further examples.
-        every_layer: the layers that a rule knows, by their nodes in all of these.
-        labels: which channels these read and write.
+        traced: the model's forward as a graph, its layers and labels.
         widths: edge -> how many channels it reads and writes.
         obstacles: why an axis cannot grow although its channels go together.
         growths: what undoes each growth of the model that was in place, oldest first.
     """
 
-    program: Program
-    every_layer: Mapping[fx.Node, LayerSite]
-    labels: Labelling
+    traced: "_Traced"
     edges: tuple[Edge, ...]
     axes: tuple[Axis, ...]
     widths: Mapping[str, tuple[int, int]]
     obstacles: "Obstacles"
     growths: tuple[ref[Any], ...]
 
-    @cached_property
+    @property
+    def program(self) -> Program:
+        """The model's forward as a graph, and those of further examples."""
+        return self.traced.program
+
+    @property
+    def every_layer(self) -> Mapping[fx.Node, LayerSite]:
+        """The layers that a rule knows, by their nodes in all of these."""
+        return self.traced.every_layer
+
+    @property
     def layers(self) -> Mapping[fx.Node, LayerSite]:
         """Those in the graph of the first example."""
-        return {node: layer for node, layer in self.every_layer.items() if node.graph is self.program.graph}
+        return self.traced.layers
+
+    @property
+    def labels(self) -> Labelling:
+        """Which channels these read and write."""
+        return self.traced.labels
 
     @cached_property
     def dynamic_sizes(self) -> DynamicSizes:
@@ -93,9 +105,24 @@ def analyse(tracer: "Tracer", growths: Sequence[ref[Any]], *, verified: bool = F
         for part in program.every:
             edges |= {edge.name: edge for edge in refused(parameter_products(part.graph, model, layers).values())}
         added = [path for path, *_ in added_paths(model)]
-        axes = tuple(axes_of(edges, reasons, added))
+        traced = _Traced(program, layers, labels)
+        axes = tuple(axes_of(edges, reasons, added, traced))
         widths = {name: edge.rule.widths(edge.module) for name, edge in edges.items()}
-        return DagView(program, layers, labels, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
+        return DagView(traced, tuple(edges.values()), axes, widths, obstacles, tuple(growths))
+
+
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """What axes are read off."""
+
+    program: Program
+    every_layer: Mapping[fx.Node, LayerSite]
+    labels: Labelling
+
+    @cached_property
+    def layers(self) -> Mapping[fx.Node, LayerSite]:
+        """Those in the graph of the first example."""
+        return {node: layer for node, layer in self.every_layer.items() if node.graph is self.program.graph}
 
 
 def untouched(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -148,8 +175,7 @@ class Tracer:
 
     def raised(self, program: Program, number: int, trial: Trial) -> Exception | None:
         """What the forward raises by itself at other sizes, on the example inputs or the others with a number."""
-        example = self.examples[number]
-        return None if example is None else raised_otherwise(program, example, trial, self._is_known)
+        return raised_otherwise(program, self.examples[number], trial, self._is_known)
 
     def _program(self, example_inputs: object, *, verified: bool) -> Program:
         if example_inputs is None:
@@ -208,6 +234,8 @@ class Obstacles:
     def raised(self, widening: WideningPlan) -> str | None:
         """What the model's forward raises at the widths of a plan, by an assertion or a branch of its own; or None."""
         for number, trial in widening.trials:
+            if self.tracer.example_inputs is None:
+                return "a comparison in the model's forward would come out otherwise; give trace example inputs"
             error = self.tracer.raised(self.program.every[number], number, trial)
             if error is not None:
                 return f"the model's forward would raise {statement(error)} [{source(error)}]"

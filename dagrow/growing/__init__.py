@@ -25,6 +25,7 @@ from dagrow.growing._fit import fit
 from dagrow.growing._grow import grow
 from dagrow.growing._grower import Grower
 from dagrow.growing._history import History
+from dagrow.growing._left_out import Growths
 from dagrow.growing._line_search import best_amplitude
 from dagrow.growing._planning import Budget, applicable, plan
 from dagrow.growing._policies import (
@@ -62,6 +63,7 @@ __all__ = [
     "ByLineSearch",
     "EveryEpochs",
     "Grower",
+    "Growths",
     "History",
     "LossReached",
     "NoImprovement",

@@ -1,7 +1,8 @@
 """Where a network is too small: of each layer's goals the part that its own weights cannot follow."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 from rich.table import Table
@@ -9,8 +10,9 @@ from rich.table import Table
 from dagrow._progress import with_progress
 from dagrow._text import Printable, render
 from dagrow.errors import GrowthError, check_real
-from dagrow.graph import Dag
-from dagrow.solvers import Pair, best_move
+from dagrow.graph import Dag, Edge
+from dagrow.growing._left_out import LeftOut, halves, is_of_place
+from dagrow.solvers import Moments, Pair, best_move
 from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Objective, OutputGoal, Step, measure
 from dagrow.surgery import transaction
 
@@ -92,7 +94,7 @@ def bottlenecks(
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
-        Bottlenecks by edge, largest first.
+        Bottlenecks by edge, largest first. Edges that failed are in ``left_out``, with the reason.
 
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
@@ -117,15 +119,32 @@ def objective_of(
 
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
-    keys = [(edge, InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)) for edge in dag.edges if not edge.shared]
-    if not keys:
+    edges, left_out = [edge for edge in dag.edges if not edge.shared], LeftOut()
+    if not edges:
         raise GrowthError(f"no layer can be measured, as dagrow has a rule for none that acts at one place:\n{dag}")
+    measured = list(_measured(dag, objective, edges, ridge, left_out))
+    if not measured:
+        left_out.refuse()
+    moments = measured[0][0]
+    notes = (*(edge.shared for edge in dag.edges if edge.shared), *left_out.notes)
+    return Bottlenecks((each for _, each in measured), moments.samples, objective.reported(moments.loss), notes)
+
+
+def _measured(
+    dag: Dag, objective: Objective, edges: Sequence[Edge], ridge: float, left_out: LeftOut
+) -> Iterator[tuple[Moments, Bottleneck]]:
+    """In one pass, or where that fails in halves, but for the edges that fail alone."""
+    keys = [(edge, InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)) for edge in edges]
     pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
-    m = measure(dag, objective, pairs, folds=1)
-    moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
-    return Bottlenecks(
-        (Bottleneck(e.name, x.goal, x.goal - x.bottleneck, x.bottleneck) for e, x in moves),
-        m.samples,
-        objective.reported(m.loss),
-        tuple(edge.shared for edge in dag.edges if edge.shared),
-    )
+    try:
+        m = measure(dag, objective, pairs, folds=1)
+        moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
+    except Exception as error:
+        if isinstance(error, GrowthError):
+            raise
+        place = partial(is_of_place, dag=dag, objective=objective, grown=False)
+        for half in halves(edges, error, left_out, lambda edge: edge.name, place):
+            yield from _measured(dag, objective, half, ridge, left_out)
+        return
+    for edge, move in moves:
+        yield m, Bottleneck(edge.name, move.goal, move.goal - move.bottleneck, move.bottleneck)

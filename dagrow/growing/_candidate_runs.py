@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
+from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
 from dagrow.statistics import Objective, measure
-from dagrow.surgery import Draft, Growth, check_preserved, check_unchanged, disjoint, preview
+from dagrow.surgery import Change, Draft, Growth, check_preserved, check_unchanged, completed, disjoint, preview
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,38 +19,49 @@ class _Waiting:
     steps: Steps
     needs: Needs
 
+    @property
+    def preview(self) -> Preview:
+        """The new channels that have to be in the model."""
+        assert self.needs.preview is not None
+        return self.needs.preview
+
 
 @dataclass(eq=False)
 class CandidateRuns:
     """All candidates of an operator, step by step.
 
     Those that need no preview are measured together, in one pass for the next step of each. Then come previews: those
-    that change no layer in common are put into the network together, one pass for each such group.
+    that change no layer in common are put into the network together, one pass for each such group. What fails together
+    is measured again in halves, down to the places that fail alone: these are left out.
+
+    Attributes:
+        worked: whether any candidate came to its end.
+        forward: whether the model's own forward ran on every batch.
     """
 
     dag: Dag
     objective: Objective
     operator: Operator
+    left_out: LeftOut
     growths: list[Growth] = field(default_factory=list)
+    worked: bool = False
+    forward: bool = True
     _plain: list[_Waiting] = field(default_factory=list)
-    _previews: list[tuple[_Waiting, Preview]] = field(default_factory=list)
+    _previews: list[_Waiting] = field(default_factory=list)
 
     def run(self, candidates: Sequence[Candidate]) -> list[Growth]:
         """What they could add, in the order in which it is known."""
-        forward = True
         self._start(candidates)
         while self._plain or self._previews:
             if self._plain:
                 waiting, self._plain = self._plain, []
-                forward = self._measure(waiting) and forward
+                self._measure(waiting)
             else:
                 previews, self._previews = self._previews, []
-                for group in disjoint(previews, lambda member: member[1].widening):
+                for group in disjoint(previews, lambda member: member.preview.widening):
                     self._measure_previewed(group)
-        for growth in self.growths:
-            if growth.preserving:
-                check_unchanged(growth)
-        _check_run(self.growths, forward)
+        self.growths = [completed(growth) for growth in self.growths if self._holds(growth)]
+        self.worked |= bool(self.growths)
         return self.growths
 
     def _start(self, candidates: Sequence[Candidate]) -> None:
@@ -66,13 +78,12 @@ class CandidateRuns:
         except StopIteration as end:
             self._finish(where, end.value)
             return
+        except Exception as error:  # what is computed there is of the place
+            self._leave_out(where, error, grown=False)
+            return
         if not isinstance(needs, Needs):
             raise self._misused(where, f"yield a {type(needs).__name__}")
-        waiting = _Waiting(where, steps, needs)
-        if needs.preview is None:
-            self._plain.append(waiting)
-        else:
-            self._previews.append((waiting, needs.preview))
+        (self._plain if needs.preview is None else self._previews).append(_Waiting(where, steps, needs))
 
     def _finish(self, where: str, result: object) -> None:
         if isinstance(result, Growth):
@@ -81,6 +92,8 @@ class CandidateRuns:
             self._start(result)
         elif result is not None:
             raise self._misused(where, f"return a {type(result).__name__}")
+        else:
+            self.worked = True
 
     def _misused(self, where: str, what: str) -> GrowthError:
         return GrowthError(
@@ -88,42 +101,97 @@ class CandidateRuns:
             "Needs(pairs), and returns a Growth, None, or further candidates in a list."
         )
 
-    def _measure(self, waiting: Sequence[_Waiting]) -> bool:
-        """One pass for the next step of each; whether the model's own forward ran on every batch."""
+    def _measure(self, waiting: Sequence[_Waiting]) -> None:
+        """One pass for the next step of each."""
         pairs = [pair for member in waiting for pair in member.needs.pairs]
-        moments = measure(self.dag, self.objective, pairs, folds=self.operator.folds)
+        try:
+            moments = measure(self.dag, self.objective, pairs, folds=self.operator.folds)
+        except Exception as error:
+            for half in self._halves(waiting, error, grown=False):
+                self._measure(half)
+            return
+        self.forward = self.forward and moments.forward
         for member in waiting:
             self._resume(member.where, member.steps, moments)
-        return moments.forward
 
-    def _measure_previewed(self, group: Sequence[tuple[_Waiting, Preview]]) -> None:
+    def _measure_previewed(self, group: Sequence[_Waiting]) -> None:
         """One pass with all previews of a group in the network."""
-        moments = previewed(self.dag, self.objective, [member.needs for member, _ in group], self.operator.folds)
-        for member, _ in group:
+        try:
+            needs = [member.needs for member in group]
+            moments = previewed(self.dag, self.objective, needs, self.operator.folds, forward=self.forward)
+        except Exception as error:
+            for half in self._halves(group, error, grown=True):
+                self._measure_previewed(half)
+            return
+        for member in group:
             self._resume(member.where, member.steps, moments)
 
+    def _halves(self, members: Sequence[_Waiting], error: Exception, *, grown: bool) -> list[Sequence[_Waiting]]:
+        """Of places that failed together, to be tried again."""
+        return halves(members, error, self.left_out, lambda m: m.where, lambda e: self._is_of_place(e, grown=grown))
 
-def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int) -> Moments:
-    """One pass with the new channels of previews in the network; no two change the same layer."""
+    def _leave_out(self, where: str, error: Exception, *, grown: bool) -> None:
+        if not self._is_of_place(error, grown=grown):
+            raise error
+        self.left_out.add(where, error)
+
+    def _is_of_place(self, error: Exception, *, grown: bool) -> bool:
+        return is_of_place(error, self.dag, self.objective, grown=grown, folds=self.operator.folds)
+
+    def _holds(self, growth: Growth) -> bool:
+        """Whether a growth is what it says; one that is not is left out. New layers have to run wherever they are."""
+        if growth.change.new_paths:
+            _check_forward(growth.change, growth.where, growth.dag, self.forward)
+        try:
+            _check_forward(growth.change, growth.where, growth.dag, self.forward)
+            if growth.preserving:
+                check_unchanged(growth)
+        except Exception as error:
+            self._leave_out(growth.where, error, grown=True)
+            return False
+        return True
+
+
+def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int, *, forward: bool = True) -> Moments:
+    """One pass with the new channels of previews in the network; no two change the same layer.
+
+    Args:
+        dag: of the model.
+        objective: the loss and the batches.
+        needs: with previews.
+        folds: of the samples.
+        forward: whether the model's own forward runs on every batch.
+
+    Returns:
+        The moments.
+
+    Raises:
+        DagrowError: the model is another one, or fails, when it is wider.
+    """
     previews = [need.preview for need in needs if need.preview is not None]
     draft = Draft(dag, [(each.axis, each.widening) for each in previews])
     for each in previews:
         for producer, fan_in in each.fan_in.items():
             draft.fan_in(dag.edge(producer), each.widening.rows[producer], fan_in)
     change = draft.change()
-    pairs = [pair for need in needs for pair in need.pairs]
-    check_preserved(dag, objective, change, ", ".join(each.axis.name for each in previews))
+    pairs, where = [pair for need in needs for pair in need.pairs], ", ".join(each.axis.name for each in previews)
+    _check_forward(change, where, dag, forward)
+    check_preserved(dag, objective, change, where)
     with preview(dag, change, change.tensors(dag.model, 0.0)):
         return measure(dag, objective, pairs, folds=folds, read=draft.read, written=draft.written)
 
 
-def _check_run(growths: Sequence[Growth], forward: bool) -> None:
-    """Raises GrowthError for new layers that act in a forward of the model's own which did not run on every batch."""
-    lost = [growth for growth in growths if growth.change.new_paths and not forward]
-    if lost:
-        raise GrowthError(
-            f"{lost[0].operator!r} at {lost[0].where}: the new layers would not run. They become part of the forward "
-            f"of the {type(lost[0].dag.model).__name__} that was traced, and the step does not call it on every batch, "
-            "but runs its layers in another way. Call the model itself in the step, model(...), or trace the module "
-            "that the step calls; widths can grow with any step, with AddNeurons."
-        )
+def _check_forward(change: Change, where: str, dag: Dag, forward: bool) -> None:
+    """Raises GrowthError for what acts in a forward of the model's own, where that does not run on every batch."""
+    if forward or not change.written:
+        return
+    kind, what = type(dag.model).__name__, "its size is written into that forward"
+    if change.new_paths:
+        what = "the new layers become part of that forward"
+    elif change.shared_sizes:
+        what += f", as other widths use {', '.join(change.shared_sizes)} too"
+    raise GrowthError(
+        f"what grows at {where} would not run: {what}, and the step does not call the {kind} that was traced on every "
+        "batch, but runs its layers in another way. Call the model itself in the step, model(...), or trace the module "
+        "that the step calls."
+    )

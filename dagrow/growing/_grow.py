@@ -7,10 +7,11 @@ from dagrow._progress import with_progress
 from dagrow.errors import listed
 from dagrow.graph import Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
-from dagrow.growing._line_search import apply_best, combined
+from dagrow.growing._left_out import LeftOut
+from dagrow.growing._line_search import combined, tried
 from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
-from dagrow.growing._propose import corrected, growths_of
+from dagrow.growing._propose import corrected, run_of
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
@@ -47,7 +48,8 @@ def grow(
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
 
     Returns:
-        A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart.
+        A receipt; its ``parts``, one per applied growth, tell the drop of a move and of new neurons apart. Places that
+        failed are in ``left_out``, with the reason; the others do not suffer from it.
 
     Raises:
         BatchError, LossError, GrowthError, OptimizerError: nothing has changed.
@@ -58,22 +60,33 @@ def grow(
     check_optimizer(optimizer, dag.model)
     check_owners(dag.model)
 
+    left_out = LeftOut()
+
     def work() -> Receipt:
-        grown = [_grown(dag, objective, judge, operator, optimizer, len(operators)) for operator in operators]
-        parts = [part for part in grown if part is not None]
-        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()))
+        runs = [_grown(dag, objective, judge, operator, optimizer, len(operators), left_out) for operator in operators]
+        if not any(worked for _, worked in runs):
+            left_out.refuse()
+        parts = [part for part, _ in runs if part is not None]
+        return combined(parts, parts[0].loss_before if parts else judge.reported(judge.mean()), left_out.notes)
 
     return transaction(dag, work)
 
 
 def _grown(
-    dag: Dag, objective: Objective, judge: Objective, operator: Operator, optimizer: Optimizers, operators: int
-) -> Receipt | None:
-    """The operator's best growth that lowers the loss, applied; None if there is none. All operators share the 5 %."""
-    growths = applicable(corrected(*growths_of(dag, objective, operator), operators))
+    dag: Dag,
+    objective: Objective,
+    judge: Objective,
+    operator: Operator,
+    optimizer: Optimizers,
+    operators: int,
+    left_out: LeftOut,
+) -> tuple[Receipt | None, bool]:
+    """The operator's best growth that lowers the loss, applied, if there is one; and whether any place worked."""
+    run, tests = run_of(dag, objective, operator, left_out)
+    growths = applicable(corrected(run.growths, tests, operators))  # all operators share the 5 %
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):
-        receipt = apply_best(growth, judge, before, optimizer)
+        receipt = tried(growth, judge, before, optimizer, left_out)
         if receipt is not None:
-            return receipt
-    return None
+            return receipt, True
+    return None, run.worked

@@ -12,7 +12,8 @@ from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import bottlenecks
 from dagrow.growing._history import History
-from dagrow.growing._line_search import apply_best, combined
+from dagrow.growing._left_out import LeftOut
+from dagrow.growing._line_search import combined, tried
 from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_plan, place
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
@@ -123,7 +124,8 @@ class Grower:
             train_loss: of the epoch, if it is known; else the loss on ``batches`` is computed.
 
         Returns:
-            A receipt; its ``parts`` are what was applied. Possibly nothing was.
+            A receipt; its ``parts`` are what was applied. Possibly nothing was. Places that failed are in its
+            ``left_out``, with the reason, and in the history; the others do not suffer from it.
 
         Raises:
             BatchError: the batches do not fit. Nothing has changed, and nothing is recorded, here and below.
@@ -157,9 +159,10 @@ class Grower:
         loss = train_loss if validation_loss is None else validation_loss
         now = Situation(epoch, loss, self.history.steps, lambda: self._share(objective))
         asked, budget, parts = self.over is None and self.schedule.due(now), self.left, list[Receipt]()
+        left_out = LeftOut()
         share = now.share if asked or "share" in vars(now) else None
         if asked:
-            parts = self._grow(objective, judge or objective, budget)
+            parts = self._grow(objective, judge or objective, budget, left_out)
             for part in parts:
                 assert part.growth is not None
                 budget = budget.minus(part.growth)
@@ -174,8 +177,9 @@ class Grower:
             growable_widths(self.dag),
             self.dag.parameter_count(),
             self.dag.flop_count(),
+            left_out.notes,
         )
-        receipt = combined(parts, loss)
+        receipt = combined(parts, loss, left_out.notes)
         self._state = _State(budget, self._recorded(record, budget))
         return receipt
 
@@ -186,20 +190,20 @@ class Grower:
         goal = sum(edge.goal for edge in edges)
         return sum(edge.bottleneck for edge in edges) / goal if goal else 0.0
 
-    def _grow(self, objective: Objective, judge: Objective, budget: Budget) -> list[Receipt]:
+    def _grow(self, objective: Objective, judge: Objective, budget: Budget, left_out: LeftOut) -> list[Receipt]:
         """Applies a plan. After each growth what is left of it is measured and planned again."""
         budget, parts = budget.intersect(self.per_step), list[Receipt]()
-        plan = self._plan(objective, judge, budget, parts)
+        plan = self._plan(objective, judge, budget, parts, left_out)
         places = {place(growth) for growth in plan}
         while plan:
             growth = plan.pop(0)
             places.discard(place(growth))
-            receipt = apply_best(growth, judge, judge.mean(), self.optimizer)
+            receipt = tried(growth, judge, judge.mean(), self.optimizer, left_out)
             if receipt is None:
                 continue
             parts.append(receipt)
             budget = budget.minus(growth)
-            plan = self._plan(objective, judge, budget, parts, places) if places else []
+            plan = self._plan(objective, judge, budget, parts, left_out, places) if places else []
         return parts
 
     def _plan(
@@ -208,6 +212,7 @@ class Grower:
         judge: Objective,
         budget: Budget,
         parts: Sequence[Receipt],
+        left_out: LeftOut,
         places: set[tuple[str, str]] | None = None,
     ) -> list[Growth]:
         affordable = [operator for operator in self.operators if not budget.is_spent(operator.least_neurons or 0)]
@@ -217,6 +222,7 @@ class Grower:
         growths = propose(
             self.dag, objective.batches, operators=operators, step=self.function, mode=self.mode, **self.options
         )
+        left_out.take(growths)
         candidates = [growth for growth in applicable(growths) if places is None or place(growth) in places]
         past = [grown.where for record in self.history for grown in record.grown] + [part.where for part in parts]
         return greedy_plan(candidates, budget, self.policy, judge, past)

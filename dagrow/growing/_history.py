@@ -126,10 +126,13 @@ class History(Printable, Sequence[Record]):
                     str(r.epoch), f"{r.train_loss:.4g}", validation, share, grew, f"{r.parameters:,}", f"{r.flops:,}"
                 )
         ending = f"Growing ended: {self.over}." if self.over else "Growing has not ended."
-        return "\n".join([render(table), ending]) if self.steps else "no step yet"
+        left_out = dict.fromkeys(note for record in self.steps for note in record.left_out)
+        lines = [render(table), *(f"Left out: {note}" for note in left_out), ending]
+        return "\n".join(lines) if self.steps else "no step yet"
 
 
 def _flat(record: Record) -> dict[str, Any]:
     values = asdict(record) | {"grown": len(record.grown), "neurons_added": sum(g.neurons for g in record.grown)}
+    values["left_out"] = "; ".join(record.left_out)
     widths = values.pop("widths")
     return values | {f"width of {axis}": width for axis, width in widths.items()}

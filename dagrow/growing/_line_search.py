@@ -1,10 +1,12 @@
 """The amplitude of a growth, by line search on the loss; the receipt of several growths in a row."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from dagrow._log import LOG
+from dagrow.errors import OptimizerError
+from dagrow.growing._left_out import LeftOut, is_of_place
 from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
@@ -137,12 +139,23 @@ def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optim
     return growth.commit(found.gamma, judge.reported(before), judge.reported(found.loss), optimizer, found.note)
 
 
-def combined(parts: Sequence[Receipt], before: float) -> Receipt:
-    """One receipt of growths in a row, perhaps none, that began at a loss."""
+def tried(growth: Growth, judge: Objective, before: float, optimizer: Optimizers, left_out: LeftOut) -> Receipt | None:
+    """:func:`apply_best`; None also where the growth fails, which is left out."""
+    try:
+        return apply_best(growth, judge, before, optimizer)
+    except Exception as error:
+        if isinstance(error, OptimizerError) or not is_of_place(error, growth.dag, judge, grown=True):
+            raise
+        left_out.add(growth.where, error)
+        return None
+
+
+def combined(parts: Sequence[Receipt], before: float, left_out: tuple[str, ...] = ()) -> Receipt:
+    """One receipt of growths in a row, perhaps none, that began at a loss, and of places that were left out."""
     if len(parts) == 1:
-        return parts[0]
+        return replace(parts[0], left_out=left_out) if left_out else parts[0]
     if not parts:
-        return Receipt("", 0, 0.0, before, before, 0.0, {})
+        return Receipt("", 0, 0.0, before, before, 0.0, {}, left_out=left_out)
     where = where_new([part.growth.change for part in parts if part.growth is not None])
     return Receipt(
         ", ".join(part.where for part in parts),
@@ -152,5 +165,6 @@ def combined(parts: Sequence[Receipt], before: float) -> Receipt:
         parts[-1].loss_after,
         sum(part.gain for part in parts),
         where,
+        left_out=left_out,
         _parts=tuple(parts),
     )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dagrow._model_state import preserve_state
 from dagrow._progress import progress_bar
 from dagrow.errors import SEEDS, GrowthError, check_real, check_whole, first_line
+from dagrow.growing._left_out import LeftOut, is_of_place
 from dagrow.growing._line_search import best_amplitude
 from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, check_steps, grown
@@ -114,7 +115,13 @@ class ByLineSearch(Policy):
 
     @staticmethod
     def _fall(growth: Growth, judge: Objective, before: float) -> float:
-        gamma, after = best_amplitude(growth, judge, before)
+        try:
+            gamma, after = best_amplitude(growth, judge, before)
+        except Exception as error:
+            if not is_of_place(error, growth.dag, judge, grown=True):
+                raise
+            LeftOut().add(growth.where, error)
+            return -inf
         return before - after if gamma else -inf
 
 

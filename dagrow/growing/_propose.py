@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
-from rich.table import Table
+import torch
 
 from dagrow._progress import with_progress
-from dagrow._text import Printable, render
 from dagrow.errors import listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._candidate_runs import CandidateRuns
+from dagrow.growing._left_out import Growths, LeftOut
 from dagrow.growing._policies import expected_gain
 from dagrow.operators import AddNeurons, Operator
 from dagrow.solvers import LEVEL, holm
@@ -29,7 +29,7 @@ def propose(
     step: Step | None = None,
     mode: str = "eval",
     **options: Unpack[MeasureOptions],
-) -> list[Growth]:
+) -> Growths:
     """Measures what every operator could add at every place. Changes nothing.
 
     Args:
@@ -43,37 +43,28 @@ def propose(
 
     Returns:
         Growths, the largest gain first: the held-out gain where there is one, else the gain on the samples. Their
-        p-values are those of all operators and places together, see :func:`dagrow.solvers.holm`.
+        p-values are those of all operators and places together, see :func:`dagrow.solvers.holm`. Places that failed
+        are in ``left_out``, with the reason; the others do not suffer from it.
 
     Raises:
         BatchError, LossError: the batches or the loss do not fit.
-        GrowthError: an operator was asked for a place that cannot grow, or nothing can.
+        GrowthError: an operator was asked for a place that cannot grow, nothing can, or every place fails.
     """
-    objective = objective_of(dag, batches, loss, step, mode, options)
+    objective, left_out = objective_of(dag, batches, loss, step, mode, options), LeftOut()
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    proposals = transaction(dag, lambda: [growths_of(dag, objective, operator) for operator in operators])
-    tests = sum(count for _, count in proposals)
-    growths = corrected([growth for growths, _ in proposals for growth in growths], tests)
-    return _Growths(sorted(growths, key=expected_gain, reverse=True))
+    runs = transaction(dag, lambda: [run_of(dag, objective, operator, left_out) for operator in operators])
+    if not any(run.worked for run, _ in runs):
+        left_out.refuse()
+    growths = corrected([growth for run, _ in runs for growth in run.growths], sum(tests for _, tests in runs))
+    return Growths(sorted(growths, key=expected_gain, reverse=True), left_out.notes)
 
 
-class _Growths(Printable, list[Growth]):
-    """Growths that print as a table."""
-
-    def __str__(self) -> str:
-        table = Table("operator", "where", "neurons", "gain", "held out", "p", "parameters", "FLOPs")
-        for g in self:
-            heldout = "" if g.heldout_gain is None else f"{g.heldout_gain:.4g} ± {g.heldout_error:.2g}"
-            chance = "" if g.p_value is None else f"{g.p_value:.2g}"
-            cost = f"{g.cost.parameters:+,}", f"{g.cost.flops:+,}"
-            table.add_row(repr(g.operator), g.where, str(g.neurons), f"{g.gain:.4g}", heldout, chance, *cost)
-        return render(table) if self else "no growth"
-
-
-def growths_of(dag: Dag, objective: Objective, operator: Operator) -> tuple[list[Growth], int]:
-    """What an operator could add, and how many places it looked at."""
-    candidates = operator.candidates(dag)
-    return CandidateRuns(dag, objective, operator).run(candidates), sum(candidate.tests for candidate in candidates)
+@torch.inference_mode(False)
+def run_of(dag: Dag, objective: Objective, operator: Operator, left_out: LeftOut) -> tuple[CandidateRuns, int]:
+    """What an operator could add, and how many places it looked at. Those that fail are left out."""
+    candidates, runs = operator.candidates(dag), CandidateRuns(dag, objective, operator, left_out)
+    runs.run(candidates)
+    return runs, sum(candidate.tests for candidate in candidates)
 
 
 def corrected(growths: Sequence[Growth], tests: int, families: int = 1) -> list[Growth]:

@@ -142,7 +142,7 @@ class _Jacobian:
                 energy += float(v.double().square().sum())
                 slope += self._pull(batch, v)
                 samples += n
-        self.samples = samples
+        self.samples, self.objective.others.complete = samples, True
         return energy / samples, slope / samples
 
     def gram(self, move: Tensor) -> tuple[float, Tensor]:
@@ -167,7 +167,7 @@ class _Jacobian:
     @contextmanager
     def _running(self) -> Iterator[None]:
         self.objective.probe()
-        with preserve_state(self.model), torch.inference_mode(False), torch.enable_grad():
+        with preserve_state(self.model, self.objective.others), torch.inference_mode(False), torch.enable_grad():
             self.model.train(self.objective.mode == "train")
             yield
 

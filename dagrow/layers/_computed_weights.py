@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from dagrow._pytree import tensors_in
 from dagrow.layers._contractions import Contraction, contraction
-from dagrow.layers._functional_layers import Tensors
+from dagrow.layers._functional_layers import Tensors, parameter_of
 from dagrow.layers._op_tables import op_name
 from dagrow.layers._rules import EdgeRule
 
@@ -138,12 +138,15 @@ def computed_layer(node: fx.Node, sources: Sources, tensors: Tensors) -> Compute
     """
     if op_name(node) not in LAYERS:
         return None
-    operands = [*node.args[:2], *(node.kwargs.get(name) for name in ("input", "weight")[len(node.args) :])]
-    inputs, weight = operands[:2]
+    named = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+    inputs, weight, bias = (named.get(name) for name in ("input", "weight", "bias"))
     if not isinstance(inputs, fx.Node) or not isinstance(weight, fx.Node) or inputs in sources:
         return None
-    dim = -1 if op_name(node) == "linear" else 1
-    return _computed(node, inputs, weight, dim, sources, tensors)
+    why = _computed_from("weight", weight, sources, tensors)
+    if isinstance(bias, fx.Node):
+        why = why or _computed_from("bias", bias, sources, tensors)
+    why = why or f"operation {op_name(node)} has no rule where its settings are computed"
+    return _layer(node, inputs, weight, -1 if op_name(node) == "linear" else 1, why, sources, tensors)
 
 
 def parameter_product(node: fx.Node, sources: Sources, tensors: Tensors) -> ComputedLayer | None:
@@ -167,22 +170,28 @@ def parameter_product(node: fx.Node, sources: Sources, tensors: Tensors) -> Comp
     inputs, weight = operands
     if inputs in sources:
         inputs, weight, product = weight, inputs, Contraction(product.right, product.left, product.out)
-    is_layer = product.left[-1] in product.summed and product.out[-1:] not in product.left
-    return _computed(node, inputs, weight, -1, sources, tensors) if is_layer else None
+    if product.left[-1] not in product.summed or product.out[-1:] in product.left:
+        return None
+    why = _computed_from("weight", weight, sources, tensors)
+    matrices, path = prod(weight.meta["val"].shape[:-2]), ", ".join(sources[weight])
+    why = why or f"its weight {path} holds {matrices} matrices of one product, which no rule widens"
+    return _layer(node, inputs, weight, -1, why, sources, tensors)
 
 
-def _computed(
-    node: fx.Node, inputs: fx.Node, weight: fx.Node, dim: int, sources: Sources, tensors: Tensors
+def _computed_from(entry: str, node: fx.Node, sources: Sources, tensors: Tensors) -> str | None:
+    """That an entry of a layer is computed, and from what; None if it is in the model as it is."""
+    if parameter_of(node, tensors) is not None:
+        return None
+    paths = sorted(sources.get(node, ()), key=lambda path: not isinstance(tensors[path], nn.Parameter))
+    return f"its {entry} is computed from {', '.join(paths) or 'the input'}, not a parameter"
+
+
+def _layer(
+    node: fx.Node, inputs: fx.Node, weight: fx.Node, dim: int, why: str, sources: Sources, tensors: Tensors
 ) -> ComputedLayer | None:
     paths = tuple(path for path in sources.get(weight, ()) if isinstance(tensors[path], nn.Parameter))
     if not paths:
         return None
-    value = weight.meta["val"]
-    if weight.op == "get_attr":
-        why = f"its weight {weight.target} holds {prod(value.shape[:-2])} matrices of one product, which no rule widens"
-    else:
-        others = [path for path in sources[weight] if path not in paths]
-        why = f"its weight is computed from {', '.join((*paths, *others))}, not a parameter"
     widths = inputs.meta["val"].shape[dim], node.meta["val"].shape[dim]
-    module = Computed({path: tensors[path] for path in paths}, value, widths)
+    module = Computed({path: tensors[path] for path in paths}, weight.meta["val"], widths)
     return ComputedLayer(module, ComputedRule(paths, dim, why), inputs)

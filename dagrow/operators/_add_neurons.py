@@ -143,12 +143,6 @@ class AddNeurons(Operator):
         return axes
 
     def _obstacle(self, axis: Axis) -> str | None:
-        """Why this init does not fit the axis, and which does; or None."""
-        if not axis.consumers and self.init != "zero":
-            return (
-                f"no layer reads {axis.name}: the channels meet in a product of two layers, where no fan-out can be "
-                "fitted. Give init='zero'"
-            )
-        if axis.shared and self.init not in ("zero", "copy"):
-            return f"no closed form holds for {axis.name}: {axis.shared}. Give init='zero' or 'copy'"
-        return None
+        """Why this init does not fit the axis, and which do; or None. Random directions stand in for the optimal."""
+        why = None if self.init == "optimal" and "random" in axis.inits else axis.other_inits.get(self.init)
+        return why and f"{axis.name}: {why}. Give init={' or '.join(map(repr, axis.inits))}"

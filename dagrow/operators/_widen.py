@@ -44,7 +44,7 @@ class Widen(Operator):
         """
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
-        axes = [axis for axis in dag.axes if axis.growable and axis.consumers and not axis.shared]
+        axes = [axis for axis in dag.axes if "random" in axis.inits]
         return [Candidate(axis.name, partial(self._add_neurons, place)) for axis in axes for place in places(dag, axis)]
 
     def _add_neurons(self, place: Place, objective: Objective) -> Steps:

@@ -41,6 +41,7 @@ class Record:
         grown: what was applied, first to last.
         widths: of the axes that can grow, after growing.
         parameters, flops: of the whole model, after growing.
+        left_out: places that failed meanwhile, each with the reason.
     """
 
     epoch: int
@@ -53,6 +54,7 @@ class Record:
     widths: Mapping[str, int]
     parameters: int
     flops: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float:

@@ -25,6 +25,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 '0.3498'
 """
 
+from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import sample_count
 from dagrow.statistics._features import (
     Feature,
@@ -38,13 +39,12 @@ from dagrow.statistics._features import (
     Stacked,
 )
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
-from dagrow.statistics._hooks import LayerHooks
+from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import NotFiniteError, Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
-from dagrow.statistics._position_map import PositionMap, per_channel, position_map
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.statistics._steps import Loss, Step
 from dagrow.tracing import bind
@@ -54,6 +54,7 @@ __all__ = [
     "DirectionScore",
     "Feature",
     "FitScore",
+    "ForwardProbe",
     "Groups",
     "Hidden",
     "InputFeatures",
@@ -69,7 +70,6 @@ __all__ = [
     "Ones",
     "OutputGoal",
     "PatchInputs",
-    "PositionMap",
     "PulledGoal",
     "Reduction",
     "ResidualGoal",
@@ -80,10 +80,9 @@ __all__ = [
     "TapFeatures",
     "bind",
     "fan_out_score",
+    "gradients_of",
     "measure",
     "move_score",
     "patch_gram",
-    "per_channel",
-    "position_map",
     "sample_count",
 ]

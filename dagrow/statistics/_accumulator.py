@@ -3,15 +3,17 @@
 import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dagrow.errors import BatchError, LossError
+from dagrow.errors import BatchError, GrowthError, LossError
+from dagrow.layers import with_constant
 from dagrow.solvers import Moments, Pair, complete, distinct
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
+from dagrow.statistics._heldout_scores import SampleScores
 from dagrow.statistics._products import add_product, product
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
@@ -45,17 +47,68 @@ class MomentAccumulator:
         self.loss, self.samples, self.resolution = 0.0, 0, 0.0
         self.buffer: list[_BufferedRows] = []
         self.buffered_rows = 0
+        self.counts: Tensor | None = None
+        self.units = 0
+        self.group_scores: dict[Feature, Tensor] = {}
 
-    def add(self, batch: Batch, loss: float) -> None:
-        """Adds a batch, and the sum of its samples' losses."""
-        for feature in self.features:
-            self.positions[feature] += _checked_count(feature, batch)
-        self._check_positions(batch)
-        for capture in batch.captures.values():
-            self.resolution = max(self.resolution, torch.finfo(_product_type(capture.inputs.dtype)).eps)
-        self.loss, self.samples = self.loss + loss, self.samples + batch.samples
+    def add(self, views: Sequence[Batch], loss: float, units: Tensor | None = None) -> None:
+        """Adds what calls of the model on one batch left, and the sum of its samples' losses.
+
+        Args:
+            views: one for each kind of sizes that there were.
+            loss: the sum.
+            units: the number of the group that each sample is of, if samples are not independent units themselves.
+        """
+        samples = views[0].samples
+        parts = [(view, None) for view in views] if units is None else self._grouped(views, units)
+        for view in views:
+            for feature in self.features:
+                feature.check_sizes(view)
+            for capture in view.captures.values():
+                self.resolution = max(self.resolution, torch.finfo(_product_type(capture.inputs.dtype)).eps)
+        scored = (
+            [x for x, _ in self.pairs if isinstance(x, SampleScores)] if len(parts) > 1 or units is not None else []
+        )
+        pairs = [pair for pair in self.pairs if pair[0] not in scored]
+        for part, _ in parts:
+            for feature in self.features:
+                self.positions[feature] += _checked_count(feature, part)
+            self._check_positions(part)
+            self._add(pairs, part)
+        for scores in scored:
+            self._score(scores, parts)
+        self.loss, self.samples = self.loss + loss, self.samples + samples
+
+    def _grouped(self, views: Sequence[Batch], units: Tensor) -> list[tuple[Batch, Tensor | None]]:
+        """The samples of each fold, and the number of the group that each is of."""
+        counts = torch.bincount(units % self.folds, minlength=self.folds)
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.units = max(self.units, int(units.max()) + 1)
+        if len(units.unique()) == 1:  # one unit, whatever becomes of its samples
+            whole, fold = units[:1], int(units[0]) % self.folds
+            return [(replace(view, samples=1, seen=0, only=fold), whole) for view in views]
+        folds = [(fold, torch.nonzero(units % self.folds == fold).flatten()) for fold in range(self.folds)]
+        return [(view.of_fold(which, fold), units[which]) for view in views for fold, which in folds if len(which)]
+
+    def _score(self, scores: Feature, parts: Sequence[tuple[Batch, Tensor | None]]) -> None:
+        """Adds scores of samples, of all views together, or keeps those of groups, which go on in other batches."""
+        rows = [scores.rows(part) for part, _ in parts]
+        if parts[0][1] is None:
+            total = torch.stack(rows).sum(0)
+            total[:, -1] = 1
+            add_product(self._sums_of(scores, scores, total, total)[0], total, total)
+            return
+        table = self.group_scores.setdefault(scores, rows[0].new_zeros(0, rows[0].shape[1]))
+        table = torch.cat([table, table.new_zeros(self.units - len(table), table.shape[1])])
+        for (_, units), values in zip(parts, rows, strict=True):
+            assert units is not None
+            table.index_add_(0, units.to(table.device), values)
+        self.group_scores[scores] = table
+
+    def _add(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
+        """Adds products of rows, position by position."""
         without_space = []
-        for x, y in self.pairs:
+        for x, y in pairs:
             if not any(batch[edge].is_image for feature in (x, y) for edge in feature.edges):
                 without_space.append((x, y))
             elif (x, y) in self.sums:  # many rows a batch: products enough, and kept as they come
@@ -68,6 +121,14 @@ class MomentAccumulator:
     def _check_positions(self, batch: Batch) -> None:
         n = batch.samples
         for x, y in self.pairs:
+            calls = {edge: len(batch[edge].runs) for feature in (x, y) for edge in feature.edges}
+            if len(set(calls.values())) > 1:
+                told = ", ".join(f"{edge} {count}" for edge, count in calls.items())
+                raise GrowthError(
+                    f"layers were called in different numbers on a batch ({told}), so which of their calls belong "
+                    "together cannot be told. Call the whole model as often as needed, or once on all inputs together; "
+                    "if the number of calls follows from the batch, trace with such a batch."
+                )
             if x.count(batch) != y.count(batch):
                 raise BatchError(
                     f"layer {', '.join(x.edges)} has {x.count(batch) // n} positions in a sample of this batch, layer "
@@ -113,15 +174,21 @@ class MomentAccumulator:
 
     def moments(self, forward: bool) -> Moments:
         """The moments of all samples; ``forward`` tells whether the model's own forward ran on every batch."""
-        if self.samples < self.folds:
-            raise BatchError(f"there are {self.samples} samples for {self.folds} folds; give more samples, or folds=1.")
+        units, kind = (self.samples, "samples") if self.counts is None else (self.units, "groups of samples")
+        if units < self.folds:
+            raise BatchError(f"there are {units} {kind} for {self.folds} folds; give more {kind}, or folds=1.")
         if self.buffer:
             self._flush()
+        for scores, table in self.group_scores.items():  # a mean over groups, and the same over samples
+            rows = with_constant(table[:, :-1] * (units / self.samples), True)
+            add_product(self._sums_of(scores, scores, rows, rows)[0], rows, rows)
         for (x, y), sums in self.sums.items():
             if x == y:
                 complete(sums)
             _check_finite(x, y, sums)
-        counts = torch.tensor([len(range(fold, self.samples, self.folds)) for fold in range(self.folds)])
+        counts = self.counts
+        if counts is None:
+            counts = torch.tensor([len(range(fold, self.samples, self.folds)) for fold in range(self.folds)])
         positions: dict[Hashable, float] = {feature: rows / self.samples for feature, rows in self.positions.items()}
         return Moments(counts, dict(self.sums.items()), positions, self.resolution, self.loss / self.samples, forward)
 
@@ -141,7 +208,6 @@ def _product_type(*dtypes: torch.dtype) -> torch.dtype:
 
 def _checked_count(feature: Feature, batch: Batch) -> int:
     """The rows of a feature, which are as many for each sample."""
-    feature.check_sizes(batch)
     count, n = feature.count(batch), batch.samples
     captures = [batch[edge] for edge in feature.edges]
     if count % n or any(capture.is_image and len(capture.inputs) % n for capture in captures):

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from dagrow.axes import IndexMap
 from dagrow.errors import BatchError, GrowthError
 from dagrow.layers import EdgeRule, Geometry, LayerRule
+from dagrow.statistics._sample_layout import SampleLayout
 
 
 @dataclass
@@ -24,6 +25,9 @@ class Capture:
         version: of the input, when the layer read it; a change in place counts it up.
         input_gradient, output_gradient: where autograd finds them.
         input_goal, output_goal: minus the gradient of each sample's loss.
+        seen: whether a gradient of the loss arrives at its output; where the layer was called several times only.
+        runs: which of the layer's calls are joined here.
+        sample_dim: the dimension along which samples lay, before they came first.
     """
 
     module: torch.nn.Module
@@ -37,6 +41,9 @@ class Capture:
     output_goal: Tensor | None = None
     input_gradient: GradientEdge | None = None
     input_goal: Tensor | None = None
+    seen: bool = True
+    runs: tuple[int, ...] = (0,)
+    sample_dim: int = 0
 
     @property
     def edge_rule(self) -> EdgeRule:
@@ -104,7 +111,17 @@ class Capture:
     def _select(self, tensor: Tensor, channels: Tensor) -> Tensor:
         return tensor.index_select(self.rule.channel_dim(tensor.ndim), channels.to(tensor.device))
 
-    def subset(self, samples: slice, count: int) -> "Capture":
+    def arranged(self, layout: SampleLayout, n: int) -> "Capture":
+        """With the rows of each of n samples together, samples first."""
+        if layout.dim == 0 and layout.outer == 1:
+            return self
+        tensors = {"inputs": self.inputs, "output_goal": self.output_goal, "input_goal": self.input_goal}
+        ordered: dict[str, Any] = {k: layout.samples_first(t, n) for k, t in tensors.items() if t is not None}
+        shape = layout.samples_first(torch.empty(tuple(self.output_shape), device="meta"), n).shape
+        version = ordered["inputs"]._version if self.inputs._version == self.version else -1
+        return replace(self, version=version, output_shape=shape, sample_dim=layout.dim, **ordered)
+
+    def subset(self, samples: slice | Tensor, count: int) -> "Capture":
         """Some of ``count`` samples, each of which may be several entries of the first dimension."""
         if len(self.inputs) % count:
             raise BatchError(
@@ -126,7 +143,7 @@ class Capture:
 class _Subsets(dict[str, Capture]):
     """Captures of some samples, each cut out when it is first asked for."""
 
-    def __init__(self, captures: Mapping[str, Capture], samples: slice, count: int) -> None:
+    def __init__(self, captures: Mapping[str, Capture], samples: slice | Tensor, count: int) -> None:
         super().__init__()
         self.captures, self.samples, self.count = captures, samples, count
 
@@ -173,6 +190,10 @@ class Batch:
         captures, count = _Subsets(self.captures, samples, self.samples), len(range(self.samples)[samples])
         only = self.only if only is None else only
         return replace(self, captures=captures, samples=count, seen=self.seen + samples.start, only=only)
+
+    def of_fold(self, samples: Tensor, fold: int) -> "Batch":
+        """The samples with these indices ``[m]``, which are all of one fold."""
+        return Batch(_Subsets(self.captures, samples, self.samples), len(samples), folds=self.folds, only=fold)
 
     def by_fold(self, rows: "Callable[[Batch, int], Tensor]") -> Tensor:
         """Rows ``[n s, d]`` that depend on the fold of a sample, computed for each fold."""

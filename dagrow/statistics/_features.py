@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dagrow.errors import BatchError
+from dagrow.graph import PositionMap
 from dagrow.layers import Geometry, with_constant
 from dagrow.statistics._captures import Batch
-from dagrow.statistics._position_map import PositionMap
 
 
 class Feature(ABC):
@@ -72,11 +72,19 @@ class Feature(ABC):
         """
         for position_map in self.position_maps:
             for edge, expected in () if position_map.is_identity else position_map.grids.items():
-                sizes = batch.captures[edge].grid if edge in batch.captures else expected
-                if sizes != expected:
+                capture = batch.captures.get(edge)
+                if capture is None:
+                    continue
+                if capture.grid[max(0, len(capture.grid) - len(expected)) :] != expected:
                     raise BatchError(
-                        f"layer {edge} writes {_by(sizes)} positions for a batch, but {_by(expected)} for the "
+                        f"layer {edge} writes {_by(capture.grid)} positions for a batch, but {_by(expected)} for the "
                         "example that was traced; trace with such a batch."
+                    )
+                if position_map.dims.get(edge, 0) not in (None, capture.sample_dim):
+                    raise BatchError(
+                        f"samples lie along dimension {capture.sample_dim} of what layer {edge} writes, where channels "
+                        f"of the example that was traced arrive alike along dimension {position_map.dims[edge]}; trace "
+                        "with several samples, and as many positions as there are in the batches."
                     )
 
 

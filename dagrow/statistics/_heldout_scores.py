@@ -18,11 +18,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dagrow.graph import PositionMap
 from dagrow.layers import with_constant
 from dagrow.solvers import FoldFit, FoldSplit, MomentView, Regression, fan_out_fits, move_fits
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Derived, Feature, InputFeatures, OutputGoal, ResidualGoal, Stacked
-from dagrow.statistics._position_map import PositionMap
 from dagrow.statistics._shifted_features import TapFeatures
 
 

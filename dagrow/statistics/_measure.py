@@ -1,6 +1,9 @@
 """One pass over batches that gathers moments."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +15,18 @@ from dagrow.errors import GrowthError, LossError
 from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
+from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
+from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
+from dagrow.statistics._gradient_check import GradientCheck
+from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._objective import Objective
+from dagrow.statistics._sample_order import SampleOrder
+from dagrow.statistics._trials import Trial
+
+Place = tuple[str, str, int]  #: "input" or "output", the name of a layer, and which of its calls
 
 
 def measure(
@@ -32,7 +43,7 @@ def measure(
 
     What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes
     than the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that
-    does not depend on the model or is not finite (LossError).
+    does not depend on the model, is not finite, or takes weights by another way than layers' outputs (LossError).
 
     Args:
         dag: the model's.
@@ -50,28 +61,47 @@ def measure(
     """
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
     objective.probe()
+    order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
     hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
-    with preserve_state(objective.model), hooks, torch.inference_mode(False), torch.enable_grad():
+    check = GradientCheck(dag, objective, hooks, sums.pairs)
+    with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
         objective.model.train(objective.mode == "train")
         if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
             for parameter in objective.model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         for batch, n in objective:
+            units = groups.of(batch, n)
+            with hooks.paused():
+                order.start(objective, batch, n, units)
+            check.begin()
             with ForwardProbe(objective.model) as probe:
                 loss = objective.value(batch)
             forward = forward and probe.ran
             with objective.noting(batch):
-                captures = hooks.captures(loss, -objective.scale(n) * n)
+                calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
             value = float(loss.detach()) * objective.scale(n) * n
             del loss  # with all that its graph holds
-            sums.add(Batch(captures, n, seen, folds), value)
-            del captures
+            check.end(batch, calls, n, -objective.scale(n) * n)
+            views = joined_calls(calls)
+            with hooks.paused():
+                views = [order.arranged(view, objective, batch, n, units) for view in views]
+            sums.add([Batch(view, n, seen, folds) for view in views], value, units)
+            del calls, views
             seen += n
+    objective.others.complete = True
+    groups.check_all_read()
     return sums.moments(forward)
 
 
 class CaptureHooks(LayerHooks):
-    """Keeps what layers read, and finds the goals there and at what they write."""
+    """Keeps what layers read, and finds the goals there and at what they write.
+
+    Attributes:
+        goals, input_goals: layers at whose outputs and inputs goals are found.
+        weights: parameters whose gradients are found beside them.
+        weight_gradients: those of the last batch.
+        trial: what is done instead, while a batch is tried.
+    """
 
     def __init__(
         self, dag: Dag, features: Iterable[Feature], read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]
@@ -79,84 +109,165 @@ class CaptureHooks(LayerHooks):
         features = list(features)
         layers = [dag.layer(name) for name in sorted({edge for feature in features for edge in feature.edges})]
         super().__init__(dag.model, layers, self._capture)
+        self.model = dag.model
         self.goals = {edge for feature in features for edge in feature.goals}
         self.input_goals = {edge for feature in features for edge in feature.input_goals}
+        self.weights: Sequence[Tensor] = ()
+        self.weight_gradients: Sequence[Tensor | None] = ()
+        self.trial: Trial | None = None
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
-        self._captures: dict[str, Capture] = {}
+        self._calls: dict[str, list[Capture]] = defaultdict(list)
+        self._is_paused = self._several = False
+        self._hidden = False  #: whether a layer ran without a graph
+        self._depends = False  #: whether the loss depends on weights, whatever reaches the goals
+        self._runs_again: bool | None = None  #: whether layers run in the backward pass too; not known before one
+        self._arrived: dict[Place, Tensor] | None = None  #: gradients in a backward pass, while it runs
 
     def remove(self) -> None:
         super().remove()
-        self._captures = {}
+        self._calls.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is kept inside."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def _capture(self, name: str, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if name in self._captures:
-            raise GrowthError(
-                f"{name} ran twice on a batch, but once when the model was traced. Call the model once in a step; "
-                "if the model calls it more often for more samples, as where it cuts a batch into chunks, give batches "
-                "as small as the example; if the model itself has changed, trace it again."
+        if self._is_paused:
+            return None
+        if self.trial is not None:
+            return self.trial(name, output)
+        if self._arrived is not None:
+            self._watch_again(name, inputs, output)
+            return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            raise LossError(
+                f"the loss or step runs {name} inside a transform of torch.func (vmap, grad, jvp, ...), where tensors "
+                "exist for its time alone. Call the model itself, on a whole batch: model(inputs)."
             )
         detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
         capture = Capture(*self._layers[name], detached, detached._version, output.shape)
-        self._captures[name] = capture
-        if name in self.input_goals and inputs.requires_grad:
-            capture.input_gradient = get_gradient_edge(inputs)
-        if name not in self.goals:
-            return None
+        call = len(self._calls[name])
+        self._calls[name].append(capture)
+        self._hidden = self._hidden or not torch.is_grad_enabled()
+        edges = self._edges(name, call, inputs, output)
+        capture.input_gradient = edges.get(("input", name, call))
+        capture.output_gradient = edges.get(("output", name, call))
         if output.requires_grad:
-            capture.output_gradient = get_gradient_edge(output)
+            return None
+        if name not in self.goals:
             return None
         leaf = output.detach().requires_grad_()
         capture.output_gradient = get_gradient_edge(leaf)
         return leaf.clone()  # what follows may work in place, which leaves do not allow
 
-    def captures(self, loss: Tensor, scale: float) -> dict[str, Capture]:
+    def _watch_again(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """A layer that runs once more, in the backward pass."""
+        if self._several:
+            raise LossError(
+                f"the model runs {name} again in the backward pass (a checkpoint with use_reentrant=True), and was "
+                "called several times in the step, so which call runs again cannot be told. Let it call "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        self._watch(self._edges(name, 0, inputs, output))
+
+    def _edges(self, name: str, call: int, inputs: Tensor, output: Tensor) -> dict[Place, GradientEdge]:
+        """Where autograd finds the gradients that goals are made of, and those that tell what the loss sees."""
+        places = {"input": (inputs, name in self.input_goals), "output": (output, True)}
+        return {
+            (kind, name, call): get_gradient_edge(tensor)
+            for kind, (tensor, wanted) in places.items()
+            if wanted and tensor.requires_grad
+        }
+
+    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
         """What the batch left, with its goals, which are found by one backward pass.
 
         Args:
             loss: of the batch.
             scale: from its gradient to the goals of single samples.
+            ran: whether the model's own forward ran.
 
         Returns:
-            Layer -> what was left there.
+            Layer -> what each of its calls left there.
 
         Raises:
             GrowthError: some layers did not run.
             LossError: none of them ran.
         """
-        missing = set(self._layers) - set(self._captures)
-        if missing and not self._captures:
+        missing = set(self._layers) - set(self._calls)
+        if missing and not self._calls and not ran:
             raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "
                 "the model takes another way than when it was traced."
             )
-        captures, self._captures = self._captures, {}
-        outputs = [captures[name] for name in sorted(self.goals)]
-        inputs = [captures[name] for name in sorted(self.input_goals)]
-        reached = [capture for capture in inputs if capture.input_gradient is not None]
-        ends = [*(capture.output_gradient for capture in outputs), *(capture.input_gradient for capture in reached)]
-        gradients = _gradients(loss, [end for end in ends if end is not None])
-        for capture, gradient in zip(outputs, gradients, strict=False):
-            goal = capture.inputs.new_zeros(capture.output_shape) if gradient is None else gradient.detach() * scale
-            capture.output_goal = goal
-        for capture in inputs:  # unless a gradient arrives
-            capture.input_goal = torch.zeros_like(capture.inputs)
-        for capture, gradient in zip(reached, gradients[len(outputs) :], strict=True):
-            if gradient is not None:
-                capture.input_goal = gradient.detach() * scale
-        return captures
+        calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
+        self._several = any(len(captures) > 1 for captures in calls.values())  # those count that the loss sees
+        wanted = bool(self.goals or self.input_goals)
+        if not (wanted or self._several):
+            return calls
+        gradients = self._gradients(loss, calls, calls if self._several else self.goals)
+        self._depends = self._depends or any(gradient is not None for gradient in self.weight_gradients)
+        if wanted and not (gradients or self._depends):
+            raise LossError(
+                "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
+                "output, without detach(), item() or torch.no_grad()."
+            )
+        for name, captures in calls.items():
+            for call, capture in enumerate(captures):
+                capture.output_gradient = capture.input_gradient = None  # nor does it hold on to the graph
+                at_output, at_input = (gradients.get((kind, name, call)) for kind in ("output", "input"))
+                capture.seen = at_output is not None
+                if self._several or name in self.goals:
+                    zero = capture.inputs.new_zeros(capture.output_shape)
+                    capture.output_goal = zero if at_output is None else at_output.detach() * scale
+                if name in self.input_goals:
+                    zero = torch.zeros_like(capture.inputs)
+                    capture.input_goal = zero if at_input is None else at_input.detach() * scale
+        return calls
 
+    def _gradients(
+        self, loss: Tensor, calls: Mapping[str, Sequence[Capture]], outputs: Iterable[str]
+    ) -> dict[Place, Tensor]:
+        """Those that arrive; notes those of weights. Layers that run again meanwhile leave nothing else."""
+        ends = {
+            ("input", name, call): capture.input_gradient
+            for name in sorted(self.input_goals)
+            for call, capture in enumerate(calls[name])
+        }
+        ends |= {
+            ("output", name, call): capture.output_gradient
+            for name in sorted(outputs)
+            for call, capture in enumerate(calls[name])
+        }
+        edges = {place: edge for place, edge in ends.items() if edge is not None}
+        if self._runs_again is None:
+            self._runs_again = runs_again(loss, self._hidden)
+        self._arrived = {}
+        try:
+            if self._runs_again:
+                self._watch(edges)
+                run_backward(loss, self.model)
+                self.weight_gradients = [weight.grad for weight in self.weights]
+                self.model.zero_grad(set_to_none=True)
+            else:
+                found = gradients_at(loss, [*edges.values()], self.weights)
+                self.weight_gradients = found[len(edges) :]
+                arrived = zip(edges, found, strict=False)
+                self._arrived = {place: gradient for place, gradient in arrived if gradient is not None}
+            return self._arrived
+        finally:
+            self._arrived = None
 
-def _gradients(loss: Tensor, ends: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-    if not ends:
-        return ()
-    gradients = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else ()
-    if all(gradient is None for gradient in gradients):
-        raise LossError(
-            "the loss does not depend on the model: no gradient reaches its layers. Compute it from the model's "
-            "output, without detach(), item() or torch.no_grad()."
-        )
-    return gradients
+    def _watch(self, edges: Mapping[Place, GradientEdge]) -> None:
+        assert self._arrived is not None
+        for place, edge in edges.items():
+            watch(edge, partial(self._arrived.__setitem__, place))

@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dagrow._model_state import ModelState, all_or_nothing, drawn_so_far, preserve_state, seed_everything
+from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, seed_everything
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
@@ -27,7 +27,9 @@ from dagrow.statistics._batches import (
     numbered,
     sample_count,
 )
+from dagrow.statistics._findings import Findings
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
+from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, supervised
 
@@ -62,6 +64,8 @@ class Objective:
         groups: what samples go into one fold, or None.
         max_batches: how many batches are read at most, or None.
         progress: whether a progress bar may show.
+        findings: how the loss depends on weights, as far as layers have been measured.
+        others: modules that the loss or the step runs beside the model.
 
     Raises:
         BatchError: the batches cannot be read, or not twice.
@@ -91,10 +95,11 @@ class Objective:
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
         self._shared = _Shared(seed, options.get("reduction"))
-        self._place, self._probed = Place(), False
-        self._others = True  # whether anything is drawn from the generators of numpy or Python, as far as is known
+        self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
+        self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
         self._seeded: tuple[int, ...] = (0,)
+        self.findings = Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -121,7 +126,7 @@ class Objective:
         return self._like(other)
 
     def _like(self, other: "Objective") -> "Objective":
-        other._shared = self._shared
+        other._shared, other.others.modules = self._shared, list(self.others.modules)
         return other
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
@@ -200,7 +205,7 @@ class Objective:
 
     def _seed(self, *numbers: int) -> None:
         self._seeded = numbers
-        seed_everything(crc32(repr(numbers).encode()), others=self._others)
+        seed_everything(crc32(repr(numbers).encode()), others=self._seeds_all)
 
     def value(self, batch: object) -> Tensor:
         """The user's own scalar for the batch that was read last. Inside :func:`preserve_state`.
@@ -300,7 +305,7 @@ class Objective:
     def probe(self) -> None:
         """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
         if not self._probed:
-            with preserve_state(self.model, weights=True), torch.no_grad():
+            with preserve_state(self.model, self.others, weights=True), torch.no_grad():
                 self.model.eval()
                 self._shared.reduction = self._probe_reduction()
             self._probed = True
@@ -326,20 +331,20 @@ class Objective:
 
     def _checked_value(self, batch: object, recording: Recording) -> float:
         """The loss of a batch, which is a function of it and of the model, and changes neither."""
-        state, others = ModelState(self.model), self._draws_others()
+        read = self._draws_others()
         versions = [parameter._version for parameter in self.model.parameters()]
-        with recording.recorded():
+        with preserve_state(self.model, self.others), recording.recorded():
             value = self._first_value(batch, recording)
+            drawn = read or self._draws_others()
+        if not self._place.number:
+            self._seeds_all = drawn
         if versions != [parameter._version for parameter in self.model.parameters()]:
             raise LossError(
                 "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
                 "leaves backward() and optimizer.step() to the training loop."
             )
-        if not self._place.number:
-            self._others = others or self._draws_others()
-        state.restore()
-        again = self.value(batch)
-        state.restore()
+        with preserve_state(self.model, self.others):
+            again = self.value(batch)
         allowed = torch.finfo(value.dtype).eps ** 0.5 if value.is_floating_point() else 0.0
         if abs(float(again) - float(value)) > allowed * abs(float(value)):
             raise LossError(
@@ -385,9 +390,10 @@ class Objective:
     def _mean(self) -> float:
         self.probe()
         total, count = 0.0, 0
-        with preserve_state(self.model), torch.no_grad():
+        with preserve_state(self.model, self.others), torch.no_grad():
             self.model.train(self.mode == "train")
             for batch, n in self:
                 total += float(self.value(batch)) * self.scale(n) * n
                 count += n
+        self.others.complete = True
         return total / count

@@ -113,8 +113,8 @@ class ReductionProbe:
             if found is None or found.reduction is not None:
                 return found
             replays.append(found)
-        sure = [finding for finding in replays if finding.sure]
-        return sure[0] if sure else self._tried(self._compare_losses)
+        whole = replays[-1]  # where several entries may be one sample's, their order is unknown
+        return whole if whole.sure else self._tried(self._compare_losses)
 
     def _tried(self, compare: Callable[[], Finding | None]) -> Finding | None:
         """A finding, also where the loss takes no such batch. An exception for another reason is the user's own."""

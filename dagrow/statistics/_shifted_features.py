@@ -1,18 +1,22 @@
 """Features that arrive elsewhere than where they are written: moved, pulled back, or read under a kernel's taps."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional
 
+from dagrow.graph import PositionMap
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Derived, Feature, OutputGoal, ResidualGoal, Wrapped
-from dagrow.statistics._position_map import PositionMap
 
 
 class _AtCells(Derived):
-    """A feature with a row for each cell of a position map."""
+    """A feature with a row for each cell of a position map, for each of the items that a sample consists of.
+
+    The model takes one item a sample when it is traced; a step may send it several, such as the parts of a triplet.
+    """
 
     position_map: PositionMap
 
@@ -21,7 +25,12 @@ class _AtCells(Derived):
         return (self.position_map,)
 
     def count(self, batch: Batch) -> int:
-        return batch.samples * len(self.position_map.cells)
+        return self.sources[0].count(batch) // self._positions * len(self.position_map.cells)
+
+    @property
+    @abstractmethod
+    def _positions(self) -> int:
+        """Rows of its source for each item."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +47,13 @@ class MovedFeatures(_AtCells, Wrapped):
 
     position_map: PositionMap
 
+    @property
+    def _positions(self) -> int:
+        return self.position_map.positions
+
     def rows(self, batch: Batch) -> Tensor:
         source, position_map = self.source.rows(batch), self.position_map
-        source = source.view(batch.samples, -1, source.shape[1])
+        source = source.view(-1, position_map.positions, source.shape[1])
         cells = source
         if not position_map.is_whole:
             by_position = source.movedim(0, 1).flatten(1)
@@ -68,9 +81,13 @@ class PulledGoal(_AtCells):
     def sources(self) -> Sequence[Feature]:
         return (self.goal,)
 
+    @property
+    def _positions(self) -> int:
+        return len(self.position_map.index)
+
     def rows(self, batch: Batch) -> Tensor:
         goals, position_map = self.goal.rows(batch), self.position_map
-        goals = goals.view(batch.samples, -1, goals.shape[1])
+        goals = goals.view(-1, len(position_map.index), goals.shape[1])
         cells = goals.new_zeros(len(goals), len(position_map.cells), position_map.slots, goals.shape[2])
         for slot, cell in enumerate(position_map.index.T):
             is_read = cell >= 0
@@ -105,12 +122,16 @@ class TapFeatures(Wrapped):
         return batch[self.consumer].positions
 
     def cells(self, batch: Batch) -> Tensor:
-        """What the combinations are at each cell ``[n, cells, q]``."""
+        """What the combinations are at each cell of each item ``[items, cells, q]``."""
         q, channels = self.basis.shape[1], self.position_map.channels
         basis = self.basis.view(channels, -1, q).movedim(0, 1).flatten(1)
-        return self.position_map.mean_of(self.source.projected(batch, basis).view(batch.samples, -1, channels * q))
+        return self.position_map.mean_of(
+            self.source.projected(batch, basis).view(-1, self.position_map.positions, channels * q)
+        )
 
     def rows(self, batch: Batch) -> Tensor:
+        if self.position_map.is_identity:  # however many rows there are
+            return self.source.projected(batch, self.basis)
         padded = functional.pad(self.cells(batch), (0, 0, 0, 1))  # NO_CHANNEL reads the last, which is zero
         return padded[:, self.position_map.index].transpose(2, 3).flatten(2).flatten(0, 1)
 

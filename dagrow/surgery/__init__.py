@@ -31,6 +31,7 @@ from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
 from dagrow.surgery._loss_check import check_preserved, check_unchanged
 from dagrow.surgery._new_layers import NewPath, dependent, zeroed
 from dagrow.surgery._optimizers import Optimizers, check_optimizer, check_steps, sequence_of
+from dagrow.surgery._penalties import completed
 from dagrow.surgery._store import load, save
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "check_preserved",
     "check_steps",
     "check_unchanged",
+    "completed",
     "cost_of",
     "dependent",
     "disjoint",

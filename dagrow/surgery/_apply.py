@@ -12,26 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dagrow._model_state import ModelState, all_or_nothing, restoring
+from dagrow._model_state import ModelState, all_or_nothing, replaced, restoring
 from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag, check_owners
 from dagrow.surgery._draft import Change, pad
 from dagrow.surgery._function_check import difference
 from dagrow.surgery._new_layers import NewPath, attach, detach
+from dagrow.surgery._optimizer_groups import adopt, log_added, log_removed, refuse_new, regroup
 from dagrow.surgery._optimizers import (
     Optimizers,
-    adopt,
     carry,
     first_entries,
-    log_added,
     log_growth,
-    log_removed,
     log_undo,
-    refuse_new,
-    regroup,
     sequence_of,
     settle,
+    watch_steps,
 )
 from dagrow.tracing import tensor_at
 
@@ -53,26 +50,6 @@ def preview(dag: Dag, change: Change, tensors: Mapping[str, Tensor] | None = Non
         structure.write(grown_class)
         with replaced(dag.model, tensors or {}):
             yield
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, tensors stand where the model's own of these names do; nothing is written into those."""
-    originals: list[tuple[dict[str, Any], str, Tensor]] = []
-
-    def restore() -> None:
-        for holder, leaf, tensor in reversed(originals):
-            holder[leaf] = tensor
-
-    with restoring(restore):
-        for name, tensor in tensors.items():
-            path, _, leaf = name.removeprefix(".").rpartition(".")
-            module = model.get_submodule(path)
-            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-            holder = next(holder for holder in holders if leaf in holder)
-            originals.append((holder, leaf, holder[leaf]))
-            holder[leaf] = tensor
-        yield
 
 
 class _Structure:
@@ -140,8 +117,12 @@ class _OldTensor:
 
 
 def _resize(tensor: Tensor, values: Tensor) -> None:
-    """Gives a tensor another storage and shape; it stays the same object."""
+    """Gives a tensor another storage and shape; it stays the same object, in the same kind of memory."""
     tensor.grad = None
+    if tensor.device.type == "cpu" and tensor.is_shared():
+        values = values.share_memory_()
+    elif tensor.is_pinned():
+        values = values.pin_memory()
     tensor.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
 
 
@@ -159,6 +140,7 @@ class Overwritten:
 
     def write(self, tensors: Mapping[str, Tensor], kind: type[nn.Module]) -> None:
         """Puts grown tensors, new layers and the forward in place."""
+        watch_steps()
         self._add(tensors)
         with torch.no_grad():
             for name, old in self.tensors.items():
@@ -311,13 +293,12 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
     kind, tensors = change.kind(dag.model), change.at(start, gamma)
     undo = UndoRecord(dag, change, optimizer, kind)
     growing = {old.tensor: tensors[name] for name, old in undo.overwritten.tensors.items() if old.index_maps}
-    for one in undo.optimizers:
-        first_entries(one, growing)
+    first = [first_entries(one, growing) for one in undo.optimizers]
     refuse_new(undo.optimizers, change.added, dag.model)
     with all_or_nothing(undo.restore):
         undo.overwritten.write(tensors, kind)
-        for one in undo.optimizers:
-            carry(one)
+        for one, entries in zip(undo.optimizers, first, strict=True):
+            carry(one, entries)
         adopt(undo.optimizers, undo.overwritten.added, dag.model)
         dag.add_growth(undo)
     return undo

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan
+from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan, changed_attributes
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
 from dagrow.layers import LayerSite
@@ -48,6 +48,11 @@ class Change:
     def added(self) -> dict[str, Tensor]:
         """Parameters that the model has not got yet, at gamma = 0."""
         return parameters_of(self.new_paths)
+
+    @property
+    def shared_sizes(self) -> list[str]:
+        """Numbers that modules state, which become others at some of their uses only."""
+        return sorted({f"{path}.{name}".removeprefix(".") for path, name, _ in changed_attributes(self.literals)})
 
     @property
     def notes(self) -> tuple[str, ...]:

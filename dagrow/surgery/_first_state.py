@@ -49,11 +49,13 @@ class FirstState:
         tensors: of its shape, by their places in its state.
         others: the shapes of tensors that do not have its shape.
         failure: what the twin's step raised, if it did.
+        constructed: whether it only steps with what its constructor puts down.
     """
 
     tensors: Mapping[Path, Tensor]
     others: Mapping[Path, torch.Size]
     failure: Exception | None
+    constructed: bool = False
 
 
 def first_state(
@@ -137,7 +139,7 @@ def _learn(
         elif bool(after.isfinite().all()):
             tensors[path] = after[corner]
     others = {path: after.shape for path, after in at_zero.after.items() if after.shape != zero.shape}
-    return FirstState(tensors, others, at_zero.failure)
+    return FirstState(tensors, others, at_zero.failure, constructed)
 
 
 def _share(at_weight: Tensor | None, at_zero: Tensor, weight: Tensor) -> float:

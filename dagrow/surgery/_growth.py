@@ -47,7 +47,7 @@ class Growth(Printable):
         heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
             folds.
         heldout_error: its standard error over samples.
-        samples: how many the held-out gain was measured on; 0 without folds.
+        samples: how many the held-out gain was measured on, or groups of samples; 0 without folds.
         z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
         p_value: the probability that by chance alone any of the places that were looked at in the same call came to so
             large a z; None where nobody asked: without folds, where ``AddNeurons`` was given k, and where nothing is
@@ -238,6 +238,7 @@ class Receipt(Printable):
         gain: the predicted gain.
         parameters: name -> for each dimension that grew the positions of the new entries.
         growth: the growth that was applied; None for several in a row, and for none.
+        left_out: places that failed meanwhile, each with the reason.
         note: on how the amplitude was chosen, where it had to be bounded.
     """
 
@@ -251,6 +252,7 @@ class Receipt(Printable):
     growth: Growth | None = field(default=None, repr=False)
     _undo: UndoRecord | None = field(default=None, repr=False)
     _parts: tuple["Receipt", ...] = field(default=(), repr=False)
+    left_out: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -307,6 +309,9 @@ class Receipt(Printable):
         LOG.info("undone: %s", self.where)
 
     def __str__(self) -> str:
+        return "\n".join([self._applied(), *(f"Left out: {note}" for note in self.left_out)])
+
+    def _applied(self) -> str:
         if self._parts:
             return "\n".join(map(str, self._parts))
         if not self.where:

@@ -1,16 +1,18 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dagrow._comparison import close, jittered, rounding_between
-from dagrow._model_state import preserve_state
+from dagrow._model_state import preserve_state, replaced
+from dagrow._pytree import leaves
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
-from dagrow.statistics import Objective
-from dagrow.surgery._apply import preview, replaced
+from dagrow.statistics import ForwardProbe, Objective
+from dagrow.surgery._apply import preview
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
 
@@ -31,8 +33,8 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
     if not same:
         raise GrowthError(
             f"the model computes something else when {where} is wider, although nothing reads the new channels: loss "
-            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it; leave the "
-            "axis out with axes=."
+            f"{before:.9g} becomes {after:.9g}. Its forward uses the width where its graph does not show it, or a step "
+            "that does not call the model itself reads hidden activations or weights; leave the axis out with axes=."
         )
 
 
@@ -46,14 +48,15 @@ def check_unchanged(growth: Growth) -> None:
     if not same:
         raise GrowthError(
             f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
-            "on the way to the consumers a zero does not stay zero, which this init needs. Use another init, or leave "
-            "the axis out with axes=."
+            "on the way to the consumers a zero does not stay zero, which this init needs, or a step that does not "
+            "call the model itself reads hidden activations or weights. Use another init, or leave the axis out with "
+            "axes=."
         )
 
 
 def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
     """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
-    with preserve_state(objective.model), torch.no_grad():
+    with preserve_state(objective.model, objective.others), torch.no_grad():
         objective.model.eval()
         batch = next(iter(objective))[0]
         before = objective.value(batch)
@@ -63,7 +66,28 @@ def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tup
         same = close(before, after, allowed)
         if not same:
             same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
+        if not same:  # the model's outputs decide: a loss may take weights by themselves, as a penalty does
+            outputs = _outputs(objective, batch)
+            with preview(dag, change, change.tensors(dag.model, gamma)):
+                same = bool(outputs) and _alike(outputs, _outputs(objective, batch))
     return float(before), float(after), same
+
+
+def _outputs(objective: Objective, batch: object) -> list[Any]:
+    """What the model's own forward gives, each time that the loss of a batch runs it."""
+    outputs: list[Any] = []
+
+    def kept(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    with ForwardProbe(objective.model, kept):
+        objective.value(batch)
+    return [leaf for _, leaf in leaves(outputs)]
+
+
+def _alike(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    return len(before) == len(after) and all(map(close, before, after))
 
 
 def _jittered_losses(dag: Dag, objective: Objective, batch: object) -> Iterator[Tensor]:

@@ -3,16 +3,12 @@
 State that an optimizer keeps for an earlier version of a parameter is brought to the present one: old entries
 bit-equal, new ones as the optimizer would begin with them. An optimizer that nobody passed is brought along just before
 its next step.
-
-New parameters of new layers are optimized along with one that was there: they join its group, and leave it again when
-the growth is undone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
-from warnings import warn
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -23,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from dagrow.axes import IndexMap
 from dagrow.errors import OptimizerError, first_line
-from dagrow.surgery._first_state import Path, constructed_state, first_state, objects_in, tensors_in
+from dagrow.surgery._first_state import Path, first_state, objects_in, tensors_in
 from dagrow.surgery._growth_log import GrowthLog, Resize, log_of, opened_log
+from dagrow.surgery._optimizer_groups import logged, parameters_of, regroup
 
 Optimizers = Optimizer | Sequence[Optimizer] | None  #: what users give
 #: optimizer -> its groups when its state was last brought along: it has others once other state is loaded
@@ -52,7 +49,6 @@ def log_growth(parameter: Tensor, index_maps: Sequence[IndexMap]) -> None:
     for index_map in index_maps:
         before[index_map.dim] = len(index_map.old)
     opened_log(parameter).add(Resize(torch.Size(before), parameter.shape, tuple(index_maps), False))
-    _watch_steps()
 
 
 def log_undo(parameter: Tensor, index_maps: Sequence[IndexMap]) -> None:
@@ -66,48 +62,8 @@ def log_undo(parameter: Tensor, index_maps: Sequence[IndexMap]) -> None:
     log.add(Resize(torch.Size(before), parameter.shape, tuple(index_maps), True))
 
 
-def log_added(parameter: Tensor, beside: Tensor, model: nn.Module) -> None:
-    """Notes that a parameter of a model is new, and which one it is optimized with."""
-    log, other = opened_log(parameter), opened_log(beside)
-    _forget(parameter, log)
-    log.beside, log.model = ref(beside), ref(model)
-    other.new.append(ref(parameter))
-    other.informed.clear()
-    _watch_steps()
-
-
-def log_removed(parameter: Tensor) -> None:
-    """Notes that a new parameter has just been taken out again. May run twice."""
-    log = opened_log(parameter)
-    _forget(parameter, log)
-    log.removed = True
-    log.informed.clear()
-
-
-def _forget(parameter: Tensor, log: GrowthLog) -> None:
-    """It is no longer optimized with another one."""
-    beside = None if log.beside is None else log.beside()
-    other = None if beside is None else log_of(beside)
-    if other is not None:
-        other.new = [new for new in other.new if new() is not None and new() is not parameter]
-    log.beside = None
-
-
-def new_beside(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(new parameter, the one that it is optimized with), oldest first, also of those that are new themselves."""
-    queue = list(parameters)
-    pairs: dict[int, tuple[GrowthLog, Tensor, Tensor]] = {}
-    for beside in queue:
-        log = log_of(beside)
-        for parameter in [new() for new in log.new] if log else ():
-            if parameter is not None and id(parameter) not in pairs:
-                pairs[id(parameter)] = opened_log(parameter), parameter, beside
-                queue.append(parameter)
-    return [(parameter, beside) for _, parameter, beside in sorted(pairs.values(), key=lambda pair: pair[0].since)]
-
-
 @cache
-def _watch_steps() -> None:
+def watch_steps() -> None:
     """From now on optimizers of what has grown are brought along before their next step.
 
     One hook without state, for good: torch goes through its hooks in every step, and where one is added or removed
@@ -117,8 +73,8 @@ def _watch_steps() -> None:
 
 
 def _bring_along(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
-    this, logged = ref(optimizer), list(_logged(optimizer))
-    if logged and (_is_loaded(optimizer) or any(this not in log.informed for _, log in logged)):
+    this, logs = ref(optimizer), [log for _, log in logged(optimizer)]
+    if logs and (_is_loaded(optimizer) or any(this not in log.informed for log in logs)):
         carry(optimizer)
 
 
@@ -127,90 +83,23 @@ def _is_loaded(optimizer: Optimizer) -> bool:
     return _groups.get(optimizer) is not optimizer.param_groups
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _logged(optimizer: Optimizer) -> Iterator[tuple[Tensor, GrowthLog]]:
-    """The optimizer's parameters to which something has happened."""
-    for parameter in _parameters(optimizer):
-        log = log_of(parameter)
-        if log is not None:
-            yield parameter, log
-
-
-def adopt(optimizers: Sequence[Optimizer], new: Iterable[Tensor], model: nn.Module) -> None:
-    """New parameters that would be optimized with none of the optimizers', as beside a frozen layer, join one of them.
-
-    They join the first of the model's parameters that an optimizer has which takes them. No other optimizer takes them
-    then.
-    """
-    mine = {id(p): optimizer for optimizer in reversed(optimizers) for p in _parameters(optimizer)}
-    for parameter in new:
-        if id(parameter) not in mine:
-            besides = (p for p in model.parameters() if id(p) in mine and p is not parameter)
-            beside = next((p for p in besides if _takes(mine[id(p)], p, parameter)), None)
-            if beside is not None:
-                log_added(parameter, beside, model)
-    for optimizer in optimizers:
-        regroup(optimizer)
-
-
-def regroup(optimizer: Optimizer) -> None:
-    """New parameters join the group of those that they are optimized with; those that were taken out leave."""
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, beside in new_beside(_parameters(optimizer)):
-        group = groups.get(id(beside))
-        if id(parameter) in groups or group is None:
-            continue
-        if not _takes(optimizer, beside, parameter):
-            warn(f"{_refusal(optimizer, ['of shape ' + str(tuple(parameter.shape))])}", stacklevel=2)
-            continue
-        groups[id(parameter)] = group
-        _join(group, parameter, beside)
-        state = constructed_state(optimizer, beside, parameter)
-        if state:
-            optimizer.state[parameter] = state
-    for parameter in [parameter for parameter, log in _logged(optimizer) if log.removed]:
-        group = groups[id(parameter)]
-        at = next(index for index, other in enumerate(group["params"]) if other is parameter)
-        for entries in (group["params"], *([group["param_names"]] if "param_names" in group else ())):
-            del entries[at]
-        optimizer.state.pop(parameter, None)
-
-
-def _join(group: dict[str, Any], parameter: Tensor, beside: Tensor) -> None:
-    """A parameter gets the place in a group that it has in its model: files of state know it by its place."""
-    log, present = opened_log(parameter), {id(p): index for index, p in enumerate(group["params"])}
-    model = None if log.model is None else log.model()
-    named = [] if model is None else list(model.named_parameters())
-    order = [id(p) for _, p in named]
-    before = order[: order.index(id(parameter))] if id(parameter) in order else list(present)
-    at = 1 + max((present[p] for p in before if p in present), default=len(present) - 1)
-    group["params"].insert(at, parameter)
-    if "param_names" in group:
-        names = {id(p): name for name, p in named}
-        name, other = names.get(id(parameter), ""), names.get(id(beside), "")
-        group["param_names"].insert(at, group["param_names"][present[id(beside)]].removesuffix(other) + name)
-
-
-def _takes(optimizer: Optimizer, beside: Tensor, parameter: Tensor) -> bool:
-    """Whether an optimizer can step on a parameter that it did not have from the start."""
-    return not isinstance(optimizer, torch.optim.LBFGS) and first_state(optimizer, beside, parameter).failure is None
-
-
-def carry(optimizer: Optimizer) -> None:
+def carry(optimizer: Optimizer, known: Mapping[Tensor, Mapping[Path, Tensor]] | None = None) -> None:
     """Brings all state of an optimizer to its parameters' present shapes, and new parameters into its groups.
+
+    Args:
+        optimizer: is changed.
+        known: what :func:`first_entries` gave for some parameters already.
 
     Raises:
         OptimizerError: some state cannot follow; none has changed.
     """
     if _is_loaded(optimizer):
-        for _, log in _logged(optimizer):
+        for _, log in logged(optimizer):
             log.versions.pop(optimizer, None)
     regroup(optimizer)
-    behind = {parameter: log for parameter, log in _logged(optimizer) if log.is_behind(optimizer)}
-    first = first_entries(optimizer, {parameter: parameter.detach() for parameter in behind})
+    behind = {parameter: log for parameter, log in logged(optimizer) if log.is_behind(optimizer)}
+    first = dict(known or {})
+    first |= first_entries(optimizer, {p: p.detach() for p in behind if p not in first})
     states = {
         parameter: _brought(optimizer.state[parameter], log, log.versions.get(optimizer), first.get(parameter, {}))
         for parameter, log in behind.items()
@@ -219,7 +108,7 @@ def carry(optimizer: Optimizer) -> None:
     optimizer.state.update(states)
     settle(optimizer, behind)
     _groups[optimizer] = optimizer.param_groups
-    for _, log in _logged(optimizer):
+    for _, log in logged(optimizer):
         log.informed.add(ref(optimizer, log.informed.discard))
 
 
@@ -231,7 +120,7 @@ def settle(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
             log.versions[optimizer] = log.version
 
 
-def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dict[Tensor, dict[Path, Tensor]]:
+def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dict[Tensor, Mapping[Path, Tensor]]:
     """What the state of parameters starts with where they are new.
 
     Args:
@@ -244,13 +133,13 @@ def first_entries(optimizer: Optimizer, growing: Mapping[Tensor, Tensor]) -> dic
     Raises:
         OptimizerError: some state cannot follow.
     """
-    mine = {id(p) for p in _parameters(optimizer)}
+    mine = {id(p) for p in parameters_of(optimizer)}
     grown = {id(parameter): value for parameter, value in growing.items() if id(parameter) in mine}
     if not grown:
         return {}
     _refuse_tensors_of_its_own(optimizer, growing)
-    first = {}
-    for parameter in _parameters(optimizer):
+    first: dict[Tensor, Mapping[Path, Tensor]] = {}
+    for parameter in parameters_of(optimizer):
         grows = id(parameter) in grown
         entries = _first_entries(optimizer, parameter, grown[id(parameter)] if grows else parameter.detach(), grows)
         if grows:
@@ -305,42 +194,15 @@ def _refuse_tensors_of_its_own(optimizer: Optimizer, growing: Mapping[Tensor, Te
     others |= {str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     for group in optimizer.param_groups:
         others |= {name: value for name, value in group.items() if name != "params"}
-    shapes = {parameter.shape for parameter in growing}
     for name, value in others.items():
-        tensors = (
-            leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
-        )
-        if any(tensor.ndim and tensor.shape in shapes for tensor in tensors):
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim]
+        own = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+        if any(_has_been(parameter, tensor) for tensor in own for parameter in growing):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps tensors in {name!r} of the shape of a parameter that grows: nothing "
                 "says which of its parameters they are for. Make a new optimizer after the growth, or use one that "
                 "keeps them in its state."
             )
-
-
-def refuse_new(optimizers: Sequence[Optimizer], new: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Checks that one of the optimizers can take each new parameter.
-
-    Raises:
-        OptimizerError: none takes some of them.
-    """
-    besides = [(one, next((p for p in model.parameters() if _holds(one, p)), None)) for one in optimizers]
-    taking = [(one, beside) for one, beside in besides if beside is not None]
-    refused = [name for name, p in new.items() if not any(_takes(one, beside, p) for one, beside in taking)]
-    if refused and optimizers:
-        raise OptimizerError(_refusal(optimizers[0], refused))
-
-
-def _holds(optimizer: Optimizer, parameter: Tensor) -> bool:
-    return any(p is parameter for p in _parameters(optimizer))
-
-
-def _refusal(optimizer: Optimizer, names: Sequence[str]) -> str:
-    return (
-        f"{type(optimizer).__name__} cannot take the new parameters {', '.join(names)}: it keeps one state for all "
-        "parameters together, or takes matrices only. Leave optimizer= out and give them to another optimizer after "
-        "the growth, or make a new one."
-    )
 
 
 def check_optimizer(optimizer: Optimizers, model: nn.Module) -> None:
@@ -361,7 +223,7 @@ def check_optimizer(optimizer: Optimizers, model: nn.Module) -> None:
                 f"optimizer is a {type(one).__name__}; give a torch.optim.Optimizer or a list of them, or leave it "
                 "out: then its state is brought along at its next step."
             )
-        if not any(id(parameter) in known for parameter in _parameters(one)):
+        if not any(id(parameter) in known for parameter in parameters_of(one)):
             raise OptimizerError(
                 f"the {type(one).__name__} holds none of the parameters of the {type(model).__name__}; give the "
                 "one that trains this model, or leave it out."

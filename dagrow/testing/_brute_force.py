@@ -77,7 +77,8 @@ def targets_of(
     Returns:
         One for each target that the gain is of.
     """
-    dag, change, names = growth.dag, growth.change, list(growth.gain_from)
+    dag, change, layers = growth.dag, growth.change, {edge.name for edge in growth.dag.edges}
+    names = [name for name in growth.gain_from if name in layers]
     objective = Objective(dag.model, batches, loss, mode=mode)
     samples = sum(map(sample_count, batches))
     if change.new_paths:

@@ -13,7 +13,7 @@ from dagrow._model_state import preserve_state
 from dagrow.graph import Dag, trace
 from dagrow.growing import propose
 from dagrow.operators import Operator
-from dagrow.statistics import Loss
+from dagrow.statistics import Loss, Step
 from dagrow.surgery import Growth, preview
 from dagrow.tracing import bind
 
@@ -33,6 +33,8 @@ class Case:
         loss: a mean or a sum over samples.
         mode: the mode in which is measured.
         name: for messages; that of the model's class by default.
+        step: what growths are measured with instead of the loss, if it is given: slopes are its own. Laws that compute
+            goals themselves do so with the loss, and see no step.
     """
 
     model: nn.Module = field(repr=False)
@@ -40,6 +42,7 @@ class Case:
     loss: Loss = squared_error
     mode: str = "eval"
     name: str = ""
+    step: Step | None = field(default=None, repr=False)
 
     def copy(self) -> Dag:
         """Traces a copy of the model.
@@ -59,7 +62,12 @@ class Case:
         Returns:
             Growths, the largest gain first.
         """
-        return propose(dag, self.batches, self.loss, [operator], mode=self.mode)
+        loss = self.loss if self.step is None else None
+        return propose(dag, self.batches, loss, [operator], step=self.step, mode=self.mode)
+
+    def supervised(self) -> "Case":
+        """The same with the loss alone."""
+        return replace(self, step=None)
 
     def outputs(self, model: nn.Module, mode: str = "eval", tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Computes the outputs of all batches.

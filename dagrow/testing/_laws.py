@@ -81,6 +81,7 @@ def residual(operator: Operator, case: Case) -> None:
         operator: what is checked.
         case: what it is checked on.
     """
+    case = case.supervised()
     for growth in case.propose(_exact(operator), case.copy()):
         check_drop(growth, case)
 
@@ -109,6 +110,7 @@ def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
         case: what it is checked on.
         draws: how many random candidates of each size.
     """
+    case = case.supervised()
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -149,6 +151,7 @@ def additivity(operator: Operator, case: Case) -> None:
         operator: what is checked.
         case: what it is checked on.
     """
+    case = case.supervised()
     dag = case.copy()
     objective = Objective(dag.model, case.batches, case.loss)
     steps = [candidate.steps(objective) for candidate in operator.candidates(dag)]
@@ -182,6 +185,7 @@ def invariance(operator: Operator, case: Case) -> None:
         operator: what is checked.
         case: what it is checked on.
     """
+    case = case.supervised()
     dag = case.copy()
     first = _by_place(case.propose(operator, dag))
     if not all(growth.invariant for growth in first.values()):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dagrow.growing import grow
 from dagrow.operators import Operator
-from dagrow.statistics import Objective
 from dagrow.surgery import Growth, Receipt
 from dagrow.testing._cases import Case
 from dagrow.testing._snapshots_and_slopes import assert_close, is_picklable, same, snapshot
@@ -62,7 +61,7 @@ def _grows_as_predicted(growth: Growth, case: Case, optimizer: torch.optim.Optim
     dag, gamma = growth.dag, gentle(growth)
     widths, predicted = {axis.name: axis.width for axis in dag.axes}, growth.loss(gamma)
     receipt = growth.apply(gamma, optimizer=optimizer)
-    loss = Objective(dag.model, case.batches, case.loss, mode=case.mode).mean()
+    loss = growth.objective.mean()
     assert_close(loss, predicted, f"{growth} applied", rtol=1e-9, atol=1e-12)
     wider = {axis.name: axis.width - widths.get(axis.name, axis.width) for axis in dag.axes}
     wider = {name: more for name, more in wider.items() if more}

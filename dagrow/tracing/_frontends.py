@@ -213,7 +213,8 @@ def symbolic(model: nn.Module, closed: Closed = _never) -> Program:
     result = graph.output_node()
     count = itertools.count()
     result.meta["structure"] = mapped(lambda _: next(count), _thawed(result.args[0]))
-    program = Program(model, graph, constants, (), frozenset(uses.computed))
+    compared = tuple(uses.comparisons)
+    program = Program(model, graph, constants, (), frozenset(uses.computed), attribute_comparisons=compared)
     example = _example(model, graph)
     fake = FakeMode(allow_non_fake_inputs=True)
     with preserve_state(model, weights=True), fake, torch.no_grad(), explained(model, example):

@@ -63,7 +63,9 @@ class Comparison:
 
     def comes_out_otherwise(self, value: Callable[[Any], Any]) -> bool:
         """Whether it does with other values of its sides."""
-        return bool(COMPARISONS[self.sign](value(self.left), value(self.right))) is not self.holds
+        sides = value(self.left), value(self.right)
+        is_known = all(isinstance(side, (int, float)) for side in sides)
+        return is_known and bool(COMPARISONS[self.sign](*sides)) is not self.holds
 
     @property
     def nodes(self) -> Iterator[fx.Node]:

@@ -286,6 +286,15 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"its last bit, so that the tolerance is ten times that change{_listed(loosened)}",
         f"{with_axes} models with a growable axis ({with_axes / max(1, len(runs)):.1%})",
     ]
+    asked = [run for run in runs if "places" in run]
+    places, proposed, slopes, others = (
+        sum(run.get(key, 0) for run in asked) for key in ("places", "proposed", "slopes", "zero_only")
+    )
+    lines.append(
+        f"{len(asked)} models asked for proposals: {proposed} of {places} axes and operators measured, put in place "
+        f"and taken back, {slopes} slopes equal to the gain; {others} axes take only new units that start at zero, or "
+        "copies"
+    )
     for kind, attention in (("convolutional and other", False), ("attention", True)):
         shares = [run["share"] for run in known if run["attention"] is attention]
         if shares:
@@ -314,6 +323,7 @@ def document(runs: Sequence[Mapping[str, Any]]) -> str:
         "axes",
         "growable",
         "exact",
+        "measured",
         "share",
         f"passes ({BATCH})",
         f"passes ({LARGER})",
@@ -327,16 +337,24 @@ def document(runs: Sequence[Mapping[str, Any]]) -> str:
             str(run.get("axes", "")),
             str(run.get("growable", "")),
             f"{run['exact']}/{run['tried']}" if "tried" in run else "",
+            f"{run['proposed']}/{run['places']}" if "places" in run else "",
             f"{run['share']:.2f}" if "share" in run else "",
             _number(run, f"passes{BATCH}"),
             _number(run, f"passes{LARGER}"),
-            run.get("error") or "; ".join(f"{axis}: {why}" for axis, why in run.get("failed", {}).items()) or _why(run),
+            run.get("error") or "; ".join(_failed(run)) or _why(run),
         ]
         for run in sorted(runs, key=lambda run: (run["suite"], run["name"]))
     ]
     versions = ", ".join(sorted({version for run in runs for version in run["versions"]}))
     items = "\n".join(f"- {line}" for line in summary(runs))
     return f"{items}\n\n{table(head, rows)}\n\nSources of the package: {versions}."
+
+
+def _failed(run: Mapping[str, Any]) -> list[str]:
+    """What did not grow exactly, and what was not measured."""
+    faults = {**run.get("failed", {}), **run.get("unproposed", {})}
+    not_proposed = [f"proposing {run['not_proposed']}"] if run.get("not_proposed") else []
+    return [f"{axis}: {why}" for axis, why in faults.items()] + not_proposed
 
 
 def _number(run: Mapping[str, Any], key: str) -> str:

@@ -25,6 +25,23 @@ def test_the_optimizer_grows_along() -> None:
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in dag.model.parameters())
 
 
+def test_several_optimizers_and_schedulers_train_and_grow_along() -> None:
+    dag = traced()
+    parts = [[p for p in dag.model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    optimizers = [torch.optim.Adam(part, lr=1e-2) for part in parts]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in optimizers]
+    before = [p.detach().clone() for part in parts for p in part]
+    history = dagrow.fit(dag, BATCHES, mse, TWO, epochs=1, optimizer=optimizers, scheduler=schedulers)
+    assert history.growths()
+    held = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert all(held[id(p)].state[p]["exp_avg"].shape == p.shape for p in dag.model.parameters())
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [5e-3, 5e-3]
+    pairs = zip((p for part in parts for p in part), before, strict=True)
+    assert not any(p.shape == found.shape and torch.equal(p, found) for p, found in pairs)
+    with pytest.raises(dagrow.DagrowError, match="another optimizer"):
+        dagrow.fit(dag, BATCHES, mse, TWO, epochs=1, optimizer=optimizers[0], scheduler=schedulers)
+
+
 def by_hand(dag: dagrow.Dag, epochs: int, grower: Grower | None, optimizer: torch.optim.Optimizer) -> None:
     for epoch in range(epochs):
         dag.model.train()

@@ -24,6 +24,8 @@ class Layer(nn.Module):
         self.stack = nn.Parameter(torch.randn(3, 5, 6))
         self.register_buffer("mask", torch.ones(6, 5))
         self.fake, self.use = torch.ao.quantization.FakeQuantize(), use
+        for name in {"weight", "other", "bias", "scale", "stack"} - set(use.__code__.co_names):  # that nothing reads
+            delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, x)
@@ -49,6 +51,11 @@ CASES: list[tuple[Callable[[Any, Tensor], Tensor], str]] = [
         lambda m, x: functional.conv1d(x[..., None], (m.weight - m.weight.mean(1, keepdim=True))[..., None])[..., 0],
         COMPUTED,
     ),
+    (
+        lambda m, x: functional.linear(x, m.weight, torch.cat([m.bias[:2], m.scale[2:]])),
+        "its bias is computed from 2.bias",
+    ),
+    (lambda m, x: functional.linear(x, m.weight, x.mean(0)[:1]), "its bias is computed from the input"),
     (lambda m, x: x @ (m.weight * m.mask).t(), f"{COMPUTED}, 2.mask"),
     (lambda m, x: torch.addmm(m.bias, x, (m.weight * m.mask).t()), f"{COMPUTED}, 2.mask"),
     (lambda m, x: torch.einsum("bi,oi->bo", x, m.weight * m.scale[:, None]), f"{COMPUTED}, 2.scale"),
@@ -76,6 +83,17 @@ def test_a_row_and_its_reason(use: Any, why: str) -> None:
     assert not any(axis.growable for axis in dag.axes)
     assert any(why in reason for reason in dag.coverage().reasons)
     assert sum(parameter.numel() for parameter in edge.parameters().values()) >= 30
+
+
+class Padded(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv1d(x, self.weight, self.bias, padding=x.shape[2] // 2)
+
+
+def test_a_convolution_whose_padding_follows_from_its_input() -> None:
+    dag = dagrow.trace(nn.Sequential(Padded(2, 4, 3), nn.ReLU(), Padded(4, 2, 3)), torch.randn(3, 2, 4))
+    assert dag.axis("0").reason == "operation conv1d has no rule where its settings are computed"
+    assert [edge.name for edge in dag.edges] == ["0", "2"]
 
 
 @pytest.mark.parametrize("use", [CASES[0][0], CASES[12][0]])

@@ -9,6 +9,7 @@ from images import Plan, built, kernels, plans
 from dagrow import AddNeurons
 from dagrow.errors import NoPlaceError
 from dagrow.statistics import Feature, Objective, PulledGoal, ResidualGoal, measure
+from dagrow.statistics._calls import joined_calls
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import LayerInputs
 from dagrow.statistics._measure import CaptureHooks
@@ -31,7 +32,7 @@ def captured(case, dag, pairs) -> Batch:
     objective.probe()
     with CaptureHooks(dag, {f for pair in pairs for f in pair}, {}, {}) as watch:
         batch, n = next(iter(objective))
-        captures = watch.captures(objective.value(batch), -1.0)
+        (captures,) = joined_calls(watch.captures(objective.value(batch), -1.0))
     return Batch(captures, n, seen=1, folds=3)
 
 

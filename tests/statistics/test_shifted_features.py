@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dagrow.axes import NO_CHANNEL
-from dagrow.statistics import MovedFeatures, PositionMap, PulledGoal, TapFeatures
+from dagrow.graph import PositionMap
+from dagrow.statistics import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
 

@@ -119,6 +119,74 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert model.b.weight.requires_grad
 
 
+def strides(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    tensors = ((p, p.grad, optimizer.state[p]["exp_avg"]) for p in model.parameters())
+    return [[t.stride() for t in each if t is not None] for each in tensors]
+
+
+def test_a_parameter_keeps_its_memory_format_and_so_do_gradient_and_state() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 2, 3)]
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x, y = torch.randn(6, 3, 8, 8).to(memory_format=torch.channels_last), torch.randn(6, 2, 4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    before = strides(model, optimizer)
+    dag = dagrow.trace(model, x)
+    operators = [dagrow.AddNeurons(k=k, axes=(axis,)) for k, axis in ((2, "0"), (1, "2"))]
+    receipts = [
+        dagrow.propose(dag, [(x, y)], functional.mse_loss, [op])[0].apply(0.1, optimizer=optimizer) for op in operators
+    ]
+    for layer in (model[0], model[2], model[4]):
+        for tensor in (layer.weight, layer.weight.grad, optimizer.state[layer.weight]["exp_avg"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+    for receipt in reversed(receipts):
+        receipt.undo()
+    assert strides(model, optimizer) == before
+
+
+def test_a_transposed_weight_stays_one() -> None:
+    model, _ = setting()
+    model.b.weight = nn.Parameter(torch.randn(3, 4).t())
+    grow(dagrow.trace(model, X), "b")
+    assert (model.b.weight.shape, model.b.weight.stride()) == ((6, 3), (1, 6))
+
+
+def test_growing_in_inference_mode_leaves_what_can_be_trained() -> None:
+    model, _ = setting()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        functional.mse_loss(model(X), Y).backward()
+        optimizer.step()
+
+    step()
+    with torch.inference_mode():
+        operators = [dagrow.AddNeurons(k=2, init="random"), dagrow.AddLayer(2)]
+        receipt = dagrow.grow(dagrow.trace(model, X), BATCHES, functional.mse_loss, operators, optimizer=optimizer)
+    step()
+    assert not any(p.is_inference() or p.grad.is_inference() for p in model.parameters())
+    with torch.inference_mode():
+        receipt.undo()
+    step()
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of one's own."""
+
+
+def test_a_parameter_keeps_its_class_and_attributes() -> None:
+    model, _ = setting()
+    model.a.weight = Marked(model.a.weight.detach())
+    model.a.weight.no_decay = True
+    grow(dagrow.trace(model, X))
+    assert type(model.a.weight) is Marked
+    assert model.a.weight.no_decay
+    assert model.a.weight.shape == (5, 5)
+
+
 def test_a_copied_model_grows_alone() -> None:
     model, dag = setting()
     grow(dag)

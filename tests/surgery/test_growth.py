@@ -74,6 +74,40 @@ def test_new_entries_of_a_copy_are_those_of_the_growth() -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_copy_follows_the_whole_growth(dtype: torch.dtype) -> None:
+    """Moves of old entries and new layers too: a copy of the model as it was becomes the model as it is."""
+    model, _ = setting()
+    model = model.to(dtype)
+    x, y = X.to(dtype), Y.to(dtype)
+    twin, frozen = copy.deepcopy(model).double(), copy.deepcopy(model).requires_grad_(False)
+    operators = [dagrow.MoveWeights(folds=1), AddNeurons(k=2, axes=("b",), folds=1), dagrow.AddLayer(2, folds=1)]
+    receipt = dagrow.grow(dagrow.trace(model, x), [(x, y)], functional.mse_loss, operators)
+    assert len(receipt.parts) == 3
+    for one in (twin, frozen):
+        receipt.carry(one)
+        assert one.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.allclose(one.state_dict()[name], value.to(one.state_dict()[name].dtype), rtol=1e-5, atol=1e-6)
+    assert {p.dtype for p in twin.parameters()} == {torch.float64}
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_an_average_moves_as_the_model_moves() -> None:
+    model, dag = setting()
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in average.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    before, found = state(average), {name: p.detach().clone() for name, p in model.named_parameters()}
+    receipt = dagrow.propose(dag, BATCHES, functional.mse_loss, [dagrow.MoveWeights(folds=1)])[0].apply(0.7)
+    receipt.carry(average)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, found[name])}
+    assert moved
+    for name, p in average.named_parameters():
+        assert torch.allclose(p - before[name][1], model.get_parameter(name) - found[name], atol=1e-6), name
+
+
 def test_a_copy_that_is_none_is_refused() -> None:
     model, dag = setting()
     twin, other = copy.deepcopy(model), nn.Linear(3, 3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimized import OPTIMIZERS, X, Y, grow, net, step, trained
+from optimized import BATCHES, OPTIMIZERS, X, Y, grow, net, step, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -86,6 +86,48 @@ def test_state_of_an_undone_growth_goes_with_it() -> None:
     momentum = optimizer.state[model[0].weight]["exp_avg"]
     assert torch.equal(momentum[:3], before["0.weight"]["exp_avg"][:3])
     assert not momentum[3:].any()
+
+
+def test_neurons_in_the_place_of_undone_ones_begin_anew() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    for passed in (True, False):
+        growth = dagrow.propose(dag, BATCHES, functional.mse_loss, [dagrow.AddNeurons(k=2, init="random")])[0]
+        receipt = growth.apply(0.5, **({"optimizer": optimizer} if passed else {}))
+        step(model, optimizer)
+        assert optimizer.state[model[0].weight]["exp_avg"][3:].all()
+        receipt.undo()
+        receipt = grow(dag)
+        gradless(model, optimizer)
+        assert not optimizer.state[model[0].weight]["exp_avg"][3:].any()
+        receipt.undo()
+
+
+def test_state_from_before_a_growth_is_brought_along_when_it_is_loaded_after_it() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["rprop"])
+    saved, before = copy.deepcopy(optimizer.state_dict()), states(model, optimizer)
+    receipts = [grow(dag, optimizer=optimizer)]
+    for _ in range(2):
+        step(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        gradless(model, optimizer)
+        for name, parameter in model.named_parameters():
+            found = expected(before[name]["step_size"], parameter.shape, 0.01)
+            assert torch.equal(optimizer.state[parameter]["step_size"], found)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        receipts.append(grow(dag, 1, optimizer=optimizer))
+        assert optimizer.state[model[0].weight]["step_size"].shape == model[0].weight.shape
+    for receipt in reversed(receipts):
+        receipt.undo()
+    step(model, optimizer)
+
+
+def test_state_of_other_parameters_is_refused_when_it_is_loaded() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    grow(dag, optimizer=optimizer)
+    other = torch.optim.Adam(reversed(list(model.parameters())))
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(OptimizerError, match="keeps 'exp_avg' of shape"):
+        gradless(model, other)
 
 
 def test_state_follows_an_undo_after_a_step() -> None:

@@ -44,16 +44,16 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     Returns:
         The directions, scaled; None if there are none that are worth it.
     """
-    place, scale = settings.place, (settings.place.measured, settings.place.measured)
+    place, scales = settings.place, settings.place.scales
     moved = {c.name: c for c in place.apart() if settings.project and place.reads(c) is not None}
     unmoved = [c for c in place.linear() if c.name not in moved]
     blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in unmoved}
     move_pairs = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
-    moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else [scale])])
+    moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else scales)])
     residuals = {name: _residual(settings, moments, consumer) for name, consumer in moved.items()}
     if moved:
         residual_blocks = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
-        moments = moments.joined((yield Needs([*_pairs(residual_blocks), scale])))
+        moments = moments.joined((yield Needs([*_pairs(residual_blocks), *scales])))
         blocks |= residual_blocks
     if not blocks:
         random = drawn(place, settings.k or OPEN, settings.seed)

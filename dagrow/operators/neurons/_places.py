@@ -8,19 +8,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dagrow.graph import Axis, Dag, Edge
-from dagrow.solvers import Compensation, Moments, Regression
+from dagrow.graph import Axis, Dag, Edge, PositionMap, per_channel
+from dagrow.solvers import Compensation, Moments, Pair, Regression
 from dagrow.statistics import (
     Feature,
     InputFeatures,
     MovedFeatures,
     OutputGoal,
-    PositionMap,
     PulledGoal,
     ResidualGoal,
     Stacked,
-    per_channel,
-    position_map,
 )
 
 
@@ -43,11 +40,14 @@ class Place:
     @cached_property
     def features(self) -> Feature:
         """``p``: what the producers read, one constant for all."""
-        parts = [
+        return self._parts[0] if len(self._parts) == 1 else Stacked(tuple(self._parts))
+
+    @cached_property
+    def _parts(self) -> list[InputFeatures]:
+        return [
             InputFeatures(edge.name, edge.bias and not any(e.bias for e in self.producers[:i]))
             for i, edge in enumerate(self.producers)
         ]
-        return parts[0] if len(parts) == 1 else Stacked(tuple(parts))
 
     @property
     def channels(self) -> int:
@@ -107,15 +107,29 @@ class Place:
         whole = [p for p in self.arriving.values() if isinstance(p, MovedFeatures) and p.position_map.is_whole]
         return whole[0] if whole and len(whole) == len(self.linear()) else self.features
 
+    @property
+    def scales(self) -> list[Pair]:
+        """The second moments that directions are scaled by: where linear theory reaches, of all that is read."""
+        return [(feature, feature) for feature in ([self.measured] if self.linear() else self._parts)]
+
     def scaled(self, alpha: Tensor, m: Moments) -> Tensor:
         """``alpha [p, k]`` with a mean square of 1, per position and channel, of what it makes of ``p``."""
+        if not self.linear():
+            return self._scaled_apart(alpha, m)
         features = self.measured
         p, positions = m[features, features], m.positions[features]
         if isinstance(features, MovedFeatures):
             positions *= float(features.position_map.weights.mean())
-        channels = alpha.to(p).view(-1, len(p), alpha.shape[1])
-        square = (channels * (p @ channels)).sum(1).mean(0) / positions
-        return alpha.to(p) * torch.where(square > 0, square, 1).rsqrt()
+        return alpha.to(p) * _inverse_scale(alpha.to(p).view(-1, len(p), alpha.shape[1]), p, positions)
+
+    def _scaled_apart(self, alpha: Tensor, m: Moments) -> Tensor:
+        """Each producer's part by itself, as they need not write the same positions; equal parts of the mean square."""
+        channels, start, parts = alpha.view(self.channels, -1, alpha.shape[1]), 0, []
+        for feature, (_, size) in zip(self._parts, self._sizes(), strict=True):
+            p, part = m[feature, feature], channels[:, start : start + size]
+            parts.append(part.to(p) * _inverse_scale(part.to(p), p, m.positions[feature] * len(self.producers)))
+            start += size
+        return torch.cat(parts, 1).view_as(alpha)
 
     def split_channels(self) -> "Place":
         """With a direction for each channel of a unit, if all arrive alike, each in slots of its own."""
@@ -146,11 +160,14 @@ class Place:
         return fans
 
 
-def places(dag: Dag, axis: Axis) -> list[Place]:
-    """The choices of producers for a new channel of an axis.
+def _inverse_scale(channels: Tensor, p: Tensor, positions: float) -> Tensor:
+    """One over that of what ``channels [channels, p, k]`` make of features ``[k]``; 1 where that is nothing."""
+    square = (channels * (p @ channels)).sum(1).mean(0) / positions
+    return torch.where(square > 0, square, 1).rsqrt()
 
-    On a residual stream producers write at different depths: a new channel is written by one of them, and the
-    others write zero. Producers whose output arrives everywhere in the same way write it together.
+
+def places(dag: Dag, axis: Axis) -> list[Place]:
+    """The choices of producers for a new channel of an axis, see :attr:`dagrow.graph.Axis.writings`.
 
     Args:
         dag: the dag that the axis is of.
@@ -160,13 +177,7 @@ def places(dag: Dag, axis: Axis) -> list[Place]:
         Places, in the order of their first producers.
     """
     axis = axis.measured
-    grouped: dict[tuple, list[tuple[Edge, dict[str, PositionMap | None]]]] = {}
-    for producer in axis.producers:
-        arrivals = {consumer.name: position_map(dag, axis, producer, consumer) for consumer in axis.consumers}
-        aligned = all(a is None or a.is_identity for a in arrivals.values())
-        key = tuple(None if a is None else a.positions for a in arrivals.values()) if aligned else (producer.name,)
-        grouped.setdefault(key, []).append((producer, arrivals))
-    return [Place(dag, axis, tuple(p for p, _ in group), group[0][1]) for group in grouped.values()]
+    return [Place(dag, axis, writing.producers, writing.arrivals) for writing in axis.writings]
 
 
 def unmeasured(axis: Axis) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def propose_along(
     Returns:
         The directions, scaled.
     """
-    moments = yield Needs([(place.measured, place.measured), *pairs])
+    moments = yield Needs([*place.scales, *pairs])
     return scaled(propose(moments, place), place, moments)
 
 

@@ -1,8 +1,9 @@
 """Where what a producer writes arrives at a consumer."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -10,9 +11,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from dagrow.axes import NO_CHANNEL
-from dagrow.graph import Axis, Dag, Edge
-from dagrow.statistics._position_tracker import MIXED, PositionTracker
+from dagrow.axes import NO_CHANNEL, AxisLayout
+from dagrow.graph._edges import Edge
+from dagrow.graph._position_tracker import MIXED, PositionTracker, Traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,10 @@ class PositionMap:
             the cell that is read, or NO_CHANNEL ``[positions', slots]``.
         positions: positions S of the producer.
         channels: the unit's channels R at the producer.
-        grids: producer and consumer -> the sizes of their outputs but for samples and channels, in the example.
+        grids: producer and consumer -> the last sizes of their outputs before channels, in the example: those of an
+            item.
+        dims: producer and consumer -> the dimension of what they write along which samples must lie, or None where
+            any will do. The positions are those of one item: of a sample of the example, or of a part of it.
         image: the sizes of the producer's output, if cells are all its positions in their order and the slots are
             the taps of the consumer's kernel on it; else None.
     """
@@ -36,6 +40,7 @@ class PositionMap:
     positions: int
     channels: int
     grids: Mapping[str, tuple[int, ...]]
+    dims: Mapping[str, int | None] = field(default_factory=dict)
     image: tuple[int, ...] | None = None
 
     @property
@@ -93,42 +98,122 @@ def _sparse(entries: Tensor, values: Tensor, *size: int) -> Tensor:
     return torch.sparse_coo_tensor(entries, values, size, check_invariants=False).coalesce()
 
 
-def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> PositionMap | None:
-    """Where a unit of the axis arrives.
+def position_maps(
+    dag: Traced, layout: AxisLayout, producer: Edge, consumers: Sequence[Edge]
+) -> tuple[dict[str, PositionMap | None], str | None]:
+    """Where a unit of an axis arrives.
 
     Args:
         dag: the model's.
-        axis: the axis that gets a new unit.
+        layout: of the axis that gets a new unit.
         producer: the edge that writes it.
-        consumer: the edge that reads it.
+        consumers: the edges that read it.
 
     Returns:
-        The map; None if the unit does not arrive, or not as means of what the producer writes.
+        Consumer -> the map; None if the unit does not arrive, or not as means of what the producer writes. And what it
+        meets on the way that is no mean, with the user's line, or None.
     """
-    tracker = PositionTracker(dag, axis, producer)
-    inputs = tracker.inputs_of(consumer)
+    tracker = PositionTracker(dag, layout, producer.name)
+    tracker.track()
+    return {consumer.name: _read_off(tracker, layout, producer, consumer) for consumer in consumers}, tracker.mixing
+
+
+def _read_off(tracker: PositionTracker, layout: AxisLayout, producer: Edge, consumer: Edge) -> PositionMap | None:
+    """The map, from the numbers that arrive at the consumer."""
+    inputs = tracker.inputs.get(consumer.name)
     if inputs is None:
         return None
-    columns = axis.layout.columns[consumer.name][0]
+    columns = layout.columns[consumer.name][0]
     inputs = inputs.index_select(consumer.rule.channel_dim(inputs.ndim), columns)
     shifted = (inputs + 1).double()  # a margin of zeros is NO_CHANNEL
     numbers = consumer.rule.features(consumer.module, shifted).long() - 1
-    n, channels = tracker.samples, axis.layout.rows[producer.name].shape[1]
-    if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()) or len(numbers) % n:
+    if bool((numbers == MIXED).any()) or bool((numbers == NO_CHANNEL).all()):
+        return None
+    find = partial(_of_items, tracker, producer, consumer, numbers)
+    before = tracker.written[: producer.rule.channel_dim(len(tracker.written) + 1)]
+    after = inputs.shape[: consumer.rule.channel_dim(inputs.ndim)]
+    found = find(Items.leading_in(tracker.samples, before, after))
+    if found is None or not found.is_identity:  # several items a sample, such as frames, or samples elsewhere
+        counts = {prod(sizes[:count]) for sizes in (before, after) for count in range(1, len(sizes) + 1)}
+        finer = sorted((n for n in counts if n > tracker.samples), reverse=True)
+        found = next(filter(None, (find(Items.leading_in(n, before, after)) for n in finer)), found)
+    if found is None:
+        pairs = itertools.product(enumerate(before), enumerate(after))
+        moved = (Items(n, (dim, other), None, after) for (dim, n), (other, size) in pairs if n == size > 1)
+        found = next(filter(None, map(find, moved)), None)
+    return None if found is None else _with_image(found, producer, consumer)
+
+
+@dataclass(frozen=True)
+class Items:
+    """What may arrive alike, each on its own.
+
+    Attributes:
+        n: how many.
+        dims: the dimensions, at the producer and at the consumer, along which they lie.
+        leading: how many dimensions, from the first on, they fill instead at the producer and at the consumer.
+        read: the sizes of what the consumer reads but for channels, where they do not.
+    """
+
+    n: int
+    dims: tuple[int, int] = (0, 0)
+    leading: tuple[int, int] | None = None
+    read: Sequence[int] = ()
+
+    @classmethod
+    def leading_in(cls, n: int, before: Sequence[int], after: Sequence[int]) -> "Items":
+        """Items that fill the first dimensions of what the producer writes and the consumer reads."""
+        counts = [
+            next((count for count in range(1, len(sizes)) if prod(sizes[:count]) % n == 0), len(sizes))
+            for sizes in (before, after)
+        ]
+        return cls(n, leading=(counts[0], counts[1]))
+
+
+def _of_items(
+    tracker: PositionTracker, producer: Edge, consumer: Edge, numbers: Tensor, items: Items
+) -> PositionMap | None:
+    """The map of each item.
+
+    Args:
+        tracker: after its run.
+        producer: the edge that writes.
+        consumer: the edge that reads.
+        numbers: what it reads ``[rows, slots]``.
+        items: which.
+
+    Returns:
+        The map; None if they do not arrive alike, each where it lies itself.
+    """
+    n, dims = items.n, items.dims
+    channels = tracker.layout.rows[producer.name].shape[1]
+    if len(numbers) % n or tracker.rows % n:
         return None
     positions = tracker.rows // n
+    rows = torch.arange(tracker.rows)
+    if dims != (0, 0):
+        rows[rows.view(tracker.written).movedim(dims[0], 0).flatten()] = torch.arange(tracker.rows)
+        numbers = numbers.unflatten(0, (*items.read, -1)).movedim(dims[1], 0).flatten(0, len(items.read))
+
+    def entries_of(numbers: Tensor) -> Tensor:
+        entries = tracker.means.entries(numbers)
+        return torch.where(entries >= 0, rows[entries // channels] * channels + entries % channels, entries)
+
     first, *others = numbers.view(n, -1, numbers.shape[1])
-    expected = tracker.means.entries(first)
-    for sample, other in enumerate(others, start=1):
-        entries = tracker.means.entries(other)
-        if not torch.equal(torch.where(entries >= 0, entries - sample * positions * channels, entries), expected):
+    expected = entries_of(first)
+    for item, other in enumerate(others, start=1):
+        entries = entries_of(other)
+        if not torch.equal(torch.where(entries >= 0, entries - item * positions * channels, entries), expected):
             return None
     cells = torch.unique(first)
     cells = cells[cells != NO_CHANNEL]
     index = _renumbered(cells, int(cells.max()) + 1)[first]
-    grids = {producer.name: tuple(tracker.sizes), consumer.name: _grid(dag, consumer)}
-    bare = PositionMap(tracker.means.entries(cells), index, positions, channels, grids)
-    return _with_image(bare, producer, consumer)
+    grids, places = {}, {}
+    for edge, sizes, which in ((producer, tracker.written, 0), (consumer, _written(tracker.dag, consumer), 1)):
+        dim, leading = dims[which], 1 if items.leading is None else items.leading[which]
+        grids[edge.name] = (*sizes[:dim], *sizes[dim + 1 :])[leading - 1 :]
+        places[edge.name] = dim if leading == 1 else None
+    return PositionMap(entries_of(cells), index, positions, channels, grids, places)
 
 
 def per_channel(unit_map: PositionMap, producer: Edge, consumer: Edge) -> PositionMap | None:
@@ -166,10 +251,10 @@ def _renumbered(kept: Tensor, count: int) -> Tensor:
     return numbers
 
 
-def _grid(dag: Dag, edge: Edge) -> tuple[int, ...]:
-    """The sizes of an edge's output in the example but for samples and channels."""
+def _written(dag: Traced, edge: Edge) -> tuple[int, ...]:
+    """The sizes of an edge's output in the example but for channels."""
     shape = next(node.meta["val"].shape for node, layer in dag.layers.items() if layer.name == edge.name)
-    return tuple(size for dim, size in enumerate(shape) if dim not in (0, edge.rule.channel_dim(len(shape))))
+    return tuple(size for dim, size in enumerate(shape) if dim != edge.rule.channel_dim(len(shape)))
 
 
 def _with_image(bare: PositionMap, producer: Edge, consumer: Edge) -> PositionMap:

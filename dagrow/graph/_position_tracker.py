@@ -1,16 +1,30 @@
 """Running a graph on positions instead of labels: which entries of a producer every other entry is a mean of."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dagrow.axes import NO_CHANNEL, LabelInterpreter
-from dagrow.graph import Axis, Dag, Edge
+from dagrow.axes import NO_CHANNEL, AxisLayout, LabelInterpreter, Labelling, located, name_of
 from dagrow.layers import LayerSite, RiderRule, Tables, reduced_dims
+from dagrow.tracing import Program
+
+
+class Traced(Protocol):
+    """What was read off a model: a dag, or a view of one."""
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def layers(self) -> Mapping[fx.Node, LayerSite]: ...
+    @property
+    def every_layer(self) -> Mapping[fx.Node, LayerSite]: ...
+    @property
+    def labels(self) -> Labelling: ...
+
 
 MIXED = -2  #: the number of an unknown function of entries, or of several that meet
 
@@ -58,20 +72,22 @@ class PositionTracker(LabelInterpreter):
     Attributes:
         samples: in the example.
         rows: positions of the producer's output, for all samples together.
-        sizes: of the producer's output but for samples and channels.
+        written: the sizes of the producer's output but for channels.
         means: what numbers stand for.
+        mixing: where entries are first computed with otherwise than by means, with the user's line; or None.
     """
 
-    def __init__(self, dag: Dag, axis: Axis, producer: Edge) -> None:
-        super().__init__(dag.model, dag.layers)
-        self.dag, self.axis, self.producer = dag, axis, producer
+    def __init__(self, dag: Traced, layout: AxisLayout, producer: str) -> None:
+        super().__init__(dag.program.model, dag.layers)
+        self.dag, self.layout, self.producer = dag, layout, producer
+        self.mixing: str | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.samples, self.rows, self.sizes = 1, 0, torch.Size()
+        self.samples, self.rows, self.written = 1, 0, torch.Size()
         self.means = EntryMeans()
 
-    def inputs_of(self, consumer: Edge) -> Tensor | None:
-        """What a consumer reads, from a run of all nodes that the producer reaches; None if it is not among them."""
-        values = {node: tree_map(_neutral, value) for node, value in self.dag.view.labels.values.items()}
+    def track(self) -> None:
+        """Runs all nodes that the producer reaches; ``inputs`` holds what layers among them read."""
+        values = {node: tree_map(_neutral, value) for node, value in self.dag.labels.values.items()}
         self.samples = next(
             leaf.shape[0]
             for node in self.dag.program.graph.nodes
@@ -82,13 +98,14 @@ class PositionTracker(LabelInterpreter):
         reached: set[fx.Node] = set()
         for node in self.dag.program.graph.nodes:
             layer = self.layers.get(node)
-            is_start = layer is not None and layer.name == self.producer.name
+            is_start = layer is not None and layer.name == self.producer
             if is_start or any(source in reached for source in node.all_input_nodes):
                 values[node] = self.evaluate(node, values)
-                passes = is_start or layer is None or layer.name not in self.dag.view.labels.rows
+                passes = is_start or layer is None or layer.name not in self.dag.labels.rows
                 if passes and _carries(values[node]):  # not so sizes
                     reached.add(node)
-        return self.inputs.get(consumer.name)
+                    if self.mixing is None and _mixes(values[node]):
+                        self.mixing = located(node, name_of(node))
 
     def reduce(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         inputs, dims = args[0], reduced_dims(node, args, kwargs)
@@ -149,10 +166,10 @@ class PositionTracker(LabelInterpreter):
     def edge(self, node: fx.Node, layer: LayerSite, inputs: Tensor) -> object:
         self.inputs[layer.name] = inputs
         output, rule = _neutral(node.meta["val"]).clone(), layer.rule
-        if layer.name == self.producer.name:
-            channels = self.axis.layout.rows[self.producer.name][0]
+        if layer.name == self.producer:
+            channels = self.layout.rows[self.producer][0]
             flat = output.movedim(rule.channel_dim(output.ndim), -1)
-            self.rows, self.sizes = flat[..., 0].numel(), flat.shape[1:-1]
+            self.rows, self.written = flat[..., 0].numel(), flat.shape[:-1]
             self.means.next = self.rows * len(channels)
             count = torch.arange(self.rows).view(flat.shape[:-1])
             flat[..., channels] = count[..., None] * len(channels) + torch.arange(len(channels))
@@ -184,6 +201,11 @@ def _windows(inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
 
 def _neutral(value: Any) -> Any:
     return torch.full((), NO_CHANNEL).expand(value.shape) if isinstance(value, Tensor) else value
+
+
+def _mixes(value: object) -> bool:
+    """Whether some entry is MIXED."""
+    return any(isinstance(leaf, Tensor) and bool((leaf == MIXED).any()) for leaf in tree_leaves(value))
 
 
 def _carries(touched: object) -> bool:

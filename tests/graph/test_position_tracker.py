@@ -3,7 +3,7 @@
 import torch
 
 from dagrow.axes import NO_CHANNEL
-from dagrow.statistics._position_tracker import MIXED, EntryMeans
+from dagrow.graph._position_tracker import MIXED, EntryMeans
 
 
 def of_six_entries() -> EntryMeans:

@@ -9,7 +9,12 @@ from zoo import Plan, Split, Stage, Stream, built
 
 import dagrow
 from dagrow import AddNeurons
-from dagrow.statistics import position_map
+from dagrow.graph import Axis, Dag, Edge, PositionMap
+from dagrow.graph._position_map import position_maps
+
+
+def position_map(dag: Dag, axis: Axis, producer: Edge, consumer: Edge) -> PositionMap | None:
+    return position_maps(dag, axis.layout, producer, [consumer])[0][consumer.name]
 
 
 def test_a_residual_stream_arrives_at_those_after_it() -> None:

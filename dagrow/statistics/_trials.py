@@ -1,0 +1,151 @@
+"""Running a batch once more with other weights, or something else at outputs of layers, to see what the loss does."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import combinations
+from math import inf
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dagrow._model_state import ModelState, replaced
+from dagrow.statistics._backward import gradients_of
+from dagrow.statistics._objective import NotFiniteError, Objective
+
+STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
+APART = {torch.float64: 1e-3, torch.float32: 5e-2}  #: slopes that differ by less, relative, are the same
+DIGITS = 100  #: a difference of losses has to be so many times what their type tells apart
+
+Trial = Callable[[str, Tensor], Tensor | None]  #: from a layer's name and output to what replaces the output
+
+
+class Hooks(Protocol):
+    """What hangs at layers while a batch is measured.
+
+    Attributes:
+        goals: layers at whose outputs goals are found.
+        weights: parameters whose gradients are found beside them.
+        weight_gradients: what was found.
+        trial: what is done instead while a batch is tried; None while it is measured.
+    """
+
+    goals: set[str]
+    weights: Sequence[Tensor]
+    weight_gradients: Sequence[Tensor | None]
+    trial: Trial | None
+
+
+class Trials:
+    """Runs of one batch, each as if it were the first.
+
+    Args:
+        objective: the loss.
+        hooks: at the layers.
+        before: the model and the random generators before the batch ran.
+        batch: what has run.
+    """
+
+    def __init__(self, objective: Objective, hooks: Hooks, before: ModelState, batch: object) -> None:
+        self.objective, self.hooks, self.before, self.batch = objective, hooks, before, batch
+
+    def loss(self, trial: Trial, context: AbstractContextManager[object]) -> Tensor:
+        """The loss in a trial.
+
+        Args:
+            trial: what replaces outputs.
+            context: in which the step runs.
+
+        Returns:
+            The loss.
+        """
+        self.before.restore()
+        self.hooks.trial = trial
+        try:
+            with context:
+                return self.objective.value(self.batch)
+        finally:
+            self.hooks.trial = None
+
+    def gradients_beside(self, weights: Sequence[Tensor], rolled: bool) -> Sequence[Tensor | None] | None:
+        """Gradients of weights by all other ways than the outputs of layers.
+
+        Args:
+            weights: parameters.
+            rolled: whether the outputs are those of other samples.
+
+        Returns:
+            A gradient for each, or None where the step fails.
+        """
+
+        def cut(_: str, output: Tensor) -> Tensor:
+            other = output.detach()
+            return (other.roll(1, 0) if rolled and other.ndim else other).requires_grad_().clone()
+
+        try:
+            return gradients_of(self.loss(cut, torch.enable_grad()), weights)
+        except Exception:  # a step may not run without the graph of what the layers compute
+            return None
+
+    def derivatives(self) -> tuple[str, ...]:
+        """What functions of torch take derivatives inside the loss."""
+        spy = _Derivatives()
+        self.loss(lambda *_: None, spy)
+        return tuple(dict.fromkeys(spy.taken))
+
+    def contradict(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], slope: float) -> bool:
+        """Whether finite differences agree with each other, but not with a slope.
+
+        Args:
+            weights: by their names in the model.
+            directions: by which they move.
+            slope: of the loss along them, as autograd has it.
+
+        Returns:
+            True if the loss has another slope; not where rounding, or a loss that is drawn at random, hides it.
+        """
+        dtypes = {direction.dtype for direction in directions.values()}
+        dtype = torch.float32 if torch.float32 in dtypes else torch.float64
+        if not slope or not dtypes <= STEPS.keys():
+            return False
+        found, allowed = list[float](), APART[dtype] * abs(slope)
+        for amplitude in STEPS[dtype]:
+            losses = [self._moved(weights, directions, by) for by in (amplitude, -amplitude)]
+            if 2 * amplitude * abs(slope) < DIGITS * torch.finfo(dtype).eps * max(map(abs, losses)):
+                continue  # it would drown in rounding
+            found.append((losses[0] - losses[1]) / (2 * amplitude))
+            if abs(found[-1] - slope) <= allowed:
+                return False
+        return any(abs(a - b) <= allowed for a, b in combinations(found, 2))
+
+    def _moved(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], by: float) -> float:
+        """The loss where weights have moved; infinite if it is not finite."""
+
+        @contextmanager
+        def moved() -> Iterator[None]:
+            with torch.no_grad():
+                tensors = {name: weights[name] + by * direction for name, direction in directions.items()}
+                with replaced(self.objective.model, tensors):
+                    yield
+
+        try:
+            return float(self.loss(lambda *_: None, moved()))
+        except NotFiniteError:
+            return inf
+
+
+class _Derivatives(TorchFunctionMode):
+    """Notes functions that differentiate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if func is torch.autograd.grad or func is torch.Tensor.backward or func is torch.autograd.backward:
+            self.taken.append(f"torch.autograd.{name}")
+        elif name == "_make_dual":
+            self.taken.append("torch.autograd.forward_ad")
+        return func(*args, **(kwargs or {}))
