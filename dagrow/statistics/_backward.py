@@ -52,7 +52,7 @@ def gradients_at(loss: Tensor, places: Sequence[GradientEdge], weights: Sequence
         Its gradient at each, None where it does not reach.
 
     Raises:
-        LossError: there is none.
+        RuntimeError: there is none.
     """
     ends = [*places, *map(get_gradient_edge, weights)]
     if not ends or not loss.requires_grad:
@@ -69,7 +69,8 @@ def gradients_at(loss: Tensor, places: Sequence[GradientEdge], weights: Sequence
                 table.clear()
             return [*torch.autograd.grad(loss, ends, allow_unused=True)]
     except RuntimeError as error:
-        raise LossError(_no_gradient(error)) from error
+        error.add_note(_no_gradient(error))
+        raise
 
 
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
@@ -104,7 +105,8 @@ def run_backward(loss: Tensor, model: nn.Module) -> None:
         model: whose parameters the gradients are left at.
 
     Raises:
-        LossError: there is no gradient, or the pass would run what others do with the gradients of parameters.
+        RuntimeError: there is no gradient.
+        LossError: the pass would run what others do with the gradients of parameters.
     """
     hooked = _hooked(model.named_parameters())
     if hooked:
@@ -116,7 +118,8 @@ def run_backward(loss: Tensor, model: nn.Module) -> None:
     try:
         loss.backward()
     except RuntimeError as error:
-        raise LossError(_no_gradient(error)) from error
+        error.add_note(_no_gradient(error))
+        raise
 
 
 def _hooked(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
