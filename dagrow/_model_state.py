@@ -309,27 +309,30 @@ def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
     return states
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, *, others: bool = True) -> None:
     """Seeds the global random generators, of torch, numpy and Python. Inside :func:`preserve_state`.
 
     Args:
         seed: any whole number from 0 on.
+        others: whether those of numpy and Python, too.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    if others:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
 
-def drawn_so_far() -> tuple[object, ...]:
-    """What tells whether anything is drawn from the global random generators between two calls."""
+def drawn_so_far() -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What tells whether anything is drawn between two calls: from torch's generators, and from numpy and Python's."""
     numpy_state: Any = np.random.get_state()
     _, keys, position, *gauss = numpy_state
     tensors = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         tensors += torch.cuda.get_rng_state_all()
-    return (*(crc32(t.numpy().tobytes()) for t in tensors), crc32(keys.tobytes()), position, *gauss, random.getstate())
+    of_torch = tuple(crc32(tensor.numpy().tobytes()) for tensor in tensors)
+    return of_torch, (crc32(keys.tobytes()), position, *gauss, random.getstate())
 
 
 class NoDropout(TorchFunctionMode):

@@ -50,6 +50,9 @@ def gradients_at(loss: Tensor, places: Sequence[GradientEdge], weights: Sequence
 
     Returns:
         Its gradient at each, None where it does not reach.
+
+    Raises:
+        RuntimeError: there is none.
     """
     ends = [*places, *map(get_gradient_edge, weights)]
     if not ends or not loss.requires_grad:
@@ -60,10 +63,14 @@ def gradients_at(loss: Tensor, places: Sequence[GradientEdge], weights: Sequence
         for table, content in hooks:
             table.update(content)
 
-    with restoring(restore):
-        for table, _ in hooks:
-            table.clear()
-        return [*torch.autograd.grad(loss, ends, allow_unused=True)]
+    try:
+        with restoring(restore):
+            for table, _ in hooks:
+                table.clear()
+            return [*torch.autograd.grad(loss, ends, allow_unused=True)]
+    except RuntimeError as error:
+        error.add_note(_no_gradient(error))
+        raise
 
 
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
@@ -98,6 +105,7 @@ def run_backward(loss: Tensor, model: nn.Module) -> None:
         model: whose parameters the gradients are left at.
 
     Raises:
+        RuntimeError: there is no gradient.
         LossError: the pass would run what others do with the gradients of parameters.
     """
     hooked = _hooked(model.named_parameters())
@@ -107,9 +115,20 @@ def run_backward(loss: Tensor, model: nn.Module) -> None:
             "carries hooks that such a pass would run. Measure without these hooks, or let the model call "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        error.add_note(_no_gradient(error))
+        raise
 
 
 def _hooked(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     tables = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return next((name for name, p in parameters if any(getattr(p, table, None) for table in tables)), None)
+
+
+def _no_gradient(error: RuntimeError) -> str:
+    return (
+        f"the loss has no gradient ({error}). It must be differentiable, and targets of the type of the outputs where "
+        "the loss compares them."
+    )

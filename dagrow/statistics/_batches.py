@@ -2,17 +2,27 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from dagrow.errors import BatchError
 
 ENDLESS = 10_000  #: batches of something without a length that are too many to have an end
+
+
+@dataclass
+class Place:
+    """A batch of a pass, the one that was read last."""
+
+    number: int = 0
+    samples: int = 0
+    first: int = 0  #: the samples of the first batch
 
 
 def check_batches(batches: object, name: str) -> None:
@@ -158,3 +168,29 @@ def add_note(error: BaseException, note: str) -> None:
     """
     if not isinstance(error, GeneratorExit) and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
+
+
+def failure(model: nn.Module, batch: object, name: str, place: Place) -> str:
+    """What an exception of the user's code was about, for a note.
+
+    Args:
+        model: that may have raised it.
+        batch: that it was raised on.
+        name: what messages call the batches.
+        place: of the batch among them.
+
+    Returns:
+        A few sentences.
+    """
+    kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in model.parameters()})
+    note = (
+        f"dagrow: raised on batch {place.number} of {name}: {description(batch)}. The model's parameters are "
+        f"{', '.join(kinds)}; check that the batch has the shapes, types and device that the model takes and the loss "
+        "compares."
+    )
+    if place.samples != place.first:
+        note += (
+            f" This batch has {place.samples} samples, the first had {place.first}: where the model or the loss is "
+            "written for that many, leave it out (drop_last=True)."
+        )
+    return note

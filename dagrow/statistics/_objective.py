@@ -17,10 +17,12 @@ from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_s
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
+    Place,
     add_note,
     batch_count,
     check_batches,
     description,
+    failure,
     generators_of,
     numbered,
     sample_count,
@@ -34,15 +36,6 @@ from dagrow.statistics._steps import Loss, Step, check_callable, supervised
 
 class NotFiniteError(LossError):
     """The loss is infinite or not a number."""
-
-
-@dataclass
-class _Place:
-    """A batch of a pass, the one that was read last."""
-
-    number: int = 0
-    samples: int = 0
-    first: int = 0  #: the samples of the first batch
 
 
 @dataclass
@@ -102,8 +95,10 @@ class Objective:
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
         self._shared = _Shared(seed, options.get("reduction"))
-        self.others, self._place, self._probed = Others(modules_reached(self.function)), _Place(), False
+        self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
+        self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
+        self._seeded: tuple[int, ...] = (0,)
         self.findings = Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
@@ -160,7 +155,7 @@ class Objective:
 
         with all_or_nothing(restore):
             if seed is not None:
-                seed_everything(_seed(seed, 0))
+                self._seed(seed, 0)
             try:
                 source = iter(self.batches)
             except BaseException as error:
@@ -171,19 +166,21 @@ class Objective:
     def _read(
         self, source: Iterator[Any], restore: Callable[[], None], seed: int | None, most: int | None
     ) -> Iterator[tuple[Any, int]]:
-        seen = self._place = _Place()
+        seen = self._place = Place()
         total = 0
+        count = batch_count(self.batches, most)
         try:
-            with self._naming_batches():
-                count = batch_count(self.batches, most)
-                for number, batch in numbered(source, self.name, most, count, training=seed is None):
-                    show_batch(number, count, self.name)
-                    samples = sample_count(batch, self.batch_dim)
-                    self._place = seen = _Place(number, samples, seen.first or samples)
-                    total += samples
-                    yield batch, samples
-                    if seed is not None:
-                        seed_everything(_seed(seed, 2 * number + 2))
+            for number, batch in numbered(source, self.name, most, count, training=seed is None):
+                show_batch(number, count, self.name)
+                samples = sample_count(batch, self.batch_dim)
+                self._place = seen = Place(number, samples, seen.first or samples)
+                total += samples
+                yield batch, samples
+                if seed is not None:
+                    self._seed(seed, 2 * number + 2)
+        except DagrowError as error:
+            self._name_batches(error)
+            raise
         finally:
             restore()
         if not total:
@@ -193,15 +190,10 @@ class Objective:
             )
         self._samples, self._batches = total, seen.number + 1
 
-    @contextmanager
-    def _naming_batches(self) -> Iterator[None]:
+    def _name_batches(self, error: DagrowError) -> None:
         """Errors say which batches they are about, where there are others beside those that are measured."""
-        try:
-            yield
-        except DagrowError as error:
-            if self.name != "batches" and not str(error).startswith(self.name):
-                error.args = (f"{self.name}: {error}",)
-            raise
+        if self.name != "batches" and not str(error).startswith(self.name):
+            error.args = (f"{self.name}: {error}",)
 
     def hold(self, turn: int = 0) -> None:
         """Seeds the random generators for the batch that was read last: every evaluation of it begins there.
@@ -209,7 +201,11 @@ class Objective:
         Args:
             turn: of evaluations with other random numbers.
         """
-        seed_everything(_seed(self._shared.seed, 2 * self._place.number + 1, turn))
+        self._seed(self._shared.seed, 2 * self._place.number + 1, turn)
+
+    def _seed(self, *numbers: int) -> None:
+        self._seeded = numbers
+        seed_everything(crc32(repr(numbers).encode()), others=self._seeds_all)
 
     def value(self, batch: object) -> Tensor:
         """The user's own scalar for the batch that was read last. Inside :func:`preserve_state`.
@@ -232,8 +228,7 @@ class Objective:
         Returns:
             A tensor without dimensions.
         """
-        with self._naming_batches():
-            return self._value(batch)
+        return self._value(batch)
 
     @contextmanager
     def noting(self, batch: object, how: str = "") -> Iterator[None]:
@@ -246,13 +241,25 @@ class Objective:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, DagrowError):
-                add_note(error, self._note(batch, how))
+            self._add_note(error, batch, how)
             raise
 
+    def _add_note(self, error: BaseException, batch: object, how: str) -> None:
+        if isinstance(error, DagrowError):
+            self._name_batches(error)
+        else:
+            add_note(error, failure(self.model, batch, f"{self.name}, counted from 0{how}", self._place))
+
     def _value(self, batch: object, how: str = "") -> Tensor:
-        with self.noting(batch, how), torch.enable_grad() if self._shared.differentiating else nullcontext():
-            value = self.function(self.model, batch)
+        try:
+            with torch.enable_grad() if self._shared.differentiating else nullcontext():
+                value = self.function(self.model, batch)
+            return self._scalar(value, batch)
+        except BaseException as error:
+            self._add_note(error, batch, how)
+            raise
+
+    def _scalar(self, value: object, batch: object) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1:
             kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise LossError(
@@ -265,22 +272,6 @@ class Objective:
                 "such values in the batch and in the model's parameters, or lower the learning rate."
             )
         return value.reshape(())
-
-    def _note(self, batch: object, how: str) -> str:
-        """What an exception of the user's code was about."""
-        kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in self.model.parameters()})
-        samples, first = self._place.samples, self._place.first
-        note = (
-            f"dagrow: raised on batch {self._place.number} of {self.name}, counted from 0{how}: {description(batch)}. "
-            f"The model's parameters are {', '.join(kinds)}; check that the batch has the shapes, types and device "
-            "that the model takes and the loss compares."
-        )
-        if samples != first:
-            note += (
-                f" This batch has {samples} samples, the first had {first}: where the model or the loss is written for "
-                "that many, leave it out (drop_last=True)."
-            )
-        return note
 
     def scale(self, samples: int) -> float:
         """The factor from the user's scalar for a batch to a mean over its samples.
@@ -340,9 +331,13 @@ class Objective:
 
     def _checked_value(self, batch: object, recording: Recording) -> float:
         """The loss of a batch, which is a function of it and of the model, and changes neither."""
+        read = self._draws_others()
         versions = [parameter._version for parameter in self.model.parameters()]
         with preserve_state(self.model, self.others), recording.recorded():
             value = self._first_value(batch, recording)
+            drawn = read or self._draws_others()
+        if not self._place.number:
+            self._seeds_all = drawn
         if versions != [parameter._version for parameter in self.model.parameters()]:
             raise LossError(
                 "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
@@ -359,6 +354,12 @@ class Objective:
                 "the global generators, and keep counters out of the loss."
             )
         return float(value)
+
+    def _draws_others(self) -> bool:
+        """Whether numpy or Python have drawn since the generators were seeded last."""
+        now = drawn_so_far()[1]
+        self._seed(*self._seeded)
+        return drawn_so_far()[1] != now
 
     def _first_value(self, batch: object, recording: Recording) -> Tensor:
         try:
@@ -396,8 +397,3 @@ class Objective:
                 count += n
         self.others.complete = True
         return total / count
-
-
-def _seed(*numbers: int) -> int:
-    """A seed that follows from whole numbers."""
-    return crc32(repr(numbers).encode())

@@ -177,6 +177,8 @@ class ReductionProbe:
         slopes = [_Slope(g, dim) for g, dim in zip(found, dims, strict=False) if g is not None]
         if not slopes:
             raise _UnclearError("the loss is no function of what the model's own forward returns")
+        if not all(bool(slope.gradient.isfinite().all()) for slope in slopes):
+            raise _UnclearError("the loss's gradient is not finite")
         if any(slope.dim is None and slope.gradient.any() for slope in slopes):
             raise _UnclearError("the loss reads what the model returns for a whole batch, not for each sample")
         return [slope for slope in slopes if slope.dim is not None], noisy
