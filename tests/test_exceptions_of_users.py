@@ -146,6 +146,8 @@ def test_exceptions_stay_what_they_are_wherever_they_are_raised(verb: str, place
         if place == "model" and isinstance(error, dagrow.TraceError):
             assert type(error.__cause__) is kind  # on the example inputs, which are no batch
             continue
+        if error is None and kind in (ValueError, RuntimeError, torch.OutOfMemoryError):
+            continue  # of a trial on other samples than the user's, or on a wider model, either of which may fail so
         assert type(error) is kind, f"{kind.__name__} at call {at} of {counted.calls} became {error!r}"
         assert str(error) == "the user's own words"
         noted = any(note.startswith("dagrow: raised ") for note in getattr(error, "__notes__", ()))

@@ -190,8 +190,10 @@ def chosen(sites: list[int], count: int) -> list[int]:
 
 def interrupted_everywhere(make: Callable[[Setting], Callable[[], Any]], kind: type[BaseException], count: int) -> None:
     make(Setting())()  # what is cached by then is cached in every run, so that calls are counted alike
-    sites = chosen(Sites().run(make(Setting())), count)
     setting, missed = Setting(), 0
+    setting.state()  # which a dag remembers parts of
+    sites = chosen(Sites().run(make(setting)), count)
+    setting = Setting()
     verb = make(setting)
     before = setting.state()
     for at in sites:

@@ -122,7 +122,7 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
     edges, left_out = [edge for edge in dag.edges if not edge.shared], LeftOut()
     if not edges:
         raise GrowthError(f"no layer can be measured, as dagrow has a rule for none that acts at one place:\n{dag}")
-    measured = list(_measured(dag, objective, edges, ridge, left_out))
+    measured = _measured(dag, objective, edges, ridge, left_out)
     if not measured:
         left_out.refuse()
     moments = measured[0][0]
@@ -132,7 +132,7 @@ def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
 
 def _measured(
     dag: Dag, objective: Objective, edges: Sequence[Edge], ridge: float, left_out: LeftOut
-) -> Iterator[tuple[Moments, Bottleneck]]:
+) -> list[tuple[Moments, Bottleneck]]:
     """In one pass, or where that fails in halves, but for the edges that fail alone."""
     keys = [(edge, InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)) for edge in edges]
     pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
@@ -143,8 +143,6 @@ def _measured(
         if isinstance(error, GrowthError):
             raise
         place = partial(is_of_place, dag=dag, objective=objective, grown=False)
-        for half in halves(edges, error, left_out, lambda edge: edge.name, place):
-            yield from _measured(dag, objective, half, ridge, left_out)
-        return
-    for edge, move in moves:
-        yield m, Bottleneck(edge.name, move.goal, move.goal - move.bottleneck, move.bottleneck)
+        parts = halves(edges, error, left_out, lambda edge: edge.name, place)
+        return [each for half in parts for each in _measured(dag, objective, half, ridge, left_out)]
+    return [(m, Bottleneck(e.name, move.goal, move.goal - move.bottleneck, move.bottleneck)) for e, move in moves]

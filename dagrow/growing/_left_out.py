@@ -9,9 +9,9 @@ from rich.table import Table
 
 from dagrow._log import LOG
 from dagrow._text import Printable, render
-from dagrow.errors import BatchError, DagrowError, GrowthError, LossError, first_line
+from dagrow.errors import DagrowError, GrowthError, LossError, first_line
 from dagrow.graph import Dag
-from dagrow.statistics import Objective, measure
+from dagrow.statistics import BesideOutputsError, Objective, is_noted, is_of_own_class, measure
 from dagrow.surgery import Growth
 
 T = TypeVar("T")
@@ -123,13 +123,14 @@ def is_of_place(error: Exception, dag: Dag, objective: Objective, *, grown: bool
     Returns:
         Whether it is. What the model raises as it is comes out.
     """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, LossError) and not grown):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, BesideOutputsError)):
         return False
-    root = error.__cause__ if isinstance(error, BatchError) and error.__cause__ is not None else error
-    if not isinstance(root, DagrowError):
-        owners = list(_owners(root.__traceback__))
-        in_model = bool({id(owner) for owner in owners} & {id(module) for module in dag.model.modules()})
-        if any(isinstance(owner, Objective) for owner in owners) and not (grown and in_model):
+    if isinstance(error, LossError) and not grown:
+        return False
+    if is_noted(error):  # the user's; that of a model may be because it is grown, unless it is there to stop the call
+        modules = {id(module) for module in dag.model.modules()}
+        in_model = any(id(owner) in modules for owner in _owners(error.__traceback__))
+        if is_of_own_class(error) or not (grown and in_model):
             return False
     measure(dag, objective, [], folds=folds)
     return True

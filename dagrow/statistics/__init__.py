@@ -26,7 +26,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 """
 
 from dagrow.statistics._backward import gradients_of
-from dagrow.statistics._batches import sample_count
+from dagrow.statistics._batches import is_noted, is_of_own_class, sample_count
 from dagrow.statistics._features import (
     Feature,
     InputFeatures,
@@ -38,6 +38,7 @@ from dagrow.statistics._features import (
     Squares,
     Stacked,
 )
+from dagrow.statistics._gradient_check import BesideOutputsError
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._measure import measure
@@ -51,6 +52,7 @@ from dagrow.tracing import bind
 
 __all__ = [
     "ActivationGoal",
+    "BesideOutputsError",
     "DirectionScore",
     "Feature",
     "FitScore",
@@ -81,6 +83,8 @@ __all__ = [
     "bind",
     "fan_out_score",
     "gradients_of",
+    "is_noted",
+    "is_of_own_class",
     "measure",
     "move_score",
     "patch_gram",

@@ -1,5 +1,7 @@
 """Batches: what can be read again and again, how many samples one holds, and what messages say of it."""
 
+import sys
+import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dagrow.errors import BatchError
 
+RAISED = "dagrow: raised "  #: how notes on users' exceptions begin
+_INSTALLED = tuple(sysconfig.get_paths()[path] for path in ("stdlib", "platstdlib", "purelib", "platlib"))
 ENDLESS = 10_000  #: batches of something without a length that are too many to have an end
 
 
@@ -99,7 +103,7 @@ def numbered(
         else:
             return
     except BaseException as error:
-        add_note(error, f"dagrow: raised where batch {number + 1} of {name}, counted from 0, was to be read")
+        add_note(error, f"{RAISED}where batch {number + 1} of {name}, counted from 0, was to be read")
         raise
     raise BatchError(
         f"{name} has no length and has not ended after {ENDLESS:,} batches. If it never ends, give max_batches=, as "
@@ -170,6 +174,32 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
 
 
+def is_noted(error: BaseException) -> bool:
+    """Whether an exception came out of the user's loss, step, model or loader, and stays what it is.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Whether a note says so.
+    """
+    return any(note.startswith(RAISED) for note in getattr(error, "__notes__", ()))
+
+
+def is_of_own_class(error: BaseException) -> bool:
+    """Whether an exception is of a class of the user's, as for control flow: neither of Python nor of a library.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Whether the class was written in no installed module.
+    """
+    module = type(error).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return module == "__main__" or (file is not None and not file.startswith(_INSTALLED))
+
+
 def failure(model: nn.Module, batch: object, name: str, place: Place) -> str:
     """What an exception of the user's code was about, for a note.
 
@@ -184,7 +214,7 @@ def failure(model: nn.Module, batch: object, name: str, place: Place) -> str:
     """
     kinds = sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in model.parameters()})
     note = (
-        f"dagrow: raised on batch {place.number} of {name}: {description(batch)}. The model's parameters are "
+        f"{RAISED}on batch {place.number} of {name}: {description(batch)}. The model's parameters are "
         f"{', '.join(kinds)}; check that the batch has the shapes, types and device that the model takes and the loss "
         "compares."
     )

@@ -27,6 +27,10 @@ ROUNDED_PRODUCTS = 2.0**-8  #: what products in reduced precision tell apart
 Entry = tuple[str, str]  #: a layer, and the name of a parameter there
 
 
+class BesideOutputsError(LossError):
+    """Weights reach the loss by another way than the outputs of their layers."""
+
+
 class GradientCheck:
     """Looks at the first batch of a pass, for every layer that no earlier pass of the objective has looked at.
 
@@ -125,7 +129,7 @@ class GradientCheck:
             )
             way_out = "a loss of the outputs of the model as it is"
         part = max(rest.size / rest.gradient if rest.gradient else 1.0 for rest in left.values())
-        raise LossError(
+        raise BesideOutputsError(
             f"weights of {', '.join(left)} reach the loss by another way than the layer's output: {part:.2g} of "
             f"autograd's gradient does not come from there, and no closed form holds for it. The loss or step {cause}. "
             f"Measure {way_out}; or grow with AddNeurons(init='zero') or init='copy', which need no gradient."

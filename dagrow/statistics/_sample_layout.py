@@ -93,6 +93,8 @@ def rows_changed(before: Tensor, after: Tensor, channel_dim: int) -> Tensor:
     Returns:
         A mask over the dimensions before the channels.
     """
+    if before.layout is not torch.strided:
+        before, after = before.to_dense(), after.to_dense()
     if not before.is_floating_point():
         return (before != after).flatten(channel_dim).any(-1)
     difference = (before.double() - after.double()).abs().flatten(channel_dim).amax(-1)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dagrow._model_state import preserve_state
 from dagrow.errors import BatchError
 from dagrow.graph import Dag
+from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._objective import Objective
@@ -69,7 +70,9 @@ class SampleOrder:
         part = first_samples(batch, n, PART, self.batch_dim)
         try:
             reasons = self._reasons(objective, part, PART, torch.arange(PART))
-        except Exception:  # the user's step may refuse batches of other sizes
+        except Exception as error:  # the user's step may refuse batches of other sizes
+            if is_of_own_class(error):
+                raise
             return False
         found = {layout_of(changed, PART, self.allowed, 0) for calls in self.changes.values() for changed in calls}
         once = all(len(calls) == 1 for calls in self.changes.values())
@@ -100,7 +103,9 @@ class SampleOrder:
         self.allowed = units == units[replacement.sample]
         try:
             after = self._run(objective, replacement.batch)
-        except Exception:  # a batch that the user's step would never get
+        except Exception as error:  # a batch that the user's step would never get
+            if is_of_own_class(error):
+                raise
             return []
         try:
             before = self._run(objective, batch)

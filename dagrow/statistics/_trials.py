@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import ModelState, replaced
 from dagrow.statistics._backward import gradients_of
+from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._objective import NotFiniteError, Objective
 
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
@@ -85,7 +86,9 @@ class Trials:
 
         try:
             return gradients_of(self.loss(cut, torch.enable_grad()), weights)
-        except Exception:  # a step may not run without the graph of what the layers compute
+        except Exception as error:  # a step may not run without the graph of what the layers compute
+            if is_of_own_class(error):
+                raise
             return None
 
     def derivatives(self) -> tuple[str, ...]:
