@@ -188,7 +188,10 @@ class CaptureHooks(LayerHooks):
         """
         missing = set(self._layers) - set(self._calls)
         if missing and not self._calls and not ran:
-            raise LossError("the loss does not depend on the model: none of its layers ran. Call the model in it.")
+            raise LossError(
+                f"the loss does not depend on the model where it is measured: {', '.join(sorted(missing))} did not "
+                "run. Call the model itself in it."
+            )
         if missing:
             raise GrowthError(
                 f"{', '.join(sorted(missing))} did not run on a batch; "

@@ -178,8 +178,13 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
         written,
         read - regressed(reads, read),
         None,
-        _certain(torch.cat([reads, read], 1)),
+        _certain(torch.cat([reads, read], 1)) and _certain(_beside(reads, rows[reader.name].read)),
     )
+
+
+def _beside(reads: Tensor, source: Tensor) -> Tensor:
+    """What a path is made from, with what its target reads where both are at the same positions."""
+    return torch.cat([reads, source], 1) if len(reads) == len(source) else source
 
 
 def _last_layer(branch: NewPath, change: Change, inputs: Tensor) -> tuple[Tensor, Tensor]:
