@@ -41,8 +41,8 @@ def completed(growth: Growth) -> Growth:
     if not gain and not objective.findings.penalty:
         return growth
     note = (
-        f"{gain or 0.0:.4g} of the gain is that of a penalty on weights, which directions and held-out gains leave out, "
-        "and which new fan-in weights add to the loss at any amplitude"
+        f"{gain or 0.0:.4g} of the gain is that of a penalty on weights, which directions and held-out gains leave "
+        "out, and which new fan-in weights add to the loss at any amplitude"
     )
     gain_from = {**growth.gain_from, f"penalty at {growth.where}": gain}
     return replace(growth, gain=growth.gain + gain, gain_from=gain_from, notes=(*growth.notes, note))
