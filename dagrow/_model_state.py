@@ -101,6 +101,25 @@ def _looking_for(others: Others, state: "ModelState") -> Iterator[None]:
         yield
 
 
+def rewinding(others: Others) -> Callable[[], None]:
+    """What brings buffers of modules beside a model, such as a running mean, back to what they are now."""
+    found = [
+        (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+        for module in others.modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+
+    def rewind() -> None:
+        for buffers, name, buffer, version, value in found:
+            buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+    return rewind
+
+
 @contextlib.contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, tensors stand where the model's own of these names do; nothing is written into those."""

@@ -68,13 +68,21 @@ def line_search(
         while at(best / 2) < at(best) and len(losses) < EVALUATIONS:
             best /= 2
     note = "the loss falls on and on with the amplitude, which is bounded" if best > start and 2 * best > most else ""
-    if before - at(best / 4) >= FLAT * (before - at(best)) > 0:
+    if _levels_out(at, before, best, most):
         note = "the loss levels out; the amplitude is bounded where it has fallen"
     if not note:
         return _narrowed(at, losses, best)
     while before - at(best / 4) >= FLAT * (before - min(losses.values())) and best > SMALLEST * start:
         best /= 4
     return _worth(before, best, at(best), note)
+
+
+def _levels_out(at: Callable[[float], float], before: float, best: float, most: float) -> bool:
+    """Whether a quarter of an amplitude brings nearly the same fall, and twice the amplitude takes little of it."""
+    fall = before - at(best)
+    if not before - at(best / 4) >= FLAT * fall > 0:
+        return False
+    return 2 * best > most or at(2 * best) - at(best) <= (1 - FLAT) * fall
 
 
 def _narrowed(at: Callable[[float], float], losses: Mapping[float, float], best: float) -> Amplitude:

@@ -10,7 +10,7 @@ class Findings:
     Attributes:
         compared: layers whose goals were compared with autograd's gradients of their weights.
         penalty: whether the loss takes weights by themselves, too, as a penalty on them does.
-        detached: layers of whose weights autograd's gradient is not the slope of the loss.
+        detached: layers of whose weights autograd's gradient need not be the slope of the loss.
     """
 
     compared: set[str] = field(default_factory=set)

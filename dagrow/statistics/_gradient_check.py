@@ -63,7 +63,7 @@ class GradientCheck:
         self.frozen = [weight for weight in self.hooks.weights if not weight.requires_grad]
         for weight in self.frozen:
             weight.requires_grad_()
-        self.before = ModelState(self.model)
+        self.before = self._state()
 
     def end(self, batch: object, calls: Mapping[str, Sequence[Capture]], scale: float) -> None:
         """After the batch has run forward and back. The next one is not looked at.
@@ -78,7 +78,7 @@ class GradientCheck:
         """
         if not self.watched:
             return
-        after, gradients = ModelState(self.model), self._by_edge(self.hooks.weight_gradients)
+        after, gradients = self._state(), self._by_edge(self.hooks.weight_gradients)
         trials = Trials(self.objective, self.hooks, self.before, batch)
         left = {
             name: _Rest.of(edge, calls[name], gradients[name], scale)
@@ -95,6 +95,13 @@ class GradientCheck:
         self.hooks.goals, self.hooks.weights, self.hooks.weight_gradients = self.goals, (), ()
         self.objective.findings.compared.update(self.edges)
         self.watched, self.edges = {}, {}
+
+    def _state(self) -> ModelState:
+        """Of the model, and of what the loss runs beside it."""
+        state = ModelState(self.model)
+        for module in self.objective.others.modules:
+            state.include(module)
+        return state
 
     def _by_edge(self, gradients: Sequence[Tensor | None]) -> dict[str, dict[str, Tensor | None]]:
         by_edge: dict[str, dict[str, Tensor | None]] = {name: {} for name in self.watched}
@@ -148,9 +155,8 @@ class GradientCheck:
                 directions[name] = {edge.path(entry): g * (length / size) for entry, g in found.items()}
                 slopes[name] = size * length
         together = {path: direction for parts in directions.values() for path, direction in parts.items()}
-        if trials.contradict(weights, together, sum(slopes.values())):
-            single = {name for name in directions if trials.contradict(weights, directions[name], slopes[name])}
-            self.objective.findings.detached |= single or directions.keys()
+        if trials.contradict(weights, together, sum(slopes.values())):  # one direction each would clear no layer
+            self.objective.findings.detached |= directions.keys()
 
 
 def _weights(edge: Edge, model: nn.Module) -> dict[Entry, Tensor]:

@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, seed_everything
+from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, rewinding, seed_everything
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
@@ -166,8 +166,8 @@ class Objective:
     def _read(
         self, source: Iterator[Any], restore: Callable[[], None], seed: int | None, most: int | None
     ) -> Iterator[tuple[Any, int]]:
-        seen = self._place = Place()
-        total = 0
+        seen, rewind = Place(), rewinding(self.others)
+        self._place, total = seen, 0
         count = batch_count(self.batches, most)
         try:
             for number, batch in numbered(source, self.name, most, count, training=seed is None):
@@ -177,6 +177,7 @@ class Objective:
                 total += samples
                 yield batch, samples
                 if seed is not None:
+                    rewind()
                     self._seed(seed, 2 * number + 2)
         except DagrowError as error:
             self._name_batches(error)

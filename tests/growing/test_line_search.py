@@ -134,6 +134,9 @@ def test_an_amplitude_is_bounded_where_the_loss_falls_on_and_on(start: float) ->
     found = line_search(lambda gamma: (gamma - start) ** 2, start**2, start)
     assert found.gamma == pytest.approx(start, rel=0.05)
     assert not found.note
+    found = line_search(lambda gamma: (gamma - start) ** 2, start**2, 1.6 * start)  # as low at a quarter of that
+    assert found.gamma == pytest.approx(start, rel=0.05)
+    assert not found.note
 
 
 class PostNorm(nn.Module):
