@@ -55,8 +55,8 @@ def _noted(growth: Growth, detached: AbstractSet[str]) -> Growth:
     if not concerned:
         return growth
     note = (
-        f"the gain is that of autograd's gradient, which for {', '.join(sorted(concerned))} need not be the slope of the "
-        "loss: something in the loss is detached or straight-through, or changes gradients"
+        f"the gain is that of autograd's gradient, which for {', '.join(sorted(concerned))} need not be the slope of "
+        "the loss: something in the loss is detached or straight-through, or changes gradients"
     )
     return replace(growth, notes=(*growth.notes, note))
 
