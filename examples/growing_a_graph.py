@@ -49,5 +49,5 @@ for operator in 3 * operators:
 print(dag)
 for source, target, name in dag.network().edges(keys=True):
     print(f"{source} -> {target} by {name}")
-assert error() < 0.3 * linear
+assert error() < 0.2 * linear
 assert len(dag.edges) > 2

@@ -140,13 +140,13 @@ class CandidateRuns:
 
     def _holds(self, growth: Growth) -> bool:
         """Whether a growth is what it says; one that is not is left out. New layers have to run wherever they are."""
-        if growth.change.new_paths:
-            _check_forward(growth.change, growth.where, growth.dag, self.forward)
         try:
             _check_forward(growth.change, growth.where, growth.dag, self.forward)
             if growth.preserving:
                 check_unchanged(growth)
         except Exception as error:
+            if growth.change.new_paths:
+                raise
             self._leave_out(growth.where, error, grown=True)
             return False
         return True

@@ -78,7 +78,6 @@ def fit(
     check_whole("fit", 1, epochs=epochs)
     if optimizer is None or optimizer == []:
         raise OptimizerError(f"fit(optimizer={optimizer}): give the torch.optim.Optimizer that trains the model.")
-    schedulers = _checked_schedulers(scheduler, optimizer)
     grower = Grower(
         dag,
         loss,
@@ -93,6 +92,7 @@ def fit(
         mode=mode,
         **options,
     )
+    schedulers = _checked_schedulers(scheduler, optimizer)
     for each in sequence_of(optimizer):
         check_steps(each)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
@@ -113,13 +113,12 @@ def fit(
 
 def _checked_schedulers(scheduler: object, optimizer: Optimizers) -> tuple[LRScheduler, ...]:
     schedulers = () if scheduler is None else tuple(scheduler) if isinstance(scheduler, (list, tuple)) else (scheduler,)
-    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for one in schedulers:
-        if not isinstance(one, LRScheduler):
+    for each in schedulers:
+        if not isinstance(each, LRScheduler):
             raise OptimizerError(
-                f"fit(scheduler={one!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+                f"fit(scheduler={each!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
             )
-        if not any(one.optimizer is other for other in several):
+        if each.optimizer not in sequence_of(optimizer):
             raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")
     return schedulers
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dagrow._log import LOG
 from dagrow._model_state import preserve_state
 from dagrow._progress import progress_bar
 from dagrow.errors import SEEDS, GrowthError, check_real, check_whole, first_line
-from dagrow.growing._left_out import LeftOut, is_of_place
+from dagrow.growing._left_out import is_of_place
 from dagrow.growing._line_search import best_amplitude
 from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, check_steps, grown
@@ -120,7 +121,7 @@ class ByLineSearch(Policy):
         except Exception as error:
             if not is_of_place(error, growth.dag, judge, grown=True):
                 raise
-            LeftOut().add(growth.where, error)
+            LOG.info("left out %s: %s", growth.where, first_line(error))
             return -inf
         return before - after if gamma else -inf
 

@@ -187,7 +187,7 @@ def is_noted(error: BaseException) -> bool:
 
 
 def is_of_own_class(error: BaseException) -> bool:
-    """Whether an exception is of a class of the user's, as for control flow: neither of Python nor of a library.
+    """Whether an exception is of a class of the user's, as for control flow: not of Python, a library, or ours.
 
     Args:
         error: what was raised.
@@ -196,6 +196,8 @@ def is_of_own_class(error: BaseException) -> bool:
         Whether the class was written in no installed module.
     """
     module = type(error).__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return False
     file = getattr(sys.modules.get(module), "__file__", None)
     return module == "__main__" or (file is not None and not file.startswith(_INSTALLED))
 

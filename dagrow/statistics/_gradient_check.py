@@ -144,7 +144,7 @@ class GradientCheck:
 
     def _check_slopes(self, gradients: Mapping[str, Mapping[str, Tensor | None]], trials: Trials) -> None:
         """Notes layers along whose gradients a finite difference of the loss is not what autograd says."""
-        weights, directions, slopes = dict[str, Tensor](), dict[str, dict[str, Tensor]](), dict[str, float]()
+        weights, directions, slope, moved = dict[str, Tensor](), dict[str, Tensor](), 0.0, set[str]()
         for name, edge in self.edges.items():
             found = {entry: gradient for entry, gradient in gradients[name].items() if gradient is not None}
             size = _norm(found.values())
@@ -152,11 +152,11 @@ class GradientCheck:
                 own = {entry: self.weights[name, entry] for entry in found}
                 length = _norm(own.values()) or 1.0
                 weights |= {edge.path(entry): weight for entry, weight in own.items()}
-                directions[name] = {edge.path(entry): g * (length / size) for entry, g in found.items()}
-                slopes[name] = size * length
-        together = {path: direction for parts in directions.values() for path, direction in parts.items()}
-        if trials.contradict(weights, together, sum(slopes.values())):  # one direction each would clear no layer
-            self.objective.findings.detached |= directions.keys()
+                directions |= {edge.path(entry): g * (length / size) for entry, g in found.items()}
+                slope += size * length
+                moved.add(name)
+        if trials.contradict(weights, directions, slope):  # one direction each would clear no layer
+            self.objective.findings.detached |= moved
 
 
 def _weights(edge: Edge, model: nn.Module) -> dict[Entry, Tensor]:

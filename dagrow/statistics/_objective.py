@@ -17,6 +17,7 @@ from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_s
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
+    RAISED,
     Place,
     add_note,
     batch_count,
@@ -159,7 +160,7 @@ class Objective:
             try:
                 source = iter(self.batches)
             except BaseException as error:
-                add_note(error, f"dagrow: raised where {self.name} were to be read")
+                add_note(error, f"{RAISED}where {self.name} were to be read")
                 raise
         return self._read(source, restore, seed, most)
 
@@ -220,16 +221,23 @@ class Objective:
         self.hold()
         return self.drawn_value(batch)
 
-    def drawn_value(self, batch: object) -> Tensor:
+    def drawn_value(self, batch: object, how: str = "") -> Tensor:
         """The same with random numbers as they come, as for training.
 
         Args:
             batch: as for :meth:`value`.
+            how: it differs from the batch that was read, for notes.
 
         Returns:
             A tensor without dimensions.
         """
-        return self._value(batch)
+        try:
+            with torch.enable_grad() if self._shared.differentiating else nullcontext():
+                value = self.function(self.model, batch)
+            return self._scalar(value, batch)
+        except BaseException as error:
+            self._add_note(error, batch, how)
+            raise
 
     @contextmanager
     def noting(self, batch: object, how: str = "") -> Iterator[None]:
@@ -250,15 +258,6 @@ class Objective:
             self._name_batches(error)
         else:
             add_note(error, failure(self.model, batch, f"{self.name}, counted from 0{how}", self._place))
-
-    def _value(self, batch: object, how: str = "") -> Tensor:
-        try:
-            with torch.enable_grad() if self._shared.differentiating else nullcontext():
-                value = self.function(self.model, batch)
-            return self._scalar(value, batch)
-        except BaseException as error:
-            self._add_note(error, batch, how)
-            raise
 
     def _scalar(self, value: object, batch: object) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -376,7 +375,7 @@ class Objective:
         """The loss of a batch, and whether it draws random numbers."""
         self.hold(turn)
         before = drawn_so_far()
-        value = self._value(batch, ", or on it repeated, to tell a mean from a sum")
+        value = self.drawn_value(batch, ", or on it repeated, to tell a mean from a sum")
         return value, drawn_so_far() != before
 
     def mean(self) -> float:

@@ -150,7 +150,8 @@ class SampleOrder:
 
         layers = {layer.name: layer for layer in self.dag.layers.values()}
         outputs: list[Tensor | None] = []
-        with preserve_state(objective.model), LayerHooks(objective.model, layers.values(), note), torch.enable_grad():
+        hooks = LayerHooks(objective.model, layers.values(), note)
+        with preserve_state(objective.model, objective.others), hooks, torch.enable_grad():
             objective.model.eval()
             handle = objective.model.register_forward_hook(note_output)
             try:

@@ -191,7 +191,7 @@ class Growth(Printable):
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self._applied(gamma, optimizer))
 
-    def _applied(self, gamma: float, optimizer: Optimizers | None) -> "Receipt":
+    def _applied(self, gamma: float, optimizer: Optimizers) -> "Receipt":
         before, after = self.objective.mean(), self.loss(gamma)
         reported = self.objective.reported
         return self.commit(gamma, reported(before), reported(after), optimizer)

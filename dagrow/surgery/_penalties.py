@@ -73,7 +73,7 @@ def _penalty_slope(growth: Growth) -> float:
 
 def _slope(growth: Growth, *, cut: bool) -> float:
     dag, change, objective = growth.dag, growth.change, growth.objective
-    with preserve_state(dag.model), torch.inference_mode(False), torch.enable_grad():
+    with preserve_state(dag.model, objective.others), torch.inference_mode(False), torch.enable_grad():
         dag.model.train(objective.mode == "train")
         batch = next(iter(objective))[0]
         largest = max(float(slope.abs().max()) for slope in change.slope.values())

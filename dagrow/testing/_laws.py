@@ -192,9 +192,8 @@ def invariance(operator: Operator, case: Case) -> None:
     first = _by_place(case.propose(operator, dag))
     if not all(growth.invariant for growth in first.values()):
         return
-    uncertain = {
-        growth.where for growth in first.values() if not _certain(growth, case)
-    }  # they are told by their order
+    # growths of one place are told apart by their order, which an uncertain one may change
+    uncertain = {growth.where for growth in first.values() if not _certain(growth, case)}
     first = {place: growth for place, growth in first.items() if growth.where not in uncertain}
     scaled = replace(case, loss=lambda output, target: 0.01 * case.loss(output, target))
     _same_growths(case, first, case, _by_place(scaled.propose(operator, dag)), "loss scaled by 0.01", 0.01)

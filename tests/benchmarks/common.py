@@ -5,6 +5,9 @@ import hashlib
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,33 @@ def append(path: Path, run: Mapping[str, Any]) -> None:
     """Adds a finished run to a results file."""
     with path.open("a") as file:
         file.write(json.dumps(run) + "\n")
+
+
+def in_own_process(arguments: Sequence[str], limit: float, failure: str) -> tuple[dict[str, Any], float]:
+    """What a script prints in a process of its own.
+
+    Args:
+        arguments: the script, and what it is called with.
+        limit: seconds.
+        failure: what to call the reason, if it does not end well.
+
+    Returns:
+        The JSON objects in its output as one, also where it did not end; the seconds that it took.
+    """
+    result: dict[str, Any] = {}
+    start = time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=limit, check=False)
+        text = done.stdout
+        if done.returncode:
+            result[failure] = f"ended with {done.returncode}: {done.stderr[-300:]}"
+    except subprocess.TimeoutExpired as expired:
+        result[failure] = f"did not end in {limit:.0f} s"
+        text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+    for line in text.splitlines():
+        if line.startswith("{"):
+            result |= json.loads(line)
+    return result, time.perf_counter() - start
 
 
 def mean(values: Iterable[float]) -> float:

@@ -22,7 +22,6 @@ import importlib.util
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, read, source_version, table, write_block
+from common import append, in_own_process, read, source_version, table, write_block
 from torch import Tensor, nn
 
 import dagrow
@@ -204,22 +203,10 @@ def alone(zoo: Path, suite: str, name: str, *, timed_only: bool) -> None:
 
 def watched(arguments: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
+    command = [__file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
     command += ["--timed-only"] if arguments.timed_only else []
-    result: dict[str, Any] = {"suite": suite, "name": name, "version": source_version()}
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit, check=False)
-        text = done.stdout
-        if done.returncode:
-            result["error"] = f"ended with {done.returncode}: {done.stderr[-300:]}"
-    except subprocess.TimeoutExpired as expired:
-        result["error"] = f"did not end in {arguments.limit} s"
-        text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-    for line in text.splitlines():
-        if line.startswith("{"):
-            result |= json.loads(line)
-    return result | {"took": time.perf_counter() - start}
+    result, seconds = in_own_process(command, arguments.limit, "error")
+    return {"suite": suite, "name": name, "version": source_version(), **result, "took": seconds}
 
 
 def main() -> None:

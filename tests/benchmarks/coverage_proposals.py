@@ -12,16 +12,13 @@ compared with the gain, and they are applied and undone.
 import argparse
 import json
 import logging
-import subprocess
-import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, source_version
+from common import append, in_own_process, source_version
 from coverage import BATCH, Spec, _alive, _to, _widest, known, specs
 from torch import Tensor
 from torch.nn import functional
@@ -137,21 +134,10 @@ def alone(zoo: Path, suite: str, name: str) -> None:
 
 def watched(arguments: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
-    result: dict[str, Any] = {"suite": suite, "name": name, "version": source_version(), "not_proposed": None}
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit, check=False)
-        text = done.stdout
-        if done.returncode:
-            result["not_proposed"] = f"ended with {done.returncode}: {done.stderr[-300:]}"
-    except subprocess.TimeoutExpired as expired:
-        result["not_proposed"] = f"did not end in {arguments.limit:.0f} s"
-        text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-    for line in text.splitlines():
-        if line.startswith("{"):
-            result |= json.loads(line)
-    return result | {"proposing": time.perf_counter() - start}
+    command = [__file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
+    result, seconds = in_own_process(command, arguments.limit, "not_proposed")
+    known_by = {"suite": suite, "name": name, "version": source_version(), "not_proposed": None}
+    return {**known_by, **result, "proposing": seconds}
 
 
 def main() -> None:

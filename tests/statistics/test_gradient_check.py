@@ -195,10 +195,20 @@ class RunningScale(nn.Module):
         return loss / self.mean
 
 
-def test_a_loss_with_a_running_mean_is_measured_from_the_mean_that_it_has() -> None:
-    dag, loss = dagrow.trace(perceptrons.mlp(3, 4, 2), torch.randn(2, 3).double()), RunningScale()
-    growths = dagrow.propose(dag, perceptrons.data(), loss, [MoveWeights(), AddNeurons(k=1)], reduction="mean")
-    assert float(loss.mean) == 1
+@pytest.mark.parametrize("called", [True, False])
+def test_a_loss_with_a_running_mean_is_measured_from_the_mean_that_it_has(called: bool) -> None:
+    dag, scale = dagrow.trace(perceptrons.mlp(3, 4, 2), torch.randn(2, 3).double()), RunningScale()
+    loss = scale if called else scale.forward
+    batches, operators = perceptrons.data(), [MoveWeights(), AddNeurons(k=1)]
+    growths = dagrow.propose(dag, batches, loss, operators, reduction="mean")
+    assert float(scale.mean) == 1
+
+    def stateless(output: Tensor, target: Tensor) -> Tensor:
+        loss = mse_loss(output, target)
+        return loss / (0.9 + 0.1 * loss.detach())
+
+    for growth, other in zip(growths, dagrow.propose(dag, batches, stateless, operators), strict=True):
+        assert growth.gain == pytest.approx(other.gain, rel=1e-9)
     for growth in growths:
         assert growth.loss(0.0) == growth.loss(0.0)
         assert any("slope of the loss" in note for note in growth.notes)
