@@ -162,7 +162,19 @@ class Annealed:
         return variational(model, x) * min(1.0, self.calls / 100)
 
 
-@pytest.mark.parametrize("step", [of_an_own_generator, Annealed()])
+class Running:
+    """Divides by a running mean, which begins with the first batch: on that one alone it always gives the same."""
+
+    def __init__(self) -> None:
+        self.size: Tensor | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        size = x.std()
+        self.size = size if self.size is None else 0.9 * self.size + 0.1 * size
+        return variational(model, x) / self.size
+
+
+@pytest.mark.parametrize("step", [of_an_own_generator, Annealed(), Running()])
 @pytest.mark.parametrize("options", [{}, {"reduction": "mean"}])
 def test_what_cannot_be_held_is_refused(step: Any, options: Any) -> None:
     dag = dagrow.trace(Autoencoder(), X)
@@ -195,3 +207,19 @@ def test_dropout_that_is_measured_in_train_mode() -> None:
     dag, batches = dagrow.trace(model, X), [(x, x) for x in BATCHES]
     for growth in dagrow.propose(dag, batches, functional.mse_loss, OPERATORS, mode="train"):
         assert -slope(growth, growth.loss) == pytest.approx(growth.gain, rel=1e-4, abs=1e-9)
+
+
+def test_dropout_of_new_neurons_is_noted_where_it_is_drawn() -> None:
+    """A wider mask is another one; in eval mode, and where there is none behind them, nothing is to be said."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.3), nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)
+    dag, batches = dagrow.trace(nn.Sequential(*layers).double(), X), [(x, x) for x in BATCHES]
+
+    def noted(mode: str, init: str) -> dict[str, bool]:
+        operator = AddNeurons(k=1, init=init)
+        growths = dagrow.propose(dag, batches, functional.mse_loss, [operator], mode=mode)
+        return {growth.where: any("draws other random numbers" in note for note in growth.notes) for growth in growths}
+
+    for init in ("optimal", "random", "zero"):
+        assert noted("train", init) == {"0": True, "3": False}
+        assert noted("eval", init) == {"0": False, "3": False}

@@ -125,7 +125,7 @@ def test_an_example_with_other_positions_than_the_batches_is_refused() -> None:
     dag = dagrow.trace(Last().double(), torch.randn(2, 1, 3).double())
     x = torch.randn(40, 5, 3).double()
     batches = list(zip(x.split(20), torch.sin(x[:, -1, :2]).split(20), strict=True))
-    with pytest.raises(dagrow.DagrowError, match="trace with such a batch"):
+    with pytest.raises(dagrow.DagrowError, match="Trace with a batch as they are"):
         dagrow.propose(dag, batches, mse_loss, [AddNeurons(k=1)])
 
 

@@ -8,7 +8,17 @@ from dagrow.graph import Dag
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
 from dagrow.statistics import Objective, measure
-from dagrow.surgery import Change, Draft, Growth, check_preserved, check_unchanged, completed, disjoint, preview
+from dagrow.surgery import (
+    Change,
+    Draft,
+    Growth,
+    check_preserved,
+    check_unchanged,
+    completed,
+    disjoint,
+    noted_draws,
+    preview,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +70,7 @@ class CandidateRuns:
                 previews, self._previews = self._previews, []
                 for group in disjoint(previews, lambda member: member.preview.widening):
                     self._measure_previewed(group)
-        self.growths = [completed(growth) for growth in self.growths if self._holds(growth)]
+        self.growths = [noted_draws(completed(growth)) for growth in self.growths if self._holds(growth)]
         self.worked |= bool(self.growths)
         return self.growths
 

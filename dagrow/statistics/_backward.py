@@ -16,7 +16,7 @@ from dagrow.errors import LossError
 
 
 def runs_again(loss: Tensor, hidden: bool) -> bool:
-    """Whether the backward pass of a loss runs layers again, of which its graph shows nothing.
+    """Whether the backward pass of a loss may run layers again, of which its graph shows nothing.
 
     Args:
         loss: of a batch.
@@ -111,8 +111,9 @@ def run_backward(loss: Tensor, model: nn.Module) -> None:
     hooked = _hooked(model.named_parameters())
     if hooked:
         raise LossError(
-            f"the model runs layers again in the backward pass (a checkpoint with use_reentrant=True), and {hooked} "
-            "carries hooks that such a pass would run. Measure without these hooks, or let the model call "
+            "layers may run again in the backward pass (in a checkpoint with use_reentrant=True, or a function of your "
+            f"own beside layers that run under no_grad), and {hooked} carries hooks that such a pass would run. "
+            "Measure without these hooks, or let the model call "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
     try:

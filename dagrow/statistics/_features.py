@@ -78,7 +78,9 @@ class Feature(ABC):
                 if capture.grid[max(0, len(capture.grid) - len(expected)) :] != expected:
                     raise BatchError(
                         f"layer {edge} writes {_by(capture.grid)} positions for a batch, but {_by(expected)} for the "
-                        "example that was traced; trace with such a batch."
+                        "example that was traced, and new channels are measured position by position. Trace with a "
+                        "batch as they are; where they differ among themselves, pad or crop them to one size, or "
+                        "leave the axis out with axes=."
                     )
                 if position_map.dims.get(edge, 0) not in (None, capture.sample_dim):
                     raise BatchError(

@@ -1,7 +1,8 @@
 """Hooks that see what layers read and write while a model runs."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dagrow.layers import LayerSite
-from dagrow.tracing import run_decomposed, tensor_at
+from dagrow.tracing import run_decomposed
 
 #: is called with a layer's name, its input and its output; what it returns, if anything, replaces the output
 Observer = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -94,7 +95,10 @@ class _FunctionHooks(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: Iterable[LayerSite], observer: Observer) -> None:
         super().__init__()
-        self.model, self.layers, self.observer = model, list(layers), observer
+        self.observer = observer
+        self.layers = [
+            (layer.name, {entry: _Holder.of(model, path) for entry, path in layer.paths.items()}) for layer in layers
+        ]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,16 +108,46 @@ class _FunctionHooks(TorchFunctionMode):
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor):
             return output
-        arguments = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for layer in self.layers:
-            parameters = {entry: tensor_at(self.model, path) for entry, path in layer.paths.items()}  # as they are now
-            inputs = [tensor for tensor in arguments if not any(_is(tensor, own) for own in parameters.values())]
-            if inputs and any(_is(tensor, parameters["weight"]) for tensor in arguments):
-                replacement = self.observer(layer.name, inputs[0], output)
+        arguments = {id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}
+        if len(arguments) < 2:  # an input and a weight
+            return output
+        bases = {key: id(tensor._base) for key, tensor in arguments.items()}  # of a transpose the parameter
+        seen = {*bases, *bases.values()}
+        for name, holders in self.layers:
+            if id(holders["weight"]()) not in seen:  # what is there now
+                continue
+            own = {id(holder()) for holder in holders.values()}
+            inputs = [tensor for key, tensor in arguments.items() if key not in own and bases[key] not in own]
+            if inputs:
+                replacement = self.observer(name, inputs[0], output)
                 return output if replacement is None else replacement
         return output
 
 
-def _is(tensor: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor is a parameter, or its transpose."""
-    return tensor is parameter or tensor._base is parameter
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments, and in nests there."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple, dict)):
+            yield from (leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """Where a parameter is found, fast: all layers are looked up at every call of a function."""
+
+    module: nn.Module
+    table: str | None
+    leaf: str
+
+    @classmethod
+    def of(cls, model: nn.Module, path: str) -> "_Holder":
+        owner, _, leaf = path.removeprefix(".").rpartition(".")
+        module = model.get_submodule(owner)
+        table = next((table for table in ("_parameters", "_buffers") if leaf in vars(module)[table]), None)
+        return cls(module, table, leaf)
+
+    def __call__(self) -> object:
+        attributes = vars(self.module)
+        return (attributes if self.table is None else attributes[self.table]).get(self.leaf)

@@ -122,7 +122,8 @@ class CaptureHooks(LayerHooks):
         self._is_paused = False
         self._hidden = False  #: whether a layer ran without a graph
         self._depends = False  #: whether the loss depends on weights, whatever reaches the goals
-        self._runs_again: bool | None = None  #: whether layers run in the backward pass too; not known before one
+        self._runs_again: bool | None = None  #: whether layers may run in the backward pass too; not known before one
+        self._ran_again = False  #: whether they did, in the last one
         self._arrived: dict[Place, Tensor] | None = None  #: gradients in a backward pass, while it runs
 
     def remove(self) -> None:
@@ -144,6 +145,7 @@ class CaptureHooks(LayerHooks):
         if self._is_paused:
             return None
         if self._arrived is not None:
+            self._ran_again = True
             self._watch(self._edges(name, inputs, output))
             return None
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
@@ -230,17 +232,17 @@ class CaptureHooks(LayerHooks):
                     edges["output", name, call] = capture.output_gradient
         if self._runs_again is None:
             self._runs_again = bool(edges) and runs_again(loss, self._hidden)
-        if self._runs_again and several:
-            raise LossError(
-                "the model is called several times in a step, and runs layers again in the backward pass (a checkpoint "
-                "with use_reentrant=True), so that nobody knows which call runs again. Let it call "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        self._arrived = {}
+        self._arrived, self._ran_again = {}, False
         try:
             if self._runs_again:
                 self._watch(edges)
                 run_backward(loss, self.model)
+                if self._ran_again and several:
+                    raise LossError(
+                        "the model is called several times in a step, and runs layers again in the backward pass (a "
+                        "checkpoint with use_reentrant=True), so that nobody knows which call runs again. Let it call "
+                        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                    )
                 self.weight_gradients = [weight.grad for weight in self.weights]
                 for parameter in self.model.parameters():
                     parameter.grad = None

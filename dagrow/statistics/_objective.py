@@ -30,6 +30,7 @@ from dagrow.statistics._batches import (
 )
 from dagrow.statistics._findings import Findings
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
+from dagrow.statistics._purity import Untouched, check_same
 from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, supervised
@@ -311,49 +312,47 @@ class Objective:
             self._probed = True
 
     def _probe_reduction(self) -> Reduction:
+        found, first = self._shared.reduction, None
         for batch, samples in self:
+            if found is not None and first is not None:
+                self._value_alone(batch)
+                break
             recording = Recording(self.model)
-            loss = self._checked_value(batch, recording)
-            if self._shared.reduction is not None:
-                return self._shared.reduction
-            probe = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, loss)
-            finding = probe.finding()
-            if finding is None:
-                continue
-            if finding.reduction is None:
-                raise LossError(
-                    f"{finding.why}. Say what the loss is with reduction=: 'mean' or 'sum' where it is one over the "
-                    "samples of a batch, perhaps with a penalty that does not depend on them; 'batch' where it is one "
-                    "number of the whole batch, as a contrastive loss is."
-                )
-            return finding.reduction
-        return "mean"
+            value = self._checked_value(batch, recording)
+            first = first or (batch, self._place, value)
+            found = found or self._told(batch, samples, recording, value)
+        assert first is not None
+        batch, self._place, value = first
+        check_same(value, self._value_alone(batch))
+        return found or "mean"
 
-    def _checked_value(self, batch: object, recording: Recording) -> float:
-        """The loss of a batch, which is a function of it and of the model, and changes neither."""
+    def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:
+        """What a batch tells of the loss, if anything."""
+        finding = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, float(value)).finding()
+        if finding is not None and finding.reduction is None:
+            check_same(value, self._value_alone(batch))
+            raise LossError(
+                f"{finding.why}. Say what the loss is with reduction=: 'mean' or 'sum' where it is one over the "
+                "samples of a batch, perhaps with a penalty that does not depend on them; 'batch' where it is one "
+                "number of the whole batch, as a contrastive loss is."
+            )
+        return None if finding is None else finding.reduction
+
+    def _value_alone(self, batch: object) -> Tensor:
+        with preserve_state(self.model, self.others):
+            return self.value(batch)
+
+    def _checked_value(self, batch: object, recording: Recording) -> Tensor:
+        """The loss of a batch, which leaves the model as it is."""
         read = self._draws_others()
-        versions = [parameter._version for parameter in self.model.parameters()]
         with preserve_state(self.model, self.others), recording.recorded():
+            model = Untouched(self.model)
             value = self._first_value(batch, recording)
             drawn = read or self._draws_others()
+            model.check()
         if not self._place.number:
             self._seeds_all = drawn
-        if versions != [parameter._version for parameter in self.model.parameters()]:
-            raise LossError(
-                "evaluating the loss changes the model's weights; give a loss or a step that computes the loss and "
-                "leaves backward() and optimizer.step() to the training loop."
-            )
-        with preserve_state(self.model, self.others):
-            again = self.value(batch)
-        allowed = torch.finfo(value.dtype).eps ** 0.5 if value.is_floating_point() else 0.0
-        if abs(float(again) - float(value)) > allowed * abs(float(value)):
-            raise LossError(
-                f"the loss of the same batch is {float(value):.9g} and then {float(again):.9g}, with the global random "
-                "generators of torch, numpy and Python at the same seed. It draws from a generator of its own, or "
-                "depends on how often it was called; such numbers cannot be held while a growth is measured. Draw from "
-                "the global generators, and keep counters out of the loss."
-            )
-        return float(value)
+        return value
 
     def _draws_others(self) -> bool:
         """Whether numpy or Python have drawn since the generators were seeded last."""

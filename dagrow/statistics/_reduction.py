@@ -95,7 +95,7 @@ class ReductionProbe:
         evaluate: gives the loss of a batch, and whether it draws random numbers, which follow from a turn alone.
         batch: of ``samples`` along ``dim``.
         recording: of the model's calls on it.
-        loss: of it, in turn 0.
+        loss: of it, in turn 0, as the user's loss gives it.
     """
 
     evaluate: Callable[[object, int], tuple[Tensor, bool]]

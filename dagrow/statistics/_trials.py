@@ -133,7 +133,7 @@ class Trials:
                     yield
 
         try:
-            return float(self.loss(lambda *_: None, moved()))
+            return float(self.loss(lambda *_: None, moved()).detach())
         except NotFiniteError:
             return inf
 

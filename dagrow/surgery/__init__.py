@@ -28,7 +28,7 @@ from dagrow.axes import disjoint
 from dagrow.surgery._apply import grown, preview, transaction
 from dagrow.surgery._draft import Change, Draft
 from dagrow.surgery._growth import Cost, Growth, Receipt, cost_of, where_new
-from dagrow.surgery._loss_check import check_preserved, check_unchanged
+from dagrow.surgery._loss_check import check_preserved, check_unchanged, noted_draws
 from dagrow.surgery._new_layers import NewPath, dependent, zeroed
 from dagrow.surgery._optimizers import Optimizers, check_optimizer, check_steps, sequence_of
 from dagrow.surgery._penalties import completed
@@ -52,6 +52,7 @@ __all__ = [
     "disjoint",
     "grown",
     "load",
+    "noted_draws",
     "preview",
     "save",
     "sequence_of",

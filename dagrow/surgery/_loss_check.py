@@ -1,6 +1,7 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,10 +55,30 @@ def check_unchanged(growth: Growth) -> None:
         )
 
 
-def _losses(dag: Dag, objective: Objective, change: Change, gamma: float) -> tuple[float, float, bool]:
-    """The loss of a batch before and after a change, in eval mode, and whether they differ by rounding alone."""
+def noted_draws(growth: Growth) -> Growth:
+    """With a note where a wider model draws other random numbers, as dropout does in train mode.
+
+    Args:
+        growth: whose loss at gamma = 0 is that of the model, but for such numbers.
+
+    Returns:
+        The growth.
+    """
+    if growth.objective.mode != "train" or _losses(growth.dag, growth.objective, growth.change, 0.0, training=True)[2]:
+        return growth
+    note = (
+        "where it is wider the model draws other random numbers in train mode, as dropout does: the gain is the slope "
+        "of the loss on average over draws, not for those of a single evaluation; mode='eval' measures without them"
+    )
+    return replace(growth, notes=(*growth.notes, note))
+
+
+def _losses(
+    dag: Dag, objective: Objective, change: Change, gamma: float, *, training: bool = False
+) -> tuple[float, float, bool]:
+    """The loss of a batch before and after a change, and whether they differ by rounding alone."""
     with preserve_state(objective.model, objective.others), torch.no_grad():
-        objective.model.eval()
+        objective.model.train(training)
         batch = next(iter(objective))[0]
         before = objective.value(batch)
         with preview(dag, change, change.tensors(dag.model, gamma)):

@@ -115,3 +115,30 @@ def test_several_calls_of_what_runs_again() -> None:
     dag = dagrow.trace(Blocks("reentrant").double(), batches[0][0][:2])
     with pytest.raises(LossError, match=r"called several times in a step.*use_reentrant=False"):
         dagrow.propose(dag, batches, step=two_views)
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through: the gradient passes as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_a_function_of_the_users_beside_a_target_without_a_graph_runs_nothing_again() -> None:
+    """The model is called twice, once under no_grad(), which a checkpoint would do as well."""
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            target = model(-batch[0])
+        return mse_loss(Rounded.apply(model(batch[0])), batch[1]) + mse_loss(model(batch[0]), target)
+
+    batches = perceptrons.data()
+    dag = dagrow.trace(Blocks("plain").double(), batches[0][0][:2])
+    growths = dagrow.propose(dag, batches, step=step, operators=[AddNeurons(k=1)])
+    assert len(growths) == 3
+    assert all("detached or straight-through" in " ".join(growth.notes) for growth in growths)

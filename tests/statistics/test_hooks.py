@@ -65,3 +65,20 @@ def test_whether_the_own_forward_ran() -> None:
         model(x)
         assert probe.ran
     assert "forward" not in vars(model)
+
+
+def test_a_layer_is_known_by_the_parameter_that_is_there_now() -> None:
+    """By its transpose as well, in a list, or in a keyword; not where another one is meant."""
+    model, x, seen = Mixed(), torch.randn(5, 4), []
+    dag = dagrow.trace(model, torch.randn(5, 3))
+    first = model.weight
+    with LayerHooks(model, [dag.layer("weight")], lambda name, inputs, output: seen.append((name, inputs))):
+        model.weight = nn.Parameter(torch.zeros(2, 4))
+        functional.linear(x, first)
+        assert not seen
+        functional.linear(input=x, weight=model.weight)
+        torch.mm(x, model.weight.T)
+        torch.einsum("ni, oi -> no", [x, model.weight])
+        torch.zeros_like(model.weight)
+    assert [name for name, _ in seen] == ["weight"] * 3
+    assert all(inputs is x for _, inputs in seen)

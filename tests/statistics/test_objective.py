@@ -206,3 +206,17 @@ def test_step_and_loss() -> None:
         "does not depend",
         lambda dag: dagrow.bottlenecks(dag, BATCHES, step=lambda m, b: MSE(b[1] * 2, b[1])),
     )
+
+
+@pytest.mark.parametrize("reduction", [None, "mean"])
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_step_that_runs_backward_is_told_so(reduction: Any, retain: bool, detached: bool) -> None:
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        loss = MSE(model(batch[0]), batch[1])
+        loss.backward(retain_graph=retain)
+        return loss.detach() if detached else loss
+
+    options = {} if reduction is None else {"reduction": reduction}
+    message = r"runs backward\(\).*leaves backward\(\) and optimizer.step\(\) to the training loop"
+    refused(LossError, message, lambda dag: dagrow.propose(dag, BATCHES, step=step, **options))
