@@ -1,16 +1,16 @@
 """Rows of features and goals, and their moments: what the solvers are checked on."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from dagrow.solvers import (
-    Moments,
-)
+from dagrow.solvers import Moments, Rows
 
 B, P, V, W = "b", "p", "v", "w"
+FORM = "sums"  #: or "rows": how moments are kept
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -36,13 +36,19 @@ def moments(rows: dict[str, np.ndarray], folds: int = 1) -> Moments:
     """Samples go round-robin into folds."""
     features = list(rows)
     n, s = rows[features[0]].shape[:2]
+    counts = torch.tensor([len(range(f, n, folds)) for f in range(folds)])
+    if FORM == "rows":
+        kept = {
+            x: Rows([torch.from_numpy(each[f::folds]).flatten(0, 1) for f in range(folds)]) for x, each in rows.items()
+        }
+        pairs = {(x, y): (kept[x], kept[y]) for x, y in itertools.combinations_with_replacement(features, 2)}
+        return Moments(counts, {}, {f: float(s) for f in features}, EPS, rows=pairs)
     sums = {}
     for a in range(len(features)):
         for c in range(a, len(features)):
             x, y = (torch.from_numpy(rows[features[j]]) for j in (a, c))
             parts = [torch.einsum("nsx,nsy->xy", x[f::folds], y[f::folds]) for f in range(folds)]
             sums[features[a], features[c]] = torch.stack(parts)
-    counts = torch.tensor([len(range(f, n, folds)) for f in range(folds)])
     return Moments(counts, sums, {f: float(s) for f in features}, EPS)
 
 

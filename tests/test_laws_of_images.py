@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import forms
 import pytest
 from hypothesis import assume, given
 from images import Plan, built, plans
@@ -13,19 +14,19 @@ from dagrow.operators import Operator
 
 
 @pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
-@given(plan=plans())
+@given(plan=plans(), most=forms.MOST)
 @LAW
-def test_a_law_over_images(law: testing.Law, plan: Plan, operator: Operator) -> None:
+def test_a_law_over_images(law: testing.Law, plan: Plan, operator: Operator, most: int) -> None:
     case = built(plan)
     assume(case is not None)
-    holds(law, operator, stepping(law, case, plan.seed))
+    holds(law, operator, stepping(law, case, plan.seed), most)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=repr)
 @pytest.mark.parametrize("law", [testing.preservation, testing.slope, testing.descent], ids=lambda law: law.__name__)
-@given(plan=plans(between=("batch", "none")))
+@given(plan=plans(between=("batch", "none")), most=forms.MOST)
 @LAW
-def test_a_law_of_goals_measured_in_train_mode(law: testing.Law, plan: Plan, operator: Operator) -> None:
+def test_a_law_of_goals_measured_in_train_mode(law: testing.Law, plan: Plan, operator: Operator, most: int) -> None:
     case = built(dataclasses.replace(plan, mode="train"))
     assume(case is not None)
-    holds(law, operator, stepping(law, case, plan.seed))
+    holds(law, operator, stepping(law, case, plan.seed), most)

@@ -1,5 +1,6 @@
 """Every law for new connections and new layers, over drawn models and drawn images."""
 
+import forms
 import images
 import pytest
 import zoo
@@ -22,23 +23,24 @@ OPERATORS: tuple[Operator, ...] = (
 )
 
 
-def holds(law: testing.Law, operator: Operator, case: Case) -> None:
+def holds(law: testing.Law, operator: Operator, case: Case, most: int) -> None:
     dag = case.copy()
     assume(dag.unwritable is None and path_sites(dag, known=isinstance(operator, AddLayer)))
-    law(operator, case)
+    with forms.by_rows(most):
+        law(operator, case)
 
 
 @pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
-@given(plan=zoo.plans())
+@given(plan=zoo.plans(), most=forms.MOST)
 @LAW
-def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator) -> None:
-    holds(law, operator, zoo.stepping(law, zoo.built(plan), plan.seed))
+def test_a_law_over_the_zoo(law: testing.Law, plan: zoo.Plan, operator: Operator, most: int) -> None:
+    holds(law, operator, zoo.stepping(law, zoo.built(plan), plan.seed), most)
 
 
 @pytest.mark.parametrize(("law", "operator"), checks(OPERATORS))
-@given(plan=images.plans())
+@given(plan=images.plans(), most=forms.MOST)
 @LAW
-def test_a_law_over_images(law: testing.Law, plan: images.Plan, operator: Operator) -> None:
+def test_a_law_over_images(law: testing.Law, plan: images.Plan, operator: Operator, most: int) -> None:
     case = images.built(plan)
     assume(case is not None)
-    holds(law, operator, zoo.stepping(law, case, plan.seed))
+    holds(law, operator, zoo.stepping(law, case, plan.seed), most)

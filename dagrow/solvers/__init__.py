@@ -7,6 +7,8 @@ letters are those of docs/method.md. The pieces hang together so:
   each fold the moments of all others and its own. Both are a :class:`MomentView`: ``m[x, y]`` is ``E x y^T``.
 - *Whitening*: every inverse is one of a positive semidefinite matrix with a ridge relative to each feature's second
   moment, by Cholesky, or by an eigendecomposition with a relative cut-off where the matrix is singular.
+- *Rows*: of features with more entries than rows, products are kept as rows, :class:`RowProduct`, and whitened on their
+  span. :meth:`MomentView.product` gives either form.
 - *Regression*: a :class:`Regression` names new features, what the target reads already, and its goal. What is left of
   features and goals once the latter is taken out is equation 2; :func:`best_move` (1), :func:`directions` (3, 4) and
   :func:`fan_out` (5, 6) solve it; :func:`marginal_drops` and :func:`forward_selection` choose among features.
@@ -48,6 +50,7 @@ from dagrow.solvers._cross_validation import (
 from dagrow.solvers._linalg import add_gram, complete, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, Moments, MomentView, Pair, distinct
 from dagrow.solvers._residual import Compensation, Regression
+from dagrow.solvers._row_products import Product, RowProduct, Rows
 from dagrow.solvers._selection import forward_selection, marginal_drops
 from dagrow.solvers._significance import LEVEL, Verdict, holm, upper_tail
 
@@ -63,7 +66,10 @@ __all__ = [
     "Moments",
     "Move",
     "Pair",
+    "Product",
     "Regression",
+    "RowProduct",
+    "Rows",
     "SlotMoments",
     "Verdict",
     "add_gram",

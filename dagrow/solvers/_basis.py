@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dagrow.solvers._row_products import Product, RowProduct, dense
+
 
 @dataclass(frozen=True, eq=False)
 class Basis:
@@ -19,21 +21,24 @@ class Basis:
     def _combines(self) -> bool:
         return self.choice is not None and self.choice.is_floating_point()
 
-    def columns(self, a: Tensor) -> Tensor:
+    def columns(self, a: Product) -> Product:
         """``A B``."""
         if self.choice is None:
             return a
+        if isinstance(a, RowProduct):
+            return a @ self.choice if self._combines else a.columns(self.choice)
         return a @ self.choice.to(a) if self._combines else a[:, self.choice]
 
-    def rows(self, a: Tensor) -> Tensor:
+    def rows(self, a: Product) -> Product:
         """``B^T A``."""
         return self.columns(a.T).T
 
-    def diagonal(self, p: Tensor) -> Tensor:
+    def diagonal(self, p: Product) -> Tensor:
         """The diagonal of ``B^T P B`` ``[k]``."""
-        if self.choice is None:
-            return p.diagonal()
-        return (self.choice * self.columns(p)).sum(0).to(p) if self._combines else p.diagonal()[self.choice]
+        if self.choice is None or not self._combines:
+            return p.diagonal() if self.choice is None else p.diagonal()[self.choice]
+        columns = dense(self.columns(p))
+        return (self.choice * columns).sum(0).to(columns)
 
     def spread(self, x: Tensor, size: int) -> Tensor:
         """``X B^T [o, p]``: what weights ``X [o, k]`` are for the p = ``size`` features themselves."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from dagrow.solvers._linalg import leading_svd, whitening
 from dagrow.solvers._moments import MomentView
 from dagrow.solvers._residual import CANCELLATION, Regression, Residual, StackedResidual
+from dagrow.solvers._row_products import dense
 
 OVERSAMPLING = 16  #: more goals than neurons in which singular vectors are sought
 
@@ -85,11 +86,11 @@ def best_move(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0
     Returns:
         The move ``[o, i]``, its gain and what it leaves.
     """
-    S, M, energy = m[reads, reads], m[reads, goal], float(m[goal, goal].trace())
+    S, M, energy = m.product(reads, reads), m[reads, goal], float(m.product(goal, goal).diagonal().sum())
     white = m.whitening(reads, ridge)
     dW = white.solve(M).T
     gain = float((dW.T * M).sum())
-    return Move(dW, gain, energy, energy - 2 * gain + float((dW @ S * dW).sum()), white.note)
+    return Move(dW, gain, energy, energy - 2 * gain + float((dW.T * (S @ dW.T)).sum()), white.note)
 
 
 def directions(m: MomentView, regressions: Sequence[Regression], k: int, ridge: float = 0.0) -> Directions:
@@ -137,8 +138,8 @@ def residual_fit(residual: Residual, ridge: float) -> Fit:
     p, b, v = residual.regression.features, residual.regression.reads, residual.regression.goal
     white = whitening(P, ridge, residual.resolution, residual.unit)
     X = white.solve(N).T
-    slope, compensation = residual.basis.rows(m[p, v]), None
+    slope, compensation = dense(residual.basis.rows(m.product(p, v))), None
     if D is not None:
-        slope, compensation = slope - D.T @ m[b, v], -X @ D.T
-    drop = 2 * float((X.T * N).sum()) - float((X @ P * X).sum())
+        slope, compensation = slope - (m.product(v, b) @ D).T, -X @ D.T
+    drop = 2 * float((X.T * N).sum()) - float((X.T * (P @ X.T)).sum())
     return Fit(X, compensation, float((X.T * slope).sum()), drop, white.note)

@@ -15,6 +15,7 @@ from dagrow.solvers._closed_forms import OVERSAMPLING, best_move, residual_fit
 from dagrow.solvers._linalg import Whitening, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, MomentView
 from dagrow.solvers._residual import Regression, Residual, StackedResidual
+from dagrow.solvers._row_products import Product, RowProduct, dense
 
 #: ridges that are tried for a layer's own weights, relative to each feature's second moment
 RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -78,15 +79,15 @@ def with_cross_validated_ridge(split: FoldSplit, regression: Regression) -> Regr
     if regression.reads is None or len(split) == 1:
         return regression
     b, v = regression.reads, regression.goal
-    sketch = _sketch(split[0][0][b, v])
+    sketch = _sketch(split[0][0].product(b, v))
 
     @functools.cache
     def drop(ridge: float) -> float:
         """Held out, on a few random combinations of the goals: the ridge needs no more."""
         total = 0.0
         for train, test in split:
-            dW = train.whitening(b, ridge).solve(train[b, v] @ sketch)
-            total += _drop(dW, test[b, v] @ sketch, test[b, b])
+            dW = train.whitening(b, ridge).solve(train.product(b, v) @ sketch)
+            total += _drop(dW, test.product(b, v) @ sketch, test.product(b, b))
         return total
 
     return replace(regression, ridge=_best_ridge(RIDGES, drop))
@@ -166,7 +167,7 @@ class _Trial:
         for part, omega in zip(self.stack.parts, omegas, strict=True):
             neurons = part.restricted(alpha)
             explained = neurons.cross_on(self.test, omega).diagonal().cumsum(0)
-            drop += 2 * explained - _by_rank(neurons.gram_on(self.test) * (omega.T @ omega))
+            drop += 2 * explained - _by_rank(dense(neurons.gram_on(self.test)) * (omega.T @ omega))
         return _padded(drop, k).double()
 
 
@@ -189,9 +190,9 @@ def validate_fan_out(
         residual = Residual.of(train, regression, choice)
         trials.append((residual, residual.gram_on(test), test))
 
-    def drop(residual: Residual, gram: Tensor, test: MomentView, ridge: float) -> float:
+    def drop(residual: Residual, gram: Product, test: MomentView, ridge: float) -> float:
         x = residual_fit(residual, ridge).weights
-        return float(2 * residual.cross_on(test, x).trace() - (x @ gram * x).sum())
+        return float(2 * residual.cross_on(test, x).trace() - (x.T * (gram @ x.T)).sum())
 
     return _best(ridges, lambda ridge: [drop(*trial, ridge) for trial in trials])
 
@@ -210,7 +211,8 @@ def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Seq
     """
 
     def drop(train: MomentView, test: MomentView, ridge: float) -> float:
-        return _drop(best_move(train, reads, goal, ridge).weights.T, test[reads, goal], test[reads, reads])
+        dW = best_move(train, reads, goal, ridge).weights.T
+        return _drop(dW, test[reads, goal], test.product(reads, reads))
 
     return _best(ridges, lambda ridge: [drop(train, test, ridge) for train, test in split])
 
@@ -251,7 +253,7 @@ def fan_out_fits(
         move = residual.best_moves(torch.eye(len(x)).to(x))
         if residual.D is not None:  # of the constant its last row is all there is
             taken = x @ (residual.D[-1] if regression.compensation == "constant" else residual.D.T)
-        features = len(train[regression.features, regression.features])
+        features = len(train.product(regression.features, regression.features))
         fits.append(FoldFit(residual.basis.spread(x, features), taken, None if move is None else move.T))
     return fits
 
@@ -289,17 +291,17 @@ def _best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> flo
     return ridges[at]
 
 
-def _drop(xt: Tensor, n: Tensor, p: Tensor) -> float:
+def _drop(xt: Tensor, n: Tensor, p: Product) -> float:
     """``2 tr(X N) - tr(X P X^T)`` for ``X^T [p, o]``."""
     return float(2 * (xt * n).sum() - (xt * (p @ xt)).sum())
 
 
-def _sketch(cross: Tensor) -> Tensor:
+def _sketch(cross: Product) -> Tensor:
     """Random combinations of goals, or all of them if they are few."""
-    goals = cross.shape[1]
+    goals, like = cross.shape[1], cross.x if isinstance(cross, RowProduct) else cross
     if goals <= SKETCHED_GOALS:
-        return torch.eye(goals).to(cross)
-    return torch.randn(goals, SKETCHED_GOALS, generator=torch.Generator().manual_seed(0)).to(cross)
+        return torch.eye(goals).to(like)
+    return torch.randn(goals, SKETCHED_GOALS, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _by_rank(products: Tensor) -> Tensor:

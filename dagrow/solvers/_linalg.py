@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dagrow.solvers._row_products import Product, RowProduct
+
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 _BLOCKED = 256  #: Grams from this width on are computed by blocks, without the redundant one
 
@@ -50,7 +52,8 @@ class Whitening:
     """A factor ``W`` with ``W (P + ridge) W^T = 1`` on the directions that P holds.
 
     Attributes:
-        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular.
+        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular or
+            known by rows.
         scale: the diagonal D ``[p]``.
         triangular: whether the factor is that of Cholesky.
         note: what had to be done to a singular matrix, or "".
@@ -79,11 +82,11 @@ class Whitening:
         return self.back(self.whiten(x))
 
 
-def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, unit: Tensor | None = None) -> Whitening:
+def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, unit: Tensor | None = None) -> Whitening:
     """A whitening of a positive semidefinite matrix.
 
     Args:
-        p: ``[p, p]``.
+        p: ``[p, p]``. One that is known by rows is whitened on their span, where all lies that they make.
         ridge: added to the diagonal, relative to ``unit``.
         resolution: relative precision of the entries; directions below it are noise and are cut.
         unit: what counts as large, per feature ``[p]``: by default the diagonal of ``p``. If ``p`` is what is left of
@@ -92,23 +95,30 @@ def whitening(p: Tensor, ridge: float = 0.0, resolution: float | None = None, un
     Returns:
         By Cholesky, or by an eigendecomposition with a relative cut-off if the matrix is singular.
     """
-    d = len(p)
-    resolution = max(resolution or 0.0, torch.finfo(p.dtype).eps)
-    cut = resolution * max(d, 1)
-    unit = (p.diagonal() if unit is None else unit).clamp_min(0)
+    d, unit = len(p), (p.diagonal() if unit is None else unit).clamp_min(0)
+    cut = max(resolution or 0.0, torch.finfo(unit.dtype).eps) * max(d, 1)
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
+    if isinstance(p, RowProduct):
+        return _whitened(*p.spectrum(scale), scale, ridge, cut)
     scaled = (p * scale).mul_(scale[:, None])
     damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
         return Whitening(factor, scale, True, "")
-    values, vectors = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
-    kept = values > cut * values[-1:].clamp_min(1)  # of what the features were, where little is left
-    factor = scaled.new_zeros(d, int(kept.sum()))
-    factor[alive] = (vectors[:, kept] * values[kept].rsqrt()).to(factor)
-    return Whitening(factor.T, scale, False, f"rank cut from {d} to {factor.shape[1]}")
+    values, some = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
+    vectors = some.new_zeros(d, len(values))
+    vectors[alive] = some
+    return _whitened(values, vectors, scale, 0.0, cut)
+
+
+def _whitened(values: Tensor, vectors: Tensor, scale: Tensor, ridge: float, cut: float) -> Whitening:
+    """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
+    kept = values > (0 if ridge else cut * values[-1:].clamp_min(1))  # of what features were, where little is left
+    factor = (vectors[:, kept] * (values[kept] + ridge).rsqrt()).to(scale)
+    note = "" if ridge or factor.shape[1] == len(scale) else f"rank cut from {len(scale)} to {factor.shape[1]}"
+    return Whitening(factor.T, scale, False, note)
 
 
 def leading_subspace(

@@ -6,14 +6,15 @@ can be validated on samples that it has not seen, at no extra pass.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dagrow.solvers._linalg import Whitening, whitening
+from dagrow.solvers._row_products import Product, RowProduct, Rows, dense
 
 Pair = tuple[Hashable, Hashable]  #: of features
 
@@ -53,11 +54,11 @@ class MomentView(ABC):
         """Whether the pair was measured, in this order."""
 
     @abstractmethod
-    def mean(self, pair: Pair) -> Tensor:
+    def mean(self, pair: Pair) -> Product:
         """``E x y^T`` ``[dx, dy]``, computed anew, of a pair that is held in this order."""
 
     @cached_property
-    def _means(self) -> dict[Pair, Tensor]:
+    def _means(self) -> dict[Pair, Product]:
         return {}
 
     @cached_property
@@ -69,11 +70,23 @@ class MomentView(ABC):
 
     def __getitem__(self, pair: Pair) -> Tensor:
         """``E x y^T`` ``[dx, dy]``."""
-        if not self.holds(pair) and self.holds(pair[::-1]):
-            return self[pair[::-1]].T
-        if pair not in self._means:
-            self._means[pair] = self.mean(pair)
-        return self._means[pair]
+        return dense(self.product(*pair))
+
+    def product(self, x: Hashable, y: Hashable) -> Product:
+        """``E x y^T`` ``[dx, dy]``, by rows where these are few.
+
+        Args:
+            x: a feature.
+            y: another, or the same.
+
+        Returns:
+            The same for every call.
+        """
+        if not self.holds((x, y)) and self.holds((y, x)):
+            return self.product(y, x).T
+        if (x, y) not in self._means:
+            self._means[x, y] = self.mean((x, y))
+        return self._means[x, y]
 
     def whitening(self, feature: Hashable, ridge: float = 0.0) -> Whitening:
         """A whitening of ``E x x^T``.
@@ -86,7 +99,7 @@ class MomentView(ABC):
             The same for every call.
         """
         if (feature, ridge) not in self._whitenings:
-            self._whitenings[feature, ridge] = whitening(self[feature, feature], ridge, self.resolution)
+            self._whitenings[feature, ridge] = whitening(self.product(feature, feature), ridge, self.resolution)
         return self._whitenings[feature, ridge]
 
 
@@ -97,6 +110,7 @@ class Moments(MomentView):
     Attributes:
         counts: samples in each fold ``[F]``.
         sums: pair of features -> sums ``[F, dx, dy]``.
+        rows: pair of features -> their rows, where these are fewer than entries.
         positions: feature -> rows per sample.
         resolution: relative precision of the products that were summed.
         loss: mean over samples of the loss.
@@ -109,6 +123,7 @@ class Moments(MomentView):
     resolution: float
     loss: float = 0.0
     forward: bool = True
+    rows: dict[Pair, tuple[Rows, Rows]] = field(default_factory=dict)
 
     @property
     def folds(self) -> int:
@@ -119,18 +134,35 @@ class Moments(MomentView):
         return int(self.counts.sum())
 
     def holds(self, pair: Pair) -> bool:
-        return pair in self.sums
+        return pair in self.sums or pair in self.rows
 
-    def mean(self, pair: Pair) -> Tensor:
+    def mean(self, pair: Pair) -> Product:
+        if pair in self.rows:
+            return self.by_rows(pair, range(self.folds), torch.float64, self.samples)
         return self.sums[pair].sum(0, dtype=torch.float64).div_(self.samples)
 
+    def by_rows(self, pair: Pair, folds: Sequence[int], dtype: torch.dtype, samples: int) -> RowProduct:
+        """The product of a pair whose rows were kept, in some folds."""
+        x, y = self.rows[pair]
+        joined = x.joined(folds, dtype)
+        return RowProduct(joined, joined if y is x else y.joined(folds, dtype), samples)
+
     def __add__(self, other: "Moments") -> "Moments":
-        sums = {pair: total + other.sums[pair] for pair, total in self.sums.items()}
+        rows = {pair: self._rows_with(other, pair) for pair in self.rows if pair in other.rows}
+        sums = {pair: self._sum(pair) + other._sum(pair) for pair in (*self.sums, *self.rows) if pair not in rows}
         share = self.samples / (self.samples + other.samples)
         positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
         loss = share * self.loss + (1 - share) * other.loss
         resolution, forward = max(self.resolution, other.resolution), self.forward and other.forward
-        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward)
+        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward, rows)
+
+    def _rows_with(self, other: "Moments", pair: Pair) -> tuple[Rows, Rows]:
+        x, y = (mine + theirs for mine, theirs in zip(self.rows[pair], other.rows[pair], strict=True))
+        return (x, x) if pair[0] == pair[1] else (x, y)
+
+    def _sum(self, pair: Pair) -> Tensor:
+        """``[F, dx, dy]``."""
+        return self.sums[pair] if pair in self.sums else torch.stack(self.rows[pair][0].products(self.rows[pair][1]))
 
     def joined(self, other: "Moments") -> "Moments":
         """These moments and others of the same samples.
@@ -143,7 +175,8 @@ class Moments(MomentView):
         """
         positions = {**self.positions, **other.positions}
         sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
-        return Moments(self.counts, sums, positions, self.resolution, self.loss, forward)
+        rows = {**self.rows, **other.rows}
+        return Moments(self.counts, sums, positions, self.resolution, self.loss, forward, rows)
 
     def split(self) -> "FoldSplit":
         """For each fold the moments of all others and its own, no more precise than the activations were.
@@ -180,12 +213,15 @@ class FoldView(MomentView):
     def holds(self, pair: Pair) -> bool:
         return self.whole.holds(pair)
 
-    def mean(self, pair: Pair) -> Tensor:
+    def mean(self, pair: Pair) -> Product:
         dtype = torch.float32 if self.resolution > torch.finfo(torch.float64).eps else torch.float64
-        folds = self.whole.sums[pair]
+        if pair in self.whole.rows:
+            folds = [fold for fold in range(self.whole.folds) if (fold != self.fold) == self.others]
+            return self.whole.by_rows(pair, folds, dtype, self.samples)
+        sums = self.whole.sums[pair]
         if not self.others:
-            return (folds[self.fold] / self.samples).to(dtype)
-        first, *rest = [total for fold, total in enumerate(folds) if fold != self.fold]
+            return (sums[self.fold] / self.samples).to(dtype)
+        first, *rest = [total for fold, total in enumerate(sums) if fold != self.fold]
         total = first / self.samples
         for other in rest:  # what is zero in all of them stays so, as it would not if the fold were subtracted
             total.add_(other, alpha=1 / self.samples)

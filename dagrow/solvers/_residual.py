@@ -30,6 +30,7 @@ from torch import Tensor
 from dagrow.solvers._basis import Basis
 from dagrow.solvers._linalg import Whitening, leading_subspace, whitening
 from dagrow.solvers._moments import MomentView, Pair
+from dagrow.solvers._row_products import Product, dense, mean_of
 
 CANCELLATION = 100  #: by how much, at least, regressing features out of others makes moments less precise
 Compensation = Literal["none", "constant", "all"]
@@ -91,11 +92,11 @@ class Residual:
         b, compensation, basis = regression.reads, regression.compensation, Basis(choice)
         if b is None or compensation == "none" or (compensation == "constant" and not regression.constant):
             return cls(m, regression, basis, None)
-        overlap = basis.columns(m[b, regression.features])
+        overlap = dense(basis.columns(m.product(b, regression.features)))
         if compensation == "all":
             return cls(m, regression, basis, m.whitening(b, regression.ridge).solve(overlap))
         constant = torch.zeros_like(overlap)
-        constant[-1] = overlap[-1] / m[b, b][-1, -1]
+        constant[-1] = overlap[-1] / m.product(b, b).diagonal()[-1]
         return cls(m, regression, basis, constant)
 
     def restricted(self, choice: Tensor) -> "Residual":
@@ -109,47 +110,47 @@ class Residual:
     def best_moves(self, goals: Tensor) -> Tensor | None:
         """``T G [i, q]`` for combinations ``G [o, q]`` of goals, or None if nothing is taken out of the goals."""
         b, v = self.regression.reads, self.regression.goal
-        return self._solve(self.m[b, v] @ goals) if b is not None and self.regression.project else None
+        return self._solve(self.m.product(b, v) @ goals) if b is not None and self.regression.project else None
 
     @cached_property
-    def gram(self) -> Tensor:
+    def gram(self) -> Product:
         """``B^T P' B [k, k]``."""
         return self.gram_on(self.m)
 
-    def gram_on(self, m: MomentView) -> Tensor:
+    def gram_on(self, m: MomentView) -> Product:
         """``B^T P' B [k, k]`` on other samples."""
         p, b, D = self.regression.features, self.regression.reads, self.D
-        P = self.basis.rows(self.basis.columns(m[p, p]))
+        P = self.basis.rows(self.basis.columns(m.product(p, p)))
         if D is None:
             return P
-        DC = D.T @ self.basis.columns(m[b, p])
-        return P - DC - DC.T + D.T @ (m[b, b] @ D)
+        DC = D.T @ dense(self.basis.columns(m.product(b, p)))
+        return dense(P) - DC - DC.T + D.T @ (m.product(b, b) @ D)
 
     @cached_property
     def cross(self) -> Tensor:
         """``B^T N [k, o]``, at less expense than :meth:`cross_on` where B has fewer columns than there are goals."""
         p, b, v, m, D = self.regression.features, self.regression.reads, self.regression.goal, self.m, self.D
-        N = self.basis.rows(m[p, v])
+        N = dense(self.basis.rows(m.product(p, v)))
         if b is not None and self.regression.project:
-            C = self.basis.rows(m[p, b])
-            N = N - self._solve(C.T if D is None else C.T - m[b, b] @ D).T @ m[b, v]
-        return N if D is None else N - D.T @ m[b, v]
+            C = dense(self.basis.columns(m.product(b, p)))
+            N = N - (m.product(v, b) @ self._solve(C if D is None else C - m.product(b, b) @ D)).T
+        return N if D is None else N - (m.product(v, b) @ D).T
 
     def cross_on(self, m: MomentView, goals: Tensor) -> Tensor:
         """``B^T N G [k, q]`` on other samples, for combinations ``G [o, q]`` of goals."""
         p, b, v, D = self.regression.features, self.regression.reads, self.regression.goal, self.D
-        N, T = self.basis.rows(m[p, v] @ goals), self.best_moves(goals)
+        N, T = dense(self.basis.rows(m.product(p, v) @ goals)), self.best_moves(goals)
         if T is not None:
-            N = N - self.basis.rows(m[p, b] @ T)
+            N = N - dense(self.basis.rows(m.product(p, b) @ T))
         if D is None:
             return N
-        M = m[b, v] @ goals
-        return N - D.T @ (M if T is None else M - m[b, b] @ T)
+        M = m.product(b, v) @ goals
+        return N - D.T @ (M if T is None else M - m.product(b, b) @ T)
 
     @cached_property
     def unit(self) -> Tensor:
         """``E (B^T p)^2 [k]``: what the features were before anything was taken out of them."""
-        return self.basis.diagonal(self.m[self.regression.features, self.regression.features])
+        return self.basis.diagonal(self.m.product(self.regression.features, self.regression.features))
 
     @cached_property
     def resolution(self) -> float:
@@ -157,7 +158,7 @@ class Residual:
         b, D = self.regression.reads, self.D
         if self.regression.compensation != "all" or D is None:
             return self.m.resolution
-        summed = (D.abs() * (self.m[b, b].abs() @ D.abs())).sum(0)
+        summed = (D.abs() * (self.m.product(b, b).abs() @ D.abs())).sum(0)
         lost = float((summed / torch.where(self.unit > 0, self.unit, 1)).max()) if len(self.unit) else 0.0
         return self.m.resolution * max(CANCELLATION, lost)
 
@@ -184,14 +185,14 @@ class StackedResidual:
         return cls([Residual.of(m, regression) for regression in regressions])
 
     @cached_property
-    def gram(self) -> Tensor:
+    def gram(self) -> Product:
         """``P' [p, p]``."""
-        return _mean([part.gram for part in self.parts])
+        return mean_of([part.gram for part in self.parts])
 
     @cached_property
-    def raw_crosses(self) -> list[Tensor]:
+    def raw_crosses(self) -> list[Product]:
         """``R [p, o]`` of each part."""
-        return [part.m[part.regression.features, part.regression.goal] for part in self.parts]
+        return [part.m.product(part.regression.features, part.regression.goal) for part in self.parts]
 
     @cached_property
     def widths(self) -> list[int]:
@@ -200,7 +201,7 @@ class StackedResidual:
 
     def whitening(self, ridge: float) -> Whitening:
         """Of P', with a ridge relative to what the features were before anything was taken out of them."""
-        unit = _mean([part.unit for part in self.parts])
+        unit = torch.stack([part.unit for part in self.parts]).mean(0)
         return whitening(self.gram, ridge, max(part.resolution for part in self.parts), unit)
 
     def cross_of(self, goals: Tensor) -> Tensor:
@@ -221,9 +222,10 @@ class StackedResidual:
             return torch.cat([part.restricted(directions).cross for part in self.parts], 1).T
 
         return leading_subspace(
-            lambda goals: white.whiten(self.cross_of(goals)), transposed, sum(self.widths), count, self.gram, iterations
+            lambda goals: white.whiten(self.cross_of(goals)),
+            transposed,
+            sum(self.widths),
+            count,
+            white.scale,
+            iterations,
         )
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dagrow.solvers._moments import MomentView
 from dagrow.solvers._residual import CANCELLATION, Regression, Residual
+from dagrow.solvers._row_products import dense
 
 
 def marginal_drops(m: MomentView, regression: Regression, slots: int, ridge: float = 0.0) -> Tensor:
@@ -24,7 +25,7 @@ def marginal_drops(m: MomentView, regression: Regression, slots: int, ridge: flo
         By how much the bottleneck would fall ``[units]``.
     """
     residual = Residual.of(m, regression)
-    p = rearrange(residual.gram, "(u s) (w t) -> u w s t", s=slots, t=slots).diagonal().permute(2, 0, 1)
+    p = rearrange(dense(residual.gram), "(u s) (w t) -> u w s t", s=slots, t=slots).diagonal().permute(2, 0, 1)
     n = rearrange(residual.cross, "(u s) o -> u s o", s=slots)
     damping = max(ridge, CANCELLATION * m.resolution) * rearrange(residual.unit, "(u s) -> u s", s=slots)
     inverse = torch.linalg.pinv(p + torch.diag_embed(damping), hermitian=True)
@@ -49,7 +50,7 @@ def forward_selection(
         Their indices ``[k]``, in the order in which they were taken; fewer where no feature is left that explains more.
     """
     residual = Residual.of(m, regression)
-    P, N = residual.gram, residual.cross
+    P, N = dense(residual.gram), residual.cross
     damping = (ridge + len(P) * residual.resolution) * residual.unit
     indices = torch.arange(len(P))
     allowed = torch.isin(indices, indices if offered is None else offered).to(P.device)

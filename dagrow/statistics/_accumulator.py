@@ -14,11 +14,11 @@ from dagrow.solvers import Moments, Pair, complete, distinct
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
 from dagrow.statistics._heldout_scores import SampleScores
+from dagrow.statistics._kept_rows import FeaturePair, KeptRows
 from dagrow.statistics._products import add_product, product
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
 ALIGNED = 16  #: rows start at multiples of so many entries, which makes products faster
-FeaturePair = tuple[Feature, Feature]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class MomentAccumulator:
         self.sums: dict[FeaturePair, Tensor] = {}
         self.positions: dict[Feature, int] = defaultdict(int)
         self.loss, self.samples, self.resolution = 0.0, 0, 0.0
+        self.kept = KeptRows(self.pairs, folds)
         self.buffer: list[_BufferedRows] = []
         self.buffered_rows = 0
         self.counts: Tensor | None = None
@@ -106,10 +107,14 @@ class MomentAccumulator:
         self.group_scores[scores] = table
 
     def _add(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
-        """Adds products of rows, position by position."""
+        """Adds products of rows, position by position, or keeps the rows."""
         without_space = []
+        self._release(self.kept.count(batch), batch)
+        self.kept.take(batch)
         for x, y in pairs:
-            if not any(batch[edge].is_image for feature in (x, y) for edge in feature.edges):
+            if (x, y) in self.kept.pairs:
+                continue
+            if not _have_space((x, y), batch):
                 without_space.append((x, y))
             elif (x, y) in self.sums:  # many rows a batch: products enough, and kept as they come
                 self.sums[x, y] += product(x, y, batch)
@@ -117,6 +122,14 @@ class MomentAccumulator:
                 self.sums[x, y] = product(x, y, batch)
         if without_space:
             self._collect(without_space, batch)
+
+    def _release(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
+        """Multiplies the rows that were kept of pairs which have too many by now."""
+        if pairs and self.buffer:
+            self._flush()
+        for pair, (x, y) in self.kept.release(pairs).items():
+            sums = torch.stack(x.products(y))
+            self.sums[pair] = sums if _have_space(pair, batch) else sums.to(self.dtype)
 
     def _check_positions(self, batch: Batch) -> None:
         n = batch.samples
@@ -127,13 +140,13 @@ class MomentAccumulator:
                 raise GrowthError(
                     f"layers were called in different numbers on a batch ({told}), so which of their calls belong "
                     "together cannot be told. Call the whole model as often as needed, or once on all inputs together; "
-                    "if the number of calls follows from the batch, trace with such a batch."
+                    "if the number of calls follows from the batch, trace with a batch as they are."
                 )
             if x.count(batch) != y.count(batch):
                 raise BatchError(
                     f"layer {', '.join(x.edges)} has {x.count(batch) // n} positions in a sample of this batch, layer "
-                    f"{', '.join(y.edges)} {y.count(batch) // n}, otherwise than in the example; trace with such a "
-                    "batch."
+                    f"{', '.join(y.edges)} {y.count(batch) // n}, otherwise than in the example. Trace with a "
+                    "batch as they are; where they differ among themselves, pad or crop them to one size."
                 )
 
     def _collect(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
@@ -151,7 +164,7 @@ class MomentAccumulator:
         for fold in range(self.folds):
             rows = {feature: self._rows_of(feature, fold) for feature in self.buffer[0].rows}
             for x, y in self.pairs:
-                if x in rows and y in rows:
+                if x in rows and y in rows and (x, y) not in self.kept.pairs:
                     add_product(self._sums_of(x, y, rows[x], rows[y])[fold], rows[x], rows[y])
             del rows  # before the next fold's
         self.buffer, self.buffered_rows = [], 0
@@ -179,18 +192,29 @@ class MomentAccumulator:
             raise BatchError(f"there are {units} {kind} for {self.folds} folds; give more {kind}, or folds=1.")
         if self.buffer:
             self._flush()
+        kept = self.kept.rows()
+        for (x, y), sides in kept.items():
+            _check_finite(x, y, [part.square().sum(0) for side in sides for part in side.folds])
         for scores, table in self.group_scores.items():  # a mean over groups, and the same over samples
             rows = with_constant(table[:, :-1] * (units / self.samples), True)
             add_product(self._sums_of(scores, scores, rows, rows)[0], rows, rows)
         for (x, y), sums in self.sums.items():
             if x == y:
                 complete(sums)
-            _check_finite(x, y, sums)
+            _check_finite(x, y, [sums[:, :1], sums[:, :, :1], sums.diagonal(dim1=1, dim2=2)])
         counts = self.counts
         if counts is None:
             counts = torch.tensor([len(range(fold, self.samples, self.folds)) for fold in range(self.folds)])
         positions: dict[Hashable, float] = {feature: rows / self.samples for feature, rows in self.positions.items()}
-        return Moments(counts, dict(self.sums.items()), positions, self.resolution, self.loss / self.samples, forward)
+        return Moments(
+            counts,
+            dict(self.sums.items()),
+            positions,
+            self.resolution,
+            self.loss / self.samples,
+            forward,
+            dict(kept.items()),
+        )
 
 
 def _features_of(pair: Pair) -> FeaturePair:
@@ -215,9 +239,13 @@ def _checked_count(feature: Feature, batch: Batch) -> int:
     return count
 
 
-def _check_finite(x: Feature, y: Feature, sums: Tensor) -> None:
+def _have_space(pair: FeaturePair, batch: Batch) -> bool:
+    """Whether rows of a pair come from images."""
+    return any(batch[edge].is_image for feature in pair for edge in feature.edges)
+
+
+def _check_finite(x: Feature, y: Feature, entries: Sequence[Tensor]) -> None:
     """A number that is none shows in the first row or column, one that is too large on the diagonal."""
-    entries = [sums[:, :1], sums[:, :, :1], sums.diagonal(dim1=1, dim2=2)]
     if not all(bool(torch.isfinite(part).all()) for part in entries):
         raise LossError(
             f"what layers {', '.join(dict.fromkeys((*x.edges, *y.edges)))} read, or the gradients there, are not "

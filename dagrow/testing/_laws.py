@@ -57,7 +57,8 @@ def slope(operator: Operator, case: Case) -> None:
     """
     dag = case.copy()
     for growth in case.propose(operator, dag):
-        check_slope(growth)
+        if not _is_rounding(growth):
+            check_slope(growth)
 
 
 def check_slope(growth: Growth) -> None:
@@ -85,7 +86,8 @@ def residual(operator: Operator, case: Case) -> None:
     """
     case = case.supervised()
     for growth in case.propose(_exact(operator), case.copy()):
-        check_drop(growth, case)
+        if not _is_rounding(growth):
+            check_drop(growth, case)
 
 
 def check_drop(growth: Growth, case: Case) -> None:
@@ -121,6 +123,8 @@ def optimality(operator: Operator, case: Case, draws: int = 10) -> None:
     for growth in case.propose(_exact(operator), case.copy()):
         targets = _targets(growth, case)
         if not all(t.certain for t in targets) or not growth.drop or not (growth.neurons or growth.change.new_paths):
+            continue
+        if _is_rounding(growth):
             continue
         for t in targets:
             for scale in (1.0, 1e-2, 1e-4) * draws:
@@ -238,6 +242,11 @@ def _exact(operator: Operator) -> Operator:
     names = {f.name for f in dataclasses.fields(operator) if f.init}
     exact = {"ridge": 0.0, "folds": 1, "k": getattr(operator, "k", None) or 2}
     return dataclasses.replace(operator, **{name: value for name, value in exact.items() if name in names})
+
+
+def _is_rounding(growth: Growth) -> bool:
+    """Whether a growth itself says that it is about numbers of the size of rounding."""
+    return any("of the size of rounding" in note for note in growth.notes)
 
 
 def _certain(growth: Growth, case: Case) -> bool:

@@ -37,6 +37,8 @@ from dagrow.solvers import (
 from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, OutputGoal, SampleScores, fan_out_score
 from dagrow.surgery import Draft, Growth, cost_of
 
+ROUNDED = 1000  #: times what moments tell apart: the size of a channel that may be rounding
+
 
 def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: Objective) -> Steps:
     """Neurons along directions: a preview, fan-outs, scores, and the growth.
@@ -104,18 +106,26 @@ class _Units:
         pairs = [pair for block in self.regressions() for pair in block.pairs()] + [(norm, norm) for norm in norms]
         return pairs if explained is None else [*pairs, (explained, explained)]
 
-    def kept(self, m: MomentView) -> Tensor:
-        """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair."""
+    def kept(self, m: MomentView, blocks: Sequence[Regression]) -> Tensor:
+        """Which of the 2k measured units are kept, as sums ``[2k, k]``: one sign of each direction, or the pair.
+
+        Args:
+            m: moments of what is fitted.
+            blocks: the new features at every consumer, with the ridges of the fit.
+
+        Returns:
+            The sums.
+        """
         k = self.proposal.alpha.shape[1]
         if self.settings.paired:
             return torch.cat([torch.eye(k), -torch.eye(k)]).double()
         explained = torch.zeros(2 * k, dtype=torch.float64)
-        for consumer, block in zip(self.settings.place.axis.consumers, self.regressions(), strict=True):
+        for consumer, block in zip(self.settings.place.axis.consumers, blocks, strict=True):
             explained += marginal_drops(m, block, self.slots(consumer), self.settings.ridges[0])
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 
-    def kept_of(self, consumer: Edge, choice: Tensor) -> Callable[[MomentView], Tensor]:
+    def kept_of(self, consumer: Edge, choice: Tensor, blocks: Sequence[Regression]) -> Callable[[MomentView], Tensor]:
         """From moments of the other folds the units that they would have kept, as measured features at a consumer."""
 
         def kept(train: MomentView) -> Tensor:
@@ -123,7 +133,7 @@ class _Units:
                 self.proposal.explained
             ):  # directions are scored by themselves, and units only by what they are fitted to
                 return choice
-            return _per_slot(self.kept(train), self.slots(consumer))
+            return _per_slot(self.kept(train, blocks), self.slots(consumer))
 
         return kept
 
@@ -135,8 +145,9 @@ def _fitted(units: _Units, objective: Objective, m: Moments) -> tuple[Growth, Se
         z = Verdict.of(m.sums[explained, explained].sum(0)).z
         if units.settings.k is None and upper_tail(z) > LEVEL:
             return None
-    kept, split = units.kept(m), m.split()
+    split = m.split()
     blocks = [with_cross_validated_ridge(split, block) for block in units.regressions()]
+    kept = units.kept(m, blocks)
     offered = [kept] if units.proposal.other is None else kept.chunk(2, 1)
     fitted = [(choice, *_fan_outs(units, m, split, blocks, choice)) for choice in offered]
     choice, fits, scores = max(fitted, key=lambda fit: sum(f.drop for f in fit[1].values()))
@@ -152,7 +163,7 @@ def _fan_outs(
         choice, ridge = _per_slot(kept, units.slots(consumer)), ridges[0]
         if m.folds > 1:
             ridge = validate_fan_out(split, block, choice, ridges).ridge
-            scores.append(fan_out_score(split, block, units.kept_of(consumer, choice), ridge))
+            scores.append(fan_out_score(split, block, units.kept_of(consumer, choice, blocks), ridge))
         fits[consumer.name] = fan_out(m, block, choice, ridge)
     return fits, scores
 
@@ -177,7 +188,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
     _calibrate(draft, m, settings.place, plan, kept, objective.mode)
     gains, drop = {name: fit.gain for name, fit in fits.items()}, sum(fit.drop for fit in fits.values())
     change = draft.change()
-    notes = (*unmeasured(dag.axis(axis.name)), *change.notes)
+    notes = (*_of_rounding(m, units, kept), *unmeasured(dag.axis(axis.name)), *change.notes)
     if settings.fan == "random":
         gains, drop = _downhill(draft, _slopes(draft, m, units, kept)), 0.0
     return Growth(
@@ -195,6 +206,20 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
         dag=dag,
         objective=objective,
     )
+
+
+def _of_rounding(m: Moments, units: _Units, kept: Tensor) -> tuple[str, ...]:
+    """A note where new channels, of size 1 where they are written, arrive as what rounding left of them."""
+    tiny = []
+    for consumer in units.settings.place.axis.consumers:
+        feature = NewChannels(consumer.name)
+        size = (m.product(feature, feature).diagonal() / m.positions[feature]).clamp_min(0).sqrt()
+        size = size[_columns(kept, units.slots(consumer)).to(size.device)]
+        if bool(((size > 0) & (size < ROUNDED * m.resolution)).any()):
+            tiny.append(consumer.name)
+    if not tiny:
+        return ()
+    return (f"{', '.join(tiny)}: what arrives of new neurons is of the size of rounding, of which no gain holds",)
 
 
 def _random_like(omega: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.graph import Axis, Dag, Edge, PositionMap, per_channel
-from dagrow.solvers import Compensation, Moments, Pair, Regression
+from dagrow.solvers import Compensation, Moments, Pair, Product, Regression
 from dagrow.statistics import (
     Feature,
     InputFeatures,
@@ -117,17 +117,19 @@ class Place:
         if not self.linear():
             return self._scaled_apart(alpha, m)
         features = self.measured
-        p, positions = m[features, features], m.positions[features]
+        p, positions = m.product(features, features), m.positions[features]
         if isinstance(features, MovedFeatures):
             positions *= float(features.position_map.weights.mean())
-        return alpha.to(p) * _inverse_scale(alpha.to(p).view(-1, len(p), alpha.shape[1]), p, positions)
+        alpha = alpha.to(p.diagonal())
+        return alpha * _inverse_scale(alpha.view(-1, len(p), alpha.shape[1]), p, positions)
 
     def _scaled_apart(self, alpha: Tensor, m: Moments) -> Tensor:
         """Each producer's part by itself, as they need not write the same positions; equal parts of the mean square."""
         channels, start, parts = alpha.view(self.channels, -1, alpha.shape[1]), 0, []
         for feature, (_, size) in zip(self._parts, self._sizes(), strict=True):
-            p, part = m[feature, feature], channels[:, start : start + size]
-            parts.append(part.to(p) * _inverse_scale(part.to(p), p, m.positions[feature] * len(self.producers)))
+            p, part = m.product(feature, feature), channels[:, start : start + size]
+            part = part.to(p.diagonal())
+            parts.append(part * _inverse_scale(part, p, m.positions[feature] * len(self.producers)))
             start += size
         return torch.cat(parts, 1).view_as(alpha)
 
@@ -160,7 +162,7 @@ class Place:
         return fans
 
 
-def _inverse_scale(channels: Tensor, p: Tensor, positions: float) -> Tensor:
+def _inverse_scale(channels: Tensor, p: Product, positions: float) -> Tensor:
     """One over that of what ``channels [channels, p, k]`` make of features ``[k]``; 1 where that is nothing."""
     square = (channels * (p @ channels)).sum(1).mean(0) / positions
     return torch.where(square > 0, square, 1).rsqrt()

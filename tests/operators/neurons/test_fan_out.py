@@ -52,3 +52,15 @@ def test_in_train_mode_the_loss_follows_the_prediction(gamma: float) -> None:
         after = float(loss(dag.model.train()(x), y)), predicted
         assert after[0] / before[0] == pytest.approx(after[1] / before[1], rel=0.05)
         assert after[0] == pytest.approx(after[1], rel=0.05)
+
+
+@pytest.mark.parametrize("operator", [AddNeurons(k=1), AddNeurons(k=1, folds=1), AddNeurons(k=1, init="random")])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(3), nn.Identity()])
+def test_what_arrives_in_the_size_of_rounding_is_noted(operator: AddNeurons, norm: nn.Module) -> None:
+    """The mean of what an instance norm gives is zero, but for rounding, which a fan-out would make large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).double()
+    batches = [(torch.randn(12, 2, 4, 4).double(), torch.randn(12, 2).double())]
+    growths = dagrow.propose(dagrow.trace(model, batches[0][0][:2]), batches, nn.functional.mse_loss, [operator])
+    said = ["of the size of rounding, of which no gain holds" in " ".join(growth.notes) for growth in growths]
+    assert said == [not isinstance(norm, nn.Identity)]

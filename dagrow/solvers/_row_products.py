@@ -1,0 +1,138 @@
+"""Second moments of features that have more entries than there are rows: kept as rows, they are small.
+
+``E x y^T`` of n rows has rank n at most. With n far below dx and dy the rows tell all of it in ``n (dx + dy)`` numbers
+instead of ``dx dy``, and their Gram ``[n, n]`` has its eigenvalues, for ``n^2 d`` operations instead of ``d^3``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Rows:
+    """The rows of one feature.
+
+    Attributes:
+        folds: ``[n_f, d]`` for each fold.
+    """
+
+    folds: list[Tensor]
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows([torch.cat(parts) for parts in zip(self.folds, other.folds, strict=True)])
+
+    def products(self, other: "Rows") -> list[Tensor]:
+        """The sums over rows of ``x y^T`` ``[dx, dy]``, for each fold."""
+        return [x.T @ y for x, y in zip(self.folds, other.folds, strict=True)]
+
+    def joined(self, folds: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The rows of some folds ``[n, d]``."""
+        return torch.cat([self.folds[fold] for fold in folds]).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class RowProduct:
+    """The mean of ``x y^T`` over samples, as rows.
+
+    Attributes:
+        x: ``[n, dx]``.
+        y: ``[n, dy]``.
+        samples: how many.
+    """
+
+    x: Tensor
+    y: Tensor
+    samples: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``dx, dy``."""
+        return self.x.shape[1], self.y.shape[1]
+
+    def _transposed(self) -> "RowProduct":
+        return RowProduct(self.y, self.x, self.samples)
+
+    T = property(_transposed)  #: the transpose, by its name in torch
+
+    def __len__(self) -> int:
+        return self.x.shape[1]
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """Its product with ``[dy, k]``."""
+        return self.x.T @ (self.y @ columns.to(self.y)) / self.samples
+
+    def columns(self, indices: Tensor) -> "RowProduct":
+        """Those with some indices."""
+        return RowProduct(self.x, self.y[:, indices], self.samples)
+
+    def diagonal(self) -> Tensor:
+        """Its diagonal."""
+        return (self.x * self.y).sum(0) / self.samples
+
+    def abs(self) -> "RowProduct":
+        """At least as large as the magnitudes of its entries."""
+        return RowProduct(self.x.abs(), self.y.abs(), self.samples)
+
+    def dense(self) -> Tensor:
+        """The matrix ``[dx, dy]``."""
+        return self.x.T @ self.y / self.samples
+
+    @cached_property
+    def _spectra(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return []
+
+    def spectrum(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the Gram ``D E x x^T D``, the largest last, and orthonormal eigenvectors.
+
+        Args:
+            scale: the diagonal D ``[d]``.
+
+        Returns:
+            ``[r]`` and ``[d, r]`` in double precision, without those that are zero but for rounding.
+        """
+        for known, values, vectors in self._spectra:
+            if torch.equal(known, scale):
+                return values, vectors
+        rows = self.x.double() * scale / self.samples**0.5
+        values, left = torch.linalg.eigh(rows @ rows.T)
+        kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1:].clamp_min(0)
+        vectors = rows.T @ (left[:, kept] * values[kept].rsqrt())
+        self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
+        return values[kept], vectors
+
+
+Product = Tensor | RowProduct  #: a matrix, or one that is known by rows
+
+
+def dense(product: Product) -> Tensor:
+    """A product as a matrix.
+
+    Args:
+        product: in any form.
+
+    Returns:
+        ``[dx, dy]``.
+    """
+    return product.dense() if isinstance(product, RowProduct) else product
+
+
+def mean_of(products: Sequence[Product]) -> Product:
+    """The mean of Grams of the same features.
+
+    Args:
+        products: in any form.
+
+    Returns:
+        As rows, if all of them are.
+    """
+    if len(products) == 1:
+        return products[0]
+    by_rows = [product for product in products if isinstance(product, RowProduct)]
+    if len(by_rows) < len(products):
+        return torch.stack([*map(dense, products)]).mean(0)
+    rows = torch.cat([product.x * (product.samples * len(products)) ** -0.5 for product in by_rows])
+    return RowProduct(rows, rows, 1)
