@@ -38,7 +38,7 @@ class Basis:
         if self.choice is None or not self._combines:
             return p.diagonal() if self.choice is None else p.diagonal()[self.choice]
         columns = dense(self.columns(p))
-        return (self.choice * columns).sum(0).to(columns)
+        return (self.choice.to(columns) * columns).sum(0)
 
     def spread(self, x: Tensor, size: int) -> Tensor:
         """``X B^T [o, p]``: what weights ``X [o, k]`` are for the p = ``size`` features themselves."""

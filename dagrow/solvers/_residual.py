@@ -30,7 +30,7 @@ from torch import Tensor
 from dagrow.solvers._basis import Basis
 from dagrow.solvers._linalg import Whitening, leading_subspace, whitening
 from dagrow.solvers._moments import MomentView, Pair
-from dagrow.solvers._row_products import Product, dense, mean_of
+from dagrow.solvers._row_products import Product, dense, magnitudes_times, mean_of
 
 CANCELLATION = 100  #: by how much, at least, regressing features out of others makes moments less precise
 Compensation = Literal["none", "constant", "all"]
@@ -158,7 +158,7 @@ class Residual:
         b, D = self.regression.reads, self.D
         if self.regression.compensation != "all" or D is None:
             return self.m.resolution
-        summed = (D.abs() * (self.m.product(b, b).abs() @ D.abs())).sum(0)
+        summed = (D.abs() * magnitudes_times(self.m.product(b, b), D.abs())).sum(0)
         lost = float((summed / torch.where(self.unit > 0, self.unit, 1)).max()) if len(self.unit) else 0.0
         return self.m.resolution * max(CANCELLATION, lost)
 

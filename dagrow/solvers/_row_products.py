@@ -4,7 +4,8 @@
 instead of ``dx dy``, and their Gram ``[n, n]`` has its eigenvalues, for ``n^2 d`` operations instead of ``d^3``.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,8 +27,9 @@ class Rows:
         return Rows([torch.cat(parts) for parts in zip(self.folds, other.folds, strict=True)])
 
     def products(self, other: "Rows") -> list[Tensor]:
-        """The sums over rows of ``x y^T`` ``[dx, dy]``, for each fold."""
-        return [x.T @ y for x, y in zip(self.folds, other.folds, strict=True)]
+        """The sums over rows of ``x y^T`` ``[dx, dy]``, for each fold, in the wider type of the two."""
+        dtype = torch.promote_types(self.folds[0].dtype, other.folds[0].dtype)
+        return [x.to(dtype).T @ y.to(dtype) for x, y in zip(self.folds, other.folds, strict=True)]
 
     def joined(self, folds: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The rows of some folds ``[n, d]``."""
@@ -73,9 +75,10 @@ class RowProduct:
         """Its diagonal."""
         return (self.x * self.y).sum(0) / self.samples
 
-    def abs(self) -> "RowProduct":
-        """At least as large as the magnitudes of its entries."""
-        return RowProduct(self.x.abs(), self.y.abs(), self.samples)
+    def blocks(self) -> Iterator[Tensor]:
+        """The matrix, some rows of it at a time, as many as there are rows of x."""
+        for columns in self.x.split(max(1, len(self.x)), 1):
+            yield columns.T @ self.y / self.samples
 
     def dense(self) -> Tensor:
         """The matrix ``[dx, dy]``."""
@@ -120,19 +123,36 @@ def dense(product: Product) -> Tensor:
     return product.dense() if isinstance(product, RowProduct) else product
 
 
+def magnitudes_times(product: Product, columns: Tensor) -> Tensor:
+    """``|P| C``, with the magnitudes of a product's entries.
+
+    Args:
+        product: in any form.
+        columns: ``[dy, k]``.
+
+    Returns:
+        ``[dx, k]``.
+    """
+    blocks = product.blocks() if isinstance(product, RowProduct) else [product]
+    return torch.cat([block.abs() @ columns for block in blocks])
+
+
 def mean_of(products: Sequence[Product]) -> Product:
-    """The mean of Grams of the same features.
+    """The mean of Grams of features that are as wide as each other.
 
     Args:
         products: in any form.
 
     Returns:
-        As rows, if all of them are.
+        As rows, if all of them are, and they are few together. Those of the same features count once.
     """
-    if len(products) == 1:
-        return products[0]
     by_rows = [product for product in products if isinstance(product, RowProduct)]
-    if len(by_rows) < len(products):
+    distinct = {id(product.x): product for product in by_rows}
+    if len(products) == 1 or (len(by_rows) == len(products) and len(distinct) == 1):
+        return products[0]
+    if len(by_rows) < len(products) or 2 * sum(len(product.x) for product in distinct.values()) > len(by_rows[0]):
         return torch.stack([*map(dense, products)]).mean(0)
-    rows = torch.cat([product.x * (product.samples * len(products)) ** -0.5 for product in by_rows])
+    times = Counter(id(product.x) for product in by_rows)
+    parts = [product.x * (times[key] / (product.samples * len(products))) ** 0.5 for key, product in distinct.items()]
+    rows = torch.cat(parts)
     return RowProduct(rows, rows, 1)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class Feature(ABC):
     @abstractmethod
     def rows(self, batch: Batch) -> Tensor:
         """The rows ``[n s, d]`` of a batch of n samples with s positions."""
+
+    def entries(self, batch: Batch) -> int:
+        """How many entries a row has; where rows are large, without making any."""
+        return self.rows(batch).shape[1]
 
     def image(self, batch: Batch) -> Tensor | None:
         """Rows without a constant as an image ``[n, d, *space]``, where they lie in memory as one; else None."""
@@ -167,6 +172,14 @@ class LayerInputs(OneLayer):
     def rows(self, batch: Batch) -> Tensor:
         capture = batch[self.edge]
         return with_constant(capture.edge_rule.features(capture.module, self.inputs(batch)), self.bias)
+
+    def entries(self, batch: Batch) -> int:
+        geometry = self.geometry_in(batch)
+        if geometry is None:
+            return super().entries(batch)
+        inputs = self.inputs(batch)
+        channels = inputs.shape[batch[self.edge].rule.channel_dim(inputs.ndim)]
+        return channels * prod(geometry.kernel) + self.bias
 
     def projected(self, batch: Batch, basis: Tensor) -> Tensor:
         geometry = self.geometry_in(batch)

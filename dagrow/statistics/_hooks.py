@@ -111,8 +111,8 @@ class _FunctionHooks(TorchFunctionMode):
         arguments = {id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}
         if len(arguments) < 2:  # an input and a weight
             return output
-        bases = {key: id(tensor._base) for key, tensor in arguments.items()}  # of a transpose the parameter
-        seen = {*bases, *bases.values()}
+        bases = {key: id(tensor if tensor._base is None else tensor._base) for key, tensor in arguments.items()}
+        seen = {*bases, *bases.values()}  # of a transpose the parameter
         for name, holders in self.layers:
             if id(holders["weight"]()) not in seen:  # what is there now
                 continue
@@ -150,4 +150,4 @@ class _Holder:
 
     def __call__(self) -> object:
         attributes = vars(self.module)
-        return (attributes if self.table is None else attributes[self.table]).get(self.leaf)
+        return (attributes if self.table is None else attributes[self.table])[self.leaf]

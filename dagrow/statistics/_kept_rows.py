@@ -85,7 +85,7 @@ def _room(feature: Feature, batch: Batch) -> int:
     """How many rows of a feature may be kept."""
     if isinstance(feature, SampleScores):
         return 0
-    return most_rows(feature.rows(batch.subset(slice(0, 1))).shape[1])
+    return most_rows(feature.entries(batch.subset(slice(0, 1))))
 
 
 def most_rows(entries: int) -> int:

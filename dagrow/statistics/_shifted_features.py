@@ -51,6 +51,9 @@ class MovedFeatures(_AtCells, Wrapped):
     def _positions(self) -> int:
         return self.position_map.positions
 
+    def entries(self, batch: Batch) -> int:
+        return self.position_map.channels * self.source.entries(batch)
+
     def rows(self, batch: Batch) -> Tensor:
         source, position_map = self.source.rows(batch), self.position_map
         source = source.view(-1, position_map.positions, source.shape[1])

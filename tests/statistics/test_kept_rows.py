@@ -1,5 +1,7 @@
 """Rows instead of sums, and sums as soon as there are too many rows: it makes no difference."""
 
+from unittest import mock
+
 import pytest
 import torch
 from forms import by_rows
@@ -110,3 +112,46 @@ def test_what_a_wide_layer_reads_is_no_square_matrix() -> None:
     assert found["2"].bottleneck <= 1e-5 * found["2"].goal
     (growth,) = dagrow.propose(dag, batches, mse_loss, [AddNeurons(k=1, folds=4)])
     check_slope(growth)
+
+
+class TwoTypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(300, 4), nn.Linear(4, 300).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)).double())
+
+
+def test_features_of_two_types_are_summed_in_the_wider_one() -> None:
+    """The second batch is one too many."""
+    torch.manual_seed(1)
+    x, y, gains = torch.randn(200, 300), torch.randn(200, 300).double(), []
+    for size in (100, 200):
+        batches = [*zip(x.split(size), y.split(size), strict=True)]
+        dag = dagrow.trace(TwoTypes(), x[:2])
+        gains += [growth.gain for growth in dagrow.propose(dag, batches, mse_loss, [AddNeurons(k=1)])]
+    assert gains[1] == pytest.approx(gains[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, (3, 2), stride=2, padding=1),
+        nn.Conv2d(3, 4, 3, dilation=2, padding="same", padding_mode="reflect", bias=False),
+        nn.ConvTranspose2d(3, 4, 3, stride=2),
+        nn.Conv1d(3, 4, 5),
+        nn.Linear(3, 4),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_entries_are_known_without_rows(layer: nn.Module, bias: bool) -> None:
+    sizes = (3,) if isinstance(layer, nn.Linear) else (3, *[7] * (layer.weight.ndim - 2))
+    x = torch.randn(2, *sizes)
+    dag, feature, seen = dagrow.trace(layer, x), InputFeatures("", bias), list[bool]()
+    with by_rows(10**6):
+        m = measure(dag, Objective(layer, [(x, layer(x).detach())], mse_loss), [(feature, feature)], folds=1)
+    with mock.patch("dagrow.statistics._kept_rows.most_rows", side_effect=lambda n: seen.append(n) or 0):
+        measure(dag, Objective(layer, [(x, layer(x).detach())], mse_loss), [(feature, feature)], folds=1)
+    assert seen == [m.rows[feature, feature][0].folds[0].shape[1]]

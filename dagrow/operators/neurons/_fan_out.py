@@ -121,7 +121,7 @@ class _Units:
             return torch.cat([torch.eye(k), -torch.eye(k)]).double()
         explained = torch.zeros(2 * k, dtype=torch.float64)
         for consumer, block in zip(self.settings.place.axis.consumers, blocks, strict=True):
-            explained += marginal_drops(m, block, self.slots(consumer), self.settings.ridges[0])
+            explained += marginal_drops(m, block, self.slots(consumer), self.settings.ridges[0]).to(explained)
         negative = explained[k:] > explained[:k] * (1 + 1e-9)
         return torch.cat([torch.diag((~negative).double()), torch.diag(negative.double())])
 

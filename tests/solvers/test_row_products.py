@@ -1,0 +1,53 @@
+"""Products that are known by rows are as good as the matrices that they stand for."""
+
+import pytest
+import torch
+from regressions import near
+
+from dagrow.solvers._linalg import whitening
+from dagrow.solvers._row_products import RowProduct, dense, magnitudes_times, mean_of
+
+
+def drawn(n: int, d: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 12), (12, 5), (1, 7)])
+def test_a_product_is_its_matrix(n: int, d: int) -> None:
+    x, y, columns = drawn(n, d, 0), drawn(n, 4, 1), drawn(4, 3, 2)
+    product, matrix = RowProduct(x, y, 8), x.T @ y / 8
+    assert product.shape == matrix.shape
+    assert len(product) == len(matrix)
+    near(dense(product), matrix)
+    near(dense(product.T), matrix.T)
+    near(product @ columns, matrix @ columns)
+    near(dense(product.columns(torch.tensor([2, 0]))), matrix[:, [2, 0]])
+    near(magnitudes_times(product, columns), matrix.abs() @ columns)
+    near(RowProduct(x, x, 8).diagonal(), (x.T @ x / 8).diagonal())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 2.0])
+def test_vectors_in_the_span_are_whitened_as_by_the_matrix(ridge: float) -> None:
+    """By one decomposition for all ridges, and another for features of another size."""
+    x, goals = drawn(6, 15, 0), drawn(6, 2, 1)
+    x[:, 3] = 0
+    product, n = RowProduct(x, x, 6), x.T @ goals
+    for unit in (None, torch.arange(1.0, 16.0).double()):
+        known, matrix = whitening(product, ridge, unit=unit), whitening(dense(product), ridge, unit=unit)
+        near(known.solve(n), matrix.solve(n), 1e-10)
+        near(known.whiten(n).norm(), matrix.whiten(n).norm(), 1e-10)
+        assert known.note == matrix.note == ("" if ridge else "rank cut from 15 to 6")
+    assert whitening(product, ridge).factor.shape[0] == 6
+
+
+def test_the_mean_of_products() -> None:
+    """Rows of the same features count once; where all of them together are many, it is a matrix."""
+    x, z = drawn(6, 40, 0), drawn(6, 40, 1)
+    first, same, other = RowProduct(x, x, 6), RowProduct(x, x, 6), RowProduct(z, z, 3)
+    assert mean_of([first, same.T]) is first
+    for products, rows in (([first, same, other], 12), ([first, dense(other)], None), ([first, other] * 9, 12)):
+        mean = mean_of(products)
+        near(dense(mean), torch.stack([*map(dense, products)]).mean(0))
+        assert (len(mean.x) if isinstance(mean, RowProduct) else None) == rows
+    others = [RowProduct(rows, rows, 6) for rows in drawn(24, 40, 2).split(6)]
+    assert isinstance(mean_of(others), torch.Tensor)
