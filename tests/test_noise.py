@@ -223,3 +223,20 @@ def test_dropout_of_new_neurons_is_noted_where_it_is_drawn() -> None:
     for init in ("optimal", "random", "zero"):
         assert noted("train", init) == {"0": True, "3": False}
         assert noted("eval", init) == {"0": False, "3": False}
+
+
+class Balanced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Buffer(torch.ones(()))
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        loss = variational(model, x)
+        with torch.no_grad():
+            self.size.mul_(0.9).add_(0.1 * loss)
+        return loss / self.size
+
+
+def test_a_running_mean_in_a_buffer_is_not_blamed_where_the_reduction_cannot_be_told() -> None:
+    with pytest.raises(LossError, match="a sum gives 2"):
+        dagrow.propose(dagrow.trace(Autoencoder(), X), BATCHES, step=Balanced())

@@ -328,7 +328,9 @@ class Objective:
 
     def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:
         """What a batch tells of the loss, if anything."""
-        finding = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, float(value)).finding()
+        probe = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, float(value))
+        with preserve_state(self.model, self.others):
+            finding = probe.finding()
         if finding is not None and finding.reduction is None:
             check_same(value, self._value_alone(batch))
             raise LossError(
