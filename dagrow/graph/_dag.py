@@ -12,7 +12,7 @@ from dagrow._text import Printable, render
 from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._axes import Axis
-from dagrow.graph._edges import Edge, in_place
+from dagrow.graph._edges import Edge, replaced_in
 from dagrow.graph._owners import check_unwrapped
 from dagrow.graph._summary import Coverage, count_flops, coverage_of, tables, without_rule
 from dagrow.graph._view import DagView, Rule, Tracer, analyse, network, untouched
@@ -174,14 +174,12 @@ class Dag(Printable):
                 "the model again."
             )
         with untouched(self.model):
-            changed = [
-                edge.name
-                for edge in self.edges
-                if not in_place(edge, self.model) or edge.rule.widths(edge.module) != self.view.widths[edge.name]
-            ]
-        if changed:
+            changed = next(replaced_in(self.edges, self.model), None) or next(
+                (edge for edge in self.edges if edge.rule.widths(edge.module) != self.view.widths[edge.name]), None
+            )
+        if changed is not None:
             raise GrowthError(
-                f"layer {changed[0]} of the model was replaced or resized since it was traced; trace it again."
+                f"layer {changed.name} of the model was replaced or resized since it was traced; trace it again."
             )
 
     def network(self) -> nx.MultiDiGraph:

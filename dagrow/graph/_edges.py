@@ -85,9 +85,13 @@ def refused(sites: Iterable[LayerSite]) -> Iterator[Edge]:
         yield Edge(site.name, site, False, reason, reason)
 
 
-def in_place(edge: Edge, model: nn.Module) -> bool:
-    """Whether the model still holds the layer, or the parameters of a function."""
-    if not edge.layer.paths:
-        return dict(model.named_modules()).get(edge.name) is edge.module
-    parameters = dict(model.named_parameters())
-    return all(parameters.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
+def replaced_in(edges: Iterable[Edge], model: nn.Module) -> Iterator[Edge]:
+    """Those whose layer, or the parameters of whose function, the model does not hold any more."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for edge in edges:
+        if edge.layer.paths:
+            held = all(parameters.get(edge.path(name)) is parameter for name, parameter in edge.parameters().items())
+        else:
+            held = modules.get(edge.name) is edge.module
+        if not held:
+            yield edge

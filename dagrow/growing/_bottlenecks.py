@@ -12,8 +12,8 @@ from dagrow._text import Printable, render
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, Edge
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
-from dagrow.solvers import Moments, Pair, best_move
-from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Objective, OutputGoal, Step, measure
+from dagrow.solvers import Moments, Pair, explained
+from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Norms, Objective, OutputGoal, Step, measure
 from dagrow.surgery import transaction
 
 
@@ -134,15 +134,15 @@ def _measured(
     dag: Dag, objective: Objective, edges: Sequence[Edge], ridge: float, left_out: LeftOut
 ) -> list[tuple[Moments, Bottleneck]]:
     """In one pass, or where that fails in halves, but for the edges that fail alone."""
-    keys = [(edge, InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)) for edge in edges]
-    pairs: list[Pair] = [pair for _, b, v in keys for pair in ((b, b), (b, v), (v, v))]
+    keys = [(InputFeatures(edge.name, edge.bias), goal := OutputGoal(edge.name), Norms(goal)) for edge in edges]
+    pairs: list[Pair] = [pair for b, v, norm in keys for pair in ((b, b), (b, v), (norm, norm))]
     try:
         m = measure(dag, objective, pairs, folds=1)
-        moves = [(edge, best_move(m, b, v, ridge)) for edge, b, v in keys]
+        sizes = [(float(m[norm, norm]), explained(m, b, v, ridge)) for b, v, norm in keys]
     except Exception as error:
         if isinstance(error, GrowthError):
             raise
         place = partial(is_of_place, dag=dag, objective=objective, grown=False)
         parts = halves(edges, error, left_out, lambda edge: edge.name, place)
         return [each for half in parts for each in _measured(dag, objective, half, ridge, left_out)]
-    return [(m, Bottleneck(e.name, move.goal, move.goal - move.bottleneck, move.bottleneck)) for e, move in moves]
+    return [(m, Bottleneck(e.name, goal, part, goal - part)) for e, (goal, part) in zip(edges, sizes, strict=True)]

@@ -53,7 +53,7 @@ class MoveWeights(Operator):
 
     def _move(self, dag: Dag, edge: Edge, objective: Objective) -> Steps:
         reads, goal = InputFeatures(edge.name, edge.bias), OutputGoal(edge.name)
-        move, scores = self._fitted(reads, goal, (yield Needs([(reads, reads), (reads, goal), (goal, goal)])))
+        move, scores = self._fitted(reads, goal, (yield Needs([(reads, reads), (reads, goal)])))
         draft = Draft(dag)
         draft.move(edge, move.weights)
         growth = Growth(
@@ -63,7 +63,7 @@ class MoveWeights(Operator):
             move.gain,
             {edge.name: move.gain},
             Cost(),
-            drop=move.goal - move.bottleneck,
+            drop=move.drop,
             notes=(move.note,) if move.note else (),
             change=draft.change(),
             dag=dag,

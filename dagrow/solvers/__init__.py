@@ -24,18 +24,19 @@ letters are those of docs/method.md. The pieces hang together so:
 >>> sums = {(x, y): torch.stack([rows[x][f::4].T @ rows[y][f::4] for f in range(4)]) for x in rows for y in rows}
 >>> m = Moments(torch.full((4,), 50), sums, dict.fromkeys(rows, 1.0), torch.finfo(torch.float64).eps)
 >>> move = best_move(m, "b", "v")
->>> 0 < move.bottleneck < move.goal
+>>> bottleneck = float(m["v", "v"].trace()) - move.drop
+>>> bottleneck > 0
 True
 >>> regression = Regression("p", reads="b", goal="v", compensation="all")
 >>> fit = fan_out(m, regression, None)
->>> round(fit.drop / move.bottleneck, 9)  # p explains all that b leaves over
+>>> round(fit.drop / bottleneck, 9)  # p explains all that b leaves over
 1.0
 >>> validate_fan_out(m.split(), regression, None, ridges=(1e-3, 1.0)).ridge
 0.001
 """
 
 from dagrow.solvers._als import SlotMoments, alternating_least_squares
-from dagrow.solvers._closed_forms import Fit, Move, best_move, directions, fan_out
+from dagrow.solvers._closed_forms import Fit, Move, best_move, directions, explained, fan_out
 from dagrow.solvers._cross_validation import (
     RIDGES,
     FoldFit,
@@ -78,6 +79,7 @@ __all__ = [
     "complete",
     "directions",
     "distinct",
+    "explained",
     "fan_out",
     "fan_out_fits",
     "forward_selection",

@@ -28,15 +28,13 @@ class Move:
     Attributes:
         weights: ``dW [o, i]``.
         gain: ``tr(dW M)``: minus the slope of the loss along dW.
-        goal: ``E|v|^2``.
-        bottleneck: ``E|v - dW b|^2``.
+        drop: ``E|v|^2 - E|v - dW b|^2``: what it explains of the goal.
         note: what had to be done to a singular S, or "".
     """
 
     weights: Tensor
     gain: float
-    goal: float
-    bottleneck: float
+    drop: float
     note: str
 
 
@@ -75,7 +73,7 @@ class Fit:
 
 
 def best_move(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0) -> Move:
-    """Equation 1: ``dW = M^T S^-1``, bottleneck ``E|v|^2 - 2 tr(dW M) + tr(dW S dW^T)``, for any ridge.
+    """Equation 1: ``dW = M^T S^-1``, which explains ``2 tr(dW M) - tr(dW S dW^T)`` of ``E|v|^2``, for any ridge.
 
     Args:
         m: moments of the samples that it is fitted on.
@@ -84,13 +82,29 @@ def best_move(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0
         ridge: relative to each feature's second moment.
 
     Returns:
-        The move ``[o, i]``, its gain and what it leaves.
+        The move ``[o, i]``, its gain and what it explains.
     """
-    S, M, energy = m.product(reads, reads), m[reads, goal], float(m.product(goal, goal).diagonal().sum())
-    white = m.whitening(reads, ridge)
+    S, M, white = m.product(reads, reads), m[reads, goal], m.whitening(reads, ridge)
     dW = white.solve(M).T
     gain = float((dW.T * M).sum())
-    return Move(dW, gain, energy, energy - 2 * gain + float((dW.T * (S @ dW.T)).sum()), white.note)
+    return Move(dW, gain, 2 * gain - float((dW.T * (S @ dW.T)).sum()), white.note)
+
+
+def explained(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0) -> float:
+    """What :func:`best_move` explains of ``E|v|^2``; without a ridge that is ``|W M|^2``, at half of its expense.
+
+    Args:
+        m: moments of the samples that it is fitted on.
+        reads: the features ``b``.
+        goal: the goal ``v``.
+        ridge: relative to each feature's second moment.
+
+    Returns:
+        The drop of the bottleneck.
+    """
+    if ridge:
+        return best_move(m, reads, goal, ridge).drop
+    return float(m.whitening(reads).whiten(m[reads, goal]).square().sum())
 
 
 def directions(m: MomentView, regressions: Sequence[Regression], k: int, ridge: float = 0.0) -> Directions:

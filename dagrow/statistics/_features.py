@@ -329,6 +329,21 @@ class Squares(Wrapped):
 
 
 @dataclass(frozen=True)
+class Norms(Wrapped):
+    """The norms of the rows of other features: ``E|x|^2`` without their Gram.
+
+    Attributes:
+        source: these features.
+    """
+
+    def rows(self, batch: Batch) -> Tensor:
+        image = self.source.image(batch)
+        if image is None:
+            return torch.linalg.vector_norm(self.source.rows(batch), dim=1, keepdim=True)
+        return torch.linalg.vector_norm(image, dim=1).view(-1, 1)
+
+
+@dataclass(frozen=True)
 class Ones(Wrapped):
     """The constant 1 alone, as often as there are rows of other features.
 

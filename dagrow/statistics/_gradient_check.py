@@ -85,7 +85,7 @@ class GradientCheck:
             for name, edge in self.edges.items()
             if gradients[name]
         }
-        left = {name: rest for name, rest in left.items() if rest.size > rest.rounding}
+        left = {name: rest for name, rest in left.items() if not rest.equals({})}
         if left:
             self._explain(left, trials)
         self._check_slopes(gradients, trials)
@@ -173,19 +173,19 @@ class _Rest:
     Attributes:
         parts: by entry, in the rows and columns of its old channels.
         gradient: the norm of autograd's.
-        rounding: the norm that is rounding.
+        rounding: the norm of each part that is rounding.
     """
 
     edge: Edge
     calls: Sequence[Capture]
     parts: Mapping[str, Tensor]
     gradient: float
-    rounding: float
+    rounding: Mapping[str, float]
 
     @classmethod
     def of(cls, edge: Edge, calls: Sequence[Capture], gradients: Mapping[str, Tensor | None], scale: float) -> "_Rest":
         """Compares with the products of what the layer read with the goals at its output."""
-        bias, parts, found, summed = "bias" in gradients, {}, {}, 0.0
+        bias, parts, found, rounding = "bias" in gradients, {}, {}, dict.fromkeys(gradients, 0.0)
         reads, goal = InputFeatures(edge.name, bias), OutputGoal(edge.name)
         products = [product(reads, goal, Batch({edge.name: call}, len(call.inputs))) for call in calls]
         expected = sum(each[0] for each in products[1:]) + products[0][0]
@@ -196,9 +196,14 @@ class _Rest:
             parts[entry] = found[entry] - wanted
         for call in calls:
             assert call.output_goal is not None
-            length = (_norm([call.inputs]) ** 2 * edge.rule.taps(edge.module) + call.positions) ** 0.5
-            summed += _resolution(call) * length * _norm([call.output_goal])
-        return cls(edge, calls, parts, _norm(found.values()), ROUNDING * summed / abs(scale))
+            smallest = torch.finfo(call.output_goal.dtype).tiny  # below it numbers have fewer digits
+            unit = (_resolution(call) * _norm([call.output_goal]) + smallest) / abs(scale)
+            for entry in rounding:
+                n = call.positions
+                length = n**0.5 if entry == "bias" else _norm([call.inputs]) * edge.rule.taps(edge.module) ** 0.5
+                # autograd may sum goals one after the other: where all are alike, all of them round the same way
+                rounding[entry] += unit * length * (max(ROUNDING, n / 2) if entry == "bias" else ROUNDING)
+        return cls(edge, calls, parts, _norm(found.values()), rounding)
 
     @property
     def size(self) -> float:
@@ -206,11 +211,12 @@ class _Rest:
         return _norm(self.parts.values())
 
     def equals(self, gradients: Mapping[str, Tensor | None]) -> bool:
-        """Whether these gradients are what there is beside."""
-        apart = (
-            part - _old(self.edge, self.calls[0], entry, gradients[entry], part) for entry, part in self.parts.items()
-        )
-        return _norm(apart) <= self.rounding
+        """Whether these gradients are what there is beside; those that are missing are zero."""
+        apart = {
+            entry: part - _old(self.edge, self.calls[0], entry, gradients.get(entry), part)
+            for entry, part in self.parts.items()
+        }
+        return all(_norm([part]) <= self.rounding[entry] for entry, part in apart.items())
 
 
 def _old(edge: Edge, capture: Capture, entry: str, gradient: Tensor | None, like: Tensor) -> Tensor:

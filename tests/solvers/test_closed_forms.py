@@ -10,6 +10,7 @@ from dagrow.solvers import (
     Regression,
     best_move,
     directions,
+    explained,
     fan_out,
     validate_directions,
 )
@@ -19,9 +20,10 @@ from dagrow.solvers import (
 def test_best_move(d: Data) -> None:
     move, dw = best_move(of(d), B, V), truth.best_move(d.b, d.v)
     near(d.b @ move.weights.numpy().T, d.b @ dw.T, 1e-7)
-    near(move.goal, truth.energy(d.v))
     near(move.gain, -truth.move_slope(d.b, d.v, dw))
-    assert abs(move.bottleneck - truth.bottleneck(d.b, d.v)) <= 1e-8 * move.goal
+    energy = truth.energy(d.v)
+    assert abs(energy - move.drop - truth.bottleneck(d.b, d.v)) <= 1e-8 * energy
+    assert abs(explained(of(d), B, V) - move.drop) <= 1e-8 * energy
 
 
 def test_a_ridge_is_relative_to_each_feature() -> None:
@@ -29,8 +31,9 @@ def test_a_ridge_is_relative_to_each_feature() -> None:
     size = np.sqrt((truth.flat(d.b) ** 2).mean(0))
     expected = truth.regress(d.b / size, d.v, ridge) / size
     near(best_move(of(d), B, V, ridge).weights, expected)
-    left = truth.energy(d.v - d.b @ expected.T)
-    near(best_move(of(d), B, V, ridge).bottleneck, left)
+    drop = truth.energy(d.v) - truth.energy(d.v - d.b @ expected.T)
+    near(best_move(of(d), B, V, ridge).drop, drop)
+    near(explained(of(d), B, V, ridge), drop)
 
 
 @case
@@ -89,7 +92,7 @@ def test_the_constant_is_one_of_the_features() -> None:
     constant = Data(d.b, d.p + 1.0, np.ones_like(d.v) * [1.0, -2.0, 3.0])
     move = best_move(of(constant), B, V)
     near(move.weights[:, -1], [1.0, -2.0, 3.0])
-    assert abs(move.bottleneck) < 1e-12 * move.goal
+    near(move.drop, truth.energy(constant.v), 1e-12)
     assert (
         fan_out(of(constant), Regression(P, B, V, "constant", constant=True), torch.eye(5, dtype=torch.float64)).drop
         < 1e-12

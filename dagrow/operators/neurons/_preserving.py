@@ -11,7 +11,7 @@ from dagrow.graph import Axis, Dag
 from dagrow.operators._base import Needs, Operator, Steps
 from dagrow.operators.neurons._places import places, unmeasured
 from dagrow.solvers import Moments, Pair, leading_svd
-from dagrow.statistics import Objective, OutputGoal
+from dagrow.statistics import Norms, Objective, OutputGoal
 from dagrow.surgery import Draft, Growth, cost_of
 
 
@@ -36,7 +36,7 @@ class NewUnits:
     def checked(self) -> list[Pair]:
         """One small moment, so that there is a pass that checks the batches and the loss."""
         edges = (*self.axis.consumers, *self.axis.producers, *reversed(self.dag.edges))
-        goals = [OutputGoal(edge.name) for edge in edges if not edge.shared]
+        goals = [Norms(OutputGoal(edge.name)) for edge in edges if not edge.shared]
         return [(goal, goal) for goal in goals[:1]]
 
     def draft(self) -> tuple[Draft, WideningPlan]:
