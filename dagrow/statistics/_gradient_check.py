@@ -85,7 +85,7 @@ class GradientCheck:
             for name, edge in self.edges.items()
             if gradients[name]
         }
-        left = {name: rest for name, rest in left.items() if not rest.equals({})}
+        left = {name: rest for name, rest in left.items() if rest.differs({})}
         if left:
             self._explain(left, trials)
         self._check_slopes(gradients, trials)
@@ -117,7 +117,7 @@ class GradientCheck:
             if gradients is None:
                 return False
             by_edge = self._by_edge(gradients)
-            return all(rest.equals(by_edge[name]) for name, rest in left.items())
+            return not any(rest.differs(by_edge[name]) for name, rest in left.items())
 
         if is_beside_outputs(rolled=True):  # whose samples they are makes no difference to a penalty
             self.objective.findings.penalty = True
@@ -210,13 +210,13 @@ class _Rest:
         """The norm of all parts."""
         return _norm(self.parts.values())
 
-    def equals(self, gradients: Mapping[str, Tensor | None]) -> bool:
-        """Whether these gradients are what there is beside; those that are missing are zero."""
+    def differs(self, gradients: Mapping[str, Tensor | None]) -> bool:
+        """Whether these gradients are not what there is beside; those that are missing are zero."""
         apart = {
             entry: part - _old(self.edge, self.calls[0], entry, gradients.get(entry), part)
             for entry, part in self.parts.items()
         }
-        return all(_norm([part]) <= self.rounding[entry] for entry, part in apart.items())
+        return any(_norm([part]) > self.rounding[entry] for entry, part in apart.items())
 
 
 def _old(edge: Edge, capture: Capture, entry: str, gradient: Tensor | None, like: Tensor) -> Tensor:
