@@ -7,10 +7,12 @@ add, so this costs no pass. The cross-validation is this package's own.
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dagrow.solvers._basis import Basis
 from dagrow.solvers._closed_forms import OVERSAMPLING, best_move, residual_fit
 from dagrow.solvers._linalg import Whitening, leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, MomentView
@@ -74,9 +76,11 @@ def with_cross_validated_ridge(split: FoldSplit, regression: Regression) -> Regr
         regression: features and target.
 
     Returns:
-        The same with the ridge that explains most of the other folds; as it was if there is one fold only.
+        The same with the ridge that explains most of the other folds; as it was if there is one fold only, or nothing
+        is regressed on what the target reads.
     """
-    if regression.reads is None or len(split) == 1:
+    is_used = regression.project or regression.compensation == "all"
+    if regression.reads is None or not is_used or len(split) == 1:
         return regression
     b, v = regression.reads, regression.goal
     sketch = _sketch(split[0][0].product(b, v))
@@ -219,17 +223,26 @@ def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Seq
 
 @dataclass(frozen=True)
 class FoldFit:
-    """A fit on all folds but one: ``X (p - D^T b)`` is to explain ``v - dW b``.
+    """A fit on all folds but one: ``X (B^T p - D^T b)`` is to explain ``v - dW b``.
 
     Attributes:
-        weights: ``X [o, p]``.
-        taken: ``X D^T [o, i]``, or ``[o]`` where only the constant is taken out of the features, or None for nothing.
+        weights: ``X [o, k]``.
+        width: p.
+        basis: ``B [p, k]``.
+        taken: ``D [i, k]``, or ``[k]`` where only the constant is taken out of the features, or None for nothing.
         move: ``dW [o, i]``, or None where nothing is taken out of the goals.
     """
 
     weights: Tensor
+    width: int
+    basis: Basis
     taken: Tensor | None = None
     move: Tensor | None = None
+
+    @cached_property
+    def move_of_columns(self) -> Tensor | None:
+        """``X^T dW [k, i]``: what is taken out of ``X^T v``."""
+        return None if self.move is None else self.weights.T @ self.move
 
 
 def fan_out_fits(
@@ -249,12 +262,12 @@ def fan_out_fits(
     fits = []
     for train, _ in split:
         residual = Residual.of(train, regression, basis(train))
-        x, taken = residual_fit(residual, ridge).weights, None
+        x, taken = residual_fit(residual, ridge).weights, residual.D
         move = residual.best_moves(torch.eye(len(x)).to(x))
-        if residual.D is not None:  # of the constant its last row is all there is
-            taken = x @ (residual.D[-1] if regression.compensation == "constant" else residual.D.T)
-        features = len(train.product(regression.features, regression.features))
-        fits.append(FoldFit(residual.basis.spread(x, features), taken, None if move is None else move.T))
+        if taken is not None and regression.compensation == "constant":  # its last row is all there is
+            taken = taken[-1]
+        width = len(train.product(regression.features, regression.features))
+        fits.append(FoldFit(x, width, residual.basis, taken, None if move is None else move.T))
     return fits
 
 
@@ -270,7 +283,8 @@ def move_fits(split: FoldSplit, reads: Hashable, goal: Hashable, ridge: float) -
     Returns:
         A fit for each fold.
     """
-    return [FoldFit(best_move(train, reads, goal, ridge).weights) for train, _ in split]
+    moves = [best_move(train, reads, goal, ridge).weights for train, _ in split]
+    return [FoldFit(move, move.shape[1], Basis()) for move in moves]
 
 
 def _best(ridges: Sequence[float], drop: Callable[[float], list[float]]) -> HeldOutDrop:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dagrow.solvers._linalg import Whitening, whitening
 from dagrow.solvers._row_products import Product, RowProduct, Rows, dense
 
+KEPT_RIDGES = 2  #: of each feature, whose factors are kept: they are as large as its Gram
 Pair = tuple[Hashable, Hashable]  #: of features
 
 
@@ -62,7 +63,7 @@ class MomentView(ABC):
         return {}
 
     @cached_property
-    def _whitenings(self) -> dict[tuple[Hashable, float], Whitening]:
+    def _whitenings(self) -> dict[Hashable, dict[float, Whitening]]:
         return {}
 
     def __contains__(self, pair: Pair) -> bool:
@@ -96,11 +97,14 @@ class MomentView(ABC):
             ridge: relative to each feature's second moment.
 
         Returns:
-            The same for every call.
+            The same for every call with the ridge that it had last, or the one before.
         """
-        if (feature, ridge) not in self._whitenings:
-            self._whitenings[feature, ridge] = whitening(self.product(feature, feature), ridge, self.resolution)
-        return self._whitenings[feature, ridge]
+        by_ridge = self._whitenings.setdefault(feature, {})
+        if ridge not in by_ridge:
+            if len(by_ridge) == KEPT_RIDGES:
+                del by_ridge[next(iter(by_ridge))]
+            by_ridge[ridge] = whitening(self.product(feature, feature), ridge, self.resolution)
+        return by_ridge[ridge]
 
 
 @dataclass(eq=False)
@@ -175,8 +179,24 @@ class Moments(MomentView):
         """
         positions = {**self.positions, **other.positions}
         sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
-        rows = {**self.rows, **other.rows}
-        return Moments(self.counts, sums, positions, self.resolution, self.loss, forward, rows)
+        resolution, rows = max(self.resolution, other.resolution), {**self.rows, **other.rows}
+        return Moments(self.counts, sums, positions, resolution, self.loss, forward, rows)
+
+    def only(self, pairs: Iterable[Pair]) -> "Moments":
+        """These moments of some pairs.
+
+        Args:
+            pairs: in the order in which they were measured, or in the other one.
+
+        Returns:
+            All of them that there are.
+        """
+        wanted = {ordered for x, y in pairs for ordered in ((x, y), (y, x))}
+        sums = {pair: sums for pair, sums in self.sums.items() if pair in wanted}
+        rows = {pair: rows for pair, rows in self.rows.items() if pair in wanted}
+        features = {feature for pair in (*sums, *rows) for feature in pair}
+        positions = {feature: count for feature, count in self.positions.items() if feature in features}
+        return Moments(self.counts, sums, positions, self.resolution, self.loss, self.forward, rows)
 
     def split(self) -> "FoldSplit":
         """For each fold the moments of all others and its own, no more precise than the activations were.

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import torch
@@ -303,6 +304,24 @@ class ResidualGoal(Derived):
 
     def rows(self, batch: Batch) -> Tensor:
         return batch.by_fold(lambda part, fold: self.goal.rows(part) - self.reads.projected(part, self.moves[fold].T))
+
+    def projected(self, batch: Batch, basis: Tensor) -> Tensor:
+        def along(part: Batch, fold: int) -> Tensor:
+            return self.goal.projected(part, basis) - self.reads.projected(part, self._moved(basis, fold))
+
+        return batch.by_fold(along)
+
+    @cached_property
+    def _last_moved(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _moved(self, basis: Tensor, fold: int) -> Tensor:
+        """``dW^T B [i, k]``, which serves for one batch after the other."""
+        known, moved = self._last_moved.get(fold, (None, basis))
+        if known is not basis:
+            moved = self.moves[fold].T @ basis.to(self.moves[fold])
+            self._last_moved[fold] = basis, moved
+        return moved
 
     def image(self, batch: Batch) -> Tensor | None:
         goal, geometry = self.goal.image(batch), batch[self.goal.edge].geometry

@@ -13,6 +13,7 @@ a sample are no independent ones, so each sample counts once. These scores are t
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -85,15 +86,34 @@ class FitScore(SampleScore):
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
         fit = self.fits[fold]
-        explained, goals = self.source.projected(batch, fit.weights.T), self.goal.rows(batch)
-        if fit.taken is not None and fit.taken.ndim == 1:
-            explained = explained - fit.taken.to(explained)
-        weights = [part for part in (fit.taken, fit.move) if part is not None and part.ndim == 2]
-        if self.reads is not None and weights:
-            outputs = self.reads.projected(batch, torch.cat(weights).T).split(len(fit.weights), 1)
-            explained = explained - outputs[0] if weights[0] is fit.taken else explained
-            goals = goals if fit.move is None else goals - outputs[-1]
-        return _scores(explained, goals, batch.samples)
+        outputs, columns = fit.weights.shape
+        return self._by_column(batch, fit) if columns < outputs else self._by_output(batch, fit)
+
+    def _by_output(self, batch: Batch, fit: FoldFit) -> Tensor:
+        """With ``X p'`` and ``v - dW b``, which have an entry for each output."""
+        x, goals = fit.weights, self.goal.rows(batch)
+        explained = self.source.projected(batch, fit.basis.spread(x, fit.width).T)
+        taken = None if fit.taken is None else fit.taken @ x.T
+        return _scores(*self._left(batch, explained, taken, goals, fit.move), batch.samples)
+
+    def _by_column(self, batch: Batch, fit: FoldFit) -> Tensor:
+        """With ``p'`` and ``X^T (v - dW b)``, which have an entry for each column of B."""
+        x, goals = fit.weights, self.goal.projected(batch, fit.weights)
+        features = fit.basis.columns(self.source.rows(batch))
+        assert isinstance(features, Tensor)
+        return _scores(*self._left(batch, features, fit.taken, goals, fit.move_of_columns), batch.samples, x)
+
+    def _left(
+        self, batch: Batch, features: Tensor, taken: Tensor | None, goals: Tensor, move: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Features and goals once what the target reads is taken out of them, all of it or the constant alone."""
+        if taken is not None and taken.ndim == 1:
+            features, taken = features - taken.to(features), None
+        weights = [part for part in (taken, None if move is None else move.T) if part is not None]
+        if self.reads is None or not weights:
+            return features, goals
+        read = self.reads.projected(batch, torch.cat(weights, 1)).split(goals.shape[1], 1)
+        return features if taken is None else features - read[0], goals if move is None else goals - read[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,24 +133,47 @@ class DirectionScore(SampleScore):
         taps = self._taps(self.fits[0][0])
         return [feature for (_, _, goal), read in zip(self.targets, taps, strict=True) for feature in (read, goal)]
 
+    @cached_property
+    def _by_slot(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """For each fold alpha, and for each consumer ``X [o, k slots]``."""
+
+        def by_slot(omega: Tensor, position_map: PositionMap) -> Tensor:
+            return rearrange(omega, "(e o) k -> o (k e)", e=position_map.slots)
+
+        maps = [position_map for _, position_map, _ in self.targets]
+        return [(alpha, [*map(by_slot, omegas, maps)]) for alpha, omegas in self.fits]
+
     def _taps(self, alpha: Tensor) -> list[TapFeatures]:
         """What each consumer reads of the directions."""
         return [TapFeatures(source, position_map, alpha, goal.edges[0]) for source, position_map, goal in self.targets]
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
-        alpha, omegas = self.fits[fold]
+        alpha, omegas = self._by_slot[fold]
         scores = []
-        for (_, position_map, goal), taps, omega in zip(self.targets, self._taps(alpha), omegas, strict=True):
+        for (*_, goal), taps, x in zip(self.targets, self._taps(alpha), omegas, strict=True):
             rows = taps.rows(batch)
-            weights = rearrange(omega, "(e o) k -> (k e) o", e=position_map.slots).to(rows)
-            scores.append(_scores(rows @ weights, goal.rows(batch), batch.samples))
+            if x.shape[1] < len(x):
+                scores.append(_scores(rows, goal.projected(batch, x), batch.samples, x))
+            else:
+                scores.append(_scores(rows @ x.T.to(rows), goal.rows(batch), batch.samples))
         return torch.stack(scores).sum(0)
 
 
-def _scores(explained: Tensor, goals: Tensor, samples: int) -> Tensor:
-    """``(d, c)`` of each sample ``[n, 2]``."""
-    c = (explained * goals).reshape(samples, -1).sum(1, dtype=torch.float64)
-    square = explained.square().reshape(samples, -1).sum(1, dtype=torch.float64)
+def _scores(features: Tensor, goals: Tensor, samples: int, x: Tensor | None = None) -> Tensor:
+    """``(d, c)`` of each sample ``[n, 2]``.
+
+    Args:
+        features: ``X p [n s, o]``; or ``p [n s, k]``, where ``x`` is X.
+        goals: ``v [n s, o]``; or ``X^T v [n s, k]``.
+        samples: n.
+        x: ``X [o, k]``.
+
+    Returns:
+        Sums over the s positions of each sample, in double precision.
+    """
+    c = (features * goals).reshape(samples, -1).sum(1, dtype=torch.float64)
+    squares = features.square() if x is None else features * (features @ (x.T @ x).to(features))
+    square = squares.reshape(samples, -1).sum(1, dtype=torch.float64)
     return torch.stack([2 * c - square, c], 1)
 
 

@@ -17,6 +17,7 @@ from dagrow.operators.neurons._places import Place
 from dagrow.operators.neurons._proposal import OPEN, Proposal, ProposalSteps, drawn, normal, scaled
 from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
+    FoldSplit,
     Moments,
     Pair,
     Regression,
@@ -50,27 +51,31 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in unmoved}
     move_pairs = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
     moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else scales)])
-    residuals = {name: _residual(settings, moments, consumer) for name, consumer in moved.items()}
+    split = moments.split()
+    ridges = {c.name: _own_ridge(settings, split, c) for c in place.linear()}
+    residuals = {name: _residual(settings, moments, split, c, ridges[name]) for name, c in moved.items()}
     if moved:
         residual_blocks = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
         moments = moments.joined((yield Needs([*_pairs(residual_blocks), *scales])))
-        blocks |= residual_blocks
+        split, blocks = moments.split(), blocks | residual_blocks
     if not blocks:
         random = drawn(place, settings.k or OPEN, settings.seed)
         notes = ("random: linear theory does not reach the consumers",)
         return scaled(replace(random, notes=notes), place, moments)
-    leading = _leading(settings, moments, blocks)
+    leading = _leading(settings, moments, split, [replace(blocks[name], ridge=ridges[name]) for name in blocks])
     if leading is None:
         return None
     proposal, turns = leading.proposal, bool(_rank(settings) and leading.proposal.alpha.shape[1])
     if leading.fits or turns:
-        goals = {c.name: residuals.get(c.name) or _residual(settings, moments, c) for c in place.linear()}
+        linear = [(c, residuals.get(c.name)) for c in place.linear()]
+        goals = {c.name: left or _residual(settings, moments, split, c, ridges[c.name]) for c, left in linear}
     if leading.fits:
         in_order = [(name, goals[name]) for name in blocks]
         proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
     if turns:
         proposal = yield from _alternating(place, proposal, leading, goals)
-    return scaled(_completed(settings, proposal, moments), place, moments)
+    known = moments.only([pair for c in place.linear() for pair in _own_pairs(place, c)])
+    return scaled(replace(_completed(settings, proposal, moments), known=known, ridges=ridges), place, moments)
 
 
 def _rank(settings: NeuronSettings) -> int:
@@ -87,17 +92,21 @@ def _regression(settings: NeuronSettings, consumer: Edge, goal: OutputGoal | Res
     return settings.place.regression(consumer, "all" if settings.joint else "none", settings.project, goal)
 
 
-def _residual(settings: NeuronSettings, m: Moments, consumer: Edge) -> OutputGoal | ResidualGoal:
+def _own_ridge(settings: NeuronSettings, split: FoldSplit, consumer: Edge) -> float:
+    """The ridge of the regression on what a consumer reads."""
+    reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
+    return with_cross_validated_ridge(split, Regression(reads, reads, goal, project=settings.project)).ridge
+
+
+def _residual(
+    settings: NeuronSettings, m: Moments, split: FoldSplit, consumer: Edge, ridge: float
+) -> OutputGoal | ResidualGoal:
     """What is to be explained at a consumer: what a move leaves that was fitted on the other folds."""
     reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
     if not settings.project or reads is None:
         return goal
-    if m.folds == 1:
-        return ResidualGoal(goal, reads, [m.whitening(reads).solve(m[reads, goal]).T])
-    split = m.split()
-    ridge = with_cross_validated_ridge(split, Regression(reads, reads, goal)).ridge
-    moves = [train.whitening(reads, ridge).solve(train[reads, goal]).T for train, _ in split]
-    return ResidualGoal(goal, reads, moves)
+    views = [m] if m.folds == 1 else [train for train, _ in split]
+    return ResidualGoal(goal, reads, [view.whitening(reads, ridge).solve(view[reads, goal]).T for view in views])
 
 
 def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
@@ -105,9 +114,9 @@ def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
 
 
 def _own_pairs(place: Place, consumer: Edge) -> list[Pair]:
-    """What the move of a consumer's own weights is fitted to."""
+    """What the move of a consumer's own weights is fitted to, if they are not frozen."""
     reads = place.reads(consumer)
-    return [(reads, reads), (reads, OutputGoal(consumer.name))]
+    return [] if reads is None else [(reads, reads), (reads, OutputGoal(consumer.name))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +129,14 @@ class _Leading:
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = ()
 
 
-def _leading(settings: NeuronSettings, m: Moments, blocks: Mapping[str, Regression]) -> _Leading | None:
+def _leading(
+    settings: NeuronSettings, m: Moments, split: FoldSplit, regressions: Sequence[Regression]
+) -> _Leading | None:
     """The leading singular directions of what is left of the goals; None if they are not worth it."""
     per_unit = settings.place.directions
     k = None if settings.k is None else settings.k * per_unit
-    regressions, ridge, fits = list(blocks.values()), settings.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
+    ridge, fits = settings.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
     if m.folds > 1:
-        split = m.split()
-        regressions = [with_cross_validated_ridge(split, block) for block in regressions]
         held_out = validate_directions(split, regressions, k, settings.ridges)
         ridge, k, fits = held_out.ridge, -(-held_out.k // per_unit) * per_unit, [*held_out.fits]
         if settings.k is None and not held_out.gain > 0:

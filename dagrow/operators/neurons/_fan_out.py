@@ -6,7 +6,7 @@ any activation, norm layer or gate on the way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,7 +59,10 @@ def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: 
     plan = settings.place.dag.widening(settings.place.axis, 2 * proposal.alpha.shape[1])
     units = _Units(settings, proposal, plan)
     preview = Preview(settings.place.axis, plan, settings.place.split(units.alpha))
-    fitted = _fitted(units, objective, (yield Needs(units.pairs(), preview)))
+    # in train mode a wider model may draw other numbers, as dropout does
+    known = proposal.known if objective.mode == "eval" else None
+    moments = yield Needs([pair for pair in units.pairs() if known is None or pair not in known], preview)
+    fitted = _fitted(units, objective, moments if known is None else known.joined(moments))
     if fitted is None:
         return None
     growth, scores, z = fitted
@@ -96,6 +99,12 @@ class _Units:
             )
             for c in place.axis.consumers
         ]
+
+    def with_ridge(self, split: FoldSplit, block: Regression) -> Regression:
+        """With the ridge of what is read already as it was chosen for the directions, if it was."""
+        assert isinstance(block.goal, OutputGoal)
+        ridge = self.proposal.ridges.get(block.goal.edge)
+        return with_cross_validated_ridge(split, block) if ridge is None else replace(block, ridge=ridge)
 
     def slots(self, consumer: Edge) -> int:
         """Features of a new unit at a consumer: its channels there, times their taps."""
@@ -146,7 +155,7 @@ def _fitted(units: _Units, objective: Objective, m: Moments) -> tuple[Growth, Se
         if units.settings.k is None and upper_tail(z) > LEVEL:
             return None
     split = m.split()
-    blocks = [with_cross_validated_ridge(split, block) for block in units.regressions()]
+    blocks = [units.with_ridge(split, block) for block in units.regressions()]
     kept = units.kept(m, blocks)
     offered = [kept] if units.proposal.other is None else kept.chunk(2, 1)
     fitted = [(choice, *_fan_outs(units, m, split, blocks, choice)) for choice in offered]

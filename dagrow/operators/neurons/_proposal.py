@@ -1,7 +1,7 @@
 """Fan-in directions of new neurons: random ones, or those of an operator of one's own."""
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Proposal:
         other: as many directions, that are taken where they explain more ``[p, k]``.
         explained: what directions that were fitted on the other folds explain of each sample; without it, directions
             count as independent of the goals.
+        known: moments of what consumers read and want, if they were measured already.
+        ridges: consumer -> the ridge of the regression on what it reads, if it was chosen already.
     """
 
     alpha: Tensor
@@ -34,6 +36,8 @@ class Proposal:
     invariant: bool = True
     other: Tensor | None = None
     explained: SampleScores | None = None
+    known: Moments | None = None
+    ridges: Mapping[str, float] = field(default_factory=dict)
 
 
 #: how directions are found, with passes over the batches of its own
