@@ -7,7 +7,7 @@ from dagrow.errors import GrowthError
 from dagrow.graph import Dag
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
-from dagrow.statistics import Objective, measure
+from dagrow.statistics import KeptCaptures, Objective, measure
 from dagrow.surgery import (
     Change,
     Draft,
@@ -41,12 +41,14 @@ class CandidateRuns:
     """All candidates of an operator, step by step.
 
     Those that need no preview are measured together, in one pass for the next step of each. Then come previews: those
-    that change no layer in common are put into the network together, one pass for each such group. What fails together
-    is measured again in halves, down to the places that fail alone: these are left out.
+    that change no layer in common are put into the network together, one pass for each such group, and another for what
+    is asked of the same previews next. What fails together is measured again in halves, down to the places that fail
+    alone: these are left out.
 
     Attributes:
         worked: whether any candidate came to its end.
         forward: whether the model's own forward ran on every batch.
+        kept: what passes left.
     """
 
     dag: Dag
@@ -56,6 +58,7 @@ class CandidateRuns:
     growths: list[Growth] = field(default_factory=list)
     worked: bool = False
     forward: bool = True
+    kept: KeptCaptures = field(default_factory=KeptCaptures)
     _plain: list[_Waiting] = field(default_factory=list)
     _previews: list[_Waiting] = field(default_factory=list)
 
@@ -67,12 +70,18 @@ class CandidateRuns:
                 waiting, self._plain = self._plain, []
                 self._measure(waiting)
             else:
-                previews, self._previews = self._previews, []
-                for group in disjoint(previews, lambda member: member.preview.widening):
-                    self._measure_previewed(group)
+                self._measure_previews()
         self.growths = [noted_draws(completed(growth)) for growth in self.growths if self._holds(growth)]
         self.worked |= bool(self.growths)
         return self.growths
+
+    def _measure_previews(self) -> None:
+        """Group by group, each with all that it asks for."""
+        previews, self._previews = self._previews, []
+        for group in disjoint(previews, lambda member: member.preview.widening):
+            self._measure_previewed(group)
+            if self._previews:
+                self._measure_previews()
 
     def _start(self, candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:
@@ -114,8 +123,9 @@ class CandidateRuns:
     def _measure(self, waiting: Sequence[_Waiting]) -> None:
         """One pass for the next step of each."""
         pairs = [pair for member in waiting for pair in member.needs.pairs]
+        later = [feature for member in waiting for feature in member.needs.later]
         try:
-            moments = measure(self.dag, self.objective, pairs, folds=self.operator.folds)
+            moments = measure(self.dag, self.objective, pairs, folds=self.operator.folds, kept=self.kept, later=later)
         except Exception as error:
             for half in self._halves(waiting, error, grown=False):
                 self._measure(half)
@@ -128,7 +138,9 @@ class CandidateRuns:
         """One pass with all previews of a group in the network."""
         try:
             needs = [member.needs for member in group]
-            moments = previewed(self.dag, self.objective, needs, self.operator.folds, forward=self.forward)
+            moments = previewed(
+                self.dag, self.objective, needs, self.operator.folds, forward=self.forward, kept=self.kept
+            )
         except Exception as error:
             for half in self._halves(group, error, grown=True):
                 self._measure_previewed(half)
@@ -162,7 +174,15 @@ class CandidateRuns:
         return True
 
 
-def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int, *, forward: bool = True) -> Moments:
+def previewed(
+    dag: Dag,
+    objective: Objective,
+    needs: Sequence[Needs],
+    folds: int,
+    *,
+    forward: bool = True,
+    kept: KeptCaptures | None = None,
+) -> Moments:
     """One pass with the new channels of previews in the network; no two change the same layer.
 
     Args:
@@ -171,6 +191,7 @@ def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int
         needs: with previews.
         folds: of the samples.
         forward: whether the model's own forward runs on every batch.
+        kept: what earlier passes left.
 
     Returns:
         The moments.
@@ -186,9 +207,12 @@ def previewed(dag: Dag, objective: Objective, needs: Sequence[Needs], folds: int
     change = draft.change()
     pairs, where = [pair for need in needs for pair in need.pairs], ", ".join(each.axis.name for each in previews)
     _check_forward(change, where, dag, forward)
-    check_preserved(dag, objective, change, where)
+    kept = kept or KeptCaptures()
+    if not kept.shows(previews):
+        check_preserved(dag, objective, change, where)
     with preview(dag, change, change.tensors(dag.model, 0.0)):
-        return measure(dag, objective, pairs, folds=folds, read=draft.read, written=draft.written)
+        read, written = draft.read, draft.written
+        return measure(dag, objective, pairs, folds=folds, read=read, written=written, kept=kept, preview=previews)
 
 
 def _check_forward(change: Change, where: str, dag: Dag, forward: bool) -> None:

@@ -15,7 +15,7 @@ from dagrow.growing._left_out import Growths, LeftOut
 from dagrow.growing._policies import expected_gain
 from dagrow.operators import AddNeurons, Operator
 from dagrow.solvers import LEVEL, holm
-from dagrow.statistics import Loss, MeasureOptions, Objective, Step
+from dagrow.statistics import KeptCaptures, Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Growth, transaction
 
 
@@ -62,7 +62,8 @@ def propose(
 @torch.inference_mode(False)
 def run_of(dag: Dag, objective: Objective, operator: Operator, left_out: LeftOut) -> tuple[CandidateRuns, int]:
     """What an operator could add, and how many places it looked at. Those that fail are left out."""
-    candidates, runs = operator.candidates(dag), CandidateRuns(dag, objective, operator, left_out)
+    candidates, kept = operator.candidates(dag), KeptCaptures(dag.model)
+    runs = CandidateRuns(dag, objective, operator, left_out, kept=kept)
     runs.run(candidates)
     return runs, sum(candidate.tests for candidate in candidates)
 

@@ -14,7 +14,7 @@ from dagrow.axes import WideningPlan
 from dagrow.errors import GrowthError, check_real, check_whole
 from dagrow.graph import Axis, Dag
 from dagrow.solvers import Moments, Pair, Verdict
-from dagrow.statistics import Objective, SampleScores
+from dagrow.statistics import Feature, Objective, SampleScores
 from dagrow.surgery import Growth
 
 
@@ -42,10 +42,12 @@ class Needs:
     Attributes:
         pairs: pairs of features, whose second moments are sent back.
         preview: new channels that have to be in the model meanwhile, if any.
+        later: features that it needs after that, of the network as it is; what they are made of is kept if it is small.
     """
 
     pairs: Sequence[Pair]
     preview: Preview | None = None
+    later: Sequence[Feature] = ()
 
 
 #: what a candidate does: ``moments = yield Needs(pairs)`` as often as it has to, then ``return growth``; or None if

@@ -52,30 +52,30 @@ class Whitening:
     """A factor ``W`` with ``W (P + ridge) W^T = 1`` on the directions that P holds.
 
     Attributes:
-        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``), or ``W D^-1`` itself if P is singular or
-            known by rows.
+        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``); or eigenvectors ``V^T [r, p]`` if P is
+            singular or known by rows (``W = s^-1/2 V^T D``).
         scale: the diagonal D ``[p]``.
-        triangular: whether the factor is that of Cholesky.
+        weights: ``s^-1/2 [r]``, of eigenvalues with the ridge; None for the factor of Cholesky.
         note: what had to be done to a singular matrix, or "".
     """
 
     factor: Tensor
     scale: Tensor
-    triangular: bool
+    weights: Tensor | None
     note: str
 
     def whiten(self, x: Tensor) -> Tensor:
         """``W x`` for ``x [p, m]``."""
         scaled = self.scale[:, None] * x
-        if self.triangular:
+        if self.weights is None:
             return torch.linalg.solve_triangular(self.factor, scaled, upper=False)
-        return self.factor @ scaled
+        return self.weights[:, None] * (self.factor @ scaled)
 
     def back(self, u: Tensor) -> Tensor:
         """``W^T u`` for ``u [rank, m]``."""
-        if self.triangular:
+        if self.weights is None:
             return self.scale[:, None] * torch.linalg.solve_triangular(self.factor.T, u, upper=True)
-        return self.scale[:, None] * (self.factor.T @ u)
+        return self.scale[:, None] * (self.factor.T @ (self.weights[:, None] * u))
 
     def solve(self, x: Tensor) -> Tensor:
         """``(P + ridge)^-1 x``, the pseudo-inverse where P is singular."""
@@ -106,7 +106,7 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
-        return Whitening(factor, scale, True, "")
+        return Whitening(factor, scale, None, "")
     values, some = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
     vectors = some.new_zeros(d, len(values))
     vectors[alive] = some
@@ -116,9 +116,10 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
 def _whitened(values: Tensor, vectors: Tensor, scale: Tensor, ridge: float, cut: float) -> Whitening:
     """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
     kept = values > (0 if ridge else cut * values[-1:].clamp_min(1))  # of what features were, where little is left
-    factor = (vectors[:, kept] * (values[kept] + ridge).rsqrt()).to(scale)
-    note = "" if ridge or factor.shape[1] == len(scale) else f"rank cut from {len(scale)} to {factor.shape[1]}"
-    return Whitening(factor.T, scale, False, note)
+    rank = int(kept.sum())
+    vectors, values = (vectors, values) if rank == len(values) else (vectors[:, kept], values[kept])
+    note = "" if ridge or rank == len(scale) else f"rank cut from {len(scale)} to {rank}"
+    return Whitening(vectors.T.to(scale), scale, (values + ridge).rsqrt().to(scale), note)
 
 
 def leading_subspace(

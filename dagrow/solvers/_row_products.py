@@ -95,7 +95,7 @@ class RowProduct:
             scale: the diagonal D ``[d]``.
 
         Returns:
-            ``[r]`` and ``[d, r]`` in double precision, without those that are zero but for rounding.
+            ``[r]`` in double precision and ``[d, r]`` in that of the rows, without what is zero but for rounding.
         """
         for known, values, vectors in self._spectra:
             if torch.equal(known, scale):
@@ -103,7 +103,7 @@ class RowProduct:
         rows = self.x.double() * scale / self.samples**0.5
         values, left = torch.linalg.eigh(rows @ rows.T)
         kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1:].clamp_min(0)
-        vectors = rows.T @ (left[:, kept] * values[kept].rsqrt())
+        vectors = rows.T.to(self.x) @ (left[:, kept] * values[kept].rsqrt()).to(self.x)
         self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
         return values[kept], vectors
 

@@ -42,6 +42,7 @@ from dagrow.statistics._features import (
 from dagrow.statistics._gradient_check import BesideOutputsError
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
+from dagrow.statistics._kept_captures import KeptCaptures
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import NotFiniteError, Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction
@@ -61,6 +62,7 @@ __all__ = [
     "Groups",
     "Hidden",
     "InputFeatures",
+    "KeptCaptures",
     "LayerHooks",
     "Loss",
     "MeanInputs",

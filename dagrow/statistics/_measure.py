@@ -1,8 +1,9 @@
 """One pass over batches that gathers moments."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,12 +17,13 @@ from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
-from dagrow.statistics._calls import joined_calls
+from dagrow.statistics._calls import Calls, joined_calls
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
+from dagrow.statistics._kept_captures import SAME, KeptCaptures, LeftBatch
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._sample_order import SampleOrder
 from dagrow.statistics._trials import Trial
@@ -38,6 +40,9 @@ def measure(
     dtype: torch.dtype = torch.float64,
     read: Mapping[str, IndexMap] | None = None,
     written: Mapping[str, IndexMap] | None = None,
+    kept: KeptCaptures | None = None,
+    preview: Iterable[Hashable] = (),
+    later: Iterable[Feature] = (),
 ) -> Moments:
     """Runs the model on every batch, forward and back to pre-activations, and sums products of features.
 
@@ -54,43 +59,103 @@ def measure(
             convolutions are large and few, and are summed in their own type, which keeps memory small.
         read: layer -> which of its input channels are new, in a preview of a grown network.
         written: layer -> which of its output channels are.
+        kept: what earlier passes left, and what this one leaves; the model runs only where that is not enough.
+        preview: what is in the network, besides what it is.
+        later: features that later passes need.
 
     Returns:
         The moments; they know whether the model's own forward ran on every batch: a step may run its layers in another
         way.
     """
+    kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
     sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
-    objective.probe()
-    order, groups = SampleOrder.of(dag, objective), GroupNumbers(objective)
-    hooks = CaptureHooks(dag, sums.features, read or {}, written or {})
-    check = GradientCheck(dag, objective, hooks, sums.pairs)
-    with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
-        objective.model.train(objective.mode == "train")
-        if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
-            for parameter in objective.model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        for batch, n in objective:
-            units = groups.of(batch, n)
-            with hooks.paused():
-                order.start(objective, batch, n, units)
-            check.begin()
-            with ForwardProbe(objective.model) as probe:
-                loss = objective.value(batch)
-            forward = forward and probe.ran
-            with objective.noting(batch):
-                calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
-            value = float(loss.detach()) * objective.scale(n) * n
-            del loss  # with all that its graph holds
-            check.end(batch, calls, -objective.scale(n) * n)
-            views = joined_calls(calls)
-            with hooks.paused():
-                views = [order.arranged(view, objective, batch, n, units) for view in views]
-            sums.add([Batch(view, n, seen, folds) for view in views], value, units)
-            del calls, views
-            seen += n
-    objective.others.complete = True
-    groups.check_all_read()
+    found = kept.find(preview, sums.features)
+    run = _Run(dag, objective, sums, [*sums.features, *later], kept, preview)
+    batches = run.left(read or {}, written or {}) if found is None else (batch for batch in found)
+    try:
+        with closing(batches):
+            for batch in batches:
+                views = [Batch(dict(view), batch.samples, seen, folds) for view in batch.views]
+                sums.add(views, batch.loss, batch.units)
+                seen, forward = seen + batch.samples, forward and batch.ran
+                del batch, views
+    except _OtherBatchesError:
+        kept.drop()
+        return measure(dag, objective, pairs, folds=folds, dtype=dtype, read=read, written=written)
     return sums.moments(forward)
+
+
+class _OtherBatchesError(Exception):
+    """A loader gives other batches than in an earlier pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One pass with the model."""
+
+    dag: Dag
+    objective: Objective
+    sums: MomentAccumulator
+    features: Sequence[Feature]
+    kept: KeptCaptures
+    preview: frozenset[Hashable]
+
+    def left(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> Generator[LeftBatch, None, None]:
+        """What each batch leaves."""
+        objective = self.objective
+        objective.probe()
+        order, groups = SampleOrder.of(self.dag, objective), GroupNumbers(objective)
+        hooks = CaptureHooks(self.dag, self.features, read, written)
+        check = GradientCheck(self.dag, objective, hooks, self.sums.pairs)
+        known = self._known_goals(check)
+        if known is not None:
+            hooks.goals = set()
+        record = self.kept.record(self.preview, self.features)
+        with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
+            objective.model.train(objective.mode == "train")
+            if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
+                for parameter in objective.model.parameters():
+                    parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            for number, (batch, n) in enumerate(objective):
+                units = groups.of(batch, n)
+                with hooks.paused():
+                    order.start(objective, batch, n, units)
+                check.begin()
+                with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
+                    loss = objective.value(batch)
+                value = float(loss.detach()) * objective.scale(n) * n
+                with objective.noting(batch):
+                    if known is None:
+                        calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
+                    else:
+                        calls = hooks.with_goals(_same_batch(known, number, n, value), ran=probe.ran)
+                del loss  # with all that its graph holds
+                check.end(batch, calls, -objective.scale(n) * n)
+                views = joined_calls(calls)
+                with hooks.paused():
+                    views = [order.arranged(view, objective, batch, n, units) for view in views]
+                left = [LeftBatch(calls, views, n, value, units, probe.ran)]
+                record.add(left[0])
+                del calls, views
+                yield left.pop()
+        objective.others.complete = True
+        groups.check_all_read()
+        record.ended = True
+
+    def _known_goals(self, check: GradientCheck) -> Sequence[LeftBatch] | None:
+        """Those of the network as it is, where a preview needs no others."""
+        if not self.preview or check.watched or self.objective.mode != "eval":
+            return None
+        return self.kept.goals(self.features)
+
+
+def _same_batch(known: Sequence[LeftBatch], number: int, n: int, loss: float) -> Calls:
+    """What a batch left in an earlier pass. Raises _OtherBatchesError if it was another one."""
+    if number >= len(known) or known[number].samples != n:
+        raise _OtherBatchesError
+    if abs(known[number].loss - loss) > SAME * abs(loss):
+        raise _OtherBatchesError
+    return known[number].calls
 
 
 class CaptureHooks(LayerHooks):
@@ -188,18 +253,7 @@ class CaptureHooks(LayerHooks):
             GrowthError: some layers did not run.
             LossError: none of them ran.
         """
-        missing = set(self._layers) - set(self._calls)
-        if missing and not self._calls and not ran:
-            raise LossError(
-                f"the loss does not depend on the model where it is measured: {', '.join(sorted(missing))} did not "
-                "run. Call the model itself in it."
-            )
-        if missing:
-            raise GrowthError(
-                f"{', '.join(sorted(missing))} did not run on a batch; "
-                "the model takes another way than when it was traced."
-            )
-        calls = {name: self._calls.pop(name) for name in sorted(self._layers)}
+        calls = self._ran(ran)
         gradients = self._gradients(loss, calls)
         self._depends = self._depends or any(gradient is not None for gradient in self.weight_gradients)
         if (self.goals or self.input_goals) and not (gradients or self._depends):
@@ -219,6 +273,40 @@ class CaptureHooks(LayerHooks):
                     capture.input_goal = torch.zeros_like(capture.inputs) if at_input is None else at_input
                 capture.output_gradient = capture.input_gradient = None  # nor do they hold on to the graph
         return calls
+
+    def with_goals(self, known: Calls, *, ran: bool) -> dict[str, list[Capture]]:
+        """What the batch left, with goals that are known.
+
+        Args:
+            known: what it left in the network as it is, where each layer was called once.
+            ran: whether the model's own forward ran.
+
+        Returns:
+            Layer -> what its call left there.
+
+        Raises:
+            GrowthError, LossError: as for :meth:`captures`.
+        """
+        calls = self._ran(ran)
+        for name, captures in calls.items():
+            for capture, before in zip(captures, known.get(name, ()), strict=False):
+                capture.output_goal, capture.output_map = before.output_goal, before.output_map
+        return calls
+
+    def _ran(self, ran: bool) -> dict[str, list[Capture]]:
+        """Layer -> its calls. Raises GrowthError or LossError if there are none."""
+        missing = set(self._layers) - set(self._calls)
+        if missing and not self._calls and not ran:
+            raise LossError(
+                f"the loss does not depend on the model where it is measured: {', '.join(sorted(missing))} did not "
+                "run. Call the model itself in it."
+            )
+        if missing:
+            raise GrowthError(
+                f"{', '.join(sorted(missing))} did not run on a batch; "
+                "the model takes another way than when it was traced."
+            )
+        return {name: self._calls.pop(name) for name in sorted(self._layers)}
 
     def _gradients(self, loss: Tensor, calls: Mapping[str, Sequence[Capture]]) -> dict[Place, Tensor]:
         """Those that arrive; notes those of weights. Layers that run again meanwhile leave nothing else."""

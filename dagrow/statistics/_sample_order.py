@@ -19,7 +19,7 @@ from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._sample_layout import Replacement, SampleLayout, first_samples, layout_of, rows_changed
 
-PART = 64  #: samples that are enough to look at, where nothing is unusual
+PART = 16  #: samples that are enough to look at, where nothing is unusual
 OUTPUT, SLOPE = "", "."  #: the model's output, and the loss's slope there, among the names of layers
 Seen = dict[str, list[tuple[Tensor, int]]]  #: layer -> what each call read, and the dimension of its channels
 _orders: "WeakKeyDictionary[Objective, SampleOrder]" = WeakKeyDictionary()
@@ -62,7 +62,7 @@ class SampleOrder:
         self.started = True
         if units is None and _same_target(batch, n, self.batch_dim):
             self._warn(f"all {n} samples of a batch have the same target")
-        if n <= 4 * PART or not self._is_plain(objective, batch, n):
+        if n <= 2 * PART or not self._is_plain(objective, batch, n):
             self.look(objective, batch, n, units)
 
     def _is_plain(self, objective: Objective, batch: object, n: int) -> bool:

@@ -50,7 +50,8 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     unmoved = [c for c in place.linear() if c.name not in moved]
     blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in unmoved}
     move_pairs = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
-    moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else scales)])
+    later = [place.features] if moved else []
+    moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else scales)], later=later)
     split = moments.split()
     ridges = {c.name: _own_ridge(settings, split, c) for c in place.linear()}
     residuals = {name: _residual(settings, moments, split, c, ridges[name]) for name, c in moved.items()}
