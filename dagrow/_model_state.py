@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import operator
 import random
 import threading
@@ -20,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
+_GENERATOR = threading.RLock()
 FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, collections.deque))
@@ -312,6 +314,32 @@ class _TensorState:
             tensor.grad = self.grad
 
 
+def _alone(function: Callable[..., T]) -> Callable[..., T]:
+    """Lets one thread of ours in at a time.
+
+    Torch locks a generator while it is read. If garbage is collected meanwhile, other threads run, and one that seeds
+    the generator waits for that lock with the interpreter's own in its hands: neither ever goes on.
+
+    Args:
+        function: reads the generator, or seeds it.
+
+    Returns:
+        The same, behind a lock of ours, which is waited for without the interpreter's.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> T:
+        with _GENERATOR:
+            return function(*args)
+
+    return call
+
+
+torch_state = _alone(torch.get_rng_state)
+_set_torch_state = _alone(torch.set_rng_state)
+_seed_torch = _alone(torch.default_generator.manual_seed)
+
+
 def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
     """What sets each random generator that all share, and its state.
 
@@ -319,7 +347,7 @@ def random_state() -> list[tuple[Callable[[Any], Any], Any]]:
         Functions, and what to call them with to come back to the present.
     """
     states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
+        (_set_torch_state, torch_state()),
         (random.setstate, random.getstate()),
         (np.random.set_state, np.random.get_state()),
     ]
@@ -335,7 +363,7 @@ def seed_everything(seed: int, *, others: bool = True) -> None:
         seed: any whole number from 0 on.
         others: whether those of numpy and Python, too.
     """
-    torch.default_generator.manual_seed(seed)
+    _seed_torch(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     if others:
@@ -347,7 +375,7 @@ def drawn_so_far() -> tuple[tuple[object, ...], tuple[object, ...]]:
     """What tells whether anything is drawn between two calls: from torch's generators, and from numpy and Python's."""
     numpy_state: Any = np.random.get_state()
     _, keys, position, *gauss = numpy_state
-    tensors = [torch.get_rng_state()]
+    tensors = [torch_state()]
     if torch.cuda.is_initialized():
         tensors += torch.cuda.get_rng_state_all()
     of_torch = tuple(crc32(tensor.numpy().tobytes()) for tensor in tensors)

@@ -1,5 +1,7 @@
 """What is put back, and when. That an interrupt at any call leaves nothing changed is in test_interrupts.py."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -151,3 +153,36 @@ def test_a_model_that_was_compiled_in_place_grows_and_stays_compiled() -> None:
         measured = sum(mse_loss(found.model(x), y).item() for x, y in batches) / 2
         assert measured == pytest.approx(receipt.loss_after)
     torch._dynamo.reset()
+
+
+STRESS = """
+import gc, sys, threading, torch
+from dagrow._model_state import random_state, seed_everything
+
+sys.setswitchinterval(1e-6)
+gc.set_threshold(50)
+
+class Cycle:
+    def __init__(self):
+        weight = torch.ones(3, 3, requires_grad=True)
+        self.own, self.tensor = self, (weight @ weight).sum()  # which is freed while other threads run
+
+def look():
+    for _ in range(4000):
+        Cycle(), random_state()
+
+def seed():
+    for number in range(4000):
+        Cycle(), seed_everything(number, others=False)
+
+threads = [threading.Thread(target=work, daemon=True) for work in (look, seed)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_seed_and_read_the_generator_do_not_wait_for_each_other() -> None:
+    """In a process of its own, as nothing could stop it: without a lock it never ends."""
+    subprocess.run([sys.executable, "-c", STRESS], timeout=60, check=True)

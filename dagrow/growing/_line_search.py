@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 
 from dagrow._log import LOG
 from dagrow.errors import OptimizerError
@@ -10,11 +10,12 @@ from dagrow.growing._left_out import LeftOut, is_of_place
 from dagrow.statistics import NotFiniteError, Objective
 from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
-GOLDEN = (5**0.5 - 1) / 2
-EVALUATIONS = 16  #: of the loss, at most
+EVALUATIONS = 8  #: of the loss, at most, but for those that bound an amplitude where the loss levels out
 START = 1 / 16  #: of the amplitude at which the loss would have fallen to 0, if it fell on as it begins to
 MOST = 16  #: times that amplitude, at most
 FLAT = 0.9  #: the part of a fall that a quarter of the amplitude brings where it levels out; a parabola gives 0.44
+NEAR = 0.1  #: a relative distance to the minimum that is near enough: of a parabola's fall it takes a hundredth
+REACH = 8  #: times the largest amplitude known, or the smallest, is how far the next one is sought
 SMALLEST = 1e-9  #: of the amplitude that was tried first
 WORTH = 1e-9  #: a relative fall of the loss that is not worth a growth
 
@@ -35,9 +36,9 @@ class Amplitude:
 
 
 def line_search(
-    loss: Callable[[float], float], before: float, start: float = 1.0, most: float | None = None
+    loss: Callable[[float], float], before: float, start: float = 1.0, most: float | None = None, gain: float = 0.0
 ) -> Amplitude:
-    """Brackets a minimum by doubling or halving from ``start``, then narrows it by golden sections.
+    """Follows parabolas, safeguarded: with the slope at 0, then, once a minimum is bracketed, through three losses.
 
     Where the loss falls further and further, the amplitude is bounded: by ``most``, and where it only levels out, as
     behind a norm or a softmax, by the smallest of its powers of 4 that brings most of the fall.
@@ -47,6 +48,7 @@ def line_search(
         before: the loss at amplitude 0.
         start: the amplitude that is tried first.
         most: the largest amplitude; by default 256 times ``start``.
+        gain: minus the slope at 0; 0 if it is not known.
 
     Returns:
         The amplitude with the lowest loss, and that loss: never above ``before``; amplitude 0 if nothing is lower.
@@ -58,46 +60,70 @@ def line_search(
             losses[gamma] = loss(gamma)
         return losses[gamma]
 
-    best = start
-    if at(best) < before:
-        while 2 * best <= most and at(2 * best) < at(best) and len(losses) < EVALUATIONS:
-            best *= 2
-    else:
-        while at(best) >= before and len(losses) < EVALUATIONS:
-            best /= 2
-        while at(best / 2) < at(best) and len(losses) < EVALUATIONS:
-            best /= 2
-    note = "the loss falls on and on with the amplitude, which is bounded" if best > start and 2 * best > most else ""
-    if _levels_out(at, before, best, most):
+    trial: float | None = start
+    while trial is not None and trial not in losses and len(losses) <= EVALUATIONS:
+        at(trial)
+        trial = _next(losses, gain, most)
+    best = _lowest(losses)
+    note = "the loss falls on and on with the amplitude, which is bounded" if best > start and best == most else ""
+    if best and _levels_out(at, losses, best, most):
         note = "the loss levels out; the amplitude is bounded where it has fallen"
-    if not note:
-        return _narrowed(at, losses, best)
-    while before - at(best / 4) >= FLAT * (before - min(losses.values())) and best > SMALLEST * start:
-        best /= 4
+    if note:
+        while before - at(best / 4) >= FLAT * (before - min(losses.values())) and best > SMALLEST * start:
+            best /= 4
+    else:
+        best = _lowest(losses)
     return _worth(before, best, at(best), note)
 
 
-def _levels_out(at: Callable[[float], float], before: float, best: float, most: float) -> bool:
+def _lowest(losses: Mapping[float, float]) -> float:
+    return min(losses, key=lambda gamma: (losses[gamma], gamma))
+
+
+def _next(losses: Mapping[float, float], gain: float, most: float) -> float | None:
+    """The amplitude to try next; None if the best one is known well enough."""
+    best, known = _lowest(losses), sorted(losses)
+    if not best:  # none is lower yet
+        return min(max(_vertex(losses, gain, known[1]), known[1] / REACH), known[1] / 2)
+    place = known.index(best)
+    low, guess = known[place - 1], _vertex(losses, gain, best) if gain > 0 else inf
+    if best == known[-1]:  # nothing beyond is known; losses that level out are lowest beyond the parabola
+        if not low and guess < best * (1 - NEAR):
+            return guess
+        return None if best >= most else min(max(guess, 2 * best), REACH * best, most)
+    high = known[place + 1]
+    through = _vertex_of_three(losses, low, best, high)
+    guess = through if low or not guess < high else (guess + through) / 2  # one is too near, the other too far
+    if abs(guess - best) < NEAR * best:
+        return None
+    return min(max(guess, low + NEAR * (best - low)), high - NEAR * (high - best))
+
+
+def _vertex(losses: Mapping[float, float], gain: float, gamma: float) -> float:
+    """Where the parabola is lowest that has the slope at 0 and goes through the loss at an amplitude."""
+    rise = losses[gamma] - losses[0.0] + gain * gamma
+    if not isfinite(rise):
+        return 0.0
+    return gain * gamma**2 / (2 * rise) if rise > 0 else inf
+
+
+def _vertex_of_three(losses: Mapping[float, float], low: float, best: float, high: float) -> float:
+    """Where the parabola through three losses is lowest; half-way to the lower amplitude where one is infinite."""
+    left, right = (losses[low] - losses[best]) / (best - low), (losses[high] - losses[best]) / (high - best)
+    if not isfinite(left + right) or not left + right > 0:
+        return best if isfinite(left + right) else (best + high) / 2 if isfinite(left) else (low + best) / 2
+    return (left * (best + high) + right * (low + best)) / (2 * (left + right))
+
+
+def _levels_out(at: Callable[[float], float], losses: Mapping[float, float], best: float, most: float) -> bool:
     """Whether a quarter of an amplitude brings nearly the same fall, and twice the amplitude takes little of it."""
+    before = losses[0.0]
     fall = before - at(best)
+    if any(best / 4 <= gamma < best and before - value < FLAT * fall for gamma, value in losses.items()):
+        return False  # nor would a quarter, as the loss falls up to there
     if not before - at(best / 4) >= FLAT * fall > 0:
         return False
     return 2 * best > most or at(2 * best) - at(best) <= (1 - FLAT) * fall
-
-
-def _narrowed(at: Callable[[float], float], losses: Mapping[float, float], best: float) -> Amplitude:
-    """The minimum between half and twice an amplitude, by golden sections."""
-    before, low, high = losses[0.0], best / 2, best * 2
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    while len(losses) < EVALUATIONS and high - low > 0.05 * best:
-        if at(left) < at(right):
-            high, right = right, left
-            left = high - GOLDEN * (high - low)
-        else:
-            low, left = left, right
-            right = low + GOLDEN * (high - low)
-    gamma = min(losses, key=lambda g: (losses[g], g))
-    return _worth(before, gamma, losses[gamma])
 
 
 def _worth(before: float, gamma: float, loss: float, note: str = "") -> Amplitude:
@@ -132,7 +158,7 @@ def _searched(growth: Growth, judge: Objective, before: float) -> Amplitude:
             return inf
 
     reach = abs(before) / growth.gain if growth.gain > 0 else 0.0
-    found = line_search(loss, before, START * reach or 1.0, MOST * reach or MOST)
+    found = line_search(loss, before, START * reach or 1.0, MOST * reach or MOST, growth.gain)
     if found.note:
         LOG.warning("%r at %s: %s, to gamma %.3g.", growth.operator, growth.where, found.note, found.gamma)
     return found

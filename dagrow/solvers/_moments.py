@@ -119,6 +119,7 @@ class Moments(MomentView):
         resolution: relative precision of the products that were summed.
         loss: mean over samples of the loss.
         forward: whether the model's own forward ran on every batch.
+        mark: by which the samples and their order are known again; None if they cannot be.
     """
 
     counts: Tensor
@@ -128,6 +129,7 @@ class Moments(MomentView):
     loss: float = 0.0
     forward: bool = True
     rows: dict[Pair, tuple[Rows, Rows]] = field(default_factory=dict)
+    mark: Hashable = None
 
     @property
     def folds(self) -> int:
@@ -180,7 +182,7 @@ class Moments(MomentView):
         positions = {**self.positions, **other.positions}
         sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
         resolution, rows = max(self.resolution, other.resolution), {**self.rows, **other.rows}
-        return Moments(self.counts, sums, positions, resolution, self.loss, forward, rows)
+        return Moments(self.counts, sums, positions, resolution, self.loss, forward, rows, self.mark)
 
     def only(self, pairs: Iterable[Pair]) -> "Moments":
         """These moments of some pairs.
@@ -196,7 +198,7 @@ class Moments(MomentView):
         rows = {pair: rows for pair, rows in self.rows.items() if pair in wanted}
         features = {feature for pair in (*sums, *rows) for feature in pair}
         positions = {feature: count for feature, count in self.positions.items() if feature in features}
-        return Moments(self.counts, sums, positions, self.resolution, self.loss, self.forward, rows)
+        return Moments(self.counts, sums, positions, self.resolution, self.loss, self.forward, rows, self.mark)
 
     def split(self) -> "FoldSplit":
         """For each fold the moments of all others and its own, no more precise than the activations were.

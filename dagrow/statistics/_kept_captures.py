@@ -6,9 +6,12 @@ in it are those of the network as it is: it runs forward only.
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
+import torch
 from torch import Tensor, nn
 
+from dagrow._pytree import tensors_in
 from dagrow.statistics._calls import Calls
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._features import Feature
@@ -28,6 +31,7 @@ class LeftBatch:
         loss: the sum over them.
         units: the number of the group that each is of, if there are groups.
         ran: whether the model's own forward did.
+        mark: by which the batch is known again, see :func:`mark_of`.
     """
 
     calls: Calls
@@ -36,6 +40,7 @@ class LeftBatch:
     loss: float
     units: Tensor | None
     ran: bool
+    mark: int | None
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""
@@ -43,10 +48,41 @@ class LeftBatch:
         for capture in (*captures, *(capture for view in self.views for capture in view.values())):
             yield from (t for t in (capture.inputs, capture.output_goal, capture.input_goal) if t is not None)
 
+    def is_of(self, batch: object, loss: float) -> bool:
+        """Whether it is what this batch left, in a network of the same function, where the sum of its losses is that.
+
+        Args:
+            batch: in a later pass.
+            loss: the sum.
+
+        Returns:
+            Not where the loader gives other batches in each pass, or the same samples in another order.
+        """
+        mark = mark_of(batch)
+        return mark is not None and mark == self.mark and abs(self.loss - loss) <= SAME * abs(loss)
+
     @property
     def is_unchanged(self) -> bool:
         """Whether nothing has been written into what layers read."""
         return all(capture.inputs._version == capture.version for view in self.views for capture in view.values())
+
+
+def mark_of(batch: object) -> int | None:
+    """By what a batch is known again: for each of its tensors the sums over all dimensions but the first.
+
+    Args:
+        batch: any nest of tensors.
+
+    Returns:
+        A checksum; None of a batch without tensors that can be summed.
+    """
+    tensors = [t for t in tensors_in(batch) if t.layout is torch.strided and not (t.is_nested or t.is_quantized)]
+    mark = 0
+    for tensor in tensors:
+        numbers = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
+        sums = numbers.reshape(len(numbers), -1).sum(1) if numbers.ndim else numbers
+        mark = crc32(sums.cpu().numpy().tobytes(), mark)
+    return mark if tensors else None
 
 
 @dataclass(eq=False)

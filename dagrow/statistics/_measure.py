@@ -23,7 +23,7 @@ from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
-from dagrow.statistics._kept_captures import SAME, KeptCaptures, LeftBatch
+from dagrow.statistics._kept_captures import KeptCaptures, LeftBatch, mark_of
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._sample_order import SampleOrder
 from dagrow.statistics._trials import Trial
@@ -68,7 +68,7 @@ def measure(
         way.
     """
     kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
-    sums, seen, forward = MomentAccumulator(pairs, folds, dtype), 0, True
+    sums, seen, forward, marks = MomentAccumulator(pairs, folds, dtype), 0, True, list[int | None]()
     found = kept.find(preview, sums.features)
     run = _Run(dag, objective, sums, [*sums.features, *later], kept, preview)
     batches = run.left(read or {}, written or {}) if found is None else (batch for batch in found)
@@ -78,11 +78,14 @@ def measure(
                 views = [Batch(dict(view), batch.samples, seen, folds) for view in batch.views]
                 sums.add(views, batch.loss, batch.units)
                 seen, forward = seen + batch.samples, forward and batch.ran
+                marks.append(batch.mark)
                 del batch, views
     except _OtherBatchesError:
         kept.drop()
         return measure(dag, objective, pairs, folds=folds, dtype=dtype, read=read, written=written)
-    return sums.moments(forward)
+    moments = sums.moments(forward)
+    moments.mark = None if None in marks else tuple(marks)
+    return moments
 
 
 class _OtherBatchesError(Exception):
@@ -128,13 +131,13 @@ class _Run:
                     if known is None:
                         calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
                     else:
-                        calls = hooks.with_goals(_same_batch(known, number, n, value), ran=probe.ran)
+                        calls = hooks.with_goals(_calls_of(known[number:], batch, value), ran=probe.ran)
                 del loss  # with all that its graph holds
                 check.end(batch, calls, -objective.scale(n) * n)
                 views = joined_calls(calls)
                 with hooks.paused():
                     views = [order.arranged(view, objective, batch, n, units) for view in views]
-                left = [LeftBatch(calls, views, n, value, units, probe.ran)]
+                left = [LeftBatch(calls, views, n, value, units, probe.ran, mark_of(batch))]
                 record.add(left[0])
                 del calls, views
                 yield left.pop()
@@ -149,13 +152,11 @@ class _Run:
         return self.kept.goals(self.features)
 
 
-def _same_batch(known: Sequence[LeftBatch], number: int, n: int, loss: float) -> Calls:
-    """What a batch left in an earlier pass. Raises _OtherBatchesError if it was another one."""
-    if number >= len(known) or known[number].samples != n:
+def _calls_of(known: Sequence[LeftBatch], batch: object, loss: float) -> Calls:
+    """What a batch left in an earlier pass. Raises _OtherBatchesError if it is not the next of those."""
+    if not known or not known[0].is_of(batch, loss):
         raise _OtherBatchesError
-    if abs(known[number].loss - loss) > SAME * abs(loss):
-        raise _OtherBatchesError
-    return known[number].calls
+    return known[0].calls
 
 
 class CaptureHooks(LayerHooks):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, rewinding, seed_everything
+from dagrow._model_state import torch_state as torch_state
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
@@ -95,8 +96,7 @@ class Objective:
         self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
         self.max_batches, self.progress = options.get("max_batches"), options.get("progress", True)
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
-        seed = crc32(torch.get_rng_state().numpy().tobytes())  # reproducible, and another after each epoch of training
-        self._shared = _Shared(seed, options.get("reduction"))
+        self._shared = _Shared(crc32(torch_state().numpy().tobytes()), options.get("reduction"))  # new each epoch
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass

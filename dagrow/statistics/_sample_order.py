@@ -192,23 +192,30 @@ class SampleOrder:
             layout = self.layouts.get((name, capture.runs))
             fitting = layout and layout.resized(capture.inputs.shape[layout.dim], n)
             if fitting is None:
-                if self.batch is not batch:
+                if self.batch is not batch and self._changed_at(name, capture, n) is None:
                     self.look(objective, batch, n, units)
                 fitting = self.layouts[name, capture.runs] = self._layout_at(name, capture, n)
             arranged[name] = capture.arranged(fitting, n)
         self.batch = None
         return arranged
 
+    def _changed_at(self, name: str, capture: Capture, n: int) -> Tensor | None:
+        """The rows of a layer that one of n samples changed, when some were looked at; None if that was not seen."""
+        calls = self.changes.get(name, [])
+        if len(self.allowed) != n or not calls or max(capture.runs) >= len(calls):
+            return None
+        changed = torch.cat([calls[run] for run in capture.runs])
+        fits = changed.shape == capture.inputs.shape[: capture.channel_dim]
+        return changed if fits and bool(changed.any()) else None
+
     def _layout_at(self, name: str, capture: Capture, n: int) -> SampleLayout:
         """From what was seen to change; where nothing was, samples come first."""
-        calls, dims = self.changes.get(name, []), capture.inputs.shape[: capture.channel_dim]
-        if calls and max(capture.runs) < len(calls):
-            changed = torch.cat([calls[run] for run in capture.runs])
-            if changed.shape == dims and bool(changed.any()):
-                layout = layout_of(changed, n, self.allowed, self.batch_dim)
-                if layout is not None:
-                    return layout
-                self._warn(_apart(n, f"what layer {name} reads"))
+        changed, dims = self._changed_at(name, capture, n), capture.inputs.shape[: capture.channel_dim]
+        if changed is not None:
+            layout = layout_of(changed, n, self.allowed, self.batch_dim)
+            if layout is not None:
+                return layout
+            self._warn(_apart(n, f"what layer {name} reads"))
         if len(dims) > self.batch_dim > 0 and dims[self.batch_dim] == n:
             return SampleLayout(self.batch_dim)
         runs = len(capture.runs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dagrow._comparison import alike, close, jittered, rounding_between
-from dagrow._model_state import ModelState, NoDropout
+from dagrow._model_state import ModelState, NoDropout, seed_everything, torch_state
 from dagrow._pytree import leaves
 from dagrow.errors import first_line
 from dagrow.tracing import bind, hold_values
@@ -103,7 +103,7 @@ def _run(state: ModelState, example_inputs: Any, training: bool, weights: dict[s
     with state.kept(), torch.no_grad(), NoDropout():
         for parameter in model.parameters():
             parameter.grad = None  # the user's forward may run backward
-        torch.manual_seed(0)
+        seed_everything(0, others=False)
         args, kwargs = bind(example_inputs)
         try:
             if model.training != training:
@@ -117,7 +117,7 @@ def _run(state: ModelState, example_inputs: Any, training: bool, weights: dict[s
 
 def _drawn() -> list[Tensor]:
     """The random generators of all devices."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return [torch_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _kept(value: object) -> object:

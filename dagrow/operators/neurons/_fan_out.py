@@ -62,7 +62,11 @@ def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: 
     # in train mode a wider model may draw other numbers, as dropout does
     known = proposal.known if objective.mode == "eval" else None
     moments = yield Needs([pair for pair in units.pairs() if known is None or pair not in known], preview)
-    fitted = _fitted(units, objective, moments if known is None else known.joined(moments))
+    if known is not None and known.mark is not None and known.mark == moments.mark:
+        moments = known.joined(moments)
+    elif known is not None:  # the loader gives other batches in every pass
+        moments = yield Needs(units.pairs(), preview)
+    fitted = _fitted(units, objective, moments)
     if fitted is None:
         return None
     growth, scores, z = fitted
