@@ -14,6 +14,7 @@ from dagrow.solvers import Moments, Pair, complete, distinct
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
 from dagrow.statistics._heldout_scores import SampleScores
+from dagrow.statistics._kept_captures import LeftBatch
 from dagrow.statistics._kept_rows import FeaturePair, KeptRows
 from dagrow.statistics._products import add_product, product
 
@@ -50,7 +51,15 @@ class MomentAccumulator:
         self.buffered_rows = 0
         self.counts: Tensor | None = None
         self.units = 0
+        self.forward, self.marks = True, list[int | None]()
         self.group_scores: dict[Feature, Tensor] = {}
+
+    def take(self, batch: LeftBatch) -> None:
+        """Adds what a batch left."""
+        views = [Batch(dict(view), batch.samples, self.samples, self.folds) for view in batch.views]
+        self.add(views, batch.loss, batch.units)
+        self.forward = self.forward and batch.ran
+        self.marks.append(batch.mark)
 
     def add(self, views: Sequence[Batch], loss: float, units: Tensor | None = None) -> None:
         """Adds what calls of the model on one batch left, and the sum of its samples' losses.
@@ -185,8 +194,8 @@ class MomentAccumulator:
             self.sums[x, y] = torch.zeros(shape, dtype=self.dtype, device=x_rows.device)
         return self.sums[x, y]
 
-    def moments(self, forward: bool) -> Moments:
-        """The moments of all samples; ``forward`` tells whether the model's own forward ran on every batch."""
+    def moments(self) -> Moments:
+        """The moments of all samples."""
         units, kind = (self.samples, "samples") if self.counts is None else (self.units, "groups of samples")
         if units < self.folds:
             raise BatchError(f"there are {units} {kind} for {self.folds} folds; give more {kind}, or folds=1.")
@@ -212,8 +221,9 @@ class MomentAccumulator:
             positions,
             self.resolution,
             self.loss / self.samples,
-            forward,
+            self.forward,
             dict(kept.items()),
+            None if None in self.marks else tuple(self.marks),
         )
 
 

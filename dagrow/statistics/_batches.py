@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
+from dagrow._model_state import torch_state
 from dagrow.errors import BatchError
 
 RAISED = "dagrow: raised "  #: how notes on users' exceptions begin
@@ -226,3 +228,8 @@ def failure(model: nn.Module, batch: object, name: str, place: Place) -> str:
             "written for that many, leave it out (drop_last=True)."
         )
     return note
+
+
+def epoch_seed() -> int:
+    """A seed that follows from torch's generator: reproducible, and another one after each epoch of training."""
+    return crc32(torch_state().numpy().tobytes())

@@ -1,8 +1,8 @@
 """One pass over batches that gathers moments."""
 
 from collections import defaultdict
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
 from dagrow.statistics._calls import Calls, joined_calls
-from dagrow.statistics._captures import Batch, Capture
+from dagrow.statistics._captures import Capture
 from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._groups import GroupNumbers
@@ -68,24 +68,18 @@ def measure(
         way.
     """
     kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
-    sums, seen, forward, marks = MomentAccumulator(pairs, folds, dtype), 0, True, list[int | None]()
+    sums = MomentAccumulator(pairs, folds, dtype)
     found = kept.find(preview, sums.features)
-    run = _Run(dag, objective, sums, [*sums.features, *later], kept, preview)
-    batches = run.left(read or {}, written or {}) if found is None else (batch for batch in found)
+    if found is not None:
+        for batch in found:
+            sums.take(batch)
+        return sums.moments()
     try:
-        with closing(batches):
-            for batch in batches:
-                views = [Batch(dict(view), batch.samples, seen, folds) for view in batch.views]
-                sums.add(views, batch.loss, batch.units)
-                seen, forward = seen + batch.samples, forward and batch.ran
-                marks.append(batch.mark)
-                del batch, views
+        _Run(dag, objective, sums, [*sums.features, *later], kept, preview).through(read or {}, written or {})
     except _OtherBatchesError:
         kept.drop()
         return measure(dag, objective, pairs, folds=folds, dtype=dtype, read=read, written=written)
-    moments = sums.moments(forward)
-    moments.mark = None if None in marks else tuple(marks)
-    return moments
+    return sums.moments()
 
 
 class _OtherBatchesError(Exception):
@@ -103,8 +97,8 @@ class _Run:
     kept: KeptCaptures
     preview: frozenset[Hashable]
 
-    def left(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> Generator[LeftBatch, None, None]:
-        """What each batch leaves."""
+    def through(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> None:
+        """Through all batches, one after the other."""
         objective = self.objective
         objective.probe()
         order, groups = SampleOrder.of(self.dag, objective), GroupNumbers(objective)
@@ -137,10 +131,10 @@ class _Run:
                 views = joined_calls(calls)
                 with hooks.paused():
                     views = [order.arranged(view, objective, batch, n, units) for view in views]
-                left = [LeftBatch(calls, views, n, value, units, probe.ran, mark_of(batch))]
-                record.add(left[0])
-                del calls, views
-                yield left.pop()
+                left = LeftBatch(calls, views, n, value, units, probe.ran, mark_of(batch))
+                record.add(left)
+                self.sums.take(left)
+                del calls, views, left  # before the next batch runs
         objective.others.complete = True
         groups.check_all_read()
         record.ended = True

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, rewinding, seed_everything
-from dagrow._model_state import torch_state as torch_state
 from dagrow._progress import progress_bar, show_batch
 from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
@@ -24,6 +23,7 @@ from dagrow.statistics._batches import (
     batch_count,
     check_batches,
     description,
+    epoch_seed,
     failure,
     generators_of,
     numbered,
@@ -96,7 +96,7 @@ class Objective:
         self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
         self.max_batches, self.progress = options.get("max_batches"), options.get("progress", True)
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
-        self._shared = _Shared(crc32(torch_state().numpy().tobytes()), options.get("reduction"))  # new each epoch
+        self._shared = _Shared(epoch_seed(), options.get("reduction"))
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
