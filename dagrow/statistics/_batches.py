@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from dagrow._model_state import torch_state
+from dagrow._pytree import tensors_in
 from dagrow.errors import BatchError
 
 RAISED = "dagrow: raised "  #: how notes on users' exceptions begin
@@ -233,3 +234,25 @@ def failure(model: nn.Module, batch: object, name: str, place: Place) -> str:
 def epoch_seed() -> int:
     """A seed that follows from torch's generator: reproducible, and another one after each epoch of training."""
     return crc32(torch_state().numpy().tobytes())
+
+
+def mark_of(batch: object) -> int | None:
+    """By what a batch is known again: for each of its tensors the sums over all dimensions but the first.
+
+    Args:
+        batch: any nest of tensors.
+
+    Returns:
+        A checksum; None of a batch without tensors that can be summed.
+    """
+    mark, tensors = 0, [tensor for tensor in tensors_in(batch) if _is_usual(tensor)]
+    for tensor in tensors:
+        numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        sums = numbers.detach().double()
+        sums = sums.flatten(1).sum(1) if sums.ndim > 1 else sums
+        mark = crc32(sums.cpu().numpy().tobytes(), mark)
+    return mark if tensors else None
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)

@@ -6,12 +6,10 @@ in it are those of the network as it is: it runs forward only.
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from zlib import crc32
 
-import torch
 from torch import Tensor, nn
 
-from dagrow._pytree import tensors_in
+from dagrow.statistics._batches import mark_of
 from dagrow.statistics._calls import Calls
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._features import Feature
@@ -67,24 +65,6 @@ class LeftBatch:
         return all(capture.inputs._version == capture.version for view in self.views for capture in view.values())
 
 
-def mark_of(batch: object) -> int | None:
-    """By what a batch is known again: for each of its tensors the sums over all dimensions but the first.
-
-    Args:
-        batch: any nest of tensors.
-
-    Returns:
-        A checksum; None of a batch without tensors that can be summed.
-    """
-    tensors = [t for t in tensors_in(batch) if t.layout is torch.strided and not (t.is_nested or t.is_quantized)]
-    mark = 0
-    for tensor in tensors:
-        numbers = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
-        sums = numbers.reshape(len(numbers), -1).sum(1) if numbers.ndim else numbers
-        mark = crc32(sums.cpu().numpy().tobytes(), mark)
-    return mark if tensors else None
-
-
 @dataclass(eq=False)
 class Record:
     """What the batches of one pass left, if it is not too much.
@@ -102,15 +82,18 @@ class Record:
     most: int
     batches: list[LeftBatch] = field(default_factory=list)
     ended: bool = False
-    _storages: dict[int, int] = field(default_factory=dict)
+    _sizes: dict[int, int] = field(default_factory=dict)
 
     def add(self, batch: LeftBatch) -> None:
-        """Keeps a batch, or none from the one on that is too much."""
+        """Keeps a batch; none any more once they are too much, or share memory, which may be written for each anew."""
         if self.most <= 0:
             return
+        storages = [tensor.untyped_storage() for tensor in batch.tensors() if tensor.numel()]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        shared = self._sizes.keys() & sizes.keys()
         self.batches.append(batch)
-        self._storages |= {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in batch.tensors())}
-        if sum(self._storages.values()) > self.most:
+        self._sizes |= sizes
+        if shared or sum(self._sizes.values()) > self.most:
             self.most, self.batches = 0, []
 
     @property

@@ -17,13 +17,14 @@ from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
+from dagrow.statistics._batches import mark_of
 from dagrow.statistics._calls import Calls, joined_calls
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._groups import GroupNumbers
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
-from dagrow.statistics._kept_captures import KeptCaptures, LeftBatch, mark_of
+from dagrow.statistics._kept_captures import KeptCaptures, LeftBatch
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._sample_order import SampleOrder
 from dagrow.statistics._trials import Trial

@@ -26,6 +26,7 @@ from dagrow.statistics._batches import (
     epoch_seed,
     failure,
     generators_of,
+    mark_of,
     numbered,
     sample_count,
 )
@@ -100,8 +101,7 @@ class Objective:
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
-        self._seeded: tuple[int, ...] = (0,)
-        self.findings = Findings()
+        self._seeded, self.findings = tuple([0]), Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -319,11 +319,11 @@ class Objective:
                 break
             recording = Recording(self.model)
             value = self._checked_value(batch, recording)
-            first = first or (batch, self._place, value)
+            first = first or (batch, self._place, value, mark_of(batch))
             found = found or self._told(batch, samples, recording, value)
         assert first is not None
-        batch, self._place, value = first
-        check_same(value, self._value_alone(batch))
+        batch, self._place, value, mark = first
+        check_same(value, self._value_alone(batch) if mark_of(batch) == mark else value)  # or it was overwritten
         return found or "mean"
 
     def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:

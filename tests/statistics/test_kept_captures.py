@@ -12,6 +12,7 @@ import dagrow
 from dagrow import AddNeurons, MoveWeights
 from dagrow.operators import Operator
 from dagrow.statistics import _kept_captures
+from dagrow.statistics._batches import mark_of
 from dagrow.statistics._kept_captures import KeptCaptures
 
 
@@ -107,3 +108,35 @@ def test_a_loader_that_gives_other_batches_is_read_again() -> None:
     assert fixed.z is not None
     assert fixed.z > 5
     assert growth.gain == pytest.approx(fixed.gain, rel=0.1)
+
+
+class Reusing:
+    """A loader that writes every batch into the same memory, past autograd."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.inputs = batches, torch.empty_like(batches[0][0])
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, target in self.batches:
+            self.inputs.numpy()[:] = inputs.numpy()
+            yield self.inputs, target
+
+
+def test_memory_that_is_written_anew_for_each_batch_is_not_kept() -> None:
+    dag, batches = setting()
+    operators = [AddNeurons(k=1, axes=("first",))]
+    (growth,) = dagrow.propose(dag, Reusing(batches), cross_entropy, operators)
+    (expected,) = dagrow.propose(dag, batches, cross_entropy, operators)
+    assert growth.gain == pytest.approx(expected.gain, rel=1e-9)
+    assert growth.heldout_gain == pytest.approx(expected.heldout_gain, rel=1e-9)
+
+
+def test_batches_are_known_by_all_kinds_of_tensors() -> None:
+    empty, several = torch.zeros(0, 4), {"a": [torch.ones(2, 3), torch.tensor(4)], "b": "text"}
+    assert mark_of(empty) is not None
+    assert mark_of(several) == mark_of({"a": [torch.ones(2, 3), torch.tensor(4)], "b": "other"})
+    assert mark_of(several) != mark_of({"a": [torch.ones(2, 3), torch.tensor(5)]})
+    order, waves = torch.tensor([1, 0]), torch.rand(2, 1, 2, dtype=torch.complex64)
+    for tensor in (torch.rand(2, 3), torch.rand(2), waves.conj(), torch.rand(2, 3) > torch.tensor([[-1.0], [2.0]])):
+        assert mark_of(tensor) == mark_of(tensor.clone()) != mark_of(tensor[order])
+    assert mark_of([None, "text", torch.eye(3).to_sparse()]) is None
