@@ -108,7 +108,7 @@ def _vertex(losses: Mapping[float, float], gain: float, gamma: float) -> float:
 
 
 def _vertex_of_three(losses: Mapping[float, float], low: float, best: float, high: float) -> float:
-    """Where the parabola through three losses is lowest; half-way to the lower amplitude where one is infinite."""
+    """Where the parabola through three losses is lowest; half-way to an amplitude where it is infinite."""
     left, right = (losses[low] - losses[best]) / (best - low), (losses[high] - losses[best]) / (high - best)
     if not isfinite(left + right) or not left + right > 0:
         return best if isfinite(left + right) else (best + high) / 2 if isfinite(left) else (low + best) / 2

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,10 @@ class Case:
     works: dict[str, tuple[Work, float]]
     repeats: int = 3
 
-    @property
+    @cached_property
     def data(self) -> list[Any]:
         """The batches."""
-        if not hasattr(self, "_data"):
-            object.__setattr__(self, "_data", [self.batch() for _ in range(self.batches)])
-        return self._data  # type: ignore[attr-defined,no-any-return]
+        return [self.batch() for _ in range(self.batches)]
 
 
 def step(model: nn.Module, batch: Any) -> Tensor:

@@ -19,8 +19,6 @@ from dagrow.statistics._kept_captures import KeptCaptures
 class Counted(nn.Module):
     """Convolutions behind a norm, and a head; it counts its calls, and whether gradients were on."""
 
-    calls: list[bool]
-
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
@@ -35,12 +33,10 @@ CALLS: list[bool] = []
 OPERATORS = [AddNeurons(k=2), AddNeurons(k=2, solver="als"), AddNeurons(k=1, init="random"), MoveWeights()]
 
 
-def setting(double: bool = True) -> tuple[dagrow.Dag, list[Any]]:
+def setting() -> tuple[dagrow.Dag, list[Any]]:
     torch.manual_seed(0)
-    model, kind = Counted().eval(), torch.float64 if double else torch.float32
-    batches = [(torch.randn(10, 2, 6, 6), torch.randint(3, (10,))) for _ in range(3)]
-    model(torch.randn(20, 2, 6, 6))
-    model, batches = model.to(kind), [(x.to(kind), y) for x, y in batches]
+    model = Counted().double().eval()
+    batches = [(torch.randn(10, 2, 6, 6).double(), torch.randint(3, (10,))) for _ in range(3)]
     return dagrow.trace(model, batches[0][0]), batches
 
 
