@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any, Unpack
 
 from rich.table import Table
@@ -13,8 +14,21 @@ from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, Edge
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.solvers import Moments, Pair, explained
-from dagrow.statistics import InputFeatures, Loss, MeasureOptions, Norms, Objective, OutputGoal, Step, measure
+from dagrow.statistics import (
+    DrawnSamples,
+    InputFeatures,
+    Loss,
+    MeasureOptions,
+    Norms,
+    Objective,
+    OutputGoal,
+    Step,
+    drawn,
+    measure,
+)
 from dagrow.surgery import transaction
+
+ROWS = 10  #: for each feature, with samples="auto": by chance weights follow about 1 / ROWS of a goal
 
 
 @dataclass(frozen=True)
@@ -115,19 +129,37 @@ def objective_of(
             "dag = dagrow.trace(model, example_inputs)."
         )
     dag.check()
-    return Objective(dag.model, batches, loss, step=step, mode=mode, **options)
+    return Objective(dag.model, drawn(batches, options), loss, step=step, mode=mode, **options)
 
 
 def _bottlenecks(dag: Dag, objective: Objective, ridge: float) -> Bottlenecks:
-    edges, left_out = [edge for edge in dag.edges if not edge.shared], LeftOut()
+    edges = [edge for edge in dag.edges if not edge.shared]
     if not edges:
         raise GrowthError(f"no layer can be measured, as dagrow has a rule for none that acts at one place:\n{dag}")
-    measured = _measured(dag, objective, edges, ridge, left_out)
-    if not measured:
-        left_out.refuse()
+    enough = False
+    while not enough:
+        left_out = LeftOut()
+        measured = _measured(dag, objective, edges, ridge, left_out)
+        if not measured:
+            left_out.refuse()
+        enough = not _enlarged(objective, measured)
     moments = measured[0][0]
     notes = (*(edge.shared for edge in dag.edges if edge.shared), *left_out.notes)
     return Bottlenecks((each for _, each in measured), moments.samples, objective.reported(moments.loss), notes)
+
+
+def _enlarged(objective: Objective, measured: Sequence[tuple[Moments, Bottleneck]]) -> bool:
+    """Whether more samples were drawn, as a layer's own weights may follow by chance what there are."""
+    batches = objective.batches
+    if not isinstance(batches, DrawnSamples) or not batches.auto:
+        return False
+    wanted = [
+        ceil(ROWS * len(m.product(feature, feature)) / positions)
+        for m, _ in measured
+        for feature, positions in m.positions.items()
+        if isinstance(feature, InputFeatures) and positions
+    ]
+    return batches.enlarge(max(wanted))
 
 
 def _measured(

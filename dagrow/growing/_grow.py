@@ -12,6 +12,7 @@ from dagrow.growing._line_search import combined, tried
 from dagrow.growing._planning import applicable
 from dagrow.growing._policies import expected_gain
 from dagrow.growing._propose import corrected, run_of
+from dagrow.growing._sample_size import check_folds, enlarged, judge_of
 from dagrow.operators import AddNeurons, Operator
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
@@ -41,7 +42,8 @@ def grow(
         batches: as for :func:`bottlenecks`, like ``loss``, ``step`` and ``mode``.
         loss: of a batch.
         operators: asked one after the other, each on the model that the one before has grown.
-        validation: batches for the line search; by default those that were measured.
+        validation: batches for the line search; by default those that were measured, or, where ``samples`` draws some,
+            others.
         optimizer: one or a list; their state is brought along at once, for every parameter that grows.
         step: instead of ``loss``.
         mode: that the model runs in.
@@ -56,7 +58,8 @@ def grow(
     """
     objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    judge = objective if validation is None else objective.with_batches(validation, "validation")
+    check_folds(objective, operators)
+    judge = judge_of(objective) if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
     check_owners(dag.model)
 
@@ -83,6 +86,8 @@ def _grown(
 ) -> tuple[Receipt | None, bool]:
     """The operator's best growth that lowers the loss, applied, if there is one; and whether any place worked."""
     run, tests = run_of(dag, objective, operator, left_out)
+    while enlarged(objective, run.growths):
+        run, tests = run_of(dag, objective, operator, left_out)
     growths = applicable(corrected(run.growths, tests, operators))  # all operators share the 5 %
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):

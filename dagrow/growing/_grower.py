@@ -10,7 +10,7 @@ from dagrow._model_state import all_or_nothing
 from dagrow._progress import progress_bar
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
-from dagrow.growing._bottlenecks import bottlenecks
+from dagrow.growing._bottlenecks import bottlenecks, objective_of
 from dagrow.growing._history import History
 from dagrow.growing._left_out import LeftOut
 from dagrow.growing._line_search import combined, tried
@@ -18,6 +18,7 @@ from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_pla
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
 from dagrow.growing._recording import growable_widths, grown_of, snapshot_of
+from dagrow.growing._sample_size import judge_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
@@ -141,9 +142,8 @@ class Grower:
     ) -> Receipt:
         check_whole("step", epoch=epoch)
         train_loss = None if train_loss is None else _finite(train_loss)
-        self.dag.check()
+        objective = objective_of(self.dag, batches, None, self.function, self.mode, self.options)
         check_optimizer(self.optimizer, self.dag.model)
-        objective = Objective(self.dag.model, batches, step=self.function, mode=self.mode, **self.options)
         judge = None if validation is None else objective.with_batches(validation, "validation")
         state = self._state
 
@@ -162,7 +162,7 @@ class Grower:
         left_out = LeftOut()
         share = now.share if asked or "share" in vars(now) else None
         if asked:
-            parts = self._grow(objective, judge or objective, budget, left_out)
+            parts = self._grow(objective, judge or judge_of(objective), budget, left_out)
             for part in parts:
                 assert part.growth is not None
                 budget = budget.minus(part.growth)

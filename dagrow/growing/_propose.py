@@ -13,6 +13,7 @@ from dagrow.growing._bottlenecks import objective_of
 from dagrow.growing._candidate_runs import CandidateRuns
 from dagrow.growing._left_out import Growths, LeftOut
 from dagrow.growing._policies import expected_gain
+from dagrow.growing._sample_size import check_folds, enlarged
 from dagrow.operators import AddNeurons, Operator
 from dagrow.solvers import LEVEL, holm
 from dagrow.statistics import KeptCaptures, Loss, MeasureOptions, Objective, Step
@@ -50,12 +51,20 @@ def propose(
         BatchError, LossError: the batches or the loss do not fit.
         GrowthError: an operator was asked for a place that cannot grow, nothing can, or every place fails.
     """
-    objective, left_out = objective_of(dag, batches, loss, step, mode, options), LeftOut()
+    objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    runs = transaction(dag, lambda: [run_of(dag, objective, operator, left_out) for operator in operators])
+    check_folds(objective, operators)
+    return transaction(dag, lambda: _proposed(dag, objective, operators))
+
+
+def _proposed(dag: Dag, objective: Objective, operators: Sequence[Operator]) -> Growths:
+    left_out = LeftOut()
+    runs = [run_of(dag, objective, operator, left_out) for operator in operators]
     if not any(run.worked for run, _ in runs):
         left_out.refuse()
     growths = corrected([growth for run, _ in runs for growth in run.growths], sum(tests for _, tests in runs))
+    if enlarged(objective, growths):
+        return _proposed(dag, objective, operators)
     return Growths(sorted(growths, key=expected_gain, reverse=True), left_out.notes)
 
 

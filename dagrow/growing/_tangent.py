@@ -27,7 +27,7 @@ from dagrow._text import Printable, render
 from dagrow.errors import LossError, check_real, check_whole
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import Bottlenecks, bottlenecks
-from dagrow.statistics import Loss, MeasureOptions, Objective, bind
+from dagrow.statistics import Loss, MeasureOptions, Objective, bind, drawn
 
 WINDOW = 10  #: iterations over which progress is judged
 KEPT = 2**25  #: numbers kept to keep slopes orthogonal, 256 MiB
@@ -110,6 +110,7 @@ def tangent(
     """
     check_whole("tangent", 0, iterations=iterations)
     check_real("tangent", 0, tolerance=tolerance)
+    batches = drawn(batches, options)
     edges = bottlenecks(dag, batches, loss, mode=mode, **options)
     jacobian = _Jacobian(dag, batches, loss, mode, options)
     goal, slope = jacobian.goal()

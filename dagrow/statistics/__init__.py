@@ -27,6 +27,7 @@ were found. Nothing here knows what the moments are for: no operator, and no wri
 
 from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import is_noted, is_of_own_class, sample_count
+from dagrow.statistics._drawn_samples import DrawnSamples, drawn
 from dagrow.statistics._features import (
     Feature,
     InputFeatures,
@@ -45,7 +46,7 @@ from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._kept_captures import KeptCaptures
 from dagrow.statistics._measure import measure
 from dagrow.statistics._objective import NotFiniteError, Objective
-from dagrow.statistics._options import Groups, MeasureOptions, Reduction
+from dagrow.statistics._options import Groups, MeasureOptions, Reduction, Samples
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
@@ -56,6 +57,7 @@ __all__ = [
     "ActivationGoal",
     "BesideOutputsError",
     "DirectionScore",
+    "DrawnSamples",
     "Feature",
     "FitScore",
     "ForwardProbe",
@@ -80,11 +82,13 @@ __all__ = [
     "Reduction",
     "ResidualGoal",
     "SampleScores",
+    "Samples",
     "Squares",
     "Stacked",
     "Step",
     "TapFeatures",
     "bind",
+    "drawn",
     "fan_out_score",
     "gradients_of",
     "is_noted",

@@ -123,7 +123,9 @@ def generators_of(batches: object) -> list[torch.Generator]:
     Returns:
         The generators, often none.
     """
-    generators = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+    loaders = (batches, getattr(batches, "source", None))  # of samples that are drawn
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    generators = [getattr(owner, "generator", None) for owner in owners]
     return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
 

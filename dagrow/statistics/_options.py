@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, get_args
 from dagrow.errors import BatchError, GrowthError, LossError
 
 Reduction = Literal["mean", "sum", "batch"]
+Samples = int | Literal["auto"]
 Groups = Sequence[Hashable] | Callable[[Any], Sequence[Hashable]]
 
 
@@ -20,6 +21,9 @@ class MeasureOptions(TypedDict, total=False):
         groups: what samples belong together and go into one fold, such as repeated measurements of one subject: a key
             for each sample, in the order of the batches, or a function from a batch to the keys of its samples.
         max_batches: how many batches are read, at most.
+        samples: how many are measured, drawn at random, and as many others for amplitudes, where there is no
+            validation; ``"auto"`` for as many as it takes to know the best gain to a tenth, or for bottlenecks ten rows
+            for each feature; by default all.
         progress: whether what takes more than a few seconds shows a progress bar, on a terminal.
     """
 
@@ -27,6 +31,7 @@ class MeasureOptions(TypedDict, total=False):
     batch_dim: int
     groups: Groups | None
     max_batches: int | None
+    samples: Samples | None
     progress: bool
 
 
@@ -39,7 +44,7 @@ def check_options(options: Mapping[str, object]) -> None:
     Raises:
         TypeError: there is no such option.
         LossError: a reduction is none.
-        BatchError: groups, a dimension or a number of batches are none.
+        BatchError: groups, a dimension or a number of batches or samples are none.
         GrowthError: progress is neither true nor false.
     """
     known = list(MeasureOptions.__annotations__)
@@ -62,6 +67,8 @@ def check_options(options: Mapping[str, object]) -> None:
     _check_whole("batch_dim", options.get("batch_dim", 0), 0)
     if options.get("max_batches") is not None:
         _check_whole("max_batches", options["max_batches"], 1)
+    if options.get("samples") not in (None, "auto"):
+        _check_whole("samples", options["samples"], 1)
     if not isinstance(options.get("progress", True), bool):
         raise GrowthError(f"progress={options['progress']!r}: give True or False.")
 

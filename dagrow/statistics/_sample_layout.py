@@ -129,7 +129,7 @@ class Replacement:
         sample = min(1, n - 1)  # not the first, which is the first row in every layout
         differing = torch.zeros(n, dtype=torch.long)
         for leaf in tree_leaves(batch):
-            dim = _sample_dim(leaf, n, batch_dim)
+            dim = sample_dim(leaf, n, batch_dim)
             if dim is not None:
                 rows = leaf.detach().movedim(dim, 0).reshape(n, -1)
                 differing += (rows != rows[sample]).sum(1).cpu()
@@ -138,7 +138,7 @@ class Replacement:
         other = int(differing.argmax())
 
         def replaced(leaf: object) -> object:
-            dim = _sample_dim(leaf, n, batch_dim)
+            dim = sample_dim(leaf, n, batch_dim)
             if dim is None or not isinstance(leaf, Tensor):
                 return leaf
             copy = leaf.detach().clone()
@@ -162,13 +162,13 @@ def first_samples(batch: object, n: int, count: int, batch_dim: int) -> object:
     """
 
     def kept(leaf: object) -> object:
-        dim = _sample_dim(leaf, n, batch_dim)
+        dim = sample_dim(leaf, n, batch_dim)
         return leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, 0, count)
 
     return tree_map(kept, batch)
 
 
-def _sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:
+def sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:
     """The dimension of a tensor of a batch along which samples lie: the usual one, or the first."""
     if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
         return None

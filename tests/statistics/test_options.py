@@ -22,7 +22,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_batches": 2.5}, BatchError, "whole number from 1 on"),
     ({"progress": "no"}, GrowthError, "True or False"),
     ({"max_batch": 3}, TypeError, "did you mean 'max_batches'"),
-    ({"colour": 3}, TypeError, "there are reduction, batch_dim, groups, max_batches, progress"),
+    ({"colour": 3}, TypeError, "there are reduction, batch_dim, groups, max_batches, samples, progress"),
 ]
 
 
