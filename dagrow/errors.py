@@ -24,6 +24,10 @@ class LossError(DagrowError):
     """The loss is not a finite scalar that depends on the model, or is neither a mean nor a sum over samples."""
 
 
+class NotFiniteError(LossError):
+    """The loss is infinite or not a number."""
+
+
 class GrowthError(DagrowError):
     """A growth cannot be proposed, applied or undone as asked."""
 
@@ -34,6 +38,10 @@ class NoPlaceError(GrowthError):
 
 class OptimizerError(DagrowError):
     """The optimizer holds state that cannot follow a parameter that grew."""
+
+
+class LimitError(DagrowError):
+    """Measuring would take more memory than there is, or more memory or time than it may."""
 
 
 class StoreError(DagrowError):

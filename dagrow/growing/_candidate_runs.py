@@ -1,13 +1,14 @@
 """Running the candidates of an operator: what they need is measured in as few passes over the batches as can be."""
 
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
-from dagrow.errors import GrowthError
+from dagrow.errors import GrowthError, LimitError
 from dagrow.graph import Dag
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
 from dagrow.operators import Candidate, Moments, Needs, Operator, Preview, Steps
-from dagrow.statistics import KeptCaptures, Objective, measure
+from dagrow.statistics import Feature, KeptCaptures, Objective, measure
 from dagrow.surgery import (
     Change,
     Draft,
@@ -61,19 +62,41 @@ class CandidateRuns:
     kept: KeptCaptures = field(default_factory=KeptCaptures)
     _plain: list[_Waiting] = field(default_factory=list)
     _previews: list[_Waiting] = field(default_factory=list)
+    _later: Sequence[Feature] = ()  #: of candidates that are measured after others
 
     def run(self, candidates: Sequence[Candidate]) -> list[Growth]:
         """What they could add, in the order in which it is known."""
         self._start(candidates)
+        if self.objective.limits.until is None:
+            self._go_on()
+        else:
+            self._go_on_in_time()
+        self.growths = [noted_draws(completed(growth)) for growth in self.growths if self._holds(growth)]
+        self.worked |= bool(self.growths)
+        return self.growths
+
+    def _go_on(self) -> None:
+        """Until no candidate waits any more."""
         while self._plain or self._previews:
             if self._plain:
                 waiting, self._plain = self._plain, []
                 self._measure(waiting)
             else:
                 self._measure_previews()
-        self.growths = [noted_draws(completed(growth)) for growth in self.growths if self._holds(growth)]
-        self.worked |= bool(self.growths)
-        return self.growths
+
+    def _go_on_in_time(self) -> None:
+        """One candidate after the other, each to its end, while one that takes as long as others would be in time."""
+        waiting, taken, limits = [*self._plain, *self._previews], list[float](), self.objective.limits
+        features = [feature for each in waiting for pair in each.needs.pairs for feature in pair]
+        self._later = [feature for feature in features if isinstance(feature, Feature)]
+        for each in waiting:
+            if taken and max(taken[1:] or taken) > limits.seconds_left:  # the first one looks at the batches, too
+                self.left_out.add(each.where, LimitError(f"max_seconds={limits.seconds:g} would have been over"))
+                continue
+            begun = time.monotonic()
+            self._plain, self._previews = ([each], []) if each.needs.preview is None else ([], [each])
+            self._go_on()
+            taken.append(time.monotonic() - begun)
 
     def _measure_previews(self) -> None:
         """Group by group, each with all that it asks for."""
@@ -123,7 +146,7 @@ class CandidateRuns:
     def _measure(self, waiting: Sequence[_Waiting]) -> None:
         """One pass for the next step of each."""
         pairs = [pair for member in waiting for pair in member.needs.pairs]
-        later = [feature for member in waiting for feature in member.needs.later]
+        later = [*(feature for member in waiting for feature in member.needs.later), *self._later]
         try:
             moments = measure(self.dag, self.objective, pairs, folds=self.operator.folds, kept=self.kept, later=later)
         except Exception as error:

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from dagrow._log import LOG
 from dagrow._text import Printable, render
-from dagrow.errors import DagrowError, GrowthError, LossError, first_line
+from dagrow.errors import DagrowError, GrowthError, LimitError, LossError, first_line
 from dagrow.graph import Dag
-from dagrow.statistics import BesideOutputsError, Objective, is_noted, is_of_own_class, measure
+from dagrow.statistics import BesideOutputsError, Objective, PassTooLongError, is_noted, is_of_own_class, measure
 from dagrow.surgery import Growth
 
 T = TypeVar("T")
@@ -127,6 +127,8 @@ def is_of_place(error: Exception, dag: Dag, objective: Objective, *, grown: bool
         return False
     if isinstance(error, LossError) and not grown:
         return False
+    if isinstance(error, LimitError):
+        return not isinstance(error, PassTooLongError)
     if is_noted(error):  # the user's; that of a model may be because it is grown, unless it is there to stop the call
         modules = {id(module) for module in dag.model.modules()}
         in_model = any(id(owner) in modules for owner in _owners(error.__traceback__))

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 from dagrow._log import LOG
-from dagrow.errors import OptimizerError
+from dagrow.errors import NotFiniteError, OptimizerError
 from dagrow.growing._left_out import LeftOut, is_of_place
-from dagrow.statistics import NotFiniteError, Objective
+from dagrow.statistics import Objective
 from dagrow.surgery import Growth, Optimizers, Receipt, where_new
 
 EVALUATIONS = 8  #: of the loss, at most, but for those that bound an amplitude where the loss levels out

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from dagrow._log import LOG
 from dagrow._model_state import preserve_state
 from dagrow._progress import progress_bar
-from dagrow.errors import SEEDS, GrowthError, check_real, check_whole, first_line
+from dagrow.errors import SEEDS, GrowthError, NotFiniteError, check_real, check_whole, first_line
 from dagrow.growing._left_out import is_of_place
 from dagrow.growing._line_search import best_amplitude
-from dagrow.statistics import NotFiniteError, Objective
+from dagrow.statistics import Objective
 from dagrow.surgery import Growth, check_steps, grown
 
 

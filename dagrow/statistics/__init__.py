@@ -44,8 +44,9 @@ from dagrow.statistics._gradient_check import BesideOutputsError
 from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._kept_captures import KeptCaptures
+from dagrow.statistics._limits import PassTooLongError
 from dagrow.statistics._measure import measure
-from dagrow.statistics._objective import NotFiniteError, Objective
+from dagrow.statistics._objective import Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction, Samples
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
@@ -73,10 +74,10 @@ __all__ = [
     "NewChannels",
     "NormInputs",
     "Norms",
-    "NotFiniteError",
     "Objective",
     "Ones",
     "OutputGoal",
+    "PassTooLongError",
     "PatchInputs",
     "PulledGoal",
     "Reduction",

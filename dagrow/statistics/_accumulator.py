@@ -4,6 +4,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature
 from dagrow.statistics._heldout_scores import SampleScores
 from dagrow.statistics._kept_captures import LeftBatch
-from dagrow.statistics._kept_rows import FeaturePair, KeptRows
+from dagrow.statistics._kept_rows import FeaturePair, KeptRows, most_rows
+from dagrow.statistics._limits import Limits, bytes_needed
 from dagrow.statistics._products import add_product, product
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
@@ -39,10 +41,17 @@ class MomentAccumulator:
     Rows of layers without space wait in a buffer, so that products are large and few; images are products enough.
     """
 
-    def __init__(self, pairs: Iterable[Pair], folds: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        folds: int,
+        dtype: torch.dtype,
+        limits: Limits | None = None,
+        batches: int | None = None,
+    ) -> None:
         self.pairs = [_features_of(pair) for pair in distinct(pairs)]
         self.features = list(dict.fromkeys(feature for pair in self.pairs for feature in pair))
-        self.folds, self.dtype = folds, dtype
+        self.folds, self.dtype, self.limits, self.batches = folds, dtype, limits or Limits(), batches
         self.sums: dict[FeaturePair, Tensor] = {}
         self.positions: dict[Feature, int] = defaultdict(int)
         self.loss, self.samples, self.resolution = 0.0, 0, 0.0
@@ -57,6 +66,8 @@ class MomentAccumulator:
     def take(self, batch: LeftBatch) -> None:
         """Adds what a batch left."""
         views = [Batch(dict(view), batch.samples, self.samples, self.folds) for view in batch.views]
+        if not self.samples:
+            self._check_room(views[0])
         self.add(views, batch.loss, batch.units)
         self.forward = self.forward and batch.ran
         self.marks.append(batch.mark)
@@ -88,6 +99,19 @@ class MomentAccumulator:
         for scores in scored:
             self._score(scores, parts)
         self.loss, self.samples = self.loss + loss, self.samples + samples
+
+    def _check_room(self, batch: Batch) -> None:
+        """Before anything is summed: what all of it will take, as far as the first batch tells."""
+        entries = {f: 0 if isinstance(f, SampleScores) else f.entries(batch.subset(slice(0, 1))) for f in self.features}
+        needed, first = {}, next(iter(batch.captures.values()), None)
+        for pair in self.pairs:
+            x, y = (entries[feature] for feature in pair)
+            rows = inf if self.batches is None else pair[0].count(batch) * self.batches
+            itemsize = (torch.float32 if _have_space(pair, batch) else self.dtype).itemsize
+            most, own = min(most_rows(x), most_rows(y)), pair[0] == pair[1]
+            needed[pair] = bytes_needed(x, y, rows, most, self.folds, itemsize, own=own)
+        if first is not None:
+            self.limits.check_memory(needed, first.inputs.device)
 
     def _grouped(self, views: Sequence[Batch], units: Tensor) -> list[tuple[Batch, Tensor | None]]:
         """The samples of each fold, and the number of the group that each is of."""

@@ -1,5 +1,6 @@
 """One pass over batches that gathers moments."""
 
+import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dagrow.graph import Dag
 from dagrow.solvers import Moments, Pair
 from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
-from dagrow.statistics._batches import mark_of
+from dagrow.statistics._batches import batch_count, mark_of
 from dagrow.statistics._calls import Calls, joined_calls
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._features import Feature
@@ -49,7 +50,8 @@ def measure(
 
     What does not fit is refused: samples that are not the first dimension, are fewer than folds or have other sizes
     than the example (BatchError), a model that takes another way than when it was traced (GrowthError), a loss that
-    does not depend on the model, is not finite, or takes weights by another way than layers' outputs (LossError).
+    does not depend on the model, is not finite, or takes weights by another way than layers' outputs (LossError), and
+    what would take too much memory or time (LimitError).
 
     Args:
         dag: the model's.
@@ -69,7 +71,8 @@ def measure(
         way.
     """
     kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
-    sums = MomentAccumulator(pairs, folds, dtype)
+    count = batch_count(objective.batches, objective.max_batches)
+    sums = MomentAccumulator(pairs, folds, dtype, objective.limits, count)
     found = kept.find(preview, sums.features)
     if found is not None:
         for batch in found:
@@ -119,6 +122,7 @@ class _Run:
                 with hooks.paused():
                     order.start(objective, batch, n, units)
                 check.begin()
+                begun = time.monotonic()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
                 value = float(loss.detach()) * objective.scale(n) * n
@@ -136,6 +140,8 @@ class _Run:
                 record.add(left)
                 self.sums.take(left)
                 del calls, views, left  # before the next batch runs
+                if not number:
+                    objective.limits.check_time(begun, 1, self.sums.batches)
         objective.others.complete = True
         groups.check_all_read()
         record.ended = True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, rewinding, seed_everything
 from dagrow._progress import progress_bar, show_batch
-from dagrow.errors import BatchError, DagrowError, LossError
+from dagrow.errors import BatchError, DagrowError, LossError, NotFiniteError
 from dagrow.statistics._batches import (
     RAISED,
     Place,
@@ -32,15 +32,12 @@ from dagrow.statistics._batches import (
 )
 from dagrow.statistics._drawn_samples import OF_DRAWN
 from dagrow.statistics._findings import Findings
+from dagrow.statistics._limits import Limits
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
 from dagrow.statistics._purity import Untouched, check_same
 from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, supervised
-
-
-class NotFiniteError(LossError):
-    """The loss is infinite or not a number."""
 
 
 @dataclass
@@ -69,6 +66,7 @@ class Objective:
         groups: what samples go into one fold, or None.
         max_batches: how many batches are read at most, or None.
         progress: whether a progress bar may show.
+        limits: how much memory and time measuring may take.
         findings: how the loss depends on weights, as far as layers have been measured.
         others: modules that the loss or the step runs beside the model.
 
@@ -97,7 +95,7 @@ class Objective:
         self.model, self.batches, self.mode, self.name, self.options = model, batches, mode, name, options
         self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
         self.max_batches = None if isinstance(batches, OF_DRAWN) else options.get("max_batches")
-        self.progress, self.findings = options.get("progress", True), Findings()
+        self.progress, self.findings, self.limits = options.get("progress", True), Findings(), Limits.of(options)
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         self._shared = _Shared(epoch_seed(), options.get("reduction"))
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
@@ -114,7 +112,7 @@ class Objective:
         Returns:
             An objective of its own.
         """
-        return self._like(Objective(self.model, batches, step=self.function, mode=self.mode, name=name, **self.options))
+        return self._like(self.model, batches, name)
 
     def with_model(self, model: nn.Module) -> "Objective":
         """The same loss on the same batches, of another model.
@@ -125,11 +123,11 @@ class Objective:
         Returns:
             An objective of its own.
         """
-        other = Objective(model, self.batches, step=self.function, mode=self.mode, name=self.name, **self.options)
-        return self._like(other)
+        return self._like(model, self.batches, self.name)
 
-    def _like(self, other: "Objective") -> "Objective":
-        other._shared, other.others.modules = self._shared, list(self.others.modules)
+    def _like(self, model: nn.Module, batches: Iterable[object], name: str) -> "Objective":
+        other = Objective(model, batches, step=self.function, mode=self.mode, name=name, **self.options)
+        other._shared, other.others.modules, other.limits = self._shared, list(self.others.modules), self.limits
         return other
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:

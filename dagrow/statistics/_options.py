@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from typing import Any, Literal, TypedDict, get_args
 
-from dagrow.errors import BatchError, GrowthError, LossError
+from dagrow.errors import BatchError, GrowthError, LossError, check_real
 
 Reduction = Literal["mean", "sum", "batch"]
 Samples = int | Literal["auto"]
@@ -24,6 +24,10 @@ class MeasureOptions(TypedDict, total=False):
         samples: how many are measured, drawn at random, and as many others for amplitudes, where there is no
             validation; ``"auto"`` for as many as it takes to know the best gain to a tenth, or for bottlenecks ten rows
             for each feature; by default all.
+        max_memory: bytes that measuring may take; by default most of what is free. Places that need more together are
+            measured one after the other, those that need more alone are left out.
+        max_seconds: that measuring may take: places are measured one by one then, and those for which no time is left
+            are left out.
         progress: whether what takes more than a few seconds shows a progress bar, on a terminal.
     """
 
@@ -32,6 +36,8 @@ class MeasureOptions(TypedDict, total=False):
     groups: Groups | None
     max_batches: int | None
     samples: Samples | None
+    max_memory: float | None
+    max_seconds: float | None
     progress: bool
 
 
@@ -69,6 +75,8 @@ def check_options(options: Mapping[str, object]) -> None:
         _check_whole("max_batches", options["max_batches"], 1)
     if options.get("samples") not in (None, "auto"):
         _check_whole("samples", options["samples"], 1)
+    memory, seconds = options.get("max_memory"), options.get("max_seconds")
+    check_real("measuring", above=0, none="no limit", max_memory=memory, max_seconds=seconds)
     if not isinstance(options.get("progress", True), bool):
         raise GrowthError(f"progress={options['progress']!r}: give True or False.")
 

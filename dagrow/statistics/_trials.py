@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dagrow._model_state import ModelState, replaced
+from dagrow.errors import NotFiniteError
 from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import is_of_own_class
-from dagrow.statistics._objective import NotFiniteError, Objective
+from dagrow.statistics._objective import Objective
 
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
 APART = {torch.float64: 1e-3, torch.float32: 5e-2}  #: slopes that differ by less, relative, are the same

@@ -20,9 +20,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"groups": {0: "a"}}, BatchError, "a key for each sample"),
     ({"max_batches": 0}, BatchError, "whole number from 1 on"),
     ({"max_batches": 2.5}, BatchError, "whole number from 1 on"),
+    ({"max_memory": 0}, GrowthError, "finite number above 0"),
+    ({"max_memory": "8GB"}, GrowthError, "max_memory.*finite number"),
+    ({"max_seconds": -1}, GrowthError, "max_seconds.*above 0"),
     ({"progress": "no"}, GrowthError, "True or False"),
     ({"max_batch": 3}, TypeError, "did you mean 'max_batches'"),
-    ({"colour": 3}, TypeError, "there are reduction, batch_dim, groups, max_batches, samples, progress"),
+    (
+        {"colour": 3},
+        TypeError,
+        "there are reduction, batch_dim, groups, max_batches, samples, max_memory, max_seconds, progress",
+    ),
 ]
 
 
