@@ -48,7 +48,8 @@ from dagrow.solvers._cross_validation import (
     validate_move,
     with_cross_validated_ridge,
 )
-from dagrow.solvers._linalg import add_gram, complete, leading_svd
+from dagrow.solvers._grams import add_gram, complete
+from dagrow.solvers._linalg import leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, Moments, MomentView, Pair, distinct
 from dagrow.solvers._residual import Compensation, Regression
 from dagrow.solvers._row_products import Product, RowProduct, Rows

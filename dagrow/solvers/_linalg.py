@@ -10,41 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dagrow.solvers._row_products import Product, RowProduct
+from dagrow.solvers._row_products import Product, RowProduct, dense
 
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
-_BLOCKED = 256  #: Grams from this width on are computed by blocks, without the redundant one
-
-
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Adds ``x^T x`` by halves, without the lower one, which :func:`complete` fills in: fewer products.
-
-    Args:
-        total: ``[d, d]``, changed in place.
-        x: ``[rows, d]``.
-    """
-    d = x.shape[1]
-    if d < _BLOCKED:
-        total += x.T @ x
-        return
-    left, right = slice(d // 2), slice(d // 2, d)
-    add_gram(total[left, left], x[:, left])
-    add_gram(total[right, right], x[:, right])
-    total[left, right] += x[:, left].T @ x[:, right]
-
-
-def complete(total: Tensor) -> None:
-    """Fills in what :func:`add_gram` left out.
-
-    Args:
-        total: ``[..., d, d]``, changed in place.
-    """
-    d = total.shape[-1]
-    if d >= _BLOCKED:
-        left, right = slice(d // 2), slice(d // 2, d)
-        complete(total[..., left, left])
-        complete(total[..., right, right])
-        total[..., right, left] = total[..., left, right].mT
 
 
 @dataclass(frozen=True)
@@ -53,13 +21,13 @@ class Whitening:
 
     Attributes:
         factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``); or eigenvectors ``V^T [r, p]`` if P is
-            singular or known by rows (``W = s^-1/2 V^T D``).
+            singular or known by rows (``W = s^-1/2 V^T D``), as combinations of these rows.
         scale: the diagonal D ``[p]``.
         weights: ``s^-1/2 [r]``, of eigenvalues with the ridge; None for the factor of Cholesky.
         note: what had to be done to a singular matrix, or "".
     """
 
-    factor: Tensor
+    factor: Product
     scale: Tensor
     weights: Tensor | None
     note: str
@@ -68,13 +36,13 @@ class Whitening:
         """``W x`` for ``x [p, m]``."""
         scaled = self.scale[:, None] * x
         if self.weights is None:
-            return torch.linalg.solve_triangular(self.factor, scaled, upper=False)
+            return torch.linalg.solve_triangular(dense(self.factor), scaled, upper=False)
         return self.weights[:, None] * (self.factor @ scaled)
 
     def back(self, u: Tensor) -> Tensor:
         """``W^T u`` for ``u [rank, m]``."""
         if self.weights is None:
-            return self.scale[:, None] * torch.linalg.solve_triangular(self.factor.T, u, upper=True)
+            return self.scale[:, None] * torch.linalg.solve_triangular(dense(self.factor).T, u, upper=True)
         return self.scale[:, None] * (self.factor.T @ (self.weights[:, None] * u))
 
     def solve(self, x: Tensor) -> Tensor:
@@ -113,13 +81,17 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     return _whitened(values, vectors, scale, 0.0, cut)
 
 
-def _whitened(values: Tensor, vectors: Tensor, scale: Tensor, ridge: float, cut: float) -> Whitening:
+def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, cut: float) -> Whitening:
     """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
     kept = values > (0 if ridge else cut * values[-1:].clamp_min(1))  # of what features were, where little is left
     rank = int(kept.sum())
-    vectors, values = (vectors, values) if rank == len(values) else (vectors[:, kept], values[kept])
+    if rank < len(values):
+        chosen = torch.nonzero(kept).flatten()
+        values = values[chosen]
+        vectors = vectors.columns(chosen) if isinstance(vectors, RowProduct) else vectors[:, chosen]
     note = "" if ridge or rank == len(scale) else f"rank cut from {len(scale)} to {rank}"
-    return Whitening(vectors.T.to(scale), scale, (values + ridge).rsqrt().to(scale), note)
+    factor = vectors.T if isinstance(vectors, RowProduct) else vectors.T.to(scale)
+    return Whitening(factor, scale, (values + ridge).rsqrt().to(scale), note)
 
 
 def leading_subspace(

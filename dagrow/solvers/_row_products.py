@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dagrow.solvers._grams import add_gram, complete
+
 
 @dataclass(eq=False)
 class Rows:
@@ -85,25 +87,29 @@ class RowProduct:
         return self.x.T @ self.y / self.samples
 
     @cached_property
-    def _spectra(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _spectra(self) -> list[tuple[Tensor, Tensor, "RowProduct"]]:
         return []
 
-    def spectrum(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def spectrum(self, scale: Tensor) -> tuple[Tensor, "RowProduct"]:
         """Eigenvalues of the Gram ``D E x x^T D``, the largest last, and orthonormal eigenvectors.
 
         Args:
             scale: the diagonal D ``[d]``.
 
         Returns:
-            ``[r]`` in double precision and ``[d, r]`` in that of the rows, without what is zero but for rounding.
+            ``[r]`` in double precision, and ``[d, r]`` as combinations of the rows, without what is zero but for
+            rounding.
         """
         for known, values, vectors in self._spectra:
             if torch.equal(known, scale):
                 return values, vectors
         rows = self.x.double() * scale / self.samples**0.5
-        values, left = torch.linalg.eigh(rows @ rows.T)
+        gram = rows.new_zeros(len(rows), len(rows))
+        add_gram(gram, rows.T)
+        complete(gram)
+        values, left = torch.linalg.eigh(gram)
         kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1:].clamp_min(0)
-        vectors = rows.T.to(self.x) @ (left[:, kept] * values[kept].rsqrt()).to(self.x)
+        vectors = RowProduct(rows.to(self.x), (left[:, kept] * values[kept].rsqrt()).to(self.x), 1)
         self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
         return values[kept], vectors
 
