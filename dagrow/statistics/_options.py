@@ -68,7 +68,12 @@ def check_options(options: Mapping[str, object]) -> None:
     if options.get("max_batches") is not None:
         _check_whole("max_batches", options["max_batches"], 1)
     if options.get("samples") not in (None, "auto"):
-        _check_whole("samples", options["samples"], 1)
+        _check_whole("samples", options["samples"], 1, " on, or 'auto'")
+    if options.get("samples") is not None and groups is not None and not callable(groups):
+        raise BatchError(
+            f"samples={options['samples']!r} draws samples at random, and groups is a list of keys in the order of the "
+            "batches. Give a function instead, from a batch to the keys of its samples."
+        )
     if not isinstance(options.get("progress", True), bool):
         raise GrowthError(f"progress={options['progress']!r}: give True or False.")
 
@@ -77,6 +82,6 @@ def _indexed(groups: object) -> bool:
     return isinstance(groups, Sized) and hasattr(groups, "__getitem__")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def _check_whole(name: str, value: object, least: int, on: str = " on") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise BatchError(f"{name}={value!r}: give a whole number from {least} on.")
+        raise BatchError(f"{name}={value!r}: give a whole number from {least}{on}.")
