@@ -39,6 +39,10 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter(zip(X, Y, strict=True))
 
 
+class Loader(DataLoader[tuple[Tensor, Tensor]]):
+    """Of a class that may do anything."""
+
+
 class Rewriting:
     """Writes all batches into the same memory."""
 
@@ -66,6 +70,7 @@ FORMS: dict[str, Callable[[], Iterable[Any]]] = {
     "loader": lambda: DataLoader(DATA, 12),
     "shuffling": lambda: DataLoader(DATA, 12, shuffle=True),
     "own generator": lambda: DataLoader(DATA, 12, shuffle=True, generator=generator()),
+    "another class": lambda: Loader(DATA, 12, shuffle=True),
     "batch sampler": lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 12, False)),
     "list of indices": lambda: DataLoader(DATA, batch_sampler=[range(12), range(12, 17), range(17, 29), range(29, N)]),
     "same memory": Rewriting,
@@ -100,6 +105,7 @@ def test_so_many_and_as_many_others_each_once_and_the_same_in_each_pass(form: Ca
 def test_more_samples_hold_those_that_were_drawn(form: Callable[[], Iterable[Any]]) -> None:
     samples = DrawnSamples(form(), 5, {})
     few = which(samples)
+    torch.rand(1)
     assert not samples.enlarge(5)
     assert samples.enlarge(20)
     more = which(samples)
