@@ -22,8 +22,8 @@ class MeasureOptions(TypedDict, total=False):
             for each sample, in the order of the batches, or a function from a batch to the keys of its samples.
         max_batches: how many batches are read, at most.
         samples: how many are measured, drawn at random, and as many others for amplitudes, where there is no
-            validation; ``"auto"`` for as many as it takes to know the best gain to a tenth, or for bottlenecks ten rows
-            for each feature; by default all.
+            validation; ``"auto"`` for as many as it takes to know the best gain to about a tenth, or for bottlenecks
+            ten rows for each feature; by default all.
         progress: whether what takes more than a few seconds shows a progress bar, on a terminal.
     """
 

@@ -181,10 +181,14 @@ def test_whole_batches_where_samples_do_not_stand_alone(options: Any, given: Cal
     assert any(batch not in chosen for batch in others) or samples.is_all
 
 
-def test_others_of_whole_batches_are_others() -> None:
-    samples = DrawnSamples([(x, y) for x, y in zip(X.split(10), Y.split(10), strict=True)], 3, {"reduction": "batch"})
-    assert (len(which(samples)), len(which(samples.others))) == (10, 10)
-    assert not set(which(samples)) & set(which(samples.others))
+@pytest.mark.parametrize("given", [list(zip(X.split(10), Y.split(10), strict=True)), DataLoader(DATA, 10)], ids=type)
+def test_others_of_whole_batches_are_other_batches(given: Any) -> None:
+    samples = DrawnSamples(given, 3, {"reduction": "batch"})
+    chosen, others = which(samples), which(samples.others)
+    batches = [list(range(first, first + 10)) for first in range(0, N, 10)]
+    assert chosen in batches
+    assert others in batches
+    assert chosen != others
 
 
 def test_samples_lie_along_any_dimension_and_in_any_nest() -> None:
