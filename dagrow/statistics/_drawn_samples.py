@@ -193,9 +193,6 @@ class OtherSamples:
         return len(self.of if self.of.is_all else self.of.drawn.others)
 
 
-OF_DRAWN = (DrawnSamples, OtherSamples)
-
-
 @dataclass(frozen=True)
 class _Drawn:
     """Batches of samples that were drawn, of as many others, and how many there are in all; none if all are wanted."""

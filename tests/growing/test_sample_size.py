@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from small_net import MSE
+from test_planning import made
 from tokens import Tokens
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import dagrow
 from dagrow import AddNeurons, BatchError, GrowthError, MoveWeights
 from dagrow.growing._bottlenecks import ROWS
-from dagrow.statistics import DrawnSamples, drawn
+from dagrow.growing._sample_size import enlarged
+from dagrow.statistics import DrawnSamples, Objective, drawn
 
 N = 3000
 FIRST = 256
@@ -46,6 +48,26 @@ def test_as_many_samples_as_the_best_gain_is_known_to_a_tenth_on() -> None:
     assert best.samples_for(0.1) <= 1.5 * best.samples
     assert best.samples_for(0.1) > best.samples / 4  # nor were there many more than it takes
     assert {growth.samples for growth in growths} == {best.samples}
+
+
+@pytest.mark.parametrize(
+    ("found", "count"),
+    [
+        ([(1.0, 0.12)], None),  # 1.4 times as many are not worth a pass
+        ([(1.0, 0.15)], 576),
+        ([(1.0, 0.15), (0.9, 10.0), (-1.0, 1.0)], 576),  # the best one counts
+        ([(1.0, 0.5)], 1024),  # at most four times as many at once
+        ([(-1.0, 0.1)], 1024),
+        ([], 1024),
+    ],
+)
+def test_the_error_of_the_best_gain_says_how_many_more(found: list[tuple[float, float]], count: int | None) -> None:
+    samples = DrawnSamples(split(), "auto", {})
+    objective = Objective(traced().model, samples, MSE)
+    growths = [made({"x": 1.0}, heldout_gain=gain, heldout_error=error, samples=FIRST) for gain, error in found]
+    assert enlarged(objective, growths) is (count is not None)
+    assert samples.count == (count or FIRST)
+    assert not enlarged(Objective(traced().model, DrawnSamples(split(), FIRST, {}), MSE), growths)
 
 
 def test_what_is_plain_to_see_takes_few_samples() -> None:

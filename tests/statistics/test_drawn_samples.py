@@ -290,9 +290,10 @@ def test_only_what_the_loader_gives_is_drawn(loader: Any, all_of_it: set[int]) -
 
 
 def test_what_a_loader_draws_twice_counts_twice() -> None:
-    loader = DataLoader(DATA, 10, sampler=RandomSampler(DATA, replacement=True, num_samples=100))
-    chosen = which(DrawnSamples(loader, 60, {}))
-    assert len(chosen) == 60 > len(set(chosen))
+    for number in (N, 100):
+        loader = DataLoader(DATA, 10, sampler=RandomSampler(DATA, replacement=True, num_samples=number))
+        chosen = which(DrawnSamples(loader, 35, {}))
+        assert len(chosen) == 35 > len(set(chosen))
 
 
 def test_of_whole_loaders_as_many_as_full_batches_hold() -> None:
