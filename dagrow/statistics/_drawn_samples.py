@@ -2,8 +2,9 @@
 
 Every sample is as likely as every other one, so that means over those that are drawn are unbiased. Batches are at most
 as large as those that were given. Samples are taken out of batches whose tensors all have an entry for each of them; of
-other batches, and where a loss is one number of a batch or groups are told batch by batch, whole ones are drawn. What
-is drawn is copied: nothing that is the user's changes with it.
+other batches, and where a loss is one number of a batch or groups are told batch by batch, whole ones are drawn; where
+these have several sizes, samples are not quite equally likely. What is drawn is copied: nothing that is the user's
+changes with it.
 """
 
 from collections import defaultdict
