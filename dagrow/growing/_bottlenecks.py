@@ -155,11 +155,11 @@ def _enlarged(objective: Objective, measured: Sequence[tuple[Moments, Bottleneck
         return False
     wanted = [
         ceil(ROWS * len(m.product(feature, feature)) / positions)
-        for m, _ in measured
+        for m in {id(m): m for m, _ in measured}.values()
         for feature, positions in m.positions.items()
         if isinstance(feature, InputFeatures) and positions
     ]
-    return batches.enlarge(max(wanted))
+    return batches.enlarge(max(wanted, default=0))
 
 
 def _measured(

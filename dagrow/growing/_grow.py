@@ -58,7 +58,7 @@ def grow(
     """
     objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    check_folds(objective, operators)
+    check_folds(options, operators)
     judge = judge_of(objective) if validation is None else objective.with_batches(validation, "validation")
     check_optimizer(optimizer, dag.model)
     check_owners(dag.model)

@@ -18,7 +18,7 @@ from dagrow.growing._planning import Budget, applicable, check_kinds, greedy_pla
 from dagrow.growing._policies import ByLineSearch, Policy
 from dagrow.growing._propose import propose
 from dagrow.growing._recording import growable_widths, grown_of, snapshot_of
-from dagrow.growing._sample_size import judge_of
+from dagrow.growing._sample_size import check_folds, judge_of
 from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situation, StopRule
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
@@ -86,6 +86,7 @@ class Grower:
         self.stop = listed("stop", stop, StopRule, "[dagrow.NothingToAdd()]")
         self.operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
         check_optimizer(optimizer, dag.model)
+        check_folds(options, self.operators)
         self.function = Objective(dag.model, (), loss, step=step, mode=mode, **options).function
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self.options, self._begun = optimizer, mode, options, time.perf_counter()
@@ -121,7 +122,7 @@ class Grower:
             epoch: its number.
             batches: any re-iterable of ``(inputs, target)``, to be measured.
             validation: batches for the line search, and for what schedule, stop rules and policy read; by default those
-                that are measured.
+                that are measured, or, where ``samples`` draws some, others for the line search and the policy.
             train_loss: of the epoch, if it is known; else the loss on ``batches`` is computed.
 
         Returns:
@@ -179,7 +180,7 @@ class Grower:
             self.dag.flop_count(),
             left_out.notes,
         )
-        receipt = combined(parts, loss, left_out.notes)
+        receipt = combined(parts, parts[0].loss_before if parts else loss, left_out.notes)
         self._state = _State(budget, self._recorded(record, budget))
         return receipt
 

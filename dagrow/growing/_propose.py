@@ -53,7 +53,7 @@ def propose(
     """
     objective = objective_of(dag, batches, loss, step, mode, options)
     operators = listed("operators", operators, Operator, "[dagrow.AddNeurons()]", empty=False)
-    check_folds(objective, operators)
+    check_folds(options, operators)
     return transaction(dag, lambda: _proposed(dag, objective, operators))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dagrow.errors import GrowthError
 from dagrow.growing._policies import expected_gain
 from dagrow.operators import Operator
-from dagrow.statistics import DrawnSamples, Objective
+from dagrow.statistics import DrawnSamples, MeasureOptions, Objective
 from dagrow.surgery import Growth
 
 WANTED = 0.1  #: the standard error of the best gain, relative to it
@@ -18,18 +18,18 @@ NEARLY = 1.5  #: times more samples than there are is not worth a further pass
 AT_ONCE = 4  #: times more samples are drawn, at most
 
 
-def check_folds(objective: Objective, operators: Sequence[Operator]) -> None:
+def check_folds(options: MeasureOptions, operators: Sequence[Operator]) -> None:
     """Refuses operators that know no error of their gains where the number of samples is left open.
 
     Args:
-        objective: what is measured.
+        options: how batches are measured.
         operators: asked.
 
     Raises:
         GrowthError: there is one.
     """
     without = [operator for operator in operators if operator.folds == 1]
-    if without and _auto(objective) is not None:
+    if without and options.get("samples") == "auto":
         raise GrowthError(
             f"samples='auto' takes as many as the error of a held-out gain asks for, and {without[0]!r} has no folds. "
             "Give folds of at least 2, or a number of samples."
@@ -46,9 +46,9 @@ def enlarged(objective: Objective, growths: Sequence[Growth]) -> bool:
     Returns:
         Whether there are more, so that all is to be measured again.
     """
-    batches = _auto(objective)
+    batches = objective.batches
     held_out = [growth for growth in growths if growth.heldout_gain is not None]
-    if batches is None or (growths and not held_out):
+    if not isinstance(batches, DrawnSamples) or not batches.auto or (growths and not held_out):
         return False
     factor = float(AT_ONCE)
     if held_out:
@@ -69,8 +69,3 @@ def judge_of(objective: Objective) -> Objective:
     """
     batches = objective.batches
     return objective.with_batches(batches.others) if isinstance(batches, DrawnSamples) else objective
-
-
-def _auto(objective: Objective) -> DrawnSamples | None:
-    batches = objective.batches
-    return batches if isinstance(batches, DrawnSamples) and batches.auto else None

@@ -1,11 +1,12 @@
 """One pass over the user's batches: from a dag and a loss to the moments that every closed form is computed from.
 
-An :class:`Objective` is the user's loss on the user's batches. :func:`measure` runs the model on them with hooks at its
-layers, forward and back to pre-activations, and sums products of pairs of features in folds of samples. A
-:class:`Feature` names rows that a batch leaves: what a layer reads (:class:`InputFeatures`), where the loss wants its
-output to go (:class:`OutputGoal`), what new layers would compute, how all that arrives elsewhere. Features are the keys
-of the moments. Scores of single samples are features, too. Models, gradients, modes and random states are left as they
-were found. Nothing here knows what the moments are for: no operator, and no writing to a model.
+An :class:`Objective` is the user's loss on the user's batches, or on samples that are drawn from them at random,
+:class:`DrawnSamples`. :func:`measure` runs the model on them with hooks at its layers, forward and back to
+pre-activations, and sums products of pairs of features in folds of samples. A :class:`Feature` names rows that a batch
+leaves: what a layer reads (:class:`InputFeatures`), where the loss wants its output to go (:class:`OutputGoal`), what
+new layers would compute, how all that arrives elsewhere. Features are the keys of the moments. Scores of single samples
+are features, too. Models, gradients, modes and random states are left as they were found. Nothing here knows what the
+moments are for: no operator, and no writing to a model.
 
 >>> import torch
 >>> from torch import nn

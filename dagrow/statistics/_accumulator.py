@@ -66,8 +66,6 @@ class MomentAccumulator:
     def take(self, batch: LeftBatch) -> None:
         """Adds what a batch left."""
         views = [Batch(dict(view), batch.samples, self.samples, self.folds) for view in batch.views]
-        if not self.samples:
-            self._check_room(views[0])
         self.add(views, batch.loss, batch.units)
         self.forward = self.forward and batch.ran
         self.marks.append(batch.mark)
@@ -95,18 +93,20 @@ class MomentAccumulator:
             for feature in self.features:
                 self.positions[feature] += _checked_count(feature, part)
             self._check_positions(part)
+            if not self.samples and part is parts[0][0]:
+                self._check_room(part, samples / part.samples)
             self._add(pairs, part)
         for scores in scored:
             self._score(scores, parts)
         self.loss, self.samples = self.loss + loss, self.samples + samples
 
-    def _check_room(self, batch: Batch) -> None:
-        """Before anything is summed: what all of it will take, as far as the first batch tells."""
+    def _check_room(self, batch: Batch, parts: float) -> None:
+        """Before anything is summed: what all will take, as far as the first of so many parts of a batch tells."""
         entries = {f: 0 if isinstance(f, SampleScores) else f.entries(batch.subset(slice(0, 1))) for f in self.features}
         needed, first = {}, next(iter(batch.captures.values()), None)
         for pair in self.pairs:
             x, y = (entries[feature] for feature in pair)
-            rows = inf if self.batches is None else pair[0].count(batch) * self.batches
+            rows = inf if self.batches is None else pair[0].count(batch) * parts * self.batches
             itemsize = (torch.float32 if _have_space(pair, batch) else self.dtype).itemsize
             most, own = min(most_rows(x), most_rows(y)), pair[0] == pair[1]
             needed[pair] = bytes_needed(x, y, rows, most, self.folds, itemsize, own=own)

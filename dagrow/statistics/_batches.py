@@ -124,7 +124,8 @@ def generators_of(batches: object) -> list[torch.Generator]:
         The generators, often none.
     """
     loaders = (batches, getattr(batches, "source", None))  # of samples that are drawn
-    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
+    owners = [owner for loader in loaders for owner in (loader, getattr(loader, "batch_sampler", None))]
+    owners += [getattr(owner, "sampler", None) for owner in owners]
     generators = [getattr(owner, "generator", None) for owner in owners]
     return [generator for generator in generators if isinstance(generator, torch.Generator)]
 

@@ -2,11 +2,14 @@
 
 Every sample is as likely as every other one, so that means over those that are drawn are unbiased. Batches are at most
 as large as those that were given. Samples are taken out of batches whose tensors all have an entry for each of them; of
-other batches, and where a loss is one number of a batch or groups are told batch by batch, whole ones are drawn.
+other batches, and where a loss is one number of a batch or groups are told batch by batch, whole ones are drawn; where
+these have several sizes, samples are not quite equally likely. What is drawn is copied: nothing that is the user's
+changes with it.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, inf
@@ -14,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from dagrow._model_state import random_state, restoring, seed_everything
 from dagrow._progress import show_batch
-from dagrow.errors import BatchError
-from dagrow.statistics._batches import batch_count, check_batches, epoch_seed, numbered, sample_count
+from dagrow.statistics._batches import batch_count, check_batches, epoch_seed, generators_of, numbered, sample_count
 from dagrow.statistics._options import MeasureOptions, Samples, check_options
 from dagrow.statistics._sample_layout import sample_dim
 
@@ -37,25 +40,19 @@ class DrawnSamples:
 
     Attributes:
         auto: whether more may be asked for.
-        count: how many samples are wanted.
+        count: how many samples are wanted; of whole batches, once they are drawn, how many these are.
 
     Raises:
-        BatchError: the batches cannot be read twice, or groups are told in the order of the samples.
+        BatchError: the batches cannot be read twice.
     """
 
     def __init__(self, batches: Iterable[Any], samples: Samples, options: MeasureOptions) -> None:
         check_batches(batches, "batches")
-        groups = options.get("groups")
-        if groups is not None and not callable(groups):
-            raise BatchError(
-                f"samples={samples!r} draws samples at random, and groups is a list of keys in the order of the "
-                "samples. Give a function instead, from a batch to the keys of its samples."
-            )
         self.source, self.auto = batches, samples == "auto"
         self.count = FEWEST if samples == "auto" else samples
         self.others = OtherSamples(self)
         self._dim, self._most = options.get("batch_dim", 0), options.get("max_batches")
-        self._whole = groups is not None or options.get("reduction") == "batch"
+        self._whole = options.get("groups") is not None or options.get("reduction") == "batch"
         self._seed = epoch_seed()
         self._drawn: _Drawn | None = None
 
@@ -63,7 +60,8 @@ class DrawnSamples:
     def drawn(self) -> "_Drawn":
         """The samples, and as many others."""
         if self._drawn is None:
-            self._drawn = self._of_loader() if self._is_indexed else self._of_pool()
+            with self._seeded():
+                self._drawn = self._of_loader() if self._is_indexed else self._of_pool()
         return self._drawn
 
     def __iter__(self) -> Iterator[Any]:
@@ -92,7 +90,7 @@ class DrawnSamples:
         if count <= self.count or self.is_all:
             return False
         total = self.drawn.total
-        self.count, self._drawn = total if ALL * count >= total else count, None
+        self.count, self._drawn = (total, _Drawn(total)) if ALL * count >= total else (count, None)
         return True
 
     @property
@@ -103,21 +101,25 @@ class DrawnSamples:
             type(loader) is DataLoader
             and not (isinstance(loader.dataset, IterableDataset) or self._whole or self._most)
             and type(loader.batch_sampler) is BatchSampler
-            and _takes_all(loader.sampler)
+            and _takes_all(loader.batch_sampler.sampler, loader.dataset)
         )
 
     def _of_loader(self) -> "_Drawn":
         loader = self.source
         assert isinstance(loader, DataLoader)
-        dataset: Any = loader.dataset
-        order = torch.randperm(len(dataset), generator=self._generator()).tolist()
-        if len(order) <= self.count:
-            return _Drawn(len(order))
-        parts = []
-        for chosen in (order[: self.count], order[self.count : 2 * self.count]):
-            size = ceil(len(chosen) / ceil(len(chosen) / (loader.batch_size or 1))) if chosen else 1
-            parts.append(list(_like(loader, Subset(dataset, chosen), size)) if chosen else [])
-        return _Drawn(len(order), *parts)
+        assert isinstance(loader.batch_sampler, BatchSampler)
+        dataset, batches = loader.dataset, loader.batch_sampler
+        samples = len(dataset)  # type: ignore[arg-type]
+        total = samples - samples % batches.batch_size if batches.drop_last else samples
+        among = total if type(batches.sampler) is SequentialSampler else samples  # else it drops others each time
+        order = torch.randperm(among, generator=self._generator(), device="cpu")[:total].tolist()
+        if total <= self.count:
+            return _Drawn(total)
+        parts, start = [], min(self.count, total - self.count)
+        for chosen in (order[: self.count], order[start : start + self.count]):
+            size = ceil(len(chosen) / ceil(len(chosen) / batches.batch_size))
+            parts.append([tree_map(_copy, batch) for batch in _like(loader, Subset(dataset, chosen), size)])
+        return _Drawn(total, *parts)
 
     def _of_pool(self) -> "_Drawn":
         """Reads all batches, and keeps what comes first in an order at random."""
@@ -129,16 +131,31 @@ class DrawnSamples:
             size, total = max(size, n), total + n
             piece = _Piece.of(batch, n, None if self._whole else self._dim, generator)
             pool += [part for part in [piece.within(-inf, last)] if part is not None]
-            if sum(len(part.keys) * part.each for part in pool) > 4 * self.count + n:
-                last = _bound(pool, 2 * self.count)
+            if _samples(pool) > 4 * self.count + 2 * size:
+                last = _bound(pool, 2 * self.count + size)  # whole batches may be more than are wanted
                 pool = _within(pool, -inf, last)
         if total <= self.count:
             return _Drawn(total)
-        end, last = _bound(pool, self.count), _bound(pool, 2 * self.count)
-        return _Drawn(total, _batches(_within(pool, -inf, end), size), _batches(_within(pool, end, last), size))
+        first = _within(pool, -inf, _bound(pool, self.count))
+        self.count = _samples(first)
+        start, end = _bound(pool, min(self.count, total - self.count)), _bound(pool, 2 * self.count)
+        return _Drawn(total, _batches(first, size), _batches(_within(pool, start, end), size))
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Inside, loaders draw the same each time; random states are left as they were."""
+        states = [*random_state(), *((owner.set_state, owner.get_state()) for owner in generators_of(self.source))]
+
+        def restore() -> None:
+            for set_state, state in states:
+                set_state(state)
+
+        with restoring(restore), torch.inference_mode(False):
+            seed_everything(self._seed)
+            yield
 
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed)
+        return torch.Generator("cpu").manual_seed(self._seed)
 
 
 def drawn(batches: Iterable[Any], options: MeasureOptions) -> Iterable[Any]:
@@ -161,18 +178,20 @@ def drawn(batches: Iterable[Any], options: MeasureOptions) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class OtherSamples:
-    """As many samples that were not drawn, or the same if there are none."""
+    """As many samples, as few as can be of those that were drawn."""
 
     of: DrawnSamples
 
+    @property
+    def source(self) -> Iterable[Any]:
+        """The batches of which they are."""
+        return self.of.source
+
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.of.drawn.others or self.of)
+        return iter(self.of if self.of.is_all else self.of.drawn.others)
 
     def __len__(self) -> int:
-        return len(self.of.drawn.others or self.of)
-
-
-OF_DRAWN = (DrawnSamples, OtherSamples)
+        return len(self.of if self.of.is_all else self.of.drawn.others)
 
 
 @dataclass(frozen=True)
@@ -205,7 +224,7 @@ class _Piece:
     @classmethod
     def of(cls, batch: Any, n: int, dim: int | None, generator: torch.Generator) -> "_Piece":
         """A whole batch where that is wanted, or where not all that it holds are tensors with an entry a sample."""
-        keys = torch.rand(n, generator=generator, dtype=torch.float64)
+        keys = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
         leaves, spec = tree_flatten(batch)
         dims = [None if dim is None else sample_dim(leaf, n, dim) for leaf in leaves]
         known = [each for each in dims if each is not None]
@@ -217,10 +236,8 @@ class _Piece:
         if not len(indices):
             return None
         if self.dims is None:
-            leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        else:
-            pairs = zip(self.leaves, self.dims, strict=True)
-            leaves = [leaf.detach().index_select(dim, indices.to(leaf.device)) for leaf, dim in pairs]
+            return replace(self, leaves=[_copy(leaf) for leaf in self.leaves])
+        leaves = [_copy(leaf, dim, indices) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
         return replace(self, keys=self.keys[indices], leaves=leaves)
 
     @property
@@ -229,8 +246,8 @@ class _Piece:
         if self.dims is None:
             return id(self)
         pairs = zip(self.leaves, self.dims, strict=True)
-        sizes = [(dim, *leaf.shape[:dim], *leaf.shape[dim + 1 :], leaf.dtype, leaf.device) for leaf, dim in pairs]
-        return str(self.spec), tuple(sizes)
+        sizes = [(dim, *leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf, dim in pairs]
+        return str(self.spec), *sizes, *((leaf.dtype, leaf.device, leaf.requires_grad) for leaf in self.leaves)
 
 
 def _within(pool: Sequence[_Piece], after: float, last: float) -> list[_Piece]:
@@ -238,8 +255,15 @@ def _within(pool: Sequence[_Piece], after: float, last: float) -> list[_Piece]:
     return [part for piece in pool if (part := piece.within(after, last)) is not None]
 
 
+def _samples(pool: Sequence[_Piece]) -> int:
+    """How many there are."""
+    return sum(len(piece.keys) * piece.each for piece in pool)
+
+
 def _bound(pool: Sequence[_Piece], samples: int) -> float:
     """The key up to which there are so many samples, or a few more."""
+    if not samples:
+        return -inf
     keys, order = torch.cat([piece.keys for piece in pool]).sort()
     each = torch.cat([torch.full_like(piece.keys, piece.each) for piece in pool])[order]
     place = int(torch.searchsorted(each.cumsum(0), float(samples)))
@@ -260,16 +284,24 @@ def _batches(pool: Sequence[_Piece], size: int) -> list[Any]:
         columns = zip(*(piece.leaves for piece in pieces), strict=True)
         joined = [(torch.cat(column, dim), dim) for column, dim in zip(columns, first.dims, strict=True)]
         for chosen in order.tensor_split(ceil(len(order) / size)):
-            leaves = [leaf.index_select(dim, chosen.to(leaf.device)) for leaf, dim in joined]
+            leaves = [_copy(leaf, dim, chosen) for leaf, dim in joined]
             batches.append(tree_unflatten(leaves, first.spec))
     return batches
 
 
-def _takes_all(sampler: object) -> bool:
+def _copy(leaf: Any, dim: int = 0, indices: Tensor | None = None) -> Any:
+    """A tensor of its own, of some entries or of all; anything else as it is."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    copy = leaf.detach().clone() if indices is None else leaf.detach().index_select(dim, indices.to(leaf.device))
+    return copy.requires_grad_(leaf.requires_grad)
+
+
+def _takes_all(sampler: object, dataset: Any) -> bool:
     """Whether a sampler takes every sample once."""
-    if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler._num_samples is None
-    return type(sampler) is SequentialSampler
+    if type(sampler) not in (SequentialSampler, RandomSampler) or getattr(sampler, "replacement", False):
+        return False
+    return len(sampler) == len(sampler.data_source) == len(dataset)  # type: ignore[arg-type, attr-defined]
 
 
 def _like(loader: DataLoader[Any], dataset: Subset[Any], size: int) -> DataLoader[Any]:

@@ -30,7 +30,6 @@ from dagrow.statistics._batches import (
     numbered,
     sample_count,
 )
-from dagrow.statistics._drawn_samples import OF_DRAWN
 from dagrow.statistics._findings import Findings
 from dagrow.statistics._limits import Limits
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
@@ -94,13 +93,14 @@ class Objective:
         check_batches(batches, name)
         self.model, self.batches, self.mode, self.name, self.options = model, batches, mode, name, options
         self.batch_dim, self.groups = options.get("batch_dim", 0), options.get("groups")
-        self.max_batches = None if isinstance(batches, OF_DRAWN) else options.get("max_batches")
-        self.progress, self.findings, self.limits = options.get("progress", True), Findings(), Limits.of(options)
+        self.max_batches, self.limits = options.get("max_batches"), Limits.of(options)
+        self.progress, self.findings = options.get("progress", True), Findings()
         self.function: Step = step if step is not None else supervised(loss, self.batch_dim)
         self._shared = _Shared(epoch_seed(), options.get("reduction"))
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
-        self._samples, self._batches, self._seeded = 0, 0, tuple([0])  # of the last pass
+        self._samples, self._batches = 0, 0  # of the last pass
+        self._seeded, self.findings = tuple([0]), Findings()
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.

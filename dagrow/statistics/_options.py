@@ -22,8 +22,8 @@ class MeasureOptions(TypedDict, total=False):
             for each sample, in the order of the batches, or a function from a batch to the keys of its samples.
         max_batches: how many batches are read, at most.
         samples: how many are measured, drawn at random, and as many others for amplitudes, where there is no
-            validation; ``"auto"`` for as many as it takes to know the best gain to a tenth, or for bottlenecks ten rows
-            for each feature; by default all.
+            validation; ``"auto"`` for as many as it takes to know the best gain to about a tenth, or for bottlenecks
+            ten rows for each feature; by default all.
         max_memory: bytes that measuring may take; by default most of what is free. Places that need more together are
             measured one after the other, those that need more alone are left out.
         max_seconds: that measuring may take: places are measured one by one then, and those for which no time is left
@@ -74,7 +74,12 @@ def check_options(options: Mapping[str, object]) -> None:
     if options.get("max_batches") is not None:
         _check_whole("max_batches", options["max_batches"], 1)
     if options.get("samples") not in (None, "auto"):
-        _check_whole("samples", options["samples"], 1)
+        _check_whole("samples", options["samples"], 1, " on, or 'auto'")
+    if options.get("samples") is not None and groups is not None and not callable(groups):
+        raise BatchError(
+            f"samples={options['samples']!r} draws samples at random, and groups is a list of keys in the order of the "
+            "batches. Give a function instead, from a batch to the keys of its samples."
+        )
     memory, seconds = options.get("max_memory"), options.get("max_seconds")
     check_real("measuring", above=0, none="no limit", max_memory=memory, max_seconds=seconds)
     if not isinstance(options.get("progress", True), bool):
@@ -85,6 +90,6 @@ def _indexed(groups: object) -> bool:
     return isinstance(groups, Sized) and hasattr(groups, "__getitem__")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def _check_whole(name: str, value: object, least: int, on: str = " on") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise BatchError(f"{name}={value!r}: give a whole number from {least} on.")
+        raise BatchError(f"{name}={value!r}: give a whole number from {least}{on}.")

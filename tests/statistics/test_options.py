@@ -23,6 +23,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_memory": 0}, GrowthError, "finite number above 0"),
     ({"max_memory": "8GB"}, GrowthError, "max_memory.*finite number"),
     ({"max_seconds": -1}, GrowthError, "max_seconds.*above 0"),
+    ({"samples": 0}, BatchError, "whole number from 1 on, or 'auto'"),
+    ({"samples": -1}, BatchError, "whole number from 1 on, or 'auto'"),
+    ({"samples": 2.5}, BatchError, "whole number from 1 on, or 'auto'"),
+    ({"samples": True}, BatchError, "samples=True: give a whole number"),
+    ({"samples": "all"}, BatchError, "samples='all': give a whole number"),
+    ({"samples": 4, "groups": [0] * 8}, BatchError, "groups is a list"),
     ({"progress": "no"}, GrowthError, "True or False"),
     ({"max_batch": 3}, TypeError, "did you mean 'max_batches'"),
     (
