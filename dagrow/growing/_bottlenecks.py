@@ -13,9 +13,10 @@ from dagrow._text import Printable, render
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, Edge
 from dagrow.growing._left_out import LeftOut, halves, is_of_place
-from dagrow.solvers import Moments, Pair, explained
+from dagrow.solvers import Moments, Pair, RowProduct, explained
 from dagrow.statistics import (
     DrawnSamples,
+    Feature,
     InputFeatures,
     Loss,
     MeasureOptions,
@@ -28,6 +29,7 @@ from dagrow.statistics import (
 )
 from dagrow.surgery import transaction
 
+BOUNDS = "≥, ≤: rounding hides directions of what the layer reads; double precision, or a ridge, tells."
 ROWS = 10  #: for each feature, with samples="auto": by chance weights follow about 1 / ROWS of a goal
 
 
@@ -40,12 +42,15 @@ class Bottleneck:
         goal: ``E|v|^2``.
         explained: the part that the best move of its own weights follows.
         bottleneck: the rest, ``E|v_perp|^2``.
+        is_bound: whether weights may follow more, in directions of what the layer reads that rounding hides: the rest
+            is at most this much then. Double precision, or a ridge, tells.
     """
 
     edge: str
     goal: float
     explained: float
     bottleneck: float
+    is_bound: bool = False
 
     @property
     def share(self) -> float:
@@ -81,8 +86,11 @@ class Bottlenecks(Printable, Mapping[str, Bottleneck]):
             title=f"{self.samples} samples, loss {self.loss:.6g}",
         )
         for b in self.values():
-            table.add_row(b.edge, f"{b.goal:.4g}", f"{b.explained:.4g}", f"{b.bottleneck:.4g}", f"{b.share:.1%}")
-        return "\n".join([render(table), *(f"Left out: {why}." for why in self.left_out)])
+            least, most = ("≥ ", "≤ ") if b.is_bound else ("", "")
+            sizes = f"{b.goal:.4g}", f"{least}{b.explained:.4g}", f"{most}{b.bottleneck:.4g}", f"{most}{b.share:.1%}"
+            table.add_row(b.edge, *sizes)
+        bounds = [BOUNDS] if any(b.is_bound for b in self.values()) else []
+        return "\n".join([render(table), *bounds, *(f"Left out: {why}." for why in self.left_out)])
 
 
 @with_progress
@@ -170,11 +178,20 @@ def _measured(
     pairs: list[Pair] = [pair for b, v, norm in keys for pair in ((b, b), (b, v), (norm, norm))]
     try:
         m = measure(dag, objective, pairs, folds=1)
-        sizes = [(float(m[norm, norm]), explained(m, b, v, ridge)) for b, v, norm in keys]
+        sizes = [_sizes(m, b, v, norm, ridge) for b, v, norm in keys]
     except Exception as error:
         if isinstance(error, GrowthError):
             raise
         place = partial(is_of_place, dag=dag, objective=objective, grown=False)
         parts = halves(edges, error, left_out, lambda edge: edge.name, place)
         return [each for half in parts for each in _measured(dag, objective, half, ridge, left_out)]
-    return [(m, Bottleneck(e.name, goal, part, goal - part)) for e, (goal, part) in zip(edges, sizes, strict=True)]
+    found = zip(edges, sizes, strict=True)
+    return [(m, Bottleneck(e.name, goal, part, goal - part, is_bound)) for e, (goal, part, is_bound) in found]
+
+
+def _sizes(m: Moments, reads: Feature, goal: Feature, norm: Feature, ridge: float) -> tuple[float, float, bool]:
+    """``E|v|^2``, what weights follow of it, and whether that may be more."""
+    size, S = float(m[norm, norm]), m.product(reads, reads)
+    if not ridge and isinstance(S, RowProduct) and S.is_independent:
+        return size, size, False
+    return size, explained(m, reads, goal, ridge), m.whitening(reads, ridge).is_blurred

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dagrow.solvers._row_products import Product, RowProduct, dense
 
+_RANDOM = 256  #: from this width on rounding of entries counts as random, which makes it d^0.5 / 16 times smaller
+_APART = 100  #: times rounding: eigenvalues that are larger end before it
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
 
@@ -25,12 +27,14 @@ class Whitening:
         scale: the diagonal D ``[p]``.
         weights: ``s^-1/2 [r]``, of eigenvalues with the ridge; None for the factor of Cholesky.
         note: what had to be done to a singular matrix, or "".
+        is_blurred: whether eigenvalues run on into rounding, so that there may be more directions than are kept.
     """
 
     factor: Product
     scale: Tensor
     weights: Tensor | None
     note: str
+    is_blurred: bool = False
 
     def whiten(self, x: Tensor) -> Tensor:
         """``W x`` for ``x [p, m]``."""
@@ -68,7 +72,7 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     if isinstance(p, RowProduct):
-        return _whitened(*p.spectrum(scale), scale, ridge, cut)
+        return _whitened(*p.spectrum(scale), scale, ridge, 0.0)
     scaled = (p * scale).mul_(scale[:, None])
     damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
@@ -78,20 +82,24 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     values, some = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
     vectors = some.new_zeros(d, len(values))
     vectors[alive] = some
-    return _whitened(values, vectors, scale, 0.0, cut)
+    noise = cut * min(1.0, (_RANDOM / d) ** 0.5)
+    return _whitened(values, vectors, scale, 0.0, noise)
 
 
-def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, cut: float) -> Whitening:
+def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noise: float) -> Whitening:
     """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
-    kept = values > (0 if ridge else cut * values[-1:].clamp_min(1))  # of what features were, where little is left
+    # rounding of entries, which are at most 1, moves eigenvalues by noise; finding them by a part of the largest
+    least = max(noise, torch.finfo(torch.float64).eps * len(scale) * float(values[-1:].clamp_min(1).sum()))
+    kept = values > (0 if ridge else least)
     rank = int(kept.sum())
+    is_blurred = not ridge and rank < len(values) and bool((values[kept][:1] < _APART * noise).any())
     if rank < len(values):
         chosen = torch.nonzero(kept).flatten()
         values = values[chosen]
         vectors = vectors.columns(chosen) if isinstance(vectors, RowProduct) else vectors[:, chosen]
     note = "" if ridge or rank == len(scale) else f"rank cut from {len(scale)} to {rank}"
     factor = vectors.T if isinstance(vectors, RowProduct) else vectors.T.to(scale)
-    return Whitening(factor, scale, (values + ridge).rsqrt().to(scale), note)
+    return Whitening(factor, scale, (values + ridge).rsqrt().to(scale), note, is_blurred)
 
 
 def leading_subspace(

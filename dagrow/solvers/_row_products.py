@@ -87,6 +87,21 @@ class RowProduct:
         return self.x.T @ self.y / self.samples
 
     @cached_property
+    def is_independent(self) -> bool:
+        """Whether the rows of x are linearly independent, so that any goals of theirs can be followed."""
+        factor, failed = torch.linalg.cholesky_ex(self._gram(torch.ones_like(self.x[0])))
+        pivots = factor.diagonal().square()
+        return not failed and bool(pivots.min() > torch.finfo(pivots.dtype).eps * self.x.shape[1] * pivots.max())
+
+    def _gram(self, scale: Tensor) -> Tensor:
+        """``x D^2 x^T`` of the scaled rows, in double precision ``[n, n]``."""
+        rows = self.x.double() * scale
+        gram = rows.new_zeros(len(rows), len(rows))
+        add_gram(gram, rows.T)
+        complete(gram)
+        return gram.div_(self.samples)
+
+    @cached_property
     def _spectra(self) -> list[tuple[Tensor, Tensor, "RowProduct"]]:
         return []
 
@@ -103,13 +118,10 @@ class RowProduct:
         for known, values, vectors in self._spectra:
             if torch.equal(known, scale):
                 return values, vectors
-        rows = self.x.double() * scale / self.samples**0.5
-        gram = rows.new_zeros(len(rows), len(rows))
-        add_gram(gram, rows.T)
-        complete(gram)
-        values, left = torch.linalg.eigh(gram)
+        values, left = torch.linalg.eigh(self._gram(scale))
         kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1:].clamp_min(0)
-        vectors = RowProduct(rows.to(self.x), (left[:, kept] * values[kept].rsqrt()).to(self.x), 1)
+        rows = self.x * (scale / self.samples**0.5).to(self.x)
+        vectors = RowProduct(rows, (left[:, kept] * values[kept].rsqrt()).to(self.x), 1)
         self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
         return values[kept], vectors
 

@@ -65,13 +65,14 @@ class GradientCheck:
             weight.requires_grad_()
         self.before = self._state()
 
-    def end(self, batch: object, calls: Mapping[str, Sequence[Capture]], scale: float) -> None:
+    def end(self, batch: object, calls: Mapping[str, Sequence[Capture]], scale: float, loss: float) -> None:
         """After the batch has run forward and back. The next one is not looked at.
 
         Args:
             batch: what has run.
             calls: what each call of a layer left.
             scale: from its gradient to the goals of single samples.
+            loss: of the batch.
 
         Raises:
             LossError: goals are not all that the loss wants.
@@ -88,7 +89,7 @@ class GradientCheck:
         left = {name: rest for name, rest in left.items() if rest.differs({})}
         if left:
             self._explain(left, trials)
-        self._check_slopes(gradients, trials)
+        self._check_slopes(gradients, trials, loss)
         after.restore()
         for weight in self.frozen:
             weight.requires_grad_(False)
@@ -142,7 +143,7 @@ class GradientCheck:
             f"Measure {way_out}; or grow with AddNeurons(init='zero') or init='copy', which need no gradient."
         )
 
-    def _check_slopes(self, gradients: Mapping[str, Mapping[str, Tensor | None]], trials: Trials) -> None:
+    def _check_slopes(self, gradients: Mapping[str, Mapping[str, Tensor | None]], trials: Trials, loss: float) -> None:
         """Notes layers along whose gradients a finite difference of the loss is not what autograd says."""
         weights, directions, slope, moved = dict[str, Tensor](), dict[str, Tensor](), 0.0, set[str]()
         for name, edge in self.edges.items():
@@ -155,7 +156,7 @@ class GradientCheck:
                 directions |= {edge.path(entry): g * (length / size) for entry, g in found.items()}
                 slope += size * length
                 moved.add(name)
-        if trials.contradict(weights, directions, slope):  # one direction each would clear no layer
+        if trials.contradict(weights, directions, slope, loss):  # one direction each would clear no layer
             self.objective.findings.detached |= moved
 
 

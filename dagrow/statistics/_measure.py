@@ -125,14 +125,15 @@ class _Run:
                 begun = time.monotonic()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
-                value = float(loss.detach()) * objective.scale(n) * n
+                own = float(loss.detach())
+                value = own * objective.scale(n) * n
                 with objective.noting(batch):
                     if known is None:
                         calls = hooks.captures(loss, -objective.scale(n) * n, ran=probe.ran)
                     else:
                         calls = hooks.with_goals(_calls_of(known[number:], batch, value), ran=probe.ran)
                 del loss  # with all that its graph holds
-                check.end(batch, calls, -objective.scale(n) * n)
+                check.end(batch, calls, -objective.scale(n) * n, own)
                 views = joined_calls(calls)
                 with hooks.paused():
                     views = [order.arranged(view, objective, batch, n, units) for view in views]

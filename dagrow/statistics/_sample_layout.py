@@ -6,6 +6,7 @@ once more, with one sample replaced by a copy of another one, and the rows that 
 """
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -97,9 +98,11 @@ def rows_changed(before: Tensor, after: Tensor, channel_dim: int) -> Tensor:
         before, after = before.to_dense(), after.to_dense()
     if not before.is_floating_point():
         return (before != after).flatten(channel_dim).any(-1)
-    difference = (before.double() - after.double()).abs().flatten(channel_dim).amax(-1)
-    finite = torch.where(torch.isfinite(before), before, 0)
-    return difference > torch.finfo(before.dtype).eps ** 0.5 * float(finite.abs().max())
+    difference = (before - after).abs_().flatten(channel_dim).amax(-1)
+    largest = float(torch.linalg.vector_norm(before, inf))
+    if not isfinite(largest):
+        largest = float(torch.linalg.vector_norm(torch.where(torch.isfinite(before), before, 0), inf))
+    return difference > torch.finfo(before.dtype).eps ** 0.5 * largest
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,16 @@ class Trials:
         self.loss(lambda *_: None, spy)
         return tuple(dict.fromkeys(spy.taken))
 
-    def contradict(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], slope: float) -> bool:
+    def contradict(
+        self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], slope: float, before: float
+    ) -> bool:
         """Whether finite differences agree with each other, but not with a slope.
 
         Args:
             weights: by their names in the model.
             directions: by which they move.
             slope: of the loss along them, as autograd has it.
+            before: the loss. Where a difference from it agrees with the slope, that is enough.
 
         Returns:
             True if the loss has another slope; not where rounding, or a loss that is drawn at random, hides it.
@@ -115,8 +118,12 @@ class Trials:
             return False
         found, allowed = list[float](), APART[dtype] * abs(slope)
         for amplitude in STEPS[dtype]:
-            losses = [self._moved(weights, directions, by) for by in (amplitude, -amplitude)]
-            if 2 * amplitude * abs(slope) < DIGITS * torch.finfo(dtype).eps * max(map(abs, losses)):
+            losses, digits = [self._moved(weights, directions, amplitude)], DIGITS * torch.finfo(dtype).eps
+            is_clear = amplitude * abs(slope) >= digits * max(abs(before), abs(losses[0]))
+            if is_clear and abs((losses[0] - before) / amplitude - slope) <= allowed:
+                return False
+            losses.append(self._moved(weights, directions, -amplitude))
+            if 2 * amplitude * abs(slope) < digits * max(map(abs, losses)):
                 continue  # it would drown in rounding
             found.append((losses[0] - losses[1]) / (2 * amplitude))
             if abs(found[-1] - slope) <= allowed:

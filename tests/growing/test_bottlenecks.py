@@ -46,3 +46,26 @@ def test_bottlenecks_are_a_mapping_that_prints() -> None:
     assert all(0 <= b.share <= 1 for b in found.values())
     assert "bottleneck" in str(found)
     assert found.samples == 60
+
+
+@pytest.mark.parametrize(("spread", "samples"), [(0.1, 1500), (0.01, 1500), (0.01, 250)])
+def test_single_precision_tells_what_double_does_or_that_it_is_a_bound(spread: float, samples: int) -> None:
+    """Of features that hardly vary, as behind a ReLU, the mean is by far the largest direction."""
+    torch.manual_seed(0)
+    x = 1 + spread * torch.randn(samples, 600)
+    target = (x[:, :4] - 1).sum(1, keepdim=True) / spread + torch.randn(samples, 1)
+    batches = list(zip(x.split(250), target.split(250), strict=True))
+    model = nn.Linear(600, 1, bias=False)
+    single = dagrow.bottlenecks(dagrow.trace(model, x[:2]), batches, nn.functional.mse_loss)
+    batches = [(part.double(), target.double()) for part, target in batches]
+    double = dagrow.bottlenecks(dagrow.trace(model.double(), x[:2].double()), batches, nn.functional.mse_loss)
+    share, exact = (next(iter(found.values())).share for found in (single, double))
+    is_bound = next(iter(single.values())).is_bound
+    assert is_bound == (spread == 0.01 and samples == 1500)
+    assert ("≤ " in str(single)) == ("rounding hides" in str(single)) == is_bound
+    assert not next(iter(double.values())).is_bound
+    if is_bound:
+        assert share > exact - 1e-3
+    else:
+        assert share == pytest.approx(exact, abs=2e-3)
+    assert (exact < 1e-6) == (samples == 250)  # fewer rows than features follow anything
