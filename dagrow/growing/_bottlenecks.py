@@ -192,6 +192,6 @@ def _measured(
 def _sizes(m: Moments, reads: Feature, goal: Feature, norm: Feature, ridge: float) -> tuple[float, float, bool]:
     """``E|v|^2``, what weights follow of it, and whether that may be more."""
     size, S = float(m[norm, norm]), m.product(reads, reads)
-    if not ridge and isinstance(S, RowProduct) and S.is_independent:
+    if not ridge and isinstance(S, RowProduct) and S.is_independent(m.resolution):
         return size, size, False
     return size, explained(m, reads, goal, ridge), m.whitening(reads, ridge).is_blurred

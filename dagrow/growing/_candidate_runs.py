@@ -1,6 +1,5 @@
 """Running the candidates of an operator: what they need is measured in as few passes over the batches as can be."""
 
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -67,7 +66,7 @@ class CandidateRuns:
     def run(self, candidates: Sequence[Candidate]) -> list[Growth]:
         """What they could add, in the order in which it is known."""
         self._start(candidates)
-        if self.objective.limits.until is None:
+        if self.objective.limits.seconds is None:
             self._go_on()
         else:
             self._go_on_in_time()
@@ -86,17 +85,18 @@ class CandidateRuns:
 
     def _go_on_in_time(self) -> None:
         """One candidate after the other, each to its end, while one that takes as long as others would be in time."""
-        waiting, taken, limits = [*self._plain, *self._previews], list[float](), self.objective.limits
+        waiting, limits = [*self._plain, *self._previews], self.objective.limits
         features = [feature for each in waiting for pair in each.needs.pairs for feature in pair]
         self._later = [feature for feature in features if isinstance(feature, Feature)]
         for each in waiting:
-            if taken and max(taken[1:] or taken) > limits.seconds_left:  # the first one looks at the batches, too
+            expected = max(limits.taken[1:] or limits.taken, default=0.0)  # the first one looks at the batches, too
+            if not limits.allow(expected):
                 self.left_out.add(each.where, LimitError(f"max_seconds={limits.seconds:g} would have been over"))
                 continue
-            begun = time.monotonic()
             self._plain, self._previews = ([each], []) if each.needs.preview is None else ([], [each])
+            before = limits.spent
             self._go_on()
-            taken.append(time.monotonic() - begun)
+            limits.taken.append(limits.spent - before)
 
     def _measure_previews(self) -> None:
         """Group by group, each with all that it asks for."""

@@ -44,9 +44,9 @@ def enlarged(objective: Objective, growths: Sequence[Growth]) -> bool:
         growths: what was found.
 
     Returns:
-        Whether there are more, so that all is to be measured again.
+        Whether there are more, so that all is to be measured again; not where that would take too long.
     """
-    batches = objective.batches
+    batches, limits = objective.batches, objective.limits
     held_out = [growth for growth in growths if growth.heldout_gain is not None]
     if not isinstance(batches, DrawnSamples) or not batches.auto or (growths and not held_out):
         return False
@@ -55,7 +55,15 @@ def enlarged(objective: Objective, growths: Sequence[Growth]) -> bool:
         best = max(held_out, key=expected_gain)
         assert best.heldout_gain is not None
         factor = best.samples_for(WANTED) / best.samples if best.heldout_gain > 0 else factor
-    return factor > NEARLY and batches.enlarge(round(min(factor, AT_ONCE) * batches.count))
+    factor = min(factor, AT_ONCE)
+    if (
+        factor <= NEARLY
+        or not limits.allow(factor * limits.spent)
+        or not batches.enlarge(round(factor * batches.count))
+    ):
+        return False
+    limits.taken.clear()  # with more samples places take longer
+    return True
 
 
 def judge_of(objective: Objective) -> Objective:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dagrow.solvers._row_products import Product, RowProduct, dense
+from dagrow.solvers._row_products import Product, RowProduct, row_noise
 
-_RANDOM = 256  #: from this width on rounding of entries counts as random, which makes it d^0.5 / 16 times smaller
-_APART = 100  #: times rounding: eigenvalues that are larger end before it
+_RANDOM = 256  #: features from which on rounding of a Gram's entries averages out: it moves eigenvalues by d^0.5, not d
+_APART = 100  #: times what rounding moves: where eigenvalues end above that, it hides none
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
 
@@ -40,13 +40,15 @@ class Whitening:
         """``W x`` for ``x [p, m]``."""
         scaled = self.scale[:, None] * x
         if self.weights is None:
-            return torch.linalg.solve_triangular(dense(self.factor), scaled, upper=False)
+            assert isinstance(self.factor, Tensor)
+            return torch.linalg.solve_triangular(self.factor, scaled, upper=False)
         return self.weights[:, None] * (self.factor @ scaled)
 
     def back(self, u: Tensor) -> Tensor:
         """``W^T u`` for ``u [rank, m]``."""
         if self.weights is None:
-            return self.scale[:, None] * torch.linalg.solve_triangular(dense(self.factor).T, u, upper=True)
+            assert isinstance(self.factor, Tensor)
+            return self.scale[:, None] * torch.linalg.solve_triangular(self.factor.T, u, upper=True)
         return self.scale[:, None] * (self.factor.T @ (self.weights[:, None] * u))
 
     def solve(self, x: Tensor) -> Tensor:
@@ -72,7 +74,9 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     if isinstance(p, RowProduct):
-        return _whitened(*p.spectrum(scale), scale, ridge, 0.0)
+        values, rows = p.spectrum(scale)
+        in_double = p.x.dtype == torch.float64
+        return _whitened(values, rows, scale, ridge, row_noise(resolution) if in_double else cut * float(values.max()))
     scaled = (p * scale).mul_(scale[:, None])
     damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
@@ -89,8 +93,9 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
 def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noise: float) -> Whitening:
     """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
     # rounding of entries, which are at most 1, moves eigenvalues by noise; finding them by a part of the largest
-    least = max(noise, torch.finfo(torch.float64).eps * len(scale) * float(values[-1:].clamp_min(1).sum()))
-    kept = values > (0 if ridge else least)
+    largest = max(1.0, float(values[-1])) if len(values) else 1.0
+    least = 0.0 if ridge else max(noise, torch.finfo(torch.float64).eps * len(scale) * largest)
+    kept = values > least
     rank = int(kept.sum())
     is_blurred = not ridge and rank < len(values) and bool((values[kept][:1] < _APART * noise).any())
     if rank < len(values):

@@ -15,6 +15,21 @@ from torch import Tensor
 from dagrow.solvers._grams import add_gram, complete
 
 
+def row_noise(resolution: float | None) -> float:
+    """Below what eigenvalues of a Gram of rows, with ones on its diagonal, say nothing.
+
+    Its own rounding is that of double precision. But goals are divided by eigenvalues, which are squares: what rounding
+    of a goal adds stays below a ten-thousandth of it.
+
+    Args:
+        resolution: relative precision of goals, and of entries of rows.
+
+    Returns:
+        The bound.
+    """
+    return (100 * (resolution or 0.0)) ** 2
+
+
 @dataclass(eq=False)
 class Rows:
     """The rows of one feature.
@@ -86,12 +101,21 @@ class RowProduct:
         """The matrix ``[dx, dy]``."""
         return self.x.T @ self.y / self.samples
 
-    @cached_property
-    def is_independent(self) -> bool:
-        """Whether the rows of x are linearly independent, so that any goals of theirs can be followed."""
-        factor, failed = torch.linalg.cholesky_ex(self._gram(torch.ones_like(self.x[0])))
+    def is_independent(self, resolution: float) -> bool:
+        """Whether the rows of x are linearly independent, so that any goals of theirs can be followed.
+
+        Args:
+            resolution: relative precision of their entries.
+
+        Returns:
+            False where that is not sure.
+        """
+        unit = self.diagonal().clamp_min(0)
+        scale = torch.where(unit > 0, unit, 1).rsqrt()
+        factor, failed = torch.linalg.cholesky_ex(self._gram(scale))
         pivots = factor.diagonal().square()
-        return not failed and bool(pivots.min() > torch.finfo(pivots.dtype).eps * self.x.shape[1] * pivots.max())
+        least = max(row_noise(resolution), torch.finfo(pivots.dtype).eps * self.x.shape[1] * float(pivots.max()))
+        return not failed and bool(pivots.min() > least)
 
     def _gram(self, scale: Tensor) -> Tensor:
         """``x D^2 x^T`` of the scaled rows, in double precision ``[n, n]``."""

@@ -4,7 +4,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from dagrow.statistics._features import Feature
 from dagrow.statistics._heldout_scores import SampleScores
 from dagrow.statistics._kept_captures import LeftBatch
 from dagrow.statistics._kept_rows import FeaturePair, KeptRows, most_rows
-from dagrow.statistics._limits import Limits, bytes_needed
+from dagrow.statistics._limits import SOLVING, Limits
 from dagrow.statistics._products import add_product, product
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
@@ -103,15 +102,19 @@ class MomentAccumulator:
     def _check_room(self, batch: Batch, parts: float) -> None:
         """Before anything is summed: what all will take, as far as the first of so many parts of a batch tells."""
         entries = {f: 0 if isinstance(f, SampleScores) else f.entries(batch.subset(slice(0, 1))) for f in self.features}
-        needed, first = {}, next(iter(batch.captures.values()), None)
+        needed, kept, captures = dict[FeaturePair, float](), set[Feature](), [*batch.captures.values()]
         for pair in self.pairs:
             x, y = (entries[feature] for feature in pair)
-            rows = inf if self.batches is None else pair[0].count(batch) * parts * self.batches
-            itemsize = (torch.float32 if _have_space(pair, batch) else self.dtype).itemsize
-            most, own = min(most_rows(x), most_rows(y)), pair[0] == pair[1]
-            needed[pair] = bytes_needed(x, y, rows, most, self.folds, itemsize, own=own)
-        if first is not None:
-            self.limits.check_memory(needed, first.inputs.device)
+            rows = pair[0].count(batch) * parts * (self.batches or 1)
+            own = _product_type(*(batch[edge].inputs.dtype for feature in pair for edge in feature.edges)).itemsize
+            if rows <= min(most_rows(x), most_rows(y)):
+                needed[pair] = own * rows * sum(entries[feature] for feature in {*pair} - kept)
+                kept.update(pair)
+                continue
+            itemsize = own if _have_space(pair, batch) else self.dtype.itemsize
+            needed[pair] = x * y * (self.folds * itemsize + (SOLVING * 8 if pair[0] == pair[1] else 0))
+        if captures:
+            self.limits.check_memory(needed, captures[0].inputs.device, self.folds)
 
     def _grouped(self, views: Sequence[Batch], units: Tensor) -> list[tuple[Batch, Tensor | None]]:
         """The samples of each fold, and the number of the group that each is of."""

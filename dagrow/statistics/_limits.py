@@ -6,7 +6,7 @@ fewer; what solving holds beside them are a few matrices as large as a Gram.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -23,37 +23,45 @@ class PassTooLongError(LimitError):
     """A pass over the batches would take too long, whatever is measured."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Limits:
-    """Of one call.
+    """Of one call, and how its time was spent.
 
     Attributes:
         memory: bytes; None for most of what is free.
-        until: when time is over, on the monotonic clock; None for no limit.
-        seconds: that were given.
+        seconds: None for no limit.
+        begun: when the call was, on the monotonic clock.
+        taken: seconds that each place took so far.
+        passes: over the batches, so far.
     """
 
     memory: float | None = None
-    until: float | None = None
     seconds: float | None = None
+    begun: float = field(default_factory=lambda: time.monotonic())
+    taken: list[float] = field(default_factory=list)
+    passes: int = 0
 
     @classmethod
     def of(cls, options: MeasureOptions) -> "Limits":
         """Those of a call that begins now."""
-        seconds = options.get("max_seconds")
-        return cls(options.get("max_memory"), None if seconds is None else time.monotonic() + seconds, seconds)
+        return cls(options.get("max_memory"), options.get("max_seconds"))
 
     @property
-    def seconds_left(self) -> float:
-        """Until time is over; infinite without a limit."""
-        return float("inf") if self.until is None else self.until - time.monotonic()
+    def spent(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self.begun
 
-    def check_memory(self, needed: Mapping[tuple[Feature, Feature], float], device: torch.device) -> None:
+    def allow(self, seconds: float) -> bool:
+        """Whether something that takes so long would end in time."""
+        return self.seconds is None or self.spent + seconds <= self.seconds
+
+    def check_memory(self, needed: Mapping[tuple[Feature, Feature], float], device: torch.device, folds: int) -> None:
         """Compares what pairs of features need with what there is.
 
         Args:
             needed: pair -> bytes.
             device: where sums are kept.
+            folds: that sums are kept in.
 
         Raises:
             LimitError: there is less.
@@ -64,62 +72,42 @@ class Limits:
         largest = max(needed, key=lambda pair: needed[pair])
         edges = ", ".join(dict.fromkeys(edge for feature in largest for edge in feature.edges))
         given = "are free" if self.memory is None else "max_memory allows"
+        fewer = ", fewer folds, which keep a sum each" if folds > 1 else ""
         raise LimitError(
             f"measuring would take about {_size(total)}, most of it for products of what layers {edges} read and want, "
             f"and {_size(room)} {given}. Give fewer samples= (of fewer samples than half as many as features rows are "
-            "kept instead of products), folds=1, which keeps one sum instead of one a fold, or leave the place out."
+            f"kept instead of products){fewer}, or leave the place out."
         )
 
-    def check_time(self, begun: float, done: int, batches: int | None) -> None:
-        """Compares how long a pass would take with the time that is left.
+    def check_pass(self, seconds: float, done: int, batches: int | None) -> None:
+        """Compares how long the first pass of a call would take with the time that is left.
 
         Args:
-            begun: when the last batch was, on the monotonic clock.
+            seconds: that the last batch took.
             done: batches.
             batches: of the pass, if that is known.
 
         Raises:
             PassTooLongError: it would take longer.
         """
-        if self.until is None or batches is None:
+        if self.passes or batches is None or self.allow(seconds * (batches - done)):
             return
-        expected = (time.monotonic() - begun) * (batches - done)
-        if expected > self.seconds_left:
-            raise PassTooLongError(
-                f"one pass over {batches} batches would take about {expected:.3g} seconds more, and of "
-                f"max_seconds={self.seconds:g} {max(0.0, self.seconds_left):.3g} are left. Give fewer samples=, such "
-                "as samples='auto', or max_batches=."
-            )
-
-
-def bytes_needed(
-    x_entries: int, y_entries: int, rows: float, most: int, folds: int, itemsize: int, *, own: bool
-) -> float:
-    """What the products of a pair take.
-
-    Args:
-        x_entries: of a row of the first feature.
-        y_entries: of the second.
-        rows: that there will be, infinite where that is not known.
-        most: rows up to which they are kept as they are.
-        folds: that sums are kept in.
-        itemsize: bytes of an entry of a sum.
-        own: whether the pair is a feature with itself, whose Gram is solved.
-
-    Returns:
-        Bytes.
-    """
-    if rows <= most:
-        return 4.0 * rows * (x_entries + (0 if own else y_entries))
-    return float(x_entries * y_entries * (folds * itemsize + (SOLVING * 8 if own else 0)))
+        raise PassTooLongError(
+            f"one pass over {batches} batches would take about {seconds * (batches - done):.3g} seconds more, and "
+            f"{self.spent:.3g} of max_seconds={self.seconds:g} are over. Give fewer samples=, such as samples='auto', "
+            "or max_batches=."
+        )
 
 
 def _free(device: torch.device) -> float:
     """Bytes that are free."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + reserved)
     return float(psutil.virtual_memory().available) if device.type == "cpu" else float("inf")
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+    units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
+    unit, name = next(((unit, name) for unit, name in units if count >= unit), (1.0, "bytes"))
+    return f"{count / unit:.3g} {name}"

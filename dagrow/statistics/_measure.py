@@ -71,7 +71,7 @@ def measure(
         way.
     """
     kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
-    count = batch_count(objective.batches, objective.max_batches)
+    count = batch_count(objective.batches, objective.max_batches) or objective.max_batches
     sums = MomentAccumulator(pairs, folds, dtype, objective.limits, count)
     found = kept.find(preview, sums.features)
     if found is not None:
@@ -111,7 +111,7 @@ class _Run:
         known = self._known_goals(check)
         if known is not None:
             hooks.goals = set()
-        record = self.kept.record(self.preview, self.features)
+        record, last = self.kept.record(self.preview, self.features), 0.0
         with preserve_state(objective.model, objective.others), hooks, torch.inference_mode(False), torch.enable_grad():
             objective.model.train(objective.mode == "train")
             if hooks.input_goals:  # gradients reach activations behind weights that are frozen, too
@@ -122,7 +122,6 @@ class _Run:
                 with hooks.paused():
                     order.start(objective, batch, n, units)
                 check.begin()
-                begun = time.monotonic()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
                 own = float(loss.detach())
@@ -141,9 +140,11 @@ class _Run:
                 record.add(left)
                 self.sums.take(left)
                 del calls, views, left  # before the next batch runs
-                if not number:
-                    objective.limits.check_time(begun, 1, self.sums.batches)
+                if number == 1:  # the first one was looked at, too
+                    objective.limits.check_pass(time.monotonic() - last, 2, self.sums.batches)
+                last = time.monotonic()
         objective.others.complete = True
+        objective.limits.passes += 1
         groups.check_all_read()
         record.ended = True
 

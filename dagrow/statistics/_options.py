@@ -26,8 +26,8 @@ class MeasureOptions(TypedDict, total=False):
             ten rows for each feature; by default all.
         max_memory: bytes that measuring may take; by default most of what is free. Places that need more together are
             measured one after the other, those that need more alone are left out.
-        max_seconds: that measuring may take: places are measured one by one then, and those for which no time is left
-            are left out.
+        max_seconds: that measuring may take: places for growths are measured one by one then, and those for which no
+            time is left are left out.
         progress: whether what takes more than a few seconds shows a progress bar, on a terminal.
     """
 
@@ -73,7 +73,8 @@ def check_options(options: Mapping[str, object]) -> None:
     _check_whole("batch_dim", options.get("batch_dim", 0), 0)
     if options.get("max_batches") is not None:
         _check_whole("max_batches", options["max_batches"], 1)
-    if options.get("samples") not in (None, "auto"):
+    samples = options.get("samples")
+    if samples is not None and not (isinstance(samples, str) and samples == "auto"):
         _check_whole("samples", options["samples"], 1, " on, or 'auto'")
     if options.get("samples") is not None and groups is not None and not callable(groups):
         raise BatchError(
@@ -81,7 +82,7 @@ def check_options(options: Mapping[str, object]) -> None:
             "batches. Give a function instead, from a batch to the keys of its samples."
         )
     memory, seconds = options.get("max_memory"), options.get("max_seconds")
-    check_real("measuring", above=0, none="no limit", max_memory=memory, max_seconds=seconds)
+    check_real("measuring", above=0, none="none of one's own", max_memory=memory, max_seconds=seconds)
     if not isinstance(options.get("progress", True), bool):
         raise GrowthError(f"progress={options['progress']!r}: give True or False.")
 

@@ -98,6 +98,8 @@ def rows_changed(before: Tensor, after: Tensor, channel_dim: int) -> Tensor:
         before, after = before.to_dense(), after.to_dense()
     if not before.is_floating_point():
         return (before != after).flatten(channel_dim).any(-1)
+    if before.dtype.itemsize == 1:  # no arithmetic
+        before, after = before.float(), after.float()
     difference = (before - after).abs_().flatten(channel_dim).amax(-1)
     largest = float(torch.linalg.vector_norm(before, inf))
     if not isfinite(largest):

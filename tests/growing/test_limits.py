@@ -10,6 +10,7 @@ from torch import nn
 
 import dagrow
 from dagrow import AddNeurons, LimitError
+from dagrow.growing import _candidate_runs
 from dagrow.statistics import InputFeatures, Objective, OutputGoal, measure
 from dagrow.statistics._limits import Limits
 
@@ -73,7 +74,7 @@ def test_the_limit_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = type("Memory", (), {"available": 1e4})()
     assert len(dagrow.bottlenecks(dag, BATCHES, MSE)) == 2
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    with pytest.raises(LimitError, match=r"0\.008 MB are free"):
+    with pytest.raises(LimitError, match="8 kB are free"):
         dagrow.bottlenecks(dag, BATCHES, MSE)
 
 
@@ -93,19 +94,18 @@ def test_places_for_which_no_time_is_left_are_left_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     expected = gains(dag)
 
-    class Slow(list[Any]):
-        def __iter__(self) -> Any:
-            for batch in super().__iter__():
-                clock[0] += 0.1
-                yield batch
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clock[0] += 1
+        return measure(*args, **kwargs)
 
+    monkeypatch.setattr(_candidate_runs, "measure", slow)
     assert gains(dag, max_seconds=1e6) == pytest.approx(expected, rel=1e-9)
-    slow = Slow(BATCHES)
-    growths = dagrow.propose(dag, slow, MSE, OPERATORS, max_seconds=4.0)
+    limit = 0.7 * clock[0]
+    growths = dagrow.propose(dag, BATCHES, MSE, OPERATORS, max_seconds=limit)
     where = {growth.where for growth in growths}
     assert 0 < len(where) < 3
     assert len(growths.left_out) == 3 - len(where)
-    assert all("max_seconds=4 would have been over" in note for note in growths.left_out)
+    assert all(f"max_seconds={limit:g} would have been over" in note for note in growths.left_out)
     assert {growth.where: growth.gain for growth in growths} == pytest.approx({w: expected[w] for w in where}, rel=1e-9)
 
 
@@ -122,3 +122,33 @@ def test_a_pass_that_is_too_long_is_refused_after_its_first_batch() -> None:
         with pytest.raises(LimitError, match=r"one pass over 1200 batches.*max_seconds=0\.5.*samples="):
             verb(dag, BATCHES * 100, step=step, max_seconds=0.5)  # type: ignore[operator]
         assert len(seen) < 20
+
+
+def test_what_was_found_in_time_is_not_lost_to_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    dag, clock = traced(8, 8), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        clock[0] += 0.1
+        return MSE(model(batch[0]), batch[1])
+
+    others = [AddNeurons(k=1), AddNeurons(k=2)]
+    whole = dagrow.propose(dag, BATCHES, step=step, operators=others)
+    assert not whole.left_out
+    for seconds in (8.0, 12.0, 16.0, 24.0):
+        growths = dagrow.propose(dag, BATCHES, step=step, operators=others, max_seconds=seconds)
+        assert growths
+        left_out = {note.partition(":")[0] for note in growths.left_out}
+        assert {growth.where for growth in growths} | left_out == {growth.where for growth in whole}
+    few = dagrow.propose(dag, BATCHES, step=step, operators=others, samples="auto", max_seconds=4.0)
+    assert {growth.samples for growth in few} == {256}  # all of them would have been too long
+
+
+def test_batches_without_a_length_are_no_reason() -> None:
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter([(x, x[:, :2]) for x in torch.randn(2, 8, 60_000)])
+
+    model = nn.Linear(60_000, 2)
+    found = dagrow.bottlenecks(dagrow.trace(model, torch.randn(2, 60_000)), Stream(), MSE, max_memory=1e9)
+    assert len(found) == 1

@@ -55,11 +55,22 @@ def test_the_mean_of_products() -> None:
 
 def test_rows_in_single_precision_span_what_they_span_in_double() -> None:
     """Their Gram is in double precision: a mean that is by far the largest direction hides no other."""
-    x = (1 + 1e-3 * drawn(6, 400, 0)).float()
+    x, eps = (1 + 1e-3 * drawn(6, 400, 0)).float().double(), torch.finfo(torch.float32).eps
     product = RowProduct(x, x, 6)
-    assert product.is_independent
-    assert len(whitening(product, resolution=torch.finfo(torch.float32).eps).weights) == 6
+    assert product.is_independent(eps)
+    assert whitening(product, resolution=eps).factor.shape[0] == 6
     x[3] = x[2]
     product = RowProduct(x, x, 6)
-    assert not product.is_independent
-    assert len(whitening(product, resolution=torch.finfo(torch.float32).eps).weights) == 5
+    assert not product.is_independent(eps)
+    assert whitening(product, resolution=eps).factor.shape[0] == 5
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_goals_is_not_magnified_by_rows_that_are_nearly_alike(distance: float, dtype: torch.dtype) -> None:
+    x = drawn(25, 300, 0)
+    x, goals = torch.cat([x, x + distance * drawn(25, 300, 1)]).float(), drawn(50, 3, 2).float()
+    eps = torch.finfo(torch.float32).eps
+    known = whitening(RowProduct(x.to(dtype), x.to(dtype), 50), resolution=eps)
+    followed = known.whiten((x.T @ goals / 50).to(dtype)).square().sum() / (goals.square().sum() / 50)
+    assert 0 < float(followed) < 1.01
