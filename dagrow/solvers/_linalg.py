@@ -75,8 +75,8 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     if isinstance(p, RowProduct):
         values, rows = p.spectrum(scale)
-        in_double = p.x.dtype == torch.float64
-        return _whitened(values, rows, scale, ridge, row_noise(resolution) if in_double else cut * float(values.max()))
+        noise = row_noise(resolution) if p.x.dtype == torch.float64 else cut * float(values[-1:].sum())
+        return _whitened(values, rows, scale, ridge, noise)
     scaled = (p * scale).mul_(scale[:, None])
     damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry

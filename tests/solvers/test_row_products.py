@@ -74,3 +74,10 @@ def test_rounding_of_goals_is_not_magnified_by_rows_that_are_nearly_alike(distan
     known = whitening(RowProduct(x.to(dtype), x.to(dtype), 50), resolution=eps)
     followed = known.whiten((x.T @ goals / 50).to(dtype)).square().sum() / (goals.square().sum() / 50)
     assert 0 < float(followed) < 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_zeros_span_nothing(dtype: torch.dtype) -> None:
+    product = RowProduct(torch.zeros(4, 300, dtype=dtype), torch.zeros(4, 300, dtype=dtype), 4)
+    assert not product.is_independent(1e-7)
+    assert not whitening(product, resolution=1e-7).solve(torch.ones(300, 2, dtype=dtype)).any()
