@@ -32,7 +32,7 @@ class Written(nn.Module):
         self.first, self.last, self.width = nn.Linear(256, width), nn.Linear(width, 10), width
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.relu(self.first(x)).view(len(x), self.width // 8, 8).flatten(1))
+        return self.last(torch.relu(self.first(x)).view(x.shape[0], self.width // 8, 8).flatten(1))
 
 
 def mlp(width: int) -> nn.Module:
@@ -62,7 +62,7 @@ def grown(
     dag = dagrow.trace(model, x[:2])
     operator = AddNeurons(k=NEW, axes=(dag.axes[0].name,), init="zero")
     dagrow.propose(dag, [(x, y)], cross_entropy, [operator])[0].apply(1.0, optimizer=optimizer)
-    return model, optimizer, build(64 + NEW)
+    return model, optimizer, build(len(next(model.parameters())))
 
 
 def ratios(work: Callable[[], object], fresh: Callable[[], object]) -> list[float]:
