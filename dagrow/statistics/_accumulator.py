@@ -93,19 +93,20 @@ class MomentAccumulator:
                 self.positions[feature] += _checked_count(feature, part)
             self._check_positions(part)
             if not self.samples and part is parts[0][0]:
-                self._check_room(part, samples / part.samples)
+                self._check_room([each for each, _ in parts])
             self._add(pairs, part)
         for scores in scored:
             self._score(scores, parts)
         self.loss, self.samples = self.loss + loss, self.samples + samples
 
-    def _check_room(self, batch: Batch, parts: float) -> None:
-        """Before anything is summed: what all will take, as far as the first of so many parts of a batch tells."""
+    def _check_room(self, parts: Sequence[Batch]) -> None:
+        """Before anything is summed: what all will take, as far as the first batch tells."""
+        batch = parts[0]
         entries = {f: 0 if isinstance(f, SampleScores) else f.entries(batch.subset(slice(0, 1))) for f in self.features}
         needed, kept, captures = dict[FeaturePair, float](), set[Feature](), [*batch.captures.values()]
         for pair in self.pairs:
             x, y = (entries[feature] for feature in pair)
-            rows = pair[0].count(batch) * parts * (self.batches or 1)
+            rows = sum(pair[0].count(part) for part in parts) * (self.batches or 1)
             own = _product_type(*(batch[edge].inputs.dtype for feature in pair for edge in feature.edges)).itemsize
             if rows <= min(most_rows(x), most_rows(y)):
                 needed[pair] = own * rows * sum(entries[feature] for feature in {*pair} - kept)

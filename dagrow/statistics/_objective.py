@@ -100,7 +100,7 @@ class Objective:
         self.others, self._place, self._probed = Others(modules_reached(self.function)), Place(), False
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
-        self._seeded, self.findings = tuple([0]), Findings()
+        self._seeded: tuple[int, ...] = (0,)
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.

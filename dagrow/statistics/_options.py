@@ -75,10 +75,10 @@ def check_options(options: Mapping[str, object]) -> None:
         _check_whole("max_batches", options["max_batches"], 1)
     samples = options.get("samples")
     if samples is not None and not (isinstance(samples, str) and samples == "auto"):
-        _check_whole("samples", options["samples"], 1, " on, or 'auto'")
-    if options.get("samples") is not None and groups is not None and not callable(groups):
+        _check_whole("samples", samples, 1, " on, or 'auto'")
+    if samples is not None and groups is not None and not callable(groups):
         raise BatchError(
-            f"samples={options['samples']!r} draws samples at random, and groups is a list of keys in the order of the "
+            f"samples={samples!r} draws samples at random, and groups is a list of keys in the order of the "
             "batches. Give a function instead, from a batch to the keys of its samples."
         )
     memory, seconds = options.get("max_memory"), options.get("max_seconds")

@@ -109,7 +109,7 @@ def test_places_for_which_no_time_is_left_are_left_out(monkeypatch: pytest.Monke
     assert {growth.where: growth.gain for growth in growths} == pytest.approx({w: expected[w] for w in where}, rel=1e-9)
 
 
-def test_a_pass_that_is_too_long_is_refused_after_its_first_batch() -> None:
+def test_a_pass_that_is_too_long_is_refused_after_its_second_batch() -> None:
     dag, seen = traced(8), list[int]()
 
     def step(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -151,4 +151,11 @@ def test_batches_without_a_length_are_no_reason() -> None:
 
     model = nn.Linear(60_000, 2)
     found = dagrow.bottlenecks(dagrow.trace(model, torch.randn(2, 60_000)), Stream(), MSE, max_memory=1e9)
+    assert len(found) == 1
+
+
+def test_samples_of_one_group_count_once() -> None:
+    batches = [(x, x[:, :2]) for x in torch.randn(2, 20, 60_000)]
+    dag = dagrow.trace(nn.Linear(60_000, 2), torch.randn(2, 60_000))
+    found = dagrow.bottlenecks(dag, batches, MSE, groups=lambda batch: [id(batch[0])] * 20, max_memory=1e8)
     assert len(found) == 1
