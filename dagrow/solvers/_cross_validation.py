@@ -5,6 +5,7 @@ add, so this costs no pass. The cross-validation is this package's own.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SKETCHED_GOALS = 32  #: combinations of goals by which a layer's own ridge is chosen
 MAX_RANK = 64  #: neurons considered at once when their number is open
+_WIDE, _ENOUGH = 256, 64  #: features from which on a ridge is chosen on so many held-out samples, and not on all
 
 
 def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
@@ -48,7 +50,7 @@ class HeldOutDrop:
 
     Attributes:
         ridge: the best.
-        gain: the drop of the bottleneck on samples that the fit has not seen, mean over folds.
+        gain: the drop of the bottleneck on samples that the fit has not seen, mean over the folds that judged.
     """
 
     ridge: float
@@ -76,20 +78,21 @@ def with_cross_validated_ridge(split: FoldSplit, regression: Regression) -> Regr
         regression: features and target.
 
     Returns:
-        The same with the ridge that explains most of the other folds; as it was if there is one fold only, or nothing
-        is regressed on what the target reads.
+        The same with the ridge that explains most of folds that were left out; as it was if there is one fold only, or
+        nothing is regressed on what the target reads.
     """
     is_used = regression.project or regression.compensation == "all"
     if regression.reads is None or not is_used or len(split) == 1:
         return regression
     b, v = regression.reads, regression.goal
-    sketch = _sketch(split[0][0].product(b, v))
+    cross = split[0][0].product(b, v)
+    sketch, judges = _sketch(cross), _judges(split, cross.shape[0])
 
     @functools.cache
     def drop(ridge: float) -> float:
         """Held out, on a few random combinations of the goals: the ridge needs no more."""
         total = 0.0
-        for train, test in split:
+        for train, test in judges:
             dW = train.whitening(b, ridge).solve(train.product(b, v) @ sketch)
             total += _drop(dW, test.product(b, v) @ sketch, test.product(b, b))
         return total
@@ -102,8 +105,9 @@ def validate_directions(
 ) -> HeldOutDirections:
     """Chooses ridge and rank by what directions from the other folds explain of each fold.
 
-    The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. Whether it is more
-    than chance is not seen from moments: see :class:`dagrow.solvers.Verdict`.
+    The columns of V are orthonormal, so one decomposition gives the held-out drop for every rank. A ridge for many
+    features is chosen on some of the folds only, if these have enough samples; the drop is that of all. Whether it is
+    more than chance is not seen from moments: see :class:`dagrow.solvers.Verdict`.
 
     Args:
         split: for each fold the moments of all others and its own.
@@ -114,22 +118,21 @@ def validate_directions(
     Returns:
         Ridge, rank, held-out drop and the fits of all folds.
     """
-    most = MAX_RANK if k is None else k
-    trials = [_Trial.of(train, test, regressions, most, ridges[len(ridges) // 2]) for train, test in split]
-
-    @functools.cache
-    def drops(ridge: float) -> Tensor:
-        """By fold and rank ``[folds, ranks]``."""
-        return torch.stack([trial.held_out(most, ridge) for trial in trials])
+    most, features = MAX_RANK if k is None else k, regressions[0].features
+    judges = _judges(split, len(split[0][0].product(features, features)))
+    trials = [_Trial.of(*views, regressions, most, ridges[len(ridges) // 2]) for views in judges]
 
     def mean_drop(ridge: float) -> Tensor:
-        drop = drops(ridge).mean(0)
+        """By rank, or of the one that is wanted."""
+        drop = torch.stack([trial.held_out(most, ridge) for trial in trials]).mean(0)
         return drop if k is None else drop[-1:]
 
-    ridge = _best_ridge(ridges, lambda ridge: float(mean_drop(ridge).max()))
-    rank = int(mean_drop(ridge).argmax()) if k is None else most - 1
+    ridge = _best_ridge(ridges, functools.cache(lambda ridge: float(mean_drop(ridge).max())))
+    trials += [_Trial.of(*views, regressions, most, ridge) for views in split[len(judges) :]]
+    drop = mean_drop(ridge)
+    rank = int(drop.argmax()) if k is None else most - 1
     fits = [trial.fit(rank + 1, ridge) for trial in trials]
-    return HeldOutDirections(ridge, float(drops(ridge)[:, rank].mean()), rank + 1, fits)
+    return HeldOutDirections(ridge, float(drop[rank if k is None else -1]), rank + 1, fits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +221,8 @@ def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Seq
         dW = best_move(train, reads, goal, ridge).weights.T
         return _drop(dW, test[reads, goal], test.product(reads, reads))
 
-    return _best(ridges, lambda ridge: [drop(train, test, ridge) for train, test in split])
+    judges = _judges(split, split[0][0].product(reads, goal).shape[0])
+    return _best(ridges, lambda ridge: [drop(train, test, ridge) for train, test in judges])
 
 
 @dataclass(frozen=True)
@@ -303,6 +307,14 @@ def _best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> flo
         if at != start:
             break
     return ridges[at]
+
+
+def _judges(split: FoldSplit, features: int) -> FoldSplit:
+    """The folds that a ridge is chosen on: all, or of many features, whose factors are dear, as many as are enough."""
+    if features < _WIDE:
+        return split
+    held_out = itertools.accumulate(test.samples for _, test in split)
+    return split[: 1 + sum(samples < _ENOUGH for samples in itertools.islice(held_out, len(split) - 1))]
 
 
 def _drop(xt: Tensor, n: Tensor, p: Product) -> float:

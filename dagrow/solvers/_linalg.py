@@ -22,34 +22,41 @@ class Whitening:
     """A factor ``W`` with ``W (P + ridge) W^T = 1`` on the directions that P holds.
 
     Attributes:
-        factor: Cholesky factor ``L`` of the scaled matrix (``W = L^-1 D``); or eigenvectors ``V^T [r, p]`` if P is
-            singular or known by rows (``W = s^-1/2 V^T D``), as combinations of these rows.
-        scale: the diagonal D ``[p]``.
-        weights: ``s^-1/2 [r]``, of eigenvalues with the ridge; None for the factor of Cholesky.
+        scale: the diagonal D ``[p]`` that brings P to a unit diagonal.
+        basis: orthonormal rows ``Q [r, p]`` that span what ``D P D`` holds, as combinations of rows if P is known by
+            them; None for all of it.
+        root: the Cholesky factor ``R [r, r]`` of ``Q (D P D + ridge) Q^T``; or, if Q holds eigenvectors, the square
+            roots of their eigenvalues ``[r]``. So ``W = R^-1 Q D``.
         note: what had to be done to a singular matrix, or "".
         is_blurred: whether eigenvalues run on into rounding, so that there may be more directions than are kept.
     """
 
-    factor: Product
     scale: Tensor
-    weights: Tensor | None
+    basis: Product | None
+    root: Tensor
     note: str
     is_blurred: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The directions that P holds."""
+        return len(self.root)
 
     def whiten(self, x: Tensor) -> Tensor:
         """``W x`` for ``x [p, m]``."""
         scaled = self.scale[:, None] * x
-        if self.weights is None:
-            assert isinstance(self.factor, Tensor)
-            return torch.linalg.solve_triangular(self.factor, scaled, upper=False)
-        return self.weights[:, None] * (self.factor @ scaled)
+        inside = scaled if self.basis is None else self.basis @ scaled
+        if self.root.ndim == 1:
+            return inside / self.root[:, None]
+        return torch.linalg.solve_triangular(self.root, inside, upper=False)
 
     def back(self, u: Tensor) -> Tensor:
         """``W^T u`` for ``u [rank, m]``."""
-        if self.weights is None:
-            assert isinstance(self.factor, Tensor)
-            return self.scale[:, None] * torch.linalg.solve_triangular(self.factor.T, u, upper=True)
-        return self.scale[:, None] * (self.factor.T @ (self.weights[:, None] * u))
+        if self.root.ndim == 1:
+            inside = u / self.root[:, None]
+        else:
+            inside = torch.linalg.solve_triangular(self.root.T, u, upper=True)
+        return self.scale[:, None] * (inside if self.basis is None else self.basis.T @ inside)
 
     def solve(self, x: Tensor) -> Tensor:
         """``(P + ridge)^-1 x``, the pseudo-inverse where P is singular."""
@@ -67,27 +74,39 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
             features once others are regressed out, the second moment that they had before.
 
     Returns:
-        By Cholesky, or by an eigendecomposition with a relative cut-off if the matrix is singular.
+        By Cholesky of the matrix, or of its rows' products; or by an eigendecomposition with a relative cut-off if the
+        matrix is singular.
     """
     d, unit = len(p), (p.diagonal() if unit is None else unit).clamp_min(0)
     cut = max(resolution or 0.0, torch.finfo(unit.dtype).eps) * max(d, 1)
     alive = unit > (cut**2 * unit.max() if d else 0)
     scale = torch.where(alive, unit, 1).rsqrt() * alive
     if isinstance(p, RowProduct):
-        values, rows = p.spectrum(scale)
-        noise = row_noise(resolution) if p.x.dtype == torch.float64 else cut * float(values[-1:].sum())
-        return _whitened(values, rows, scale, ridge, noise)
+        return _whitened_rows(p, scale, ridge, resolution, cut)
     scaled = (p * scale).mul_(scale[:, None])
     damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
     scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
     factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
     if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
-        return Whitening(factor, scale, None, "")
+        return Whitening(scale, None, factor, "")
     values, some = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
     vectors = some.new_zeros(d, len(values))
     vectors[alive] = some
     noise = cut * min(1.0, (_RANDOM / d) ** 0.5)
     return _whitened(values, vectors, scale, 0.0, noise)
+
+
+def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:
+    """On the span of the rows: by Cholesky where they are far from dependent, or else by eigenvalues."""
+    in_double, found = p.x.dtype == torch.float64, p.triangular(scale)
+    if found is not None:
+        noise = row_noise(resolution) if in_double else cut * float(found.gram.trace())
+        if ridge or found.smallest > _APART * noise:
+            damped = found.gram + ridge * torch.eye(len(found.gram)).to(found.gram)
+            note = "" if ridge or len(damped) == len(scale) else f"rank cut from {len(scale)} to {len(damped)}"
+            return Whitening(scale, found.vectors.T, torch.linalg.cholesky(damped).to(scale), note)
+    values, rows = p.spectrum(scale)
+    return _whitened(values, rows, scale, ridge, row_noise(resolution) if in_double else cut * float(values[-1:].sum()))
 
 
 def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noise: float) -> Whitening:
@@ -103,8 +122,8 @@ def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noi
         values = values[chosen]
         vectors = vectors.columns(chosen) if isinstance(vectors, RowProduct) else vectors[:, chosen]
     note = "" if ridge or rank == len(scale) else f"rank cut from {len(scale)} to {rank}"
-    factor = vectors.T if isinstance(vectors, RowProduct) else vectors.T.to(scale)
-    return Whitening(factor, scale, (values + ridge).rsqrt().to(scale), note, is_blurred)
+    basis = vectors.T if isinstance(vectors, RowProduct) else vectors.T.to(scale)
+    return Whitening(scale, basis, (values + ridge).sqrt().to(scale), note, is_blurred)
 
 
 def leading_subspace(

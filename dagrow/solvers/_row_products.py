@@ -126,6 +126,41 @@ class RowProduct:
         return gram.div_(self.samples)
 
     @cached_property
+    def _triangular(self) -> list[tuple[Tensor, "Triangular | None"]]:
+        return []
+
+    def triangular(self, scale: Tensor) -> "Triangular | None":
+        """An orthonormal basis of what the scaled rows span: ``Q^T = D x^T L^-T`` with ``x D^2 x^T = L L^T``.
+
+        It takes a tenth of the time of :meth:`spectrum`, and is as exact where the rows are far from dependent.
+
+        Args:
+            scale: the diagonal D ``[d]``.
+
+        Returns:
+            The basis; None where rows are so nearly dependent that it might not be orthonormal.
+        """
+        for known, found in self._triangular:
+            if torch.equal(known, scale):
+                return found
+        found = self._orthonormal(scale)
+        self._triangular[:] = [(scale, found)]  # for all ridges
+        return found
+
+    def _orthonormal(self, scale: Tensor) -> "Triangular | None":
+        gram = self._gram(scale)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            return None
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        smallest = 1 / float(inverse.square().sum())  # the largest eigenvalue of the inverse is at most its trace
+        precise = max(torch.finfo(self.x.dtype).eps, torch.finfo(gram.dtype).eps ** 0.5)
+        if not torch.finfo(gram.dtype).eps * float(gram.trace()) <= precise * smallest:
+            return None
+        rows = self.x * (scale / self.samples**0.5).to(self.x)
+        return Triangular(RowProduct(rows, inverse.T.to(self.x), 1), lower.T @ lower, smallest)
+
+    @cached_property
     def _spectra(self) -> list[tuple[Tensor, Tensor, "RowProduct"]]:
         return []
 
@@ -148,6 +183,21 @@ class RowProduct:
         vectors = RowProduct(rows, (left[:, kept] * values[kept].rsqrt()).to(self.x), 1)
         self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
         return values[kept], vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Triangular:
+    """Scaled rows in an orthonormal basis of their span, ``D E x x^T D = Q^T C Q``.
+
+    Attributes:
+        vectors: ``Q^T [d, n]``, as combinations of the rows.
+        gram: ``C = L^T L [n, n]``, in double precision.
+        smallest: its eigenvalues are at least so large.
+    """
+
+    vectors: RowProduct
+    gram: Tensor
+    smallest: float
 
 
 Product = Tensor | RowProduct  #: a matrix, or one that is known by rows

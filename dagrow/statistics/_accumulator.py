@@ -18,6 +18,7 @@ from dagrow.statistics._kept_captures import LeftBatch
 from dagrow.statistics._kept_rows import FeaturePair, KeptRows, most_rows
 from dagrow.statistics._limits import SOLVING, Limits
 from dagrow.statistics._products import add_product, product
+from dagrow.statistics._waiting_batches import WaitingBatches
 
 FLUSH_ROWS = 2048  #: rows are collected up to this number before they are multiplied
 ALIGNED = 16  #: rows start at multiples of so many entries, which makes products faster
@@ -37,7 +38,8 @@ class _BufferedRows:
 class MomentAccumulator:
     """Adds up products of features, batch after batch.
 
-    Rows of layers without space wait in a buffer, so that products are large and few; images are products enough.
+    Rows of layers without space wait in a buffer, so that products are large and few; and so do images whose products
+    are more numbers than they are themselves.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class MomentAccumulator:
         self.sums: dict[FeaturePair, Tensor] = {}
         self.positions: dict[Feature, int] = defaultdict(int)
         self.loss, self.samples, self.resolution = 0.0, 0, 0.0
-        self.kept = KeptRows(self.pairs, folds)
+        self.kept, self.waiting = KeptRows(self.pairs, folds, batches), WaitingBatches()
         self.buffer: list[_BufferedRows] = []
         self.buffered_rows = 0
         self.counts: Tensor | None = None
@@ -94,7 +96,7 @@ class MomentAccumulator:
             self._check_positions(part)
             if not self.samples and part is parts[0][0]:
                 self._check_room([each for each, _ in parts])
-            self._add(pairs, part)
+            self._add(pairs, part, alone=len(parts) == 1 and units is None)
         for scores in scored:
             self._score(scores, parts)
         self.loss, self.samples = self.loss + loss, self.samples + samples
@@ -143,22 +145,28 @@ class MomentAccumulator:
             table.index_add_(0, units.to(table.device), values)
         self.group_scores[scores] = table
 
-    def _add(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
-        """Adds products of rows, position by position, or keeps the rows."""
-        without_space = []
+    def _add(self, pairs: Sequence[FeaturePair], batch: Batch, alone: bool) -> None:
+        """Adds products of rows, position by position, or keeps the rows, or what the batch left."""
         self._release(self.kept.count(batch), batch)
         self.kept.take(batch)
+        summed = [pair for pair in pairs if pair not in self.kept.pairs]
+        of_images = [pair for pair in summed if _have_space(pair, batch)]
+        without_space = [pair for pair in summed if pair not in of_images]
+        if alone and not self.samples:
+            self.waiting.begin(of_images, batch)
+        for joined in self.waiting.add(batch) if alone else self.waiting.rest():
+            self._multiply(self.waiting.pairs, joined)
+        self._multiply([pair for pair in of_images if not alone or pair not in self.waiting.pairs], batch)
+        if without_space:
+            self._collect(without_space, batch)
+
+    def _multiply(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
+        """Adds products of images."""
         for x, y in pairs:
-            if (x, y) in self.kept.pairs:
-                continue
-            if not _have_space((x, y), batch):
-                without_space.append((x, y))
-            elif (x, y) in self.sums:  # many rows a batch: products enough, and kept as they come
+            if (x, y) in self.sums:  # many rows a batch: products enough, and kept as they come
                 self.sums[x, y] += product(x, y, batch)
             else:
                 self.sums[x, y] = product(x, y, batch)
-        if without_space:
-            self._collect(without_space, batch)
 
     def _release(self, pairs: Sequence[FeaturePair], batch: Batch) -> None:
         """Multiplies the rows that were kept of pairs which have too many by now."""
@@ -229,6 +237,8 @@ class MomentAccumulator:
             raise BatchError(f"there are {units} {kind} for {self.folds} folds; give more {kind}, or folds=1.")
         if self.buffer:
             self._flush()
+        for joined in self.waiting.rest():
+            self._multiply(self.waiting.pairs, joined)
         kept = self.kept.rows()
         for (x, y), sides in kept.items():
             _check_finite(x, y, [part.square().sum(0) for side in sides for part in side.folds])

@@ -10,9 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from dagrow.errors import GrowthError
 from dagrow.statistics._captures import Capture
 
@@ -44,12 +41,12 @@ def _alike(calls: Calls) -> list[dict[str, Sequence[int]]]:
         seen = [k for k in range(first) if any(captures[k].seen for captures in calls.values())]
         by_sizes: dict[tuple, list[int]] = defaultdict(list)
         for k in seen or range(first):
-            by_sizes[tuple(_sizes(captures[k]) for captures in calls.values())].append(k)
+            by_sizes[tuple(captures[k].sizes for captures in calls.values())].append(k)
         return [dict.fromkeys(calls, ks) for ks in by_sizes.values()]
     chosen: dict[str, Sequence[int]] = {}
     for name, captures in calls.items():
         chosen[name] = [k for k, each in enumerate(captures) if each.seen] or range(len(captures))
-        if len({_sizes(captures[k]) for k in chosen[name]}) > 1:
+        if len({captures[k].sizes for k in chosen[name]}) > 1:
             told = ", ".join(f"{layer} {count}" for layer, count in counts.items())
             raise GrowthError(
                 f"layers were called in different numbers in a step ({told}), and {name} on inputs of several sizes, "
@@ -59,31 +56,6 @@ def _alike(calls: Calls) -> list[dict[str, Sequence[int]]]:
     return [chosen]
 
 
-def _sizes(capture: Capture) -> tuple[int, ...]:
-    return *capture.inputs.shape[1:], *capture.output_shape[1:]
-
-
 def _joined(calls: Sequence[Capture], runs: Sequence[int]) -> Capture:
     """Some calls, one after another along the first dimension."""
-    captures = [calls[run] for run in runs]
-    first = captures[0]
-    if len(calls) == 1:
-        return first
-    unchanged = all(each.inputs._version == each.version for each in captures)
-    inputs = torch.cat([each.inputs for each in captures])
-    return replace(
-        first,
-        inputs=inputs,
-        version=inputs._version if unchanged else -1,
-        output_shape=(sum(each.output_shape[0] for each in captures), *first.output_shape[1:]),
-        output_gradient=None,
-        input_gradient=None,
-        output_goal=_cat([each.output_goal for each in captures]),
-        input_goal=_cat([each.input_goal for each in captures]),
-        runs=tuple(runs),
-    )
-
-
-def _cat(goals: Sequence[Tensor | None]) -> Tensor | None:
-    found = [goal for goal in goals if goal is not None]
-    return torch.cat(found) if found else None
+    return calls[0] if len(calls) == 1 else replace(Capture.joined([calls[run] for run in runs]), runs=tuple(runs))

@@ -121,6 +121,32 @@ class Capture:
         version = ordered["inputs"]._version if self.inputs._version == self.version else -1
         return replace(self, version=version, output_shape=shape, sample_dim=layout.dim, **ordered)
 
+    @classmethod
+    def joined(cls, captures: Sequence["Capture"]) -> "Capture":
+        """Several of one layer, one after another along the first dimension, in memory of their own."""
+        first, unchanged = captures[0], all(each.inputs._version == each.version for each in captures)
+        inputs = torch.cat([each.inputs for each in captures])
+        return replace(
+            first,
+            inputs=inputs,
+            version=inputs._version if unchanged else -1,
+            output_shape=(sum(each.output_shape[0] for each in captures), *first.output_shape[1:]),
+            output_gradient=None,
+            input_gradient=None,
+            output_goal=_cat([each.output_goal for each in captures]),
+            input_goal=_cat([each.input_goal for each in captures]),
+        )
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return sum(t.numel() for t in (self.inputs, self.output_goal, self.input_goal) if t is not None)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of its input and its output, but for the first dimension."""
+        return *self.inputs.shape[1:], *self.output_shape[1:]
+
     def subset(self, samples: slice | Tensor, count: int) -> "Capture":
         """Some of ``count`` samples, each of which may be several entries of the first dimension."""
         if len(self.inputs) % count:
@@ -138,6 +164,11 @@ class Capture:
         inputs = selected["inputs"]
         shape = (self.output_shape[0] // len(self.inputs) * len(inputs), *self.output_shape[1:])
         return replace(self, version=inputs._version, output_shape=shape, **selected)
+
+
+def _cat(goals: Sequence[Tensor | None]) -> Tensor | None:
+    found = [goal for goal in goals if goal is not None]
+    return torch.cat(found) if found else None
 
 
 class _Subsets(dict[str, Capture]):

@@ -24,10 +24,11 @@ class KeptRows:
     Args:
         pairs: of features.
         folds: how many.
+        batches: how many will come, if that is known.
     """
 
-    def __init__(self, pairs: Iterable[FeaturePair], folds: int) -> None:
-        self.pairs, self.folds = list(pairs), folds
+    def __init__(self, pairs: Iterable[FeaturePair], folds: int, batches: int | None = None) -> None:
+        self.pairs, self.folds, self.batches = list(pairs), folds, batches or 1
         self._parts: dict[Feature, list[list[Tensor]]] = {}
         self._room: dict[Feature, int] = {}  #: how many more rows of a feature may be kept
 
@@ -43,6 +44,8 @@ class KeptRows:
         for feature in dict.fromkeys(feature for pair in self.pairs for feature in pair):
             if feature not in self._room:
                 self._room[feature] = _room(feature, batch)
+                if self._room[feature] < self.batches * feature.count(batch):  # too many in the end
+                    self._room[feature] = 0
             self._room[feature] -= feature.count(batch)
         return [pair for pair in self.pairs if min(self._room[feature] for feature in pair) < 0]
 

@@ -41,45 +41,57 @@ class Offsets:
     """One dimension of space in :func:`lagged`.
 
     Attributes:
-        first, second: offsets e and d; those of d increase evenly.
+        first, second: offsets e and d; both increase or decrease evenly, those of d increase.
         weights: ``w(s)`` for s from 0; it is 0 outside and should be 1 at most places.
+        strides: m and n, by which the places s lie apart on the left and on the right image.
     """
 
     first: tuple[int, ...]
     second: tuple[int, ...]
     weights: tuple[float, ...]
+    strides: tuple[int, int] = (1, 1)
+
+    @property
+    def step(self) -> int:
+        """By how much the right image moves with a step of the left one."""
+        return prod(self.strides)
 
     @cached_property
     def lags(self) -> range:
-        """All lags ``e + d``, by their common step."""
-        sums = sorted({e + d for e in self.first for d in self.second})
+        """All lags ``n e + d``, by their common step."""
+        sums = sorted({self.strides[1] * e + d for e in self.first for d in self.second})
         return range(sums[0], sums[-1] + 1, gcd(*(lag - sums[0] for lag in sums)) or 1)
 
     def window(self, i: int) -> slice:
         """Which of the lags belong to the i-th offset e and to all d, evenly spaced."""
-        lags = [self.lags.index(self.first[i] + d) for d in self.second]
-        return slice(lags[0], lags[-1] + 1, lags[1] - lags[0] if len(lags) > 1 else 1)
+        return _evenly([self.lags.index(self.strides[1] * self.first[i] + d) for d in self.second])
 
     def strips(self, left: int, right: int) -> list[Strip]:
         """Where the weight is not 1, for images of these sizes."""
+        m, n = self.strides
         strips = []
-        for s in range(min(self.first) - 1 - left, len(self.weights) + left + max(self.first) + 1):
+        for s in range(min(self.first), m * (left - 1) + max(self.first) + 1):
             weight = self.weights[s] if 0 <= s < len(self.weights) else 0.0
-            first = [i for i, e in enumerate(self.first) if 0 <= s - e < left]
-            second = [j for j, d in enumerate(self.second) if 0 <= s + d < right]
+            first = [i for i, e in enumerate(self.first) if (s - e) % m == 0 and 0 <= s - e < m * left]
+            second = [j for j, d in enumerate(self.second) if 0 <= n * s + d < right]
             if weight != 1 and first and second:
-                lines = [s - self.first[i] for i in first], [s + self.second[j] for j in second]
-                spans = slice(first[0], first[-1] + 1), slice(second[0], second[-1] + 1)
-                strips.append(Strip(weight - 1, *spans, *lines))
+                lines = [(s - self.first[i]) // m for i in first], [n * s + self.second[j] for j in second]
+                strips.append(Strip(weight - 1, _evenly(first), _evenly(second), *lines))
         return strips
 
 
-def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1) -> Tensor:
-    """``sum over n and u of w(u + e) left(u) right(u + e + d)^T``, ``[G, a, *E, b, *D]``, of ``[n, G a, *space]``.
+def _evenly(numbers: Sequence[int]) -> slice:
+    """Numbers that increase evenly, as a slice."""
+    return slice(numbers[0], numbers[-1] + 1, numbers[1] - numbers[0] if len(numbers) > 1 else 1)
 
-    Images are zero outside; weights are products over the dimensions. With ``s = u + e`` each of them is
-    ``w(s) = 1 + (w(s) - 1)``. The product of these sums has a term for every choice, dimension by dimension, of the 1,
-    where the sum over u depends on the lag ``e + d`` alone, or of one strip s, where a line of each image is left.
+
+def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int, sums: Tensor) -> Tensor:
+    """``sum over n and u of w(s) left(u) right(n s + d)^T``, ``s = m u + e``, for all offsets e and d.
+
+    Images ``[n, G a, *space]`` are zero outside; weights are products over the dimensions; the strides m and n are 1 by
+    default. Each weight is ``w(s) = 1 + (w(s) - 1)``. The product of these sums has a term for every choice, dimension
+    by dimension, of the 1, where the sum over u depends on the lag ``n e + d`` alone, or of one strip s, where a line
+    of each image is left.
 
     Example:
         A kernel of two taps slides over the entries 1, 2, 3: the patches are (1, 2) and (2, 3), and their products sum
@@ -99,20 +111,24 @@ def lagged(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int = 1
 
         >>> [(strip.factor, strip.left, strip.right) for strip in taps.strips(3, 3)]
         [(-1.0, [0], [0]), (-1.0, [2], [2])]
-        >>> lagged(image, image, [taps]).view(2, 2)  # 14 - 9 and 14 - 1 on the diagonal
+        >>> lagged(image, image, [taps], 1, torch.empty(1, 1, 2, 2, 1)).view(2, 2)  # 14 - 9 and 14 - 1 on the diagonal
         tensor([[ 5.,  8.],
                 [ 8., 13.]])
 
+    Args:
+        left: images ``[n, G a, *space]``.
+        right: others ``[n, G b, *space]``.
+        dims: offsets, weights and strides, by dimension of space.
+        groups: ``G``.
+        sums: ``[G, b, *D, *E, a]``, written over; fastest where they lie in memory in this order.
+
     Returns:
-        The sums.
+        ``sums``.
     """
-    sizes = [*(len(offsets.first) for offsets in dims), *(len(offsets.second) for offsets in dims)]
-    total = left.new_zeros(*sizes, groups, left.shape[1] // groups, right.shape[1] // groups)
     strips = [[None, *o.strips(*lines)] for o, *lines in zip(dims, left.shape[2:], right.shape[2:], strict=True)]
-    for term in itertools.product(*strips):
-        _add_term(total, left, right, dims, term, groups)
-    e, d = axis_names("e", range(len(dims))), axis_names("d", range(len(dims)))
-    return rearrange(total, f"{e} {d} g a b -> g a {e} b {d}")
+    for term in itertools.product(*strips):  # the first one is that of all positions
+        _add_term(sums, left, right, dims, term, groups)
+    return sums
 
 
 def axis_names(letter: str, dims: Iterable[int]) -> str:
@@ -121,9 +137,9 @@ def axis_names(letter: str, dims: Iterable[int]) -> str:
 
 
 def _add_term(
-    total: Tensor, left: Tensor, right: Tensor, dims: Sequence[Offsets], term: Sequence[Strip | None], groups: int
+    sums: Tensor, left: Tensor, right: Tensor, dims: Sequence[Offsets], term: Sequence[Strip | None], groups: int
 ) -> None:
-    """Adds one term of :func:`lagged` to ``[*E, *D, G, a, b]``: of a strip, or of all positions, in each dimension."""
+    """Adds one term of :func:`lagged`, of a strip, or of all positions, in each dimension; that of all is written."""
     strips = {dim: strip for dim, strip in enumerate(term) if strip is not None}
     whole = [dim for dim, strip in enumerate(term) if strip is None]
     x = _lines_as_channels(left, {dim: strip.left for dim, strip in strips.items()}, groups)
@@ -134,16 +150,20 @@ def _add_term(
     e, d = axis_names("e", strips), axis_names("d", strips)
     by_lag = rearrange(
         _by_lag(x, y, [dims[dim] for dim in whole], groups),
-        f"{axis_names('d', whole)} g ({e} a) ({d} b) -> {e} {axis_names('d', range(len(dims)))} g a b",
+        f"{axis_names('d', whole)} g ({e} a) ({d} b) -> g b {axis_names('d', range(len(dims)))} {e} a",
         **lines,
-    )
+    ).contiguous()
     factor = prod(strip.factor for strip in strips.values())
     second = [slice(None) if strip is None else strip.second for strip in term]
     for taps in itertools.product(*(range(len(dims[dim].first)) for dim in whole)):
         tap = dict(zip(whole, taps, strict=True))
         first = [tap[dim] if strip is None else strip.first for dim, strip in enumerate(term)]
         windows = [dims[dim].window(tap[dim]) if dim in tap else slice(None) for dim in range(len(dims))]
-        total[(*first, *second)].add_(by_lag[(*[slice(None)] * len(strips), *windows)], alpha=factor)
+        some, found = sums[(slice(None), slice(None), *second, *first)], by_lag[(slice(None), slice(None), *windows)]
+        if strips:
+            some.add_(found, alpha=factor)
+        else:
+            some.copy_(found)
 
 
 def _lines_as_channels(image: Tensor, lines: Mapping[int, list[int]], groups: int) -> Tensor:
@@ -158,18 +178,18 @@ def _lines_as_channels(image: Tensor, lines: Mapping[int, list[int]], groups: in
 
 
 def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -> Tensor:
-    """``sum over n, u of left(u) right(u + lag)^T`` ``[*lags, G, a, b]``; of an image with itself, half of the lags."""
+    """``sum over n, u of left(u) right(m n u + lag)^T`` ``[*lags, G, a, b]``; an image with itself by half of them."""
     if not dims:
         return rearrange(left, "n (g a) -> g a n", g=groups) @ rearrange(right, "n (g b) -> g n b", g=groups)
-    lags = [offsets.lags for offsets in dims]
+    lags, strides = [offsets.lags for offsets in dims], [offsets.step for offsets in dims]
     mirrored = left is right and all(line[0] == -line[-1] for line in lags)
     used = [lags[0][len(lags[0]) // 2 :], *lags[1:]] if mirrored else lags
     margins = [
-        (-line[0], before + line[-1] - size)
-        for line, before, size in zip(used, left.shape[2:], right.shape[2:], strict=True)
+        (-line[0], stride * (before - 1) + 1 + line[-1] - size)
+        for line, stride, before, size in zip(used, strides, left.shape[2:], right.shape[2:], strict=True)
     ]
-    kernel, steps = [len(line) for line in used], [line.step for line in used]
-    sums = weight_gradient(right, left, margins, kernel, steps, groups)
+    kernel, gaps = [len(line) for line in used], [line.step for line in used]
+    sums = weight_gradient(right, left, margins, kernel, gaps, groups, strides)
     sums = rearrange(sums, "(g a) b ... -> ... g a b", g=groups)
     if not mirrored:
         return sums
@@ -198,12 +218,8 @@ def patch_gram(
     for dim, line in enumerate(weights):
         offsets = plain.offsets(dim)
         dims.append(Offsets(tuple(-offset for offset in offsets), offsets, tuple(line)))
-    sums = lagged(left, right, dims, groups)
-    return sums if geometry.stuffing is None else flip_taps(sums, "ed")
-
-
-def flip_taps(sums: Tensor, sides: str) -> Tensor:
-    """Sums ``[G, a, *E, b, *D]`` with taps counted from behind, those of the sides that are named."""
-    space = (sums.ndim - 3) // 2
-    axes = ["g", "a", *["e"] * space, "b", *["d"] * space]
-    return sums.flip([axis for axis, name in enumerate(axes) if name in sides])
+    a, b = (image.shape[1] // groups for image in (left, right))
+    sums = lagged(right, left, dims, groups, left.new_empty(groups, a, *geometry.kernel, *geometry.kernel, b))
+    taps, others = range(2, 2 + len(dims)), range(2 + len(dims), 2 + 2 * len(dims))
+    sums = sums if geometry.stuffing is None else sums.flip((*taps, *others))  # taps are counted from behind
+    return sums.permute(0, 1, *taps, -1, *others)

@@ -16,7 +16,7 @@ from dagrow.layers import Geometry
 from dagrow.solvers import add_gram, complete
 from dagrow.statistics._captures import Batch
 from dagrow.statistics._features import Feature, LayerInputs
-from dagrow.statistics._patch_products import Offsets, axis_names, flip_taps, lagged, patch_gram
+from dagrow.statistics._patch_products import Offsets, lagged, patch_gram
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 
 ENTRIES = 2**20  #: of rows that are held at once
@@ -190,18 +190,23 @@ def _pulled_by_lag(x: MovedFeatures, y: PulledGoal, batch: Batch) -> Tensor | No
     if patches is None or sizes is None or goals is None or reader is None or reader.stuffing is not None:
         return None
     writer = patches.geometry
-    if any(step != 1 for step in (*writer.stride, *reader.stride)) or reader.mode != "zeros":
+    if reader.mode != "zeros":
         return None
     goals = batch.grouped(_exact(goals)).to(patches.image)
     image, plain = writer.plain(patches.image)
-    dims = [Offsets(reader.offsets(dim), plain.offsets(dim), (1.0,) * size) for dim, size in enumerate(sizes)]
-    sums = lagged(goals, image, dims, patches.groups)
-    sums = sums if writer.stuffing is None else flip_taps(sums, "d")
-    e, d = axis_names("e", range(writer.space)), axis_names("d", range(writer.space))
-    sums = rearrange(sums, f"g o {e} c {d} -> g c {d} {e} o")
-    rows, columns = sums.shape[1 : 2 + writer.space], sums.shape[2 + writer.space :]
-    products = image.new_empty(patches.groups, rows.numel() + patches.bias, columns.numel())
-    products[:, : rows.numel()].unflatten(2, columns).unflatten(1, rows).copy_(sums)
+    dims = [
+        Offsets(reader.offsets(dim), plain.offsets(dim), (1.0,) * size, (reader.stride[dim], writer.stride[dim]))
+        for dim, size in enumerate(sizes)
+    ]
+    rows = (image.shape[1] // patches.groups, *writer.kernel)
+    columns = (*reader.kernel, goals.shape[1] // patches.groups)
+    products = image.new_empty(patches.groups, prod(rows) + patches.bias, prod(columns))
+    core = products[:, : prod(rows)].unflatten(2, columns).unflatten(1, rows)
+    if writer.stuffing is None:
+        lagged(goals, image, dims, patches.groups, core)
+    else:  # taps are counted from behind
+        behind = range(2, 2 + writer.space)
+        core.copy_(lagged(goals, image, dims, patches.groups, torch.empty_like(core)).flip(tuple(behind)))
     if patches.bias:
         by_position = goals.sum(0).flatten(1)
         by_tap = torch.stack([by_position[:, cell >= 0].sum(1) for cell in x.position_map.index.T])

@@ -63,3 +63,34 @@ def test_the_ridge_that_explains_most_of_the_other_folds_is_chosen() -> None:
     best = max(alone, key=lambda held: held.gain)
     found = validate_move(of(d, 4).split(), B, V, ridges)
     assert (found.ridge, found.gain) == (best.ridge, best.gain)
+
+
+def held_out_move(d: Data, folds: int, used: int, ridge: float) -> float:
+    """What moves fitted on the other folds explain of the first few folds."""
+    drops = []
+    for train, test in folds_of(d, folds)[:used]:
+        size = np.sqrt((truth.flat(train.b) ** 2).mean(0))
+        x = truth.regress(train.b / size, train.v, ridge) / size
+        drops.append(truth.energy(test.v) - truth.energy(test.v - test.b @ x.T))
+    return float(np.mean(drops))
+
+
+@pytest.mark.parametrize(("n", "i", "used"), [(300, 260, 1), (120, 260, 3), (80, 260, 4), (300, 40, 4)])
+def test_the_ridge_for_many_features_is_chosen_on_enough_samples(n: int, i: int, used: int) -> None:
+    """On as many folds as have 64 held-out samples; for few features on all."""
+    d = data(n=n, i=i, p=2, seed=20)
+    found = validate_move(of(d, 4).split(), B, V, (0.3, 3.0, 30.0))
+    near(found.gain, held_out_move(d, 4, used, found.ridge))
+    assert found.ridge == max((0.3, 3.0, 30.0), key=lambda ridge: held_out_move(d, 4, used, ridge))
+
+
+def test_directions_of_many_features_have_the_ridge_of_one_fold_and_the_drop_of_all() -> None:
+    d, ridges = data(n=300, i=2, p=260, seed=21), (0.3, 3.0, 30.0)
+    split, regressions = of(d, 4).split(), [Regression(P, B, V)]
+    found = validate_directions(split, regressions, 2, ridges)
+    alone = {ridge: validate_directions(split[:1], regressions, 2, (ridge,)).gain for ridge in ridges}
+    assert found.ridge == max(alone, key=alone.__getitem__)
+    of_all = validate_directions(split, regressions, 2, (found.ridge,))
+    near(found.gain, of_all.gain)
+    for (alpha, (omega,)), (other, (others,)) in zip(found.fits, of_all.fits, strict=True):
+        near(omega @ alpha.T, others @ other.T, 1e-6)

@@ -37,7 +37,7 @@ def test_vectors_in_the_span_are_whitened_as_by_the_matrix(ridge: float) -> None
         near(known.solve(n), matrix.solve(n), 1e-10)
         near(known.whiten(n).norm(), matrix.whiten(n).norm(), 1e-10)
         assert known.note == matrix.note == ("" if ridge else "rank cut from 15 to 6")
-    assert whitening(product, ridge).factor.shape[0] == 6
+    assert whitening(product, ridge).rank == 6
 
 
 def test_the_mean_of_products() -> None:
@@ -58,11 +58,11 @@ def test_rows_in_single_precision_span_what_they_span_in_double() -> None:
     x, eps = (1 + 1e-3 * drawn(6, 400, 0)).float().double(), torch.finfo(torch.float32).eps
     product = RowProduct(x, x, 6)
     assert product.is_independent(eps)
-    assert whitening(product, resolution=eps).factor.shape[0] == 6
+    assert whitening(product, resolution=eps).rank == 6
     x[3] = x[2]
     product = RowProduct(x, x, 6)
     assert not product.is_independent(eps)
-    assert whitening(product, resolution=eps).factor.shape[0] == 5
+    assert whitening(product, resolution=eps).rank == 5
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
@@ -81,3 +81,29 @@ def test_rows_of_zeros_span_nothing(dtype: torch.dtype) -> None:
     product = RowProduct(torch.zeros(4, 300, dtype=dtype), torch.zeros(4, 300, dtype=dtype), 4)
     assert not product.is_independent(1e-7)
     assert not whitening(product, resolution=1e-7).solve(torch.ones(300, 2, dtype=dtype)).any()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("apart", [1.0, 0.1])
+def test_three_forms_agree(apart: float, ridge: float) -> None:
+    """Rows by Cholesky, rows by eigenvalues, and the matrix."""
+    x = drawn(20, 300, 0)
+    x, goals = torch.cat([x, x + apart * drawn(20, 300, 1)]), drawn(40, 3, 2)
+    product, n = RowProduct(x, x, 40), x.T @ goals / 40
+    rows, matrix = whitening(product, ridge), whitening(dense(product), ridge)
+    product._triangular[:] = [(rows.scale, None)]  # as if rows were nearly dependent
+    values = whitening(product, ridge)
+    assert (rows.root.ndim, values.root.ndim) == (2, 1)
+    assert rows.rank == values.rank == 40
+    for known in (rows, values):
+        near(known.solve(n), matrix.solve(n))
+        near(known.whiten(n).T @ known.whiten(n), n.T @ matrix.solve(n))
+        damped = dense(product) + ridge * torch.diag(product.diagonal())
+        near(known.whiten(damped @ known.back(torch.eye(40).double())), torch.eye(40))
+
+
+@pytest.mark.parametrize(("apart", "dtype"), [(1e-5, torch.float64), (1e-4, torch.float32)])
+def test_rows_that_are_nearly_dependent_are_whitened_by_eigenvalues(apart: float, dtype: torch.dtype) -> None:
+    x = drawn(20, 300, 0)
+    x = torch.cat([x, x + apart * drawn(20, 300, 1)]).to(dtype)
+    assert whitening(RowProduct(x, x, 40), 1e-4).root.ndim == 1
