@@ -148,8 +148,9 @@ class Geometry:
         """
         first = image.ndim - self.space  # each dimension of space is taken from the front, and its taps come last
         for table, line in zip(self.tables(image.shape[first:]), weights, strict=True):
-            read = functional.one_hot(table + 1, image.shape[first] + 1)[..., 1:].to(image)
-            image = torch.tensordot(image, torch.tensordot(image.new_tensor(line), read, 1), ([first], [1]))
+            is_read = (table[..., None] == torch.arange(image.shape[first])).double()
+            read = torch.tensordot(torch.tensor(line, dtype=torch.float64), is_read, 1)
+            image = torch.tensordot(image, read.to(image), ([first], [1]))
         return image.flatten(first)
 
     def padded(self, image: Tensor) -> Tensor:

@@ -169,9 +169,9 @@ class _Patches:
         if self.bias:
             products[:, -1, : columns.shape[1]] = columns
         if bias and self.bias:
-            samples = torch.tensor([len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)])
-            images = len(self.image) // int(samples[0])  # of a sample
-            products[:, -1, -1] = samples.to(products) * images * prod(map(sum, lines))
+            samples = [len(range(i, self.batch.samples, self.groups)) for i in range(self.groups)]
+            images = len(self.image) // samples[0]  # of a sample
+            products[:, -1, -1] = products.new_tensor(samples) * images * prod(map(sum, lines))
         return products, core
 
 
