@@ -5,7 +5,7 @@ instead of ``dx dy``, and their Gram ``[n, n]`` has its eigenvalues, for ``n^2 d
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dagrow.solvers._grams import add_gram, complete
+
+_WEIGHED = 256  #: columns whose magnitudes are all summed, and of the others those that are
 
 
 def row_noise(resolution: float | None) -> float:
@@ -92,10 +94,20 @@ class RowProduct:
         """Its diagonal."""
         return (self.x * self.y).sum(0) / self.samples
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The matrix, some rows of it at a time, as many as there are rows of x."""
-        for columns in self.x.split(max(1, len(self.x)), 1):
-            yield columns.T @ self.y / self.samples
+    def magnitudes_times(self, columns: Tensor) -> Tensor:
+        """``|P| C``, with the magnitudes of its entries, about: they are not all made, but where C is large.
+
+        Args:
+            columns: ``[dy, k]``, none negative.
+
+        Returns:
+            ``[dx, k]``; of all but the few hundred columns of P that weigh most, each of some stands for several.
+        """
+        order = (columns.amax(1) * self.y.square().sum(0).sqrt()).argsort(descending=True)
+        first, rest = order[:_WEIGHED], order[_WEIGHED:]
+        some = rest[:: -(-len(rest) // _WEIGHED) or 1]
+        magnitudes = [self.columns(chosen).dense().abs() @ columns[chosen] for chosen in (first, some)]
+        return magnitudes[0] + magnitudes[1] * (len(rest) / max(1, len(some)))
 
     def dense(self) -> Tensor:
         """The matrix ``[dx, dy]``."""
@@ -216,17 +228,16 @@ def dense(product: Product) -> Tensor:
 
 
 def magnitudes_times(product: Product, columns: Tensor) -> Tensor:
-    """``|P| C``, with the magnitudes of a product's entries.
+    """``|P| C``, with the magnitudes of a product's entries; about, of many that are known by rows.
 
     Args:
         product: in any form.
-        columns: ``[dy, k]``.
+        columns: ``[dy, k]``, none negative.
 
     Returns:
         ``[dx, k]``.
     """
-    blocks = product.blocks() if isinstance(product, RowProduct) else [product]
-    return torch.cat([block.abs() @ columns for block in blocks])
+    return product.magnitudes_times(columns) if isinstance(product, RowProduct) else product.abs() @ columns
 
 
 def mean_of(products: Sequence[Product]) -> Product:

@@ -22,7 +22,7 @@ def test_a_product_is_its_matrix(n: int, d: int) -> None:
     near(dense(product.T), matrix.T)
     near(product @ columns, matrix @ columns)
     near(dense(product.columns(torch.tensor([2, 0]))), matrix[:, [2, 0]])
-    near(magnitudes_times(product, columns), matrix.abs() @ columns)
+    near(magnitudes_times(product, columns.abs()), matrix.abs() @ columns.abs())
     near(RowProduct(x, x, 8).diagonal(), (x.T @ x / 8).diagonal())
 
 
@@ -107,3 +107,14 @@ def test_rows_that_are_nearly_dependent_are_whitened_by_eigenvalues(apart: float
     x = drawn(20, 300, 0)
     x = torch.cat([x, x + apart * drawn(20, 300, 1)]).to(dtype)
     assert whitening(RowProduct(x, x, 40), 1e-4).root.ndim == 1
+
+
+@pytest.mark.parametrize("heavy", [0, 3])
+def test_magnitudes_of_many_columns_are_summed_nearly(heavy: int) -> None:
+    """Also where a few columns, or a few weights, are by far the largest."""
+    x, columns = drawn(50, 2000, 0), drawn(2000, 4, 1).abs()
+    x[:, 100:400] *= 10.0**heavy
+    columns[1000:1010] *= 10.0**heavy
+    found, expected = magnitudes_times(RowProduct(x, x, 50), columns), (x.T @ x / 50).abs() @ columns
+    near((columns * found).sum(0) / (columns * expected).sum(0), torch.ones(4), 0.1)
+    near(found / expected, torch.ones(2000, 4), 0.3)
