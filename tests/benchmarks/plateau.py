@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import cnn
 import torch
@@ -92,7 +92,7 @@ class Arm:
 
     label: str
     neurons: AddNeurons | None = None
-    samples: int | str | None = None
+    samples: Literal["auto"] | None = None
     scratch: bool = False
 
 
@@ -176,7 +176,7 @@ def enlarged(task: Task, arm: Arm, split: Split, model: nn.Sequential, seed: int
 
 
 def run(job: tuple) -> dict[str, Any]:
-    """One seed of one arm: all budgets at its rate; or, without a rate, at each the budget by which rates are chosen."""
+    """One seed of one arm: all budgets at its rate; or, without one, the budget by which rates are chosen, at each."""
     name, variant, seed, folder, rate = job
     torch.set_num_threads(1)
     task, arm, split = TASKS[name], ARMS[variant], Split(TASKS[name], folder, seed)
