@@ -46,7 +46,7 @@ def _target(output: Tensor) -> Tensor:
     return torch.randn(output.shape[1:], generator=generator, dtype=torch.float64).to(output)
 
 
-def study(spec: Spec) -> Iterator[dict[str, Any]]:
+def study(spec: Spec, memory: int | None) -> Iterator[dict[str, Any]]:
     """What was proposed, in steps that each hold if a later one does not end."""
     *_, build, inputs = spec
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def study(spec: Spec) -> Iterator[dict[str, Any]]:
     growable, faults, counts = [axis for axis in dag.axes if axis.growable], dict[str, str](), _Counts()
     for init, operator in OPERATORS.items():
         fitting = [axis for axis in growable if init in axis.inits or "random" in axis.inits]
-        growths = dagrow.propose(dag, batches, step=step, operators=[operator]) if fitting else []
+        growths = dagrow.propose(dag, batches, step=step, operators=[operator], max_memory=memory) if fitting else []
         faults |= {note.partition(": ")[0]: note for note in getattr(growths, "left_out", ())}
         faults |= {a.name: "nothing was proposed" for a in _without(fitting, growths) if a.name not in faults}
         counts.places += len(fitting)
@@ -120,12 +120,12 @@ def _compare(growth: Growth, faults: dict[str, str]) -> None:
         faults[growth.where] = "undo does not restore every bit"
 
 
-def alone(zoo: Path, suite: str, name: str) -> None:
+def alone(zoo: Path, suite: str, name: str, memory: int | None) -> None:
     """Runs one model in this process; each line of the output is a part of the result."""
     logging.getLogger("dagrow").setLevel(logging.ERROR)
     spec = next(spec for spec in specs(zoo) if spec[:2] == (suite, name))
     try:
-        for part in study(spec):
+        for part in study(spec, memory):
             print(json.dumps(part), flush=True)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -135,6 +135,7 @@ def alone(zoo: Path, suite: str, name: str) -> None:
 def watched(arguments: argparse.Namespace, suite: str, name: str) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
     command = [__file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
+    command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
     result, seconds = in_own_process(command, arguments.limit, "not_proposed")
     known_by = {"suite": suite, "name": name, "version": source_version(), "not_proposed": None}
     return {**known_by, **result, "proposing": seconds}
@@ -145,11 +146,12 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, required=True, help="folder with models.py")
     parser.add_argument("--out", type=Path, help="results, one JSON object a line")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each model")
+    parser.add_argument("--memory", type=int, help="bytes that sums and solves may take; what is free by default")
     parser.add_argument("--only", nargs="*", default=(), metavar="SUITE/NAME", help="these models, in this order")
     parser.add_argument("--alone", nargs=2, metavar=("SUITE", "NAME"), help="one model, in this process")
     arguments = parser.parse_args()
     if arguments.alone:
-        return alone(arguments.zoo, *arguments.alone)
+        return alone(arguments.zoo, *arguments.alone, arguments.memory)
     runs = {f"{run['suite']}/{run['name']}": run for run in known(arguments.out)}
     todo = arguments.only or [
         name
