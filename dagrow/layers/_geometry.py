@@ -148,9 +148,9 @@ class Geometry:
         """
         first = image.ndim - self.space  # each dimension of space is taken from the front, and its taps come last
         for table, line in zip(self.tables(image.shape[first:]), weights, strict=True):
-            is_read = (table[..., None] == torch.arange(image.shape[first])).double()
-            read = torch.tensordot(torch.tensor(line, dtype=torch.float64), is_read, 1)
-            image = torch.tensordot(image, read.to(image), ([first], [1]))
+            read = torch.zeros(table.shape[1], image.shape[first] + 1, dtype=torch.float64)  # the first is outside
+            read.scatter_add_(1, table.T + 1, torch.tensor(line, dtype=torch.float64).expand(table.shape[1], -1))
+            image = torch.tensordot(image, read[:, 1:].to(image), ([first], [1]))
         return image.flatten(first)
 
     def padded(self, image: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ RIDGES: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NEURON_RIDGES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SKETCHED_GOALS = 32  #: combinations of goals by which a layer's own ridge is chosen
 MAX_RANK = 64  #: neurons considered at once when their number is open
-_WIDE, _ENOUGH = 256, 64  #: features from which on a ridge is chosen on so many held-out samples, and not on all
+_WIDE, _ENOUGH = 256, 64  #: features from which on a ridge is chosen on so many held-out samples, or groups of them
 
 
 def neuron_ridges(ridge: float | None, folds: int) -> tuple[float, ...]:
@@ -50,7 +50,7 @@ class HeldOutDrop:
 
     Attributes:
         ridge: the best.
-        gain: the drop of the bottleneck on samples that the fit has not seen, mean over the folds that judged.
+        gain: the drop of the bottleneck on samples that the fit has not seen, mean over folds.
     """
 
     ridge: float
@@ -222,7 +222,8 @@ def validate_move(split: FoldSplit, reads: Hashable, goal: Hashable, ridges: Seq
         return _drop(dW, test[reads, goal], test.product(reads, reads))
 
     judges = _judges(split, split[0][0].product(reads, goal).shape[0])
-    return _best(ridges, lambda ridge: [drop(train, test, ridge) for train, test in judges])
+    ridge = _best(ridges, lambda ridge: [drop(*views, ridge) for views in judges]).ridge
+    return _best((ridge,), lambda ridge: [drop(*views, ridge) for views in split])
 
 
 @dataclass(frozen=True)
@@ -313,8 +314,8 @@ def _judges(split: FoldSplit, features: int) -> FoldSplit:
     """The folds that a ridge is chosen on: all, or of many features, whose factors are dear, as many as are enough."""
     if features < _WIDE:
         return split
-    held_out = itertools.accumulate(test.samples for _, test in split)
-    return split[: 1 + sum(samples < _ENOUGH for samples in itertools.islice(held_out, len(split) - 1))]
+    held_out = itertools.accumulate(test.units for _, test in split)
+    return split[: 1 + sum(units < _ENOUGH for units in itertools.islice(held_out, len(split) - 1))]
 
 
 def _drop(xt: Tensor, n: Tensor, p: Product) -> float:

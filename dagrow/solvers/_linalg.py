@@ -22,9 +22,9 @@ class Whitening:
     """A factor ``W`` with ``W (P + ridge) W^T = 1`` on the directions that P holds.
 
     Attributes:
-        scale: the diagonal D ``[p]`` that brings P to a unit diagonal.
-        basis: orthonormal rows ``Q [r, p]`` that span what ``D P D`` holds, as combinations of rows if P is known by
-            them; None for all of it.
+        scale: the diagonal D ``[p]`` that brings P to a unit diagonal; ``D^2`` if P is known by rows.
+        basis: orthonormal rows ``Q [r, p]`` that span what ``D P D`` holds; if P is known by rows, ``Q D^-1``, which
+            are combinations of them; None for all of it.
         root: the Cholesky factor ``R [r, r]`` of ``Q (D P D + ridge) Q^T``; or, if Q holds eigenvectors, the square
             roots of their eigenvalues ``[r]``. So ``W = R^-1 Q D``.
         note: what had to be done to a singular matrix, or "".
@@ -45,18 +45,18 @@ class Whitening:
     def whiten(self, x: Tensor) -> Tensor:
         """``W x`` for ``x [p, m]``."""
         scaled = self.scale[:, None] * x
-        inside = scaled if self.basis is None else self.basis @ scaled
+        inside = (scaled if self.basis is None else self.basis @ scaled).to(self.root)
         if self.root.ndim == 1:
-            return inside / self.root[:, None]
-        return torch.linalg.solve_triangular(self.root, inside, upper=False)
+            return (inside / self.root[:, None]).to(x)
+        return torch.linalg.solve_triangular(self.root, inside, upper=False).to(x)
 
     def back(self, u: Tensor) -> Tensor:
         """``W^T u`` for ``u [rank, m]``."""
         if self.root.ndim == 1:
             inside = u / self.root[:, None]
         else:
-            inside = torch.linalg.solve_triangular(self.root.T, u, upper=True)
-        return self.scale[:, None] * (inside if self.basis is None else self.basis.T @ inside)
+            inside = torch.linalg.solve_triangular(self.root.T, u.to(self.root), upper=True)
+        return self.scale[:, None] * (inside if self.basis is None else self.basis.T @ inside).to(u)
 
     def solve(self, x: Tensor) -> Tensor:
         """``(P + ridge)^-1 x``, the pseudo-inverse where P is singular."""
@@ -97,20 +97,21 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
 
 
 def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:
-    """On the span of the rows: by Cholesky where they are far from dependent, or else by eigenvalues."""
+    """On the span of the rows: by Cholesky, or by eigenvalues where these decide what counts."""
     in_double, found = p.x.dtype == torch.float64, p.triangular(scale)
-    if found is not None:
-        noise = row_noise(resolution) if in_double else cut * float(found.gram.trace())
-        if ridge or found.smallest > _APART * noise:
-            damped = found.gram + ridge * torch.eye(len(found.gram)).to(found.gram)
-            note = "" if ridge or len(damped) == len(scale) else f"rank cut from {len(scale)} to {len(damped)}"
-            return Whitening(scale, found.vectors.T, torch.linalg.cholesky(damped).to(scale), note)
+    noise = row_noise(resolution) if in_double else cut * float(scale.count_nonzero())
+    if found is not None and (
+        found.shift <= 10 * max(torch.finfo(p.x.dtype).eps, 1e-9) * ridge if ridge else found.smallest > _APART * noise
+    ):
+        damped = found.gram + ridge * torch.eye(len(found.gram)).to(found.gram)
+        note = "" if ridge or len(damped) == len(scale) else f"rank cut from {len(scale)} to {len(damped)}"
+        return Whitening(scale.square(), found.vectors.T, torch.linalg.cholesky(damped), note)
     values, rows = p.spectrum(scale)
     return _whitened(values, rows, scale, ridge, row_noise(resolution) if in_double else cut * float(values[-1:].sum()))
 
 
 def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noise: float) -> Whitening:
-    """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``."""
+    """By eigenvalues of the scaled matrix, to which a ridge comes, and eigenvectors ``[d, r]``, by rows ``D^-1 V``."""
     # rounding of entries, which are at most 1, moves eigenvalues by noise; finding them by a part of the largest
     largest = max(1.0, float(values[-1])) if len(values) else 1.0
     least = 0.0 if ridge else max(noise, torch.finfo(torch.float64).eps * len(scale) * largest)
@@ -122,8 +123,10 @@ def _whitened(values: Tensor, vectors: Product, scale: Tensor, ridge: float, noi
         values = values[chosen]
         vectors = vectors.columns(chosen) if isinstance(vectors, RowProduct) else vectors[:, chosen]
     note = "" if ridge or rank == len(scale) else f"rank cut from {len(scale)} to {rank}"
-    basis = vectors.T if isinstance(vectors, RowProduct) else vectors.T.to(scale)
-    return Whitening(scale, basis, (values + ridge).sqrt().to(scale), note, is_blurred)
+    root = (values + ridge).sqrt()
+    if isinstance(vectors, RowProduct):
+        return Whitening(scale.square(), vectors.T, root, note, is_blurred)
+    return Whitening(scale, vectors.T.to(scale), root.to(scale), note, is_blurred)
 
 
 def leading_subspace(

@@ -7,7 +7,7 @@ can be validated on samples that it has not seen, at no extra pass.
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -120,6 +120,7 @@ class Moments(MomentView):
         loss: mean over samples of the loss.
         forward: whether the model's own forward ran on every batch.
         mark: by which the samples and their order are known again; None if they cannot be.
+        groups: of samples in each fold ``[F]``; None where each sample is independent of all others.
     """
 
     counts: Tensor
@@ -130,6 +131,7 @@ class Moments(MomentView):
     forward: bool = True
     rows: dict[Pair, tuple[Rows, Rows]] = field(default_factory=dict)
     mark: Hashable = None
+    groups: Tensor | None = None
 
     @property
     def folds(self) -> int:
@@ -160,7 +162,8 @@ class Moments(MomentView):
         positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
         loss = share * self.loss + (1 - share) * other.loss
         resolution, forward = max(self.resolution, other.resolution), self.forward and other.forward
-        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward, rows)
+        groups = None if self.groups is None or other.groups is None else self.groups + other.groups
+        return Moments(self.counts + other.counts, sums, positions, resolution, loss, forward, rows, groups=groups)
 
     def _rows_with(self, other: "Moments", pair: Pair) -> tuple[Rows, Rows]:
         x, y = (mine + theirs for mine, theirs in zip(self.rows[pair], other.rows[pair], strict=True))
@@ -182,7 +185,7 @@ class Moments(MomentView):
         positions = {**self.positions, **other.positions}
         sums, forward = {**self.sums, **other.sums}, self.forward and other.forward
         resolution, rows = max(self.resolution, other.resolution), {**self.rows, **other.rows}
-        return Moments(self.counts, sums, positions, resolution, self.loss, forward, rows, self.mark)
+        return replace(self, sums=sums, positions=positions, resolution=resolution, forward=forward, rows=rows)
 
     def only(self, pairs: Iterable[Pair]) -> "Moments":
         """These moments of some pairs.
@@ -198,7 +201,7 @@ class Moments(MomentView):
         rows = {pair: rows for pair, rows in self.rows.items() if pair in wanted}
         features = {feature for pair in (*sums, *rows) for feature in pair}
         positions = {feature: count for feature, count in self.positions.items() if feature in features}
-        return Moments(self.counts, sums, positions, self.resolution, self.loss, self.forward, rows, self.mark)
+        return replace(self, sums=sums, positions=positions, rows=rows)
 
     def split(self) -> "FoldSplit":
         """For each fold the moments of all others and its own, no more precise than the activations were.
@@ -231,6 +234,12 @@ class FoldView(MomentView):
     def samples(self) -> int:
         own = int(self.whole.counts[self.fold])
         return self.whole.samples - own if self.others else own
+
+    @property
+    def units(self) -> int:
+        """How many independent ones: groups of samples, or samples."""
+        counts = self.whole.counts if self.whole.groups is None else self.whole.groups
+        return int(counts.sum() - counts[self.fold] if self.others else counts[self.fold])
 
     def holds(self, pair: Pair) -> bool:
         return self.whole.holds(pair)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dagrow.solvers._grams import add_gram, complete
 
+_CONVERTED = 512  #: entries of rows that are converted at once
 _WEIGHED = 256  #: columns whose magnitudes are all summed, and of the others those that are
 
 
@@ -83,8 +84,9 @@ class RowProduct:
         return self.x.shape[1]
 
     def __matmul__(self, columns: Tensor) -> Tensor:
-        """Its product with ``[dy, k]``."""
-        return self.x.T @ (self.y @ columns.to(self.y)) / self.samples
+        """Its product with ``[dy, k]``, in the wider type of x and y."""
+        dtype = torch.promote_types(self.x.dtype, self.y.dtype)
+        return _product(self.x.T, _product(self.y, columns, dtype), dtype) / self.samples
 
     def columns(self, indices: Tensor) -> "RowProduct":
         """Those with some indices."""
@@ -103,7 +105,7 @@ class RowProduct:
         Returns:
             ``[dx, k]``; of all but the few hundred columns of P that weigh most, each of some stands for several.
         """
-        order = (columns.amax(1) * self.y.square().sum(0).sqrt()).argsort(descending=True)
+        order = (columns.sum(1) * self.y.square().sum(0).sqrt()).argsort(descending=True)
         first, rest = order[:_WEIGHED], order[_WEIGHED:]
         some = rest[:: -(-len(rest) // _WEIGHED) or 1]
         magnitudes = [self.columns(chosen).dense().abs() @ columns[chosen] for chosen in (first, some)]
@@ -142,15 +144,17 @@ class RowProduct:
         return []
 
     def triangular(self, scale: Tensor) -> "Triangular | None":
-        """An orthonormal basis of what the scaled rows span: ``Q^T = D x^T L^-T`` with ``x D^2 x^T = L L^T``.
+        """A basis of what the scaled rows span: ``Q^T = D x^T L^-T`` with ``x D^2 x^T + shift = L L^T``.
 
-        It takes a tenth of the time of :meth:`spectrum`, and is as exact where the rows are far from dependent.
+        It takes a tenth of the time of :meth:`spectrum`. Where rows are far from dependent there is no shift, and Q is
+        orthonormal. Else directions with eigenvalues below the shift are shortened: of what a fit with a ridge
+        explains they are ``shift / ridge`` at most.
 
         Args:
             scale: the diagonal D ``[d]``.
 
         Returns:
-            The basis; None where rows are so nearly dependent that it might not be orthonormal.
+            The basis; None where there is none in double precision.
         """
         for known, found in self._triangular:
             if torch.equal(known, scale):
@@ -160,17 +164,21 @@ class RowProduct:
         return found
 
     def _orthonormal(self, scale: Tensor) -> "Triangular | None":
-        gram = self._gram(scale)
-        lower, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            return None
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        smallest = 1 / float(inverse.square().sum())  # the largest eigenvalue of the inverse is at most its trace
-        precise = max(torch.finfo(self.x.dtype).eps, torch.finfo(gram.dtype).eps ** 0.5)
-        if not torch.finfo(gram.dtype).eps * float(gram.trace()) <= precise * smallest:
-            return None
-        rows = self.x * (scale / self.samples**0.5).to(self.x)
-        return Triangular(RowProduct(rows, inverse.T.to(self.x), 1), lower.T @ lower, smallest)
+        gram, own = self._gram(scale), torch.finfo(self.x.dtype).eps
+        eps, trace, one = torch.finfo(gram.dtype).eps, float(gram.trace()), torch.eye(len(gram)).to(gram)
+        for shift in (0.0, max(own / 1000, 10 * eps * trace)):
+            lower, failed = torch.linalg.cholesky_ex(gram + shift * one)
+            if failed:
+                continue
+            inverse = torch.linalg.solve_triangular(lower, one, upper=False)
+            smallest = float(inverse.square().sum().reciprocal())  # eigenvalues of the inverse are at most its trace
+            if shift or eps * trace <= max(own, eps**0.5) * smallest:
+                return Triangular(self._combined(inverse.T), lower.T @ lower, shift, 0.0 if shift else smallest)
+        return None
+
+    def _combined(self, weights: Tensor) -> "RowProduct":
+        """Sums of rows over the root of the number of samples, with weights ``[n, r]``."""
+        return RowProduct(self.x, weights * self.samples**0.5, self.samples)
 
     @cached_property
     def _spectra(self) -> list[tuple[Tensor, Tensor, "RowProduct"]]:
@@ -183,32 +191,46 @@ class RowProduct:
             scale: the diagonal D ``[d]``.
 
         Returns:
-            ``[r]`` in double precision, and ``[d, r]`` as combinations of the rows, without what is zero but for
-            rounding.
+            ``[r]`` in double precision, and ``[d, r]`` as D times combinations of the rows, which are given, without
+            what is zero but for rounding.
         """
         for known, values, vectors in self._spectra:
             if torch.equal(known, scale):
                 return values, vectors
         values, left = torch.linalg.eigh(self._gram(scale))
         kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1:].clamp_min(0)
-        rows = self.x * (scale / self.samples**0.5).to(self.x)
-        vectors = RowProduct(rows, (left[:, kept] * values[kept].rsqrt()).to(self.x), 1)
+        vectors = self._combined(left[:, kept] * values[kept].rsqrt())
         self._spectra[:] = [(scale, values[kept], vectors)]  # for all ridges
         return values[kept], vectors
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` in some type, without all of ``a`` in it: rounding of what combinations are large in is not theirs."""
+    b = b.to(dtype)
+    if a.dtype == dtype:
+        return a @ b
+    if len(a) > a.shape[1]:
+        return torch.cat([part.to(dtype) @ b for part in a.split(_CONVERTED)])
+    total = b.new_zeros(len(a), b.shape[1])
+    for part, others in zip(a.split(_CONVERTED, 1), b.split(_CONVERTED), strict=True):
+        total.addmm_(part.to(dtype), others)
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class Triangular:
-    """Scaled rows in an orthonormal basis of their span, ``D E x x^T D = Q^T C Q``.
+    """Scaled rows in a basis of their span, ``D E x x^T D = Q^T C Q``.
 
     Attributes:
-        vectors: ``Q^T [d, n]``, as combinations of the rows.
+        vectors: ``D^-1 Q^T [d, n]``: combinations of the rows as they are, which scaling would round.
         gram: ``C = L^T L [n, n]``, in double precision.
-        smallest: its eigenvalues are at least so large.
+        shift: what was added to eigenvalues.
+        smallest: without a shift, eigenvalues are at least so large.
     """
 
     vectors: RowProduct
     gram: Tensor
+    shift: float
     smallest: float
 
 

@@ -40,6 +40,14 @@ class MomentAccumulator:
 
     Rows of layers without space wait in a buffer, so that products are large and few; and so do images whose products
     are more numbers than they are themselves.
+
+    Args:
+        pairs: of features.
+        folds: how many.
+        dtype: of sums without space.
+        limits: of memory and time.
+        batches: how many will come, or at most so many.
+        is_known: whether so many do come.
     """
 
     def __init__(
@@ -49,6 +57,8 @@ class MomentAccumulator:
         dtype: torch.dtype,
         limits: Limits | None = None,
         batches: int | None = None,
+        *,
+        is_known: bool = True,
     ) -> None:
         self.pairs = [_features_of(pair) for pair in distinct(pairs)]
         self.features = list(dict.fromkeys(feature for pair in self.pairs for feature in pair))
@@ -56,7 +66,7 @@ class MomentAccumulator:
         self.sums: dict[FeaturePair, Tensor] = {}
         self.positions: dict[Feature, int] = defaultdict(int)
         self.loss, self.samples, self.resolution = 0.0, 0, 0.0
-        self.kept, self.waiting = KeptRows(self.pairs, folds, batches), WaitingBatches()
+        self.kept, self.waiting = KeptRows(self.pairs, folds, batches if is_known else None), WaitingBatches()
         self.buffer: list[_BufferedRows] = []
         self.buffered_rows = 0
         self.counts: Tensor | None = None
@@ -262,6 +272,9 @@ class MomentAccumulator:
             self.forward,
             dict(kept.items()),
             None if None in self.marks else tuple(self.marks),
+            None
+            if self.counts is None
+            else torch.tensor([len(range(f, units, self.folds)) for f in range(self.folds)]),
         )
 
 

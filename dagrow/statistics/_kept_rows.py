@@ -24,7 +24,7 @@ class KeptRows:
     Args:
         pairs: of features.
         folds: how many.
-        batches: how many will come, if that is known.
+        batches: how many will come, if that is known; the last may be small.
     """
 
     def __init__(self, pairs: Iterable[FeaturePair], folds: int, batches: int | None = None) -> None:
@@ -44,7 +44,7 @@ class KeptRows:
         for feature in dict.fromkeys(feature for pair in self.pairs for feature in pair):
             if feature not in self._room:
                 self._room[feature] = _room(feature, batch)
-                if self._room[feature] < self.batches * feature.count(batch):  # too many in the end
+                if self._room[feature] < (self.batches - 1) * feature.count(batch):  # too many in the end
                     self._room[feature] = 0
             self._room[feature] -= feature.count(batch)
         return [pair for pair in self.pairs if min(self._room[feature] for feature in pair) < 0]

@@ -71,8 +71,9 @@ def measure(
         way.
     """
     kept, preview, pairs = kept or KeptCaptures(), frozenset(preview), list(pairs)
-    count = batch_count(objective.batches, objective.max_batches) or objective.max_batches
-    sums = MomentAccumulator(pairs, folds, dtype, objective.limits, count)
+    known = batch_count(objective.batches, objective.max_batches)
+    count, is_known = known or objective.max_batches, known is not None
+    sums = MomentAccumulator(pairs, folds, dtype, objective.limits, count, is_known=is_known)
     found = kept.find(preview, sums.features)
     if found is not None:
         for batch in found:

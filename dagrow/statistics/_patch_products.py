@@ -182,7 +182,7 @@ def _by_lag(left: Tensor, right: Tensor, dims: Sequence[Offsets], groups: int) -
     if not dims:
         return rearrange(left, "n (g a) -> g a n", g=groups) @ rearrange(right, "n (g b) -> g n b", g=groups)
     lags, strides = [offsets.lags for offsets in dims], [offsets.step for offsets in dims]
-    mirrored = left is right and all(line[0] == -line[-1] for line in lags)
+    mirrored = left is right and all(line[0] == -line[-1] for line in lags) and set(strides) == {1}
     used = [lags[0][len(lags[0]) // 2 :], *lags[1:]] if mirrored else lags
     margins = [
         (-line[0], stride * (before - 1) + 1 + line[-1] - size)

@@ -5,12 +5,13 @@ up batch by batch takes longer than to multiply.
 """
 
 from collections.abc import Iterable
+from fractions import Fraction
 
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._heldout_scores import SampleScores
 from dagrow.statistics._kept_rows import FeaturePair
 
-MOST = 2**24  #: entries that wait
+MOST = 2**23  #: entries that wait
 
 
 class WaitingBatches:
@@ -50,8 +51,9 @@ class WaitingBatches:
         if not edges:
             return []
         captures = {edge: Capture.joined([batch[edge]]) for edge in edges}
-        done = [] if self._goes_on(captures) else self.rest()
-        self._batches.append(Batch(captures, batch.samples, batch.seen, batch.folds))
+        own = Batch(captures, batch.samples, batch.seen, batch.folds)
+        done = [] if all(_alike(each, own) for each in self._batches[-1:]) else self.rest()
+        self._batches.append(own)
         waiting = sum(capture.entries for each in self._batches for capture in each.captures.values())
         return done if waiting < min(self._sums, MOST) else [*done, *self.rest()]
 
@@ -64,7 +66,13 @@ class WaitingBatches:
         captures = {edge: Capture.joined([batch[edge] for batch in batches]) for edge in first.captures}
         return [Batch(captures, samples, first.seen, first.folds)]
 
-    def _goes_on(self, captures: dict[str, Capture]) -> bool:
-        """Whether what a batch left has the sizes of what waits."""
-        waiting = self._batches[-1:]
-        return all(batch[edge].sizes == capture.sizes for batch in waiting for edge, capture in captures.items())
+
+def _alike(batch: Batch, other: Batch) -> bool:
+    """Whether two batches hold as much of each sample."""
+
+    def of_sample(capture: Capture, samples: int) -> tuple[object, ...]:
+        rows = Fraction(len(capture.inputs), samples), Fraction(capture.output_shape[0], samples)
+        return (*rows, capture.sizes, capture.output_goal is None, capture.input_goal is None)
+
+    pairs = ((batch[edge], other[edge]) for edge in batch.captures)
+    return all(of_sample(x, batch.samples) == of_sample(y, other.samples) for x, y in pairs)

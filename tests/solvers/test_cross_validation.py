@@ -80,7 +80,7 @@ def test_the_ridge_for_many_features_is_chosen_on_enough_samples(n: int, i: int,
     """On as many folds as have 64 held-out samples; for few features on all."""
     d = data(n=n, i=i, p=2, seed=20)
     found = validate_move(of(d, 4).split(), B, V, (0.3, 3.0, 30.0))
-    near(found.gain, held_out_move(d, 4, used, found.ridge))
+    near(found.gain, held_out_move(d, 4, 4, found.ridge))
     assert found.ridge == max((0.3, 3.0, 30.0), key=lambda ridge: held_out_move(d, 4, used, ridge))
 
 
@@ -94,3 +94,15 @@ def test_directions_of_many_features_have_the_ridge_of_one_fold_and_the_drop_of_
     near(found.gain, of_all.gain)
     for (alpha, (omega,)), (other, (others,)) in zip(found.fits, of_all.fits, strict=True):
         near(omega @ alpha.T, others @ other.T, 1e-6)
+
+
+def test_samples_of_a_group_are_one_where_enough_is_asked_for() -> None:
+    d, ridges = data(n=300, i=260, p=2, seed=22), (0.3, 3.0, 30.0)
+    m = of(d, 4)
+    m.groups = torch.ones(4).long()
+    assert [test.units for _, test in m.split()] == [1] * 4
+    assert [train.units for train, _ in m.split()] == [3] * 4
+    assert m.joined(m).groups is m.only([(B, V)]).groups is m.groups
+    found = validate_move(m.split(), B, V, ridges)
+    assert found.ridge == max(ridges, key=lambda ridge: held_out_move(d, 4, 4, ridge))
+    assert (m + m).groups.tolist() == [2] * 4

@@ -23,6 +23,7 @@ def test_a_product_is_its_matrix(n: int, d: int) -> None:
     near(product @ columns, matrix @ columns)
     near(dense(product.columns(torch.tensor([2, 0]))), matrix[:, [2, 0]])
     near(magnitudes_times(product, columns.abs()), matrix.abs() @ columns.abs())
+    assert magnitudes_times(product, columns[:, :0]).shape == (d, 0)
     near(RowProduct(x, x, 8).diagonal(), (x.T @ x / 8).diagonal())
 
 
@@ -91,7 +92,7 @@ def test_three_forms_agree(apart: float, ridge: float) -> None:
     x, goals = torch.cat([x, x + apart * drawn(20, 300, 1)]), drawn(40, 3, 2)
     product, n = RowProduct(x, x, 40), x.T @ goals / 40
     rows, matrix = whitening(product, ridge), whitening(dense(product), ridge)
-    product._triangular[:] = [(rows.scale, None)]  # as if rows were nearly dependent
+    product._triangular[:] = [(product.diagonal().rsqrt(), None)]  # as if rows were nearly dependent
     values = whitening(product, ridge)
     assert (rows.root.ndim, values.root.ndim) == (2, 1)
     assert rows.rank == values.rank == 40
@@ -102,11 +103,27 @@ def test_three_forms_agree(apart: float, ridge: float) -> None:
         near(known.whiten(damped @ known.back(torch.eye(40).double())), torch.eye(40))
 
 
-@pytest.mark.parametrize(("apart", "dtype"), [(1e-5, torch.float64), (1e-4, torch.float32)])
-def test_rows_that_are_nearly_dependent_are_whitened_by_eigenvalues(apart: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("apart", [1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_rows_that_are_nearly_dependent(dtype: torch.dtype, tolerance: float, apart: float, ridge: float) -> None:
+    """By Cholesky with a shift that is small beside the ridge, as by eigenvalues in double precision."""
+    x = drawn(20, 300, 0).to(dtype)
+    x, goals = torch.cat([x, x + apart * drawn(20, 300, 1).to(dtype)]), drawn(40, 3, 2)
+    product, exact = RowProduct(x, x, 40), RowProduct(x.double(), x.double(), 40)
+    found, exact._triangular[:] = whitening(product, ridge), [(exact.diagonal().rsqrt(), None)]
+    expected = whitening(exact, ridge)
+    assert (found.root.ndim, expected.root.ndim) == (2, 1)
+    n = x.double().T @ goals / 40
+    near(found.whiten(n.to(dtype)).square().sum(), expected.whiten(n).square().sum(), tolerance)
+    near(x @ found.solve(n.to(dtype)), x.double() @ expected.solve(n), 10 * tolerance)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-9])
+def test_without_a_ridge_eigenvalues_say_what_counts(ridge: float) -> None:
     x = drawn(20, 300, 0)
-    x = torch.cat([x, x + apart * drawn(20, 300, 1)]).to(dtype)
-    assert whitening(RowProduct(x, x, 40), 1e-4).root.ndim == 1
+    x = torch.cat([x, x + 1e-6 * drawn(20, 300, 1)])
+    assert whitening(RowProduct(x, x, 40), ridge).root.ndim == 1
 
 
 @pytest.mark.parametrize("heavy", [0, 3])
@@ -118,3 +135,11 @@ def test_magnitudes_of_many_columns_are_summed_nearly(heavy: int) -> None:
     found, expected = magnitudes_times(RowProduct(x, x, 50), columns), (x.T @ x / 50).abs() @ columns
     near((columns * found).sum(0) / (columns * expected).sum(0), torch.ones(4), 0.1)
     near(found / expected, torch.ones(2000, 4), 0.3)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_no_rows_span_nothing(ridge: float) -> None:
+    rows = torch.zeros(0, 300).double()
+    known = whitening(RowProduct(rows, rows, 4), ridge)
+    assert known.rank == 0
+    assert not known.solve(torch.ones(300, 2).double()).any()

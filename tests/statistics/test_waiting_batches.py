@@ -1,7 +1,9 @@
 """Images that wait for those of other batches give the sums of all images at once."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +87,44 @@ def test_images_of_other_sizes_are_summed_by_themselves(products: Counter) -> No
         expected = alone[0].sums[pair] + alone[1].sums[pair]
         torch.testing.assert_close(m.sums[pair], expected, rtol=1e-10, atol=1e-12)
     assert products[PAIRS[0]] == 3
+
+
+class Frames(nn.Module):
+    """Images of several frames a sample, whose outputs are averaged over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.image(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize("frames", [(1, 2), (2, 4, 3), (3, 3)])
+@pytest.mark.parametrize("sizes", [(6, 6, 6), (6, 5, 4)])
+def test_samples_of_other_numbers_of_images_are_summed_by_themselves(
+    frames: tuple[int, ...], sizes: tuple[int, ...], products: Counter
+) -> None:
+    batches = []
+    for count, size in zip(frames, sizes, strict=False):
+        (x, _), (_, y) = *samples(size * count), *samples(size)
+        batches.append((x.unflatten(0, (size, count)), y))
+    pairs = [tuple(replace(feature, edge=f"image.{feature.edge}") for feature in pair) for pair in PAIRS]
+
+    def sums(batches: Batches, folds: int) -> dict:
+        dag = dagrow.trace(Frames(), torch.randn(2, 3, 1, 3, 3).double())
+        objective = Objective(dag.model, batches, mean_loss)
+        objective.probe()
+        return measure(dag, objective, pairs, folds=folds).sums
+
+    found, starts = sums(batches, 3), [*itertools.accumulate((len(y) for _, y in batches), initial=0)]
+    assert products[pairs[0]] == (1 if len({*frames}) == 1 else len(frames))
+    for pair in pairs:
+        expected = torch.zeros_like(found[pair])
+        for start, (x, y) in zip(starts, batches, strict=False):
+            for i in range(len(y)):
+                expected[(start + i) % 3] += sums([(x[i : i + 1], y[i : i + 1])], 1)[pair][0]
+        torch.testing.assert_close(found[pair], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_what_waits_is_not_written_over() -> None:
