@@ -46,13 +46,13 @@ def _target(output: Tensor) -> Tensor:
     return torch.randn(output.shape[1:], generator=generator, dtype=torch.float64).to(output)
 
 
-def study(spec: Spec, memory: int | None) -> Iterator[dict[str, Any]]:
+def study(spec: Spec, memory: int | None, single: bool) -> Iterator[dict[str, Any]]:
     """What was proposed, in steps that each hold if a later one does not end."""
     *_, build, inputs = spec
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, example = _alive(build().eval()), inputs(BATCH)
-    kind = _widest(model, example)
+    kind = torch.float32 if single else _widest(model, example)
     model = model.to(kind)
     batches = [_to(inputs(BATCH), kind)]
     if _takes(model, _small(batches[0])):
@@ -120,12 +120,12 @@ def _compare(growth: Growth, faults: dict[str, str]) -> None:
         faults[growth.where] = "undo does not restore every bit"
 
 
-def alone(zoo: Path, suite: str, name: str, memory: int | None) -> None:
+def alone(zoo: Path, suite: str, name: str, memory: int | None, single: bool) -> None:
     """Runs one model in this process; each line of the output is a part of the result."""
     logging.getLogger("dagrow").setLevel(logging.ERROR)
     spec = next(spec for spec in specs(zoo) if spec[:2] == (suite, name))
     try:
-        for part in study(spec, memory):
+        for part in study(spec, memory, single):
             print(json.dumps(part), flush=True)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -136,6 +136,7 @@ def watched(arguments: argparse.Namespace, suite: str, name: str) -> dict[str, A
     """One model in a process of its own, with a time limit."""
     command = [__file__, "--zoo", str(arguments.zoo), "--alone", suite, name]
     command += [] if arguments.memory is None else ["--memory", str(arguments.memory)]
+    command += ["--single"] if arguments.single else []
     result, seconds = in_own_process(command, arguments.limit, "not_proposed")
     known_by = {"suite": suite, "name": name, "version": source_version(), "not_proposed": None}
     return {**known_by, **result, "proposing": seconds}
@@ -147,11 +148,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results, one JSON object a line")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each model")
     parser.add_argument("--memory", type=int, help="bytes that sums and solves may take; what is free by default")
+    parser.add_argument("--single", action="store_true", help="in single precision, without slopes: half the memory")
     parser.add_argument("--only", nargs="*", default=(), metavar="SUITE/NAME", help="these models, in this order")
     parser.add_argument("--alone", nargs=2, metavar=("SUITE", "NAME"), help="one model, in this process")
     arguments = parser.parse_args()
     if arguments.alone:
-        return alone(arguments.zoo, *arguments.alone, arguments.memory)
+        return alone(arguments.zoo, *arguments.alone, arguments.memory, arguments.single)
     runs = {f"{run['suite']}/{run['name']}": run for run in known(arguments.out)}
     todo = arguments.only or [
         name
