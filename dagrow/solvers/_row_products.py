@@ -173,7 +173,8 @@ class RowProduct:
             inverse = torch.linalg.solve_triangular(lower, one, upper=False)
             smallest = float(inverse.square().sum().reciprocal())  # eigenvalues of the inverse are at most its trace
             if shift or eps * trace <= max(own, eps**0.5) * smallest:
-                return Triangular(self._combined(inverse.T), lower.T @ lower, shift, 0.0 if shift else smallest)
+                weights = inverse.T if shift else inverse.T.to(self.x)
+                return Triangular(self._combined(weights), lower.T @ lower, shift, 0.0 if shift else smallest)
         return None
 
     def _combined(self, weights: Tensor) -> "RowProduct":

@@ -104,7 +104,7 @@ def test_three_forms_agree(apart: float, ridge: float) -> None:
 
 
 @pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("apart", [1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("apart", [1.0, 0.1, 1e-3, 1e-6, 0.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
 def test_rows_that_are_nearly_dependent(dtype: torch.dtype, tolerance: float, apart: float, ridge: float) -> None:
     """By Cholesky with a shift that is small beside the ridge, as by eigenvalues in double precision."""
