@@ -192,8 +192,8 @@ class RowProduct:
             scale: the diagonal D ``[d]``.
 
         Returns:
-            ``[r]`` in double precision, and ``[d, r]`` as D times combinations of the rows, which are given, without
-            what is zero but for rounding.
+            ``[r]`` in double precision, and the vectors ``[d, r]``, without what is zero but for rounding; these as
+            combinations of the rows, which D makes orthonormal.
         """
         for known, values, vectors in self._spectra:
             if torch.equal(known, scale):

@@ -187,11 +187,11 @@ def _pulled_by_lag(x: MovedFeatures, y: PulledGoal, batch: Batch) -> Tensor | No
     """``sum over t of p(t + e) v(t)^T``, for every tap e of a convolution that reads what another one writes."""
     goals, reader = y.goal.image(batch), batch[y.goal.edges[0]].geometry
     patches, sizes = _Patches.of(x.source, batch), x.position_map.image
-    if patches is None or sizes is None or goals is None or reader is None or reader.stuffing is not None:
+    if patches is None or sizes is None or goals is None or reader is None:
+        return None
+    if reader.stuffing is not None or reader.mode != "zeros":
         return None
     writer = patches.geometry
-    if reader.mode != "zeros":
-        return None
     goals = batch.grouped(_exact(goals)).to(patches.image)
     image, plain = writer.plain(patches.image)
     dims = [
