@@ -98,8 +98,9 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
 
 def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:
     """On the span of the rows: by Cholesky, or by eigenvalues where these decide what counts."""
-    in_double, found = p.x.dtype == torch.float64, p.triangular(scale)
-    noise = row_noise(resolution) if in_double else cut * float(scale.count_nonzero())
+    in_double, alive = p.x.dtype == torch.float64, int(scale.count_nonzero())
+    found = p.triangular(scale) if ridge or len(p.x) <= alive else None  # more rows than that are dependent
+    noise = row_noise(resolution) if in_double else cut * alive
     if found is not None and (
         found.shift <= 10 * max(torch.finfo(p.x.dtype).eps, 1e-9) * ridge if ridge else found.smallest > _APART * noise
     ):

@@ -125,6 +125,8 @@ class RowProduct:
             False where that is not sure.
         """
         unit = self.diagonal().clamp_min(0)
+        if len(self.x) > int(unit.count_nonzero()):
+            return False
         scale = torch.where(unit > 0, unit, 1).rsqrt()
         factor, failed = torch.linalg.cholesky_ex(self._gram(scale))
         pivots = factor.diagonal().square()

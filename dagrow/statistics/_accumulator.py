@@ -120,7 +120,7 @@ class MomentAccumulator:
             x, y = (entries[feature] for feature in pair)
             rows = sum(pair[0].count(part) for part in parts) * (self.batches or 1)
             own = _product_type(*(batch[edge].inputs.dtype for feature in pair for edge in feature.edges)).itemsize
-            if rows <= min(most_rows(x), most_rows(y)):
+            if rows <= most_rows(min(x, y), self.folds > 1 or _have_space(pair, batch)):
                 needed[pair] = own * rows * sum(entries[feature] for feature in {*pair} - kept)
                 kept.update(pair)
                 continue

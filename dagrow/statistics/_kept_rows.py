@@ -1,7 +1,8 @@
 """Rows of features that have more entries than there are rows so far: kept as they are, not multiplied.
 
 The products of n rows with d entries are ``d^2`` numbers, of which rows tell all with ``n d``. As soon as a feature has
-more rows than half as many as it has entries, its products are summed.
+more rows than entries, its products are summed; of images, whose products take less, or with several folds, as soon as
+it has more than half as many.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -43,7 +44,7 @@ class KeptRows:
         """
         for feature in dict.fromkeys(feature for pair in self.pairs for feature in pair):
             if feature not in self._room:
-                self._room[feature] = _room(feature, batch)
+                self._room[feature] = _room(feature, batch, self.folds)
                 if self._room[feature] < (self.batches - 1) * feature.count(batch):  # too many in the end
                     self._room[feature] = 0
             self._room[feature] -= feature.count(batch)
@@ -84,23 +85,26 @@ class KeptRows:
         return {(x, y): (rows[x], rows[y]) for x, y in pairs if x in rows}
 
 
-def _room(feature: Feature, batch: Batch) -> int:
+def _room(feature: Feature, batch: Batch, folds: int) -> int:
     """How many rows of a feature may be kept."""
     if isinstance(feature, SampleScores):
         return 0
-    return most_rows(feature.entries(batch.subset(slice(0, 1))))
+    is_cheap = folds > 1 or any(batch[edge].is_image for edge in feature.edges)
+    return most_rows(feature.entries(batch.subset(slice(0, 1))), is_cheap)
 
 
-def most_rows(entries: int) -> int:
+def most_rows(entries: int, is_cheap: bool) -> int:
     """Up to how many rows products are dearer than rows.
 
     Args:
         entries: of a row.
+        is_cheap: whether products take less: of images, or where those of all other folds are sums, while each fold
+            takes a Gram of rows of its own.
 
     Returns:
-        Half as many, or none of a narrow feature.
+        As many as there are entries, or half of that, or none of a narrow feature.
     """
-    return entries // 2 if entries > NARROW else 0
+    return entries // (1 + is_cheap) if entries > NARROW else 0
 
 
 def _joined(parts: Sequence[Tensor], folds: Sequence[Sequence[Tensor]]) -> Tensor:

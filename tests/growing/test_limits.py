@@ -65,8 +65,8 @@ def test_a_place_that_needs_too_much_alone_is_left_out_with_its_layer_and_ways_o
 
 def test_fewer_samples_need_less() -> None:
     dag = traced(6, 600, 6)
-    assert "4" not in dagrow.bottlenecks(dag, BATCHES, MSE, max_memory=3e6)
-    assert "4" in dagrow.bottlenecks(dag, BATCHES, MSE, max_memory=3e6, samples=100)  # kept as rows
+    assert "4" not in dagrow.bottlenecks(dag, BATCHES, MSE, max_memory=1e6)
+    assert "4" in dagrow.bottlenecks(dag, BATCHES, MSE, max_memory=1e6, samples=100)  # kept as rows
 
 
 def test_the_limit_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

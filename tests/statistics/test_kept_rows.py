@@ -42,7 +42,7 @@ def test_a_pair_is_summed_when_one_of_it_has_too_many_rows(monkeypatch: pytest.M
     """While others of the same feature are kept, and rows of it wait in a buffer."""
     net, (x, y) = model(), samples(2)
     expected = measured(net, x, y, 3, 7, 12)
-    monkeypatch.setattr("dagrow.statistics._kept_rows._room", lambda f, _: 25 if f == OutputGoal("2") else 100)
+    monkeypatch.setattr("dagrow.statistics._kept_rows._room", lambda f, *_: 25 if f == OutputGoal("2") else 100)
     m = measured(net, x, y, 3, 7, 12)
     assert set(m.rows) == {pair for pair in PAIRS if OutputGoal("2") not in pair}
     for pair in PAIRS:
@@ -152,6 +152,28 @@ def test_entries_are_known_without_rows(layer: nn.Module, bias: bool) -> None:
     dag, feature, seen = dagrow.trace(layer, x), InputFeatures("", bias), list[bool]()
     with by_rows(10**6):
         m = measure(dag, Objective(layer, [(x, layer(x).detach())], mse_loss), [(feature, feature)], folds=1)
-    with mock.patch("dagrow.statistics._kept_rows.most_rows", side_effect=lambda n: seen.append(n) or 0):
+    with mock.patch("dagrow.statistics._kept_rows.most_rows", side_effect=lambda n, _: seen.append(n) or 0):
         measure(dag, Objective(layer, [(x, layer(x).detach())], mse_loss), [(feature, feature)], folds=1)
     assert seen == [m.rows[feature, feature][0].folds[0].shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "samples", "folds", "kept"),
+    [
+        (nn.Linear(300, 2), (300,), 300, 1, True),  # with the constant there are 301 entries
+        (nn.Linear(300, 2), (300,), 302, 1, False),
+        (nn.Linear(300, 2), (300,), 150, 2, True),
+        (nn.Linear(300, 2), (300,), 152, 2, False),
+        (nn.Conv1d(300, 2, 1), (300, 1), 150, 1, True),
+        (nn.Conv1d(300, 2, 1), (300, 1), 152, 1, False),
+        (nn.Linear(200, 2), (200,), 10, 1, False),
+    ],
+)
+def test_rows_are_kept_where_products_are_dearer(
+    layer: nn.Module, size: tuple[int, ...], samples: int, folds: int, kept: bool
+) -> None:
+    x = torch.randn(samples, *size)
+    objective = Objective(layer, [(x, torch.zeros(samples, 2, *size[1:]))], mse_loss)
+    feature = InputFeatures("", True)
+    m = measure(dagrow.trace(layer, x[:2]), objective, [(feature, feature)], folds=folds)
+    assert bool(m.rows) == kept
