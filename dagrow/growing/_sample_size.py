@@ -1,8 +1,8 @@
-"""How many samples are measured, where that is left open: enough to know the best gain to a tenth.
+"""How many samples are measured, where that is left open: enough to know the best gain to a quarter.
 
 The standard error of a held-out gain falls with the root of the number of samples, so that a few tell how many it
 takes, see :meth:`dagrow.Growth.samples_for`. Where these few hold no more than chance, that is not known yet, and more
-are drawn step by step.
+are drawn step by step. What is not seen in some thousands is worth little, and no data set is too large to be asked.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from dagrow.operators import Operator
 from dagrow.statistics import DrawnSamples, MeasureOptions, Objective
 from dagrow.surgery import Growth
 
-WANTED = 0.1  #: the standard error of the best gain, relative to it
+WANTED = 0.25  #: the standard error of the best gain, relative to it
+MOST = 4096  #: samples, whatever is found
 NEARLY = 1.5  #: times more samples than there are is not worth a further pass
 AT_ONCE = 4  #: times more samples are drawn, at most
 
@@ -55,7 +56,7 @@ def enlarged(objective: Objective, growths: Sequence[Growth]) -> bool:
         best = max(held_out, key=expected_gain)
         assert best.heldout_gain is not None
         factor = best.samples_for(WANTED) / best.samples if best.heldout_gain > 0 else factor
-    factor = min(factor, AT_ONCE)
+    factor = min(factor, AT_ONCE, MOST / batches.count)
     if (
         factor <= NEARLY
         or not limits.allow(factor * limits.spent)

@@ -29,7 +29,7 @@ from dagrow import AddNeurons
 
 SCRIPT = "tests/benchmarks/plateau.py"
 BUDGETS = (0.05, 0.15, 0.5, 1.5)  #: parts of N
-TUNED_AT, TUNING_SEEDS, RATES = 0.5, (100, 101), (1e-3, 3e-3, 1e-2)
+TUNED_AT, TUNING_SEEDS, RATES = 0.5, (100, 101), (1e-3, 3e-3, 1e-2, 3e-2)
 FACTOR, HELD = 4, 0.4  #: of widths; part of the steps at the full rate
 EVERY, PATIENCE, LEAST, MOST = 50, 6, 0.005, 5_000  #: steps between looks; looks without a fall by this part; steps
 
