@@ -154,6 +154,6 @@ def residual_fit(residual: Residual, ridge: float) -> Fit:
     X = white.solve(N).T
     slope, compensation = dense(residual.basis.rows(m.product(p, v))), None
     if D is not None:
-        slope, compensation = slope - (m.product(v, b) @ D).T, -X @ D.T
+        slope, compensation = slope - D.T @ m.product(b, v), -X @ D.T
     drop = 2 * float((X.T * N).sum()) - float((X.T * (P @ X.T)).sum())
     return Fit(X, compensation, float((X.T * slope).sum()), drop, white.note)

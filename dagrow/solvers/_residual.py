@@ -133,8 +133,8 @@ class Residual:
         N = dense(self.basis.rows(m.product(p, v)))
         if b is not None and self.regression.project:
             C = dense(self.basis.columns(m.product(b, p)))
-            N = N - (m.product(v, b) @ self._solve(C if D is None else C - m.product(b, b) @ D)).T
-        return N if D is None else N - (m.product(v, b) @ D).T
+            N = N - self._solve(C if D is None else C - m.product(b, b) @ D).T @ m.product(b, v)
+        return N if D is None else N - D.T @ m.product(b, v)
 
     def cross_on(self, m: MomentView, goals: Tensor) -> Tensor:
         """``B^T N G [k, q]`` on other samples, for combinations ``G [o, q]`` of goals."""

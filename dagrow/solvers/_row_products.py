@@ -88,6 +88,10 @@ class RowProduct:
         dtype = torch.promote_types(self.x.dtype, self.y.dtype)
         return _product(self.x.T, _product(self.y, columns, dtype), dtype) / self.samples
 
+    def __rmatmul__(self, rows: Tensor) -> Tensor:
+        """The product of ``[k, dx]`` with it, in the wider type of x and y."""
+        return (self.T @ rows.T).T
+
     def columns(self, indices: Tensor) -> "RowProduct":
         """Those with some indices."""
         return RowProduct(self.x, self.y[:, indices], self.samples)
