@@ -21,6 +21,7 @@ is computed or written into a model; what happened it keeps as plain records, wh
 """
 
 from dagrow.growing._bottlenecks import Bottleneck, Bottlenecks, bottlenecks
+from dagrow.growing._enlarge import enlarge
 from dagrow.growing._fit import fit
 from dagrow.growing._grow import grow
 from dagrow.growing._grower import Grower
@@ -81,6 +82,7 @@ __all__ = [
     "best_amplitude",
     "bottlenecks",
     "corrected",
+    "enlarge",
     "fit",
     "grow",
     "plan",

@@ -66,7 +66,9 @@ def grow(
     left_out = LeftOut()
 
     def work() -> Receipt:
-        runs = [_grown(dag, objective, judge, operator, optimizer, len(operators), left_out) for operator in operators]
+        runs = [
+            grown_by(operator, dag, objective, judge, optimizer, left_out, len(operators)) for operator in operators
+        ]
         if not any(worked for _, worked in runs):
             left_out.refuse()
         parts = [part for part, _ in runs if part is not None]
@@ -75,20 +77,33 @@ def grow(
     return transaction(dag, work)
 
 
-def _grown(
+def grown_by(
+    operator: Operator,
     dag: Dag,
     objective: Objective,
     judge: Objective,
-    operator: Operator,
     optimizer: Optimizers,
-    operators: int,
     left_out: LeftOut,
+    operators: int = 1,
 ) -> tuple[Receipt | None, bool]:
-    """The operator's best growth that lowers the loss, applied, if there is one; and whether any place worked."""
+    """Applies the best growth of an operator that lowers the loss, if there is one.
+
+    Args:
+        operator: asked.
+        dag: of the model.
+        objective: what is measured.
+        judge: the loss by which amplitudes are chosen.
+        optimizer: one or a list.
+        left_out: takes the places that fail.
+        operators: how many share the 5 % of calls that apply anything by chance.
+
+    Returns:
+        The receipt or None, and whether any place worked.
+    """
     run, tests = run_of(dag, objective, operator, left_out)
     while enlarged(objective, run.growths):
         run, tests = run_of(dag, objective, operator, left_out)
-    growths = applicable(corrected(run.growths, tests, operators))  # all operators share the 5 %
+    growths = applicable(corrected(run.growths, tests, operators))
     before = judge.mean() if growths else 0.0
     for growth in sorted(growths, key=expected_gain, reverse=True):
         receipt = tried(growth, judge, before, optimizer, left_out)

@@ -45,8 +45,18 @@ class Budget:
         Returns:
             True if it is within every limit.
         """
-        cost = _costs(growth)
-        return all(cost[name] <= limit for name, limit in self._limits())
+        return self.allows(**_costs(growth))
+
+    def allows(self, **amounts: int) -> bool:
+        """Whether amounts fit.
+
+        Args:
+            amounts: by the names of limits; those that are not named are none.
+
+        Returns:
+            True if they are within every limit.
+        """
+        return all(amounts.get(name, 0) <= limit for name, limit in self._limits())
 
     def minus(self, growth: Growth) -> "Budget":
         """What is left once a growth is paid.
