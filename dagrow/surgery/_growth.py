@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dagrow._log import LOG
 from dagrow._model_state import all_or_nothing
 from dagrow._text import Printable
-from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, check_owners, weight_uses
 from dagrow.solvers import LEVEL, Verdict, upper_tail
