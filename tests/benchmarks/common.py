@@ -29,7 +29,7 @@ def _cholesky(a: Tensor) -> float:
 
 
 def _triangular(a: Tensor, b: Tensor) -> float:
-    return a.shape[-1] ** 2 * b.shape[-1]
+    return a.shape[-1] * b.shape[-1] * b.shape[-2]
 
 
 def _eigh(a: Tensor) -> float:
@@ -46,12 +46,21 @@ def _qr(a: Tensor) -> float:
     return 4 * m * n**2 - 4 * n**3 / 3
 
 
-FACTORISATIONS: dict[str, Callable[..., float]] = {
+def _convolution_backward(
+    goal: Tensor, inputs: Tensor, weight: Tensor, transposed: bool, wanted: Sequence[bool]
+) -> float:
+    """Each gradient takes what the convolution itself does; torch counts that of the weight once for each group."""
+    places = inputs if transposed else goal
+    return 2 * weight.numel() * len(places) * places[0, 0].numel() * sum(wanted[:2])
+
+
+COUNTS: dict[str, Callable[..., float]] = {
     "linalg_cholesky_ex": lambda args: _cholesky(args[0]),
     "linalg_solve_triangular": lambda args: _triangular(args[0], args[1]),
     "_linalg_eigh": lambda args: _eigh(args[0]),
     "_linalg_svd": lambda args: _svd(args[0]),
     "linalg_qr": lambda args: _qr(args[0]),
+    "convolution_backward": lambda args: _convolution_backward(*args[:3], args[7], args[10]),
 }  #: textbook operation counts (Golub and Van Loan), leading terms
 
 
@@ -67,11 +76,12 @@ class FlopCount(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        if packet in flop_registry:
-            if not isinstance(result, FakeTensor):
-                self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        elif (count := FACTORISATIONS.get(packet.__name__)) is not None:
+        if args and isinstance(args[0], FakeTensor):
+            return result
+        if (count := COUNTS.get(packet.__name__)) is not None:
             self.total += count(args)
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
