@@ -194,4 +194,4 @@ def _sizes(m: Moments, reads: Feature, goal: Feature, norm: Feature, ridge: floa
     size, S = float(m[norm, norm]), m.product(reads, reads)
     if not ridge and isinstance(S, RowProduct) and S.is_independent(m.resolution):
         return size, size, False
-    return size, explained(m, reads, goal, ridge), m.whitening(reads, ridge).is_blurred
+    return size, *explained(m, reads, goal, ridge)

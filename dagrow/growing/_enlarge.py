@@ -39,8 +39,8 @@ def enlarge(
 ) -> Receipt:
     """Widens all axes that can grow by one factor, with the neurons that explain most of what is missing.
 
-    For a trained model that has stopped improving. Axes come one after the other, in the order of the model, each measured
-    on what those before have made of it. A width of w gets ``(factor - 1) w`` neurons, rounded: by
+    For a trained model that has stopped improving. Axes come one after the other, in the order of the model, each
+    measured on what those before have made of it. A width of w gets ``(factor - 1) w`` neurons, rounded: by
     ``AddNeurons``, at the amplitude of a line search; where no amplitude lowers the loss, with a random fan-in and a
     fan-out of zero, which training fills. So every width comes to what was asked for, and the loss on the validation
     batches is never above the one before.

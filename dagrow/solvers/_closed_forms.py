@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dagrow.solvers._linalg import leading_svd, whitening
+from dagrow.solvers._linalg import leading_svd, projected_energy, whitening
 from dagrow.solvers._moments import MomentView
 from dagrow.solvers._residual import CANCELLATION, Regression, Residual, StackedResidual
 from dagrow.solvers._row_products import dense
@@ -90,7 +90,7 @@ def best_move(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0
     return Move(dW, gain, 2 * gain - float((dW.T * (S @ dW.T)).sum()), white.note)
 
 
-def explained(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0) -> float:
+def explained(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0) -> tuple[float, bool]:
     """What :func:`best_move` explains of ``E|v|^2``; without a ridge that is ``|W M|^2``, at half of its expense.
 
     Args:
@@ -100,11 +100,12 @@ def explained(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0
         ridge: relative to each feature's second moment.
 
     Returns:
-        The drop of the bottleneck.
+        The drop of the bottleneck, and whether it may be more: where S is singular, and its eigenvalues run on into
+        rounding.
     """
     if ridge:
-        return best_move(m, reads, goal, ridge).drop
-    return float(m.whitening(reads).whiten(m[reads, goal]).square().sum())
+        return best_move(m, reads, goal, ridge).drop, False
+    return projected_energy(m.product(reads, reads), m[reads, goal], m.resolution)
 
 
 def directions(m: MomentView, regressions: Sequence[Regression], k: int, ridge: float = 0.0) -> Directions:

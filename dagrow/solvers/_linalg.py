@@ -14,6 +14,7 @@ from dagrow.solvers._row_products import Product, RowProduct, row_noise
 
 _RANDOM = 256  #: features from which on rounding of a Gram's entries averages out: it moves eigenvalues by d^0.5, not d
 _APART = 100  #: times what rounding moves: where eigenvalues end above that, it hides none
+_REFINED = 3  #: times that a solution is; where that is not enough eigenvalues run on into rounding
 _FROM_RIGHT = 32  #: columns from which on it takes half of the time, in single precision, to solve from the right
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
@@ -86,22 +87,101 @@ def whitening(p: Product, ridge: float = 0.0, resolution: float | None = None, u
         matrix is singular.
     """
     d, unit = len(p), (p.diagonal() if unit is None else unit).clamp_min(0)
-    cut = max(resolution or 0.0, torch.finfo(unit.dtype).eps) * max(d, 1)
-    alive = unit > (cut**2 * unit.max() if d else 0)
-    scale = torch.where(alive, unit, 1).rsqrt() * alive
+    scale, cut = _scale(unit, resolution)
     if isinstance(p, RowProduct):
         return _whitened_rows(p, scale, ridge, resolution, cut)
-    scaled = (p * scale).mul_(scale[:, None])
-    damping = torch.where(alive, p.new_tensor(ridge), p.new_tensor(1.0))
-    scaled.diagonal().add_(damping)  # a dead feature has weight zero, whatever its entry
-    factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
-    if not failed and (not d or factor.diagonal().min() ** 2 > cut * (1 + ridge)):
+    scaled = _scaled(p, scale, ridge)
+    factor = _factor(scaled, cut * (1 + ridge))
+    if factor is not None:
         return Whitening(scale, None, factor, "")
+    alive = scale > 0
     values, some = torch.linalg.eigh(scaled[alive][:, alive].double())  # in single precision it may not converge
     vectors = some.new_zeros(d, len(values))
     vectors[alive] = some
-    noise = cut * min(1.0, (_RANDOM / d) ** 0.5)
-    return _whitened(values, vectors, scale, 0.0, noise)
+    return _whitened(values, vectors, scale, 0.0, _noise(cut, d))
+
+
+def _scale(unit: Tensor, resolution: float | None) -> tuple[Tensor, float]:
+    """The diagonal D ``[d]`` that brings features to size 1, dead ones to 0, and below what pivots are rounding."""
+    d = len(unit)
+    cut = max(resolution or 0.0, torch.finfo(unit.dtype).eps) * max(d, 1)
+    alive = unit > (cut**2 * unit.max() if d else 0)
+    return torch.where(alive, unit, 1).rsqrt() * alive, cut
+
+
+def _scaled(p: Tensor, scale: Tensor, ridge: float) -> Tensor:
+    """``D P D + ridge``; a dead feature has weight zero, whatever its entry."""
+    scaled = (p * scale).mul_(scale[:, None])
+    scaled.diagonal().add_(torch.where(scale > 0, p.new_tensor(ridge), p.new_tensor(1.0)))
+    return scaled
+
+
+def _factor(scaled: Tensor, least: float) -> Tensor | None:
+    """The Cholesky factor, if no pivot is below a bound."""
+    factor, failed = torch.linalg.cholesky_ex(scaled.mT)  # LAPACK reads columns
+    if failed or (len(factor) and factor.diagonal().min() ** 2 <= least):
+        return None
+    return factor
+
+
+def _noise(cut: float, d: int) -> float:
+    """By how much rounding of entries moves eigenvalues."""
+    return cut * min(1.0, (_RANDOM / d) ** 0.5)
+
+
+def projected_energy(p: Product, cross: Tensor, resolution: float) -> tuple[float, bool]:
+    """``tr(M^T P^+ M)``: the part of goals that features explain.
+
+    By Cholesky; of a singular matrix by :func:`_refined_energy`, or on its eigenvectors.
+
+    Args:
+        p: ``[p, p]``, positive semidefinite.
+        cross: M ``[p, o]``, which lies in the range of P but for rounding.
+        resolution: relative precision of the entries.
+
+    Returns:
+        The energy, and whether it may be more, as eigenvalues run on into rounding.
+    """
+    if isinstance(p, Tensor):
+        scale, cut = _scale(p.diagonal().clamp_min(0), resolution)
+        scaled, wanted = _scaled(p, scale, 0.0), scale[:, None] * cross
+        root = _factor(scaled, cut)
+        if root is not None:
+            return float(_substituted(root, wanted).square().sum()), False
+        found = _refined_energy(scaled, wanted, _noise(cut, len(p)), resolution)
+        if found is not None:
+            return found, False
+    white = whitening(p, 0.0, resolution)
+    return float(white.whiten(cross).square().sum()), white.is_blurred
+
+
+def _refined_energy(p: Tensor, cross: Tensor, shift: float, resolution: float) -> float | None:
+    """``tr(M^T P^+ M)`` where there is a gap between eigenvalues and rounding, without them; None where there is none.
+
+    So are features behind a LayerNorm, of which one combination is constant. With a shift s at what rounding moves
+    eigenvalues by, ``x += (P + s)^-1 (M - P x)`` leaves, of what a direction with eigenvalue l explains, ``r^k`` after
+    k times, with ``r = s / (l + s)``. What the last time added tells what is wrong: where l is above s no more is
+    missing; where l is below, and M holds rounding, there is too much, ``2^k - 1`` times as much at most.
+
+    Args:
+        p: P ``[p, p]``, with ones on its diagonal.
+        cross: M ``[p, o]``.
+        shift: s.
+        resolution: relative precision of the entries.
+
+    Returns:
+        The energy.
+    """
+    root = _factor(p + shift * torch.eye(len(p)).to(p), torch.finfo(p.dtype).eps * len(p))
+    if root is None:
+        return None
+    x, energy = torch.zeros_like(cross), 0.0
+    for k in range(1, _REFINED + 1):
+        x += _substituted(root, _substituted(root, cross - p @ x), transposed=True)
+        before, energy = energy, float((x * cross).sum())
+        if (2**k - 1) * (energy - before) <= max(_APART * resolution, 1e-10) * energy:
+            return energy
+    return None
 
 
 def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:

@@ -1,9 +1,10 @@
 """Matrices: what is singular, dead or badly scaled."""
 
+import pytest
 import torch
 from regressions import near
 
-from dagrow.solvers._linalg import whitening
+from dagrow.solvers._linalg import projected_energy, whitening
 
 
 def test_features_that_are_mostly_dead_and_depend_on_each_other() -> None:
@@ -16,3 +17,39 @@ def test_features_that_are_mostly_dead_and_depend_on_each_other() -> None:
     found = whitening(p)
     near(found.whiten(found.whiten(p).T), torch.eye(159), 1e-3)
     assert found.note == "rank cut from 785 to 159"
+
+
+def layer_norm_moments(smallest: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of features that sum to zero, with eigenvalues down to one, and of goals that they follow in part."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, smallest / 2, 40).double()
+    x = torch.randn(900, 40, generator=generator).double() * sizes
+    x = x @ torch.linalg.qr(torch.randn(40, 40, generator=generator).double()).Q
+    x = x - x.mean(1, keepdim=True)
+    v = x @ torch.randn(40, 7, generator=generator).double() + torch.randn(900, 7, generator=generator).double()
+    x, v = x.to(dtype), v.to(dtype)
+    return (x.T @ x / 900).double(), (x.T @ v / 900).double()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "smallest", "tolerance"),
+    [(torch.float64, -6, 1e-8), (torch.float64, -1, 1e-9), (torch.float32, -1, 1e-5)],
+)
+def test_energy_behind_a_layer_norm_needs_no_eigenvalues(
+    dtype: torch.dtype, smallest: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, cross = layer_norm_moments(smallest, dtype)
+    expected = float((cross * (torch.linalg.pinv(p, rtol=1e-6 if dtype == torch.float32 else 1e-12) @ cross)).sum())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigh", lambda *_: pytest.fail("eigenvalues were computed"))
+        energy, is_bound = projected_energy(p, cross, torch.finfo(dtype).eps)
+    assert energy == pytest.approx(expected, rel=tolerance)
+    assert not is_bound
+
+
+def test_energy_with_eigenvalues_down_to_rounding_is_a_bound() -> None:
+    p, cross = layer_norm_moments(-9, torch.float32)
+    resolution = torch.finfo(torch.float32).eps
+    energy, is_bound = projected_energy(p, cross, resolution)
+    assert energy == pytest.approx(float(whitening(p, 0.0, resolution).whiten(cross).square().sum()))
+    assert is_bound
