@@ -14,7 +14,7 @@ from dagrow.statistics import DrawnSamples, MeasureOptions, Objective
 from dagrow.surgery import Growth
 
 WANTED = 0.25  #: the standard error of the best gain, relative to it
-MOST = 4096  #: samples, whatever is found
+MOST = 4096  #: samples, about, whatever is found
 NEARLY = 1.5  #: times more samples than there are is not worth a further pass
 AT_ONCE = 4  #: times more samples are drawn, at most
 

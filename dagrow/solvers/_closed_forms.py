@@ -104,7 +104,7 @@ def explained(m: MomentView, reads: Hashable, goal: Hashable, ridge: float = 0.0
         rounding.
     """
     if ridge:
-        return best_move(m, reads, goal, ridge).drop, False
+        return best_move(m, reads, goal, ridge).drop, m.whitening(reads, ridge).is_blurred
     return projected_energy(m.product(reads, reads), m[reads, goal], m.resolution)
 
 

@@ -14,7 +14,7 @@ from dagrow.solvers._row_products import Product, RowProduct, row_noise
 
 _RANDOM = 256  #: features from which on rounding of a Gram's entries averages out: it moves eigenvalues by d^0.5, not d
 _APART = 100  #: times what rounding moves: where eigenvalues end above that, it hides none
-_REFINED = 3  #: times that a solution is; where that is not enough eigenvalues run on into rounding
+_BLOCK, _ITERATIONS = 16, 4  #: columns and steps by which directions are sought that a matrix does not hold
 _FROM_RIGHT = 32  #: columns from which on it takes half of the time, in single precision, to solve from the right
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
@@ -132,7 +132,8 @@ def _noise(cut: float, d: int) -> float:
 def projected_energy(p: Product, cross: Tensor, resolution: float) -> tuple[float, bool]:
     """``tr(M^T P^+ M)``: the part of goals that features explain.
 
-    By Cholesky; of a singular matrix by :func:`_refined_energy`, or on its eigenvectors.
+    By Cholesky, if need be without some directions that P does not hold; where eigenvalues run on into rounding, or P
+    is known by rows, on its eigenvectors.
 
     Args:
         p: ``[p, p]``, positive semidefinite.
@@ -142,46 +143,49 @@ def projected_energy(p: Product, cross: Tensor, resolution: float) -> tuple[floa
     Returns:
         The energy, and whether it may be more, as eigenvalues run on into rounding.
     """
+    unit = p.diagonal().clamp_min(0)
+    if isinstance(p, RowProduct) and len(p.x) > int(unit.count_nonzero()):
+        p = p.dense()  # more rows than features that vary
     if isinstance(p, Tensor):
-        scale, cut = _scale(p.diagonal().clamp_min(0), resolution)
-        scaled, wanted = _scaled(p, scale, 0.0), scale[:, None] * cross
-        root = _factor(scaled, cut)
+        scale, cut = _scale(unit, resolution)
+        scaled = _scaled(p, scale, 0.0)
+        root, wanted = _factor(scaled, cut), scale[:, None] * cross
+        if root is None:
+            null = _null_directions(scaled, _noise(cut, len(p)))
+            if null is not None:
+                root, wanted = _factor(scaled + null @ null.T, cut), wanted - null @ (null.T @ wanted)
         if root is not None:
             return float(_substituted(root, wanted).square().sum()), False
-        found = _refined_energy(scaled, wanted, _noise(cut, len(p)), resolution)
-        if found is not None:
-            return found, False
     white = whitening(p, 0.0, resolution)
     return float(white.whiten(cross).square().sum()), white.is_blurred
 
 
-def _refined_energy(p: Tensor, cross: Tensor, shift: float, resolution: float) -> float | None:
-    """``tr(M^T P^+ M)`` where there is a gap between eigenvalues and rounding, without them; None where there is none.
+def _null_directions(p: Tensor, noise: float) -> Tensor | None:
+    """The few directions that a matrix does not hold, where there is a gap between its other eigenvalues and rounding.
 
-    So are features behind a LayerNorm, of which one combination is constant. With a shift s at what rounding moves
-    eigenvalues by, ``x += (P + s)^-1 (M - P x)`` leaves, of what a direction with eigenvalue l explains, ``r^k`` after
-    k times, with ``r = s / (l + s)``. What the last time added tells what is wrong: where l is above s no more is
-    missing; where l is below, and M holds rounding, there is too much, ``2^k - 1`` times as much at most.
+    Features behind a LayerNorm have one: a combination of them is constant. By inverse iteration of a block, with a
+    shift at what rounding moves eigenvalues by.
 
     Args:
         p: P ``[p, p]``, with ones on its diagonal.
-        cross: M ``[p, o]``.
-        shift: s.
-        resolution: relative precision of the entries.
+        noise: by how much rounding moves its eigenvalues.
 
     Returns:
-        The energy.
+        Orthonormal columns ``[p, r]``; None where there are many, or no such gap.
     """
-    root = _factor(p + shift * torch.eye(len(p)).to(p), torch.finfo(p.dtype).eps * len(p))
+    shifted = p.clone()
+    shifted.diagonal().add_(noise)
+    root = _factor(shifted, torch.finfo(p.dtype).eps * len(p))
     if root is None:
         return None
-    x, energy = torch.zeros_like(cross), 0.0
-    for k in range(1, _REFINED + 1):
-        x += _substituted(root, _substituted(root, cross - p @ x), transposed=True)
-        before, energy = energy, float((x * cross).sum())
-        if (2**k - 1) * (energy - before) <= max(_APART * resolution, 1e-10) * energy:
-            return energy
-    return None
+    block = torch.randn(len(p), _BLOCK, generator=torch.Generator().manual_seed(0)).to(p)
+    for _ in range(_ITERATIONS):
+        block = torch.linalg.qr(_substituted(root, _substituted(root, block), transposed=True)).Q
+    values, vectors = torch.linalg.eigh(block.T @ p @ block)
+    count = int((values <= noise).sum())
+    if count == len(values) or values[count] < _APART * noise:
+        return None
+    return block @ vectors[:, :count]
 
 
 def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:

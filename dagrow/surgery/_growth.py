@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dagrow._log import LOG
 from dagrow._model_state import all_or_nothing
 from dagrow._text import Printable
+from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, check_owners, weight_uses
 from dagrow.solvers import LEVEL, Verdict, upper_tail
@@ -347,27 +348,28 @@ def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
         record.restore()
 
 
-def cost_of(dag: Dag, *changes: Change) -> Cost:
-    """What changes add together, from shapes: an entry of a matrix or kernel costs two operations per position.
+def cost_of(dag: Dag, change: Change) -> Cost:
+    """What a change adds, from shapes: an entry of a matrix or kernel costs two operations per position.
 
     Args:
         dag: of the model.
-        changes: what growths do to it, each drafted for the model as it is.
+        change: what the growth does to it.
 
     Returns:
         The new parameters and floating point operations.
     """
-    parameters, added = dict(dag.model.named_parameters()), dict[str, dict[int, int]]()
-    for name, at in [(name, at) for change in changes for name, maps in change.index_maps.items() for at in maps]:
-        if name in parameters:
-            sizes = added.setdefault(name, {})
-            sizes[at.dim] = sizes.get(at.dim, 0) + at.size - len(at.old)
-    entries = {name: _grown_size(parameters[name].shape, new) - parameters[name].numel() for name, new in added.items()}
+    parameters = dict(dag.model.named_parameters())
+    entries = {
+        name: _grown_size(parameters[name].shape, at) - parameters[name].numel()
+        for name, at in change.index_maps.items()
+        if name in parameters
+    }
     uses = weight_uses(dag.program.graph, dag.layers)
     flops = sum(2 * entries[name] * uses[name] for name in uses if name in entries and parameters[name].ndim > 1)
-    paths = [path.cost() for change in changes for path in change.new_paths]
+    paths = [path.cost() for path in change.new_paths]
     return Cost(sum(entries.values()) + sum(p for p, _ in paths), flops + sum(f for _, f in paths))
 
 
-def _grown_size(shape: Sequence[int], added: Mapping[int, int]) -> int:
-    return prod(size + added.get(dim, 0) for dim, size in enumerate(shape))
+def _grown_size(shape: Sequence[int], index_maps: Sequence[IndexMap]) -> int:
+    sizes = {index_map.dim: index_map.size for index_map in index_maps}
+    return prod(sizes.get(dim, size) for dim, size in enumerate(shape))

@@ -58,6 +58,52 @@ def test_a_budget_is_held_and_used(limit: str, amount: int) -> None:
     assert 0.5 * amount < added <= amount
 
 
+@pytest.mark.parametrize("limit", ["parameters", "flops"])
+@pytest.mark.parametrize("amount", [200, 1_000, 10_000])
+def test_a_budget_is_held_where_widths_multiply(limit: str, amount: int) -> None:
+    """As heads and their size do. FLOPs are counted as growths tell them."""
+    dag, batches = attending()
+    receipt = dagrow.enlarge(dag, batches, mse_loss, budget=Budget(**{limit: amount}))
+    growths = [part.growth for part in receipt.parts if part.growth is not None]
+    assert 0.2 * amount < sum(getattr(growth.cost, limit) for growth in growths) <= amount
+
+
+def test_a_budget_is_held_where_widths_add_up() -> None:
+    torch.manual_seed(0)
+    dag = dagrow.trace(Joined(), X)
+    before = dag.parameter_count()
+    dagrow.enlarge(dag, BATCHES, mse_loss, budget=Budget(parameters=150))
+    assert 75 < dag.parameter_count() - before <= 150
+
+
+class Joined(nn.Module):
+    """What two layers write is read side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 3), nn.Linear(3, 4), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x).tanh()
+        return self.c(torch.cat([a, self.b(a).tanh()], 1))
+
+
+@pytest.mark.parametrize("neurons", [1, 3])
+def test_a_few_neurons_for_wide_layers(neurons: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 3_000), nn.Tanh(), nn.Linear(3_000, 2))
+    dag = dagrow.trace(model, X)
+    assert dagrow.enlarge(dag, BATCHES, mse_loss, 900.0, budget=Budget(neurons=neurons)).neurons == neurons
+
+
+def test_widths_without_a_closed_form_grow_too() -> None:
+    dag, batches = attending()
+    before = widths(dag)
+    receipt = dagrow.enlarge(dag, batches, mse_loss)
+    assert widths(dag) == {name: 2 * width for name, width in before.items()}
+    assert any("optimal" not in axis.inits for axis in dag.axes if axis.growable)
+    assert {part.where for part in receipt.parts} == set(before)
+
+
 def test_the_smaller_one_of_factor_and_budget_counts() -> None:
     _, dag = setting()
     dagrow.enlarge(dag, BATCHES, mse_loss, 1.5, budget=Budget(neurons=1_000))
@@ -124,7 +170,8 @@ def test_a_width_that_cannot_grow_is_left_out_and_the_others_grow() -> None:
         ({"factor": float("inf")}, "finite"),
         ({"factor": 1.01}, r"factor=1\.01 adds not one neuron to widths of 3 \(a\), 4 \(b\)"),
         ({"budget": Budget(parameters=3)}, "parameters=3.* allows not one neuron"),
-        ({"budget": 100}, r"a int was given; give dagrow\.Budget"),
+        ({"budget": 100}, r"give a dagrow\.Budget"),
+        ({"factor": 1e308}, "at most 1000"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, "none of the parameters"),
     ],
 )
