@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import floor, prod
 
-from dagrow.axes import IndexMap
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, weight_uses
 from dagrow.growing._planning import Budget
@@ -116,9 +115,9 @@ class _Sizes:
         shapes = {name: tuple(parameter.shape) for name, parameter in dag.model.named_parameters()}
         added: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
         for axis in dag.axes:
-            for name, maps in _maps_of(dag, axis).items():
-                for at in maps if name in shapes else ():
-                    added[name][at.dim][axis.name] = at.size - len(at.old)
+            for name, dims in _added(dag, axis).items():
+                for dim, entries in dims.items() if name in shapes else ():
+                    added[name][dim][axis.name] = entries
         return cls(shapes, added, weight_uses(dag.program.graph, dag.layers))
 
     def cost(self, new: Mapping[str, int]) -> Cost:
@@ -136,9 +135,10 @@ class _Sizes:
         return Cost(parameters, flops)
 
 
-def _maps_of(dag: Dag, axis: Axis) -> Mapping[str, tuple[IndexMap, ...]]:
-    """Where the entries of one new neuron lie; nothing where the axis cannot grow by one."""
+def _added(dag: Dag, axis: Axis) -> Mapping[str, Mapping[int, int]]:
+    """Entries of one new neuron, by parameter or buffer and dimension; none where the axis cannot grow by one."""
     try:
-        return Draft(dag, [(axis, dag.widening(axis, 1))]).change().index_maps if axis.growable else {}
+        maps = Draft(dag, [(axis, dag.widening(axis, 1))]).change().index_maps if axis.growable else {}
     except GrowthError:
         return {}
+    return {name: {at.dim: at.size - len(at.old) for at in found} for name, found in maps.items()}
