@@ -94,6 +94,7 @@ class Arm:
     neurons: AddNeurons | None = None
     samples: Literal["auto"] | None = None
     scratch: bool = False
+    tuned_as: str | None = None  #: the arm whose rate it has
 
 
 ZERO = AddNeurons(k=1, init="zero", folds=1)
@@ -103,7 +104,7 @@ ARMS = {
     "zero": Arm("zero fan-out", ZERO),
     "random": Arm("random", AddNeurons(k=1, init="random", folds=1)),
     "default": Arm("the default, all samples", AddNeurons(k=1)),
-    "auto": Arm('the default, `samples="auto"`', AddNeurons(k=1), samples="auto"),
+    "auto": Arm('the default, `samples="auto"`', AddNeurons(k=1), samples="auto", tuned_as="default"),
 }
 
 
@@ -215,10 +216,12 @@ def chosen_rates(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]
     for each in runs:
         if each["rate"] is None:
             tried.setdefault((each["task"], each["variant"]), []).append(each["results"])
-    return {
+    rates = {
         key: min(RATES, key=lambda rate: mean(found[f"{TUNED_AT:g} {rate:g}"][0] for found in results))
         for key, results in tried.items()
     }
+    alike = {(name, variant): (name, ARMS[variant].tuned_as or variant) for name in TASKS for variant in ARMS}
+    return {key: rates[other] for key, other in alike.items() if other in rates}
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:
@@ -230,7 +233,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
             continue
         rows = []
         for variant, arm in ARMS.items():
-            own = {each["seed"]: each for each in of_task if each["variant"] == variant}
+            own = _own(of_task, variant, rates.get((name, variant)))
             if own:
                 errors = [[_at(each, budget)[1] for each in own.values()] for budget in (0, *BUDGETS)]
                 cost = mean(each["growing"] / each["small"] for each in own.values())
@@ -239,7 +242,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
         head = ["", "rate", "at once", *(f"{100 * budget:g} % of N" for budget in BUDGETS), "growing, of N steps' time"]
         steps = mean(each["steps"] for each in of_task)
         parts.append(f"{name}, {len({each['seed'] for each in of_task})} seeds, N = {steps:.0f} on average:")
-        parts += [table(head, rows), _difference(of_task)]
+        parts += [table(head, rows), _difference(of_task, rates[name, "default"])]
     return "\n\n".join(parts)
 
 
@@ -248,11 +251,16 @@ def _at(each: dict[str, Any], budget: float) -> tuple[float, float]:
     return each["results"][f"{budget:g} {each['rate']:g}"]
 
 
-def _difference(of_task: Sequence[dict[str, Any]]) -> str:
+def _own(of_task: Sequence[dict[str, Any]], variant: str, rate: float | None) -> dict[int, dict[str, Any]]:
+    """Seed -> the run of an arm at a rate."""
+    return {each["seed"]: each for each in of_task if (each["variant"], each["rate"]) == (variant, rate)}
+
+
+def _difference(of_task: Sequence[dict[str, Any]], rate: float) -> str:
     cells = []
     for budget in BUDGETS:
         auto, all_samples = (
-            {each["seed"]: _at(each, budget)[1] for each in of_task if each["variant"] == variant}
+            {seed: _at(each, budget)[1] for seed, each in _own(of_task, variant, rate).items()}
             for variant in ("auto", "default")
         )
         difference, error, _ = paired(auto, all_samples)
@@ -271,7 +279,8 @@ def main() -> None:
         return [job for job in jobs if (*job[:3], job[4]) not in done]
 
     pairs = [(name, variant) for name in names for variant in arguments.variants]
-    tuning = missing((*pair, seed, arguments.cifar, None) for pair in pairs for seed in TUNING_SEEDS)
+    tuned = [(name, variant) for name, variant in pairs if ARMS[variant].tuned_as is None]
+    tuning = missing((*pair, seed, arguments.cifar, None) for pair in tuned for seed in TUNING_SEEDS)
     table_path, arguments.table = arguments.table, None
     study(arguments, run, tuning, SCRIPT, tables)
     arguments.table, rates = table_path, chosen_rates(read(arguments.out))
