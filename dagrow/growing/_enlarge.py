@@ -7,7 +7,7 @@ from dagrow._progress import with_progress
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Axis, Dag, check_owners
 from dagrow.growing._bottlenecks import objective_of
-from dagrow.growing._factor import affordable, new_neurons
+from dagrow.growing._factor import LARGEST, affordable, new_neurons
 from dagrow.growing._grow import grown_by
 from dagrow.growing._left_out import LeftOut
 from dagrow.growing._line_search import combined
@@ -16,8 +16,6 @@ from dagrow.growing._sample_size import judge_of
 from dagrow.operators import AddNeurons
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
 from dagrow.surgery import Optimizers, Receipt, check_optimizer, transaction
-
-LARGEST = 1000  #: factor
 
 
 @with_progress

@@ -10,7 +10,7 @@ from dagrow.graph import Axis, Dag, weight_uses
 from dagrow.growing._planning import Budget
 from dagrow.surgery import Cost, Draft, cost_of
 
-FACTOR = 2.0  #: where neither a factor nor a budget is given
+FACTOR, LARGEST = 2.0, 1000.0  #: where neither a factor nor a budget is given; at most
 STEPS = 60  #: of the bisection
 
 
@@ -43,11 +43,7 @@ def new_neurons(dag: Dag, factor: float | None, budget: Budget) -> dict[str, int
         return budget.allows(parameters=cost.parameters, flops=cost.flops, neurons=sum(new.values()), growths=len(new))
 
     is_bounded = any(limit is not None for limit in (budget.parameters, budget.flops, budget.neurons))
-    if factor is None and is_bounded:
-        factor = FACTOR
-        while fits(factor):
-            factor *= 2
-    factor = FACTOR if factor is None else factor
+    factor = factor or (LARGEST if is_bounded else FACTOR)
     wanted = neurons(_largest(fits, factor))
     if not wanted:
         what = f"factor={factor:g} adds" if budget == Budget() else f"{budget!r} allows"
