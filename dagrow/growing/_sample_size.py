@@ -1,4 +1,4 @@
-"""How many samples are measured, where that is left open: enough to know the best gain to a quarter.
+"""How many samples are measured, where that is left open: enough to know the best gain to a tenth.
 
 The standard error of a held-out gain falls with the root of the number of samples, so that a few tell how many it
 takes, see :meth:`dagrow.Growth.samples_for`. Where these few hold no more than chance, that is not known yet, and more
@@ -13,7 +13,7 @@ from dagrow.operators import Operator
 from dagrow.statistics import DrawnSamples, MeasureOptions, Objective
 from dagrow.surgery import Growth
 
-WANTED = 0.25  #: the standard error of the best gain, relative to it
+WANTED = 0.1  #: the standard error of the best gain, relative to it
 MOST = 4096  #: samples, about, whatever is found
 NEARLY = 1.5  #: times more samples than there are is not worth a further pass
 AT_ONCE = 4  #: times more samples are drawn, at most

@@ -22,7 +22,7 @@ class MeasureOptions(TypedDict, total=False):
             for each sample, in the order of the batches, or a function from a batch to the keys of its samples.
         max_batches: how many batches are read, at most.
         samples: how many are measured, drawn at random, and as many others for amplitudes, where there is no
-            validation; ``"auto"`` for as many as it takes to know the best gain to about a quarter, or for bottlenecks
+            validation; ``"auto"`` for as many as it takes to know the best gain to about a tenth, or for bottlenecks
             ten rows for each feature; by default all.
         max_memory: bytes that measuring may take; by default most of what is free. Places that need more together are
             measured one after the other, those that need more alone are left out.
