@@ -65,14 +65,15 @@ def affordable(dag: Dag, name: str, k: int, budget: Budget) -> int:
         At most k; where the axis cannot grow by so many, these, so that growing it tells why.
     """
 
-    def fits(k: int) -> bool:
-        cost = cost_of(dag, Draft(dag, [(dag.axis(name), dag.widening(dag.axis(name), k))]).change())
+    def fits(k: int) -> bool | None:
+        try:
+            change = Draft(dag, [(dag.axis(name), dag.widening(dag.axis(name), k))]).change()
+        except GrowthError:  # not by so many
+            return None
+        cost = cost_of(dag, change)
         return budget.allows(parameters=cost.parameters, flops=cost.flops, neurons=k, growths=1)
 
-    try:
-        if budget == Budget() or fits(k):
-            return k
-    except GrowthError:
+    if budget == Budget() or fits(k) is not False:
         return k
     low, high = 0, k
     while high - low > 1:

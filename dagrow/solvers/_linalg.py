@@ -15,7 +15,7 @@ from dagrow.solvers._row_products import Product, RowProduct, row_noise
 _RANDOM = 256  #: features from which on rounding of a Gram's entries averages out: it moves eigenvalues by d^0.5, not d
 _APART = 100  #: times what rounding moves: where eigenvalues end above that, it hides none
 _BLOCK, _ITERATIONS = 16, 4  #: columns and steps by which directions are sought that a matrix does not hold
-_FROM_RIGHT = 32  #: columns from which on it takes half of the time, in single precision, to solve from the right
+_FROM_RIGHT = 64  #: columns from which on it takes about half of the time, in single precision, to solve from the right
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
 
@@ -67,7 +67,7 @@ class Whitening:
 
 def _substituted(root: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
     """``R^-1 X``, or ``R^-T X``, for a lower triangular R."""
-    if x.shape[1] < _FROM_RIGHT:
+    if x.dtype != torch.float32 or x.shape[1] < _FROM_RIGHT:
         return torch.linalg.solve_triangular(root.T if transposed else root, x, upper=transposed)
     return torch.linalg.solve_triangular(root if transposed else root.T, x.T, upper=not transposed, left=False).T
 

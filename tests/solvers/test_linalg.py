@@ -58,3 +58,15 @@ def test_energy_with_eigenvalues_down_to_rounding_is_a_bound(goals: str) -> None
     energy, is_bound = projected_energy(p, cross, resolution)
     assert energy == pytest.approx(float(whitening(p, 0.0, resolution).whiten(cross).square().sum()))
     assert is_bound
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_systems_of_few_and_of_many_columns(dtype: torch.dtype, tolerance: float, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 50, generator=generator).double()
+    p, wanted = x.T @ x / 300, torch.randn(50, columns, generator=generator).double()
+    found = whitening(p.to(dtype))
+    near(found.solve(wanted.to(dtype)).double(), torch.linalg.inv(p) @ wanted, tolerance)
+    whitened = found.whiten(wanted.to(dtype)).double()
+    near(whitened.T @ whitened, wanted.T @ torch.linalg.inv(p) @ wanted, tolerance)
