@@ -15,6 +15,8 @@ from dagrow.solvers._row_products import Product, RowProduct, row_noise
 _RANDOM = 256  #: features from which on rounding of a Gram's entries averages out: it moves eigenvalues by d^0.5, not d
 _APART = 100  #: times what rounding moves: where eigenvalues end above that, it hides none
 _BLOCK, _ITERATIONS = 16, 4  #: columns and steps by which directions are sought that a matrix does not hold
+_COARSE = 1e-10  #: resolutions above it are those of single precision and below
+_SMALL = 512  #: features up to which eigenvalues are cheap
 _FROM_RIGHT = 64  #: columns from which on it takes about half of the time, in single precision, to solve from the right
 _ITERATED = 192  #: up to this width subspaces are not worth iterating for
 
@@ -132,8 +134,8 @@ def _noise(cut: float, d: int) -> float:
 def projected_energy(p: Product, cross: Tensor, resolution: float) -> tuple[float, bool]:
     """``tr(M^T P^+ M)``: the part of goals that features explain.
 
-    By Cholesky, if need be without some directions that P does not hold; where eigenvalues run on into rounding, or P
-    is known by rows, on its eigenvectors.
+    By Cholesky, if need be without some directions that P does not hold, or with a shift where many are hidden by
+    rounding; else, or where P is known by rows, on its eigenvectors.
 
     Args:
         p: ``[p, p]``, positive semidefinite.
@@ -147,45 +149,50 @@ def projected_energy(p: Product, cross: Tensor, resolution: float) -> tuple[floa
     if isinstance(p, RowProduct) and len(p.x) > int(unit.count_nonzero()):
         p = p.dense()  # more rows than features that vary
     if isinstance(p, Tensor):
-        scale, cut = _scale(unit, resolution)
-        scaled = _scaled(p, scale, 0.0)
-        root, wanted = _factor(scaled, cut), scale[:, None] * cross
-        if root is None:
-            null = _null_directions(scaled, _noise(cut, len(p)))
-            if null is not None:
-                root, wanted = _factor(scaled + null @ null.T, cut), wanted - null @ (null.T @ wanted)
-        if root is not None:
-            return float(_substituted(root, wanted).square().sum()), False
+        found = _energy_by_factors(p, cross, *_scale(unit, resolution))
+        if found is not None:
+            return found
     white = whitening(p, 0.0, resolution)
     return float(white.whiten(cross).square().sum()), white.is_blurred
 
 
-def _null_directions(p: Tensor, noise: float) -> Tensor | None:
-    """The few directions that a matrix does not hold, where there is a gap between its other eigenvalues and rounding.
+def _energy_by_factors(p: Tensor, cross: Tensor, scale: Tensor, cut: float) -> tuple[float, bool] | None:
+    """The same by Cholesky factors alone; None where it takes eigenvalues."""
+    scaled, wanted, noise = _scaled(p, scale, 0.0), scale[:, None] * cross, _noise(cut, len(p))
+    root, is_blurred = _factor(scaled, cut), False
+    if root is None:
+        rounding = torch.finfo(p.dtype).eps * len(p)
+        shifted = _factor(scaled + noise * torch.eye(len(p)).to(p), rounding)
+        if shifted is None:
+            return None
+        values, vectors = _smallest(shifted, scaled)
+        held = values > noise
+        if held.any():  # whatever is not held is known
+            null, is_blurred = vectors[:, ~held], bool(values[held][0] < _APART * noise)
+            root, wanted = _factor(scaled + null @ null.T, rounding), wanted - null @ (null.T @ wanted)
+        elif cut > _COARSE * len(p) and len(p) > _SMALL:  # the shift is where the cut would be, which rounding moved
+            root, is_blurred = shifted, True
+    return None if root is None else (float(_substituted(root, wanted).square().sum()), is_blurred)
 
-    Features behind a LayerNorm have one: a combination of them is constant. By inverse iteration of a block, with a
-    shift at what rounding moves eigenvalues by.
+
+def _smallest(root: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest eigenvalues ``[r]`` of a matrix P ``[p, p]``, with orthonormal vectors ``[p, r]``.
+
+    Features behind a LayerNorm have one that is zero: a combination of them is constant. By inverse iteration of a
+    block.
 
     Args:
-        p: P ``[p, p]``, with ones on its diagonal.
-        noise: by how much rounding moves its eigenvalues.
+        root: the Cholesky factor of P, shifted.
+        p: P.
 
     Returns:
-        Orthonormal columns ``[p, r]``; None where there are many, or no such gap.
+        Ritz values, smallest first, and vectors.
     """
-    shifted = p.clone()
-    shifted.diagonal().add_(noise)
-    root = _factor(shifted, torch.finfo(p.dtype).eps * len(p))
-    if root is None:
-        return None
     block = torch.randn(len(p), _BLOCK, generator=torch.Generator().manual_seed(0)).to(p)
     for _ in range(_ITERATIONS):
         block = torch.linalg.qr(_substituted(root, _substituted(root, block), transposed=True)).Q
     values, vectors = torch.linalg.eigh(block.T @ p @ block)
-    count = int((values <= noise).sum())
-    if count == len(values) or values[count] < _APART * noise:
-        return None
-    return block @ vectors[:, :count]
+    return values, block @ vectors
 
 
 def _whitened_rows(p: RowProduct, scale: Tensor, ridge: float, resolution: float | None, cut: float) -> Whitening:

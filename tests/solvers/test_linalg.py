@@ -60,6 +60,39 @@ def test_energy_with_eigenvalues_down_to_rounding_is_a_bound(goals: str) -> None
     assert is_bound
 
 
+def test_energy_of_few_directions_next_to_ones_near_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out is as by eigenvalues, which are not needed; it is a bound."""
+    p, cross = layer_norm_moments(-5, torch.float32)
+    resolution = torch.finfo(torch.float32).eps
+    expected = float(whitening(p, 0.0, resolution).whiten(cross).square().sum())
+    monkeypatch.setattr("dagrow.solvers._linalg.whitening", lambda *_: pytest.fail("all eigenvalues were computed"))
+    energy, is_bound = projected_energy(p, cross, resolution)
+    assert energy == pytest.approx(expected, rel=1e-5)
+    assert is_bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_energy_of_many_features_that_run_on_into_rounding(dtype: torch.dtype) -> None:
+    """In single precision a bound, no worse than by eigenvalues; in double precision what the pseudo-inverse gives."""
+    generator, d = torch.Generator().manual_seed(0), 600
+    sizes = torch.logspace(0, -5, d).double()
+    x = (torch.randn(2000, d, generator=generator).double() * sizes) @ torch.linalg.qr(
+        torch.randn(d, d, generator=generator).double()
+    ).Q
+    x[:, -40:] = x[:, :40]  # dependent but for nothing
+    v = x @ torch.randn(d, 5, generator=generator).double() + torch.randn(2000, 5, generator=generator).double()
+    truth = float((x.T @ v / 2000 * (torch.linalg.pinv(x.T @ x / 2000, rtol=1e-13) @ (x.T @ v / 2000))).sum())
+    x, v = x.to(dtype), v.to(dtype)
+    p, cross, resolution = (x.T @ x / 2000).double(), (x.T @ v / 2000).double(), torch.finfo(dtype).eps
+    energy, is_bound = projected_energy(p, cross, resolution)
+    by_eigenvalues = float(whitening(p, 0.0, resolution).whiten(cross).square().sum())
+    if dtype == torch.float64:
+        assert energy == pytest.approx(by_eigenvalues)
+    else:
+        assert is_bound
+        assert 0.9 * by_eigenvalues < energy < truth
+
+
 @pytest.mark.parametrize("columns", [1, 63, 64, 200])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_systems_of_few_and_of_many_columns(dtype: torch.dtype, tolerance: float, columns: int) -> None:
