@@ -15,16 +15,19 @@ from dagrow._model_state import ModelState
 from dagrow.errors import LossError
 from dagrow.graph import Dag, Edge
 from dagrow.solvers import Pair
+from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature, InputFeatures, OutputGoal
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._products import product
-from dagrow.statistics._trials import Hooks, Trials
+from dagrow.statistics._sample_layout import FEW, few_samples
+from dagrow.statistics._trials import Hooks, Ray, Trials
 from dagrow.tracing import tensor_at
 
 ROUNDING = 64  #: times what a type tells apart, relative to what is summed
 ROUNDED_PRODUCTS = 2.0**-8  #: what products in reduced precision tell apart
 Entry = tuple[str, str]  #: a layer, and the name of a parameter there
+Gradients = dict[str, dict[str, Tensor | None]]  #: layer -> by the names of its parameters
 
 
 class BesideOutputsError(LossError):
@@ -52,6 +55,32 @@ class GradientCheck:
         wanted -= objective.findings.compared
         self.watched = {edge.name: edge for edge in dag.edges if edge.name in wanted and not edge.shared}
         self.edges = {name: edge for name, edge in self.watched.items() if name in meeting}
+
+    def clear(self, batch: object, n: int) -> None:
+        """Before the first batch runs: where few of its samples show nothing unusual, the rest is not looked at.
+
+        Args:
+            batch: n samples.
+            n: their number.
+        """
+        part = few_samples(batch, n, self.objective.batch_dim) if self.edges else None
+        if part is None:
+            return
+        self.begin()
+        is_usual = False
+        try:
+            loss = self.objective.value(part)
+            own, scale = float(loss.detach()), -self.objective.scale(FEW) * FEW
+            calls = self.hooks.captures(loss, scale, ran=True)
+            del loss
+            gradients = self._by_edge(self.hooks.weight_gradients)
+            trials = Trials(self.objective, self.hooks, self.before, part)
+            is_usual = not self._left(calls, gradients, scale) and trials.confirm(self._ray(gradients), own)
+        except Exception as error:  # what it means, the whole batch shows: a step may refuse others
+            if is_of_own_class(error):
+                raise
+        self.hooks.forget()
+        self._finish(self.before, is_done=is_usual)
 
     def begin(self) -> None:
         """Before the batch runs."""
@@ -81,21 +110,23 @@ class GradientCheck:
             return
         after, gradients = self._state(), self._by_edge(self.hooks.weight_gradients)
         trials = Trials(self.objective, self.hooks, self.before, batch)
-        left = {
-            name: _Rest.of(edge, calls[name], gradients[name], scale)
-            for name, edge in self.edges.items()
-            if gradients[name]
-        }
-        left = {name: rest for name, rest in left.items() if rest.differs({})}
+        left = self._left(calls, gradients, scale)
         if left:
             self._explain(left, trials)
-        self._check_slopes(gradients, trials, loss)
-        after.restore()
+        ray = self._ray(gradients)
+        if trials.contradict(ray, loss):  # one ray each would clear no layer
+            self.objective.findings.detached |= ray.layers
+        self._finish(after, is_done=True)
+
+    def _finish(self, state: ModelState, is_done: bool) -> None:
+        """Back to a state; if all is known, nothing is looked at any more."""
+        state.restore()
         for weight in self.frozen:
             weight.requires_grad_(False)
         self.hooks.goals, self.hooks.weights, self.hooks.weight_gradients = self.goals, (), ()
-        self.objective.findings.compared.update(self.edges)
-        self.watched, self.edges = {}, {}
+        if is_done:
+            self.objective.findings.compared.update(self.edges)
+            self.watched, self.edges = {}, {}
 
     def _state(self) -> ModelState:
         """Of the model, and of what the loss runs beside it."""
@@ -104,7 +135,7 @@ class GradientCheck:
             state.include(module)
         return state
 
-    def _by_edge(self, gradients: Sequence[Tensor | None]) -> dict[str, dict[str, Tensor | None]]:
+    def _by_edge(self, gradients: Sequence[Tensor | None]) -> Gradients:
         by_edge: dict[str, dict[str, Tensor | None]] = {name: {} for name in self.watched}
         for (name, entry), gradient in zip(self.weights, gradients, strict=True):
             by_edge[name][entry] = gradient
@@ -143,9 +174,18 @@ class GradientCheck:
             f"Measure {way_out}; or grow with AddNeurons(init='zero') or init='copy', which need no gradient."
         )
 
-    def _check_slopes(self, gradients: Mapping[str, Mapping[str, Tensor | None]], trials: Trials, loss: float) -> None:
-        """Notes layers along whose gradients a finite difference of the loss is not what autograd says."""
-        weights, directions, slope, moved = dict[str, Tensor](), dict[str, Tensor](), 0.0, set[str]()
+    def _left(self, calls: Mapping[str, Sequence[Capture]], gradients: Gradients, scale: float) -> dict[str, "_Rest"]:
+        """Layers whose weights have gradients that do not come from their outputs."""
+        rests = {
+            name: _Rest.of(edge, calls[name], gradients[name], scale)
+            for name, edge in self.edges.items()
+            if gradients[name]
+        }
+        return {name: rest for name, rest in rests.items() if rest.differs({})}
+
+    def _ray(self, gradients: Gradients) -> Ray:
+        """Along the gradients of all layers."""
+        weights, directions, slope, layers = dict[str, Tensor](), dict[str, Tensor](), 0.0, set[str]()
         for name, edge in self.edges.items():
             found = {entry: gradient for entry, gradient in gradients[name].items() if gradient is not None}
             size = _norm(found.values())
@@ -155,9 +195,8 @@ class GradientCheck:
                 weights |= {edge.path(entry): weight for entry, weight in own.items()}
                 directions |= {edge.path(entry): g * (length / size) for entry, g in found.items()}
                 slope += size * length
-                moved.add(name)
-        if trials.contradict(weights, directions, slope, loss):  # one direction each would clear no layer
-            self.objective.findings.detached |= moved
+                layers.add(name)
+        return Ray(weights, directions, slope, frozenset(layers))
 
 
 def _weights(edge: Edge, model: nn.Module) -> dict[Entry, Tensor]:

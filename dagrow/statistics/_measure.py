@@ -122,6 +122,7 @@ class _Run:
                 units = groups.of(batch, n)
                 with hooks.paused():
                     order.start(objective, batch, n, units)
+                check.clear(batch, n)
                 check.begin()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
@@ -198,6 +199,10 @@ class CaptureHooks(LayerHooks):
 
     def remove(self) -> None:
         super().remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing of what has been kept stays."""
         self._calls.clear()
 
     @contextmanager

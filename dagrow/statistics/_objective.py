@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from dagrow._model_state import Others, all_or_nothing, drawn_so_far, preserve_state, rewinding, seed_everything
 from dagrow._progress import progress_bar, show_batch
-from dagrow.errors import BatchError, DagrowError, LossError, NotFiniteError
+from dagrow.errors import BatchError, DagrowError, LossError
 from dagrow.statistics._batches import (
     RAISED,
     Place,
     add_note,
     batch_count,
     check_batches,
-    description,
     epoch_seed,
     failure,
     generators_of,
+    is_of_own_class,
     mark_of,
     numbered,
     sample_count,
@@ -36,7 +36,8 @@ from dagrow.statistics._options import MeasureOptions, Reduction, check_options
 from dagrow.statistics._purity import Untouched, check_same
 from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
-from dagrow.statistics._steps import Loss, Step, check_callable, supervised
+from dagrow.statistics._sample_layout import FEW, few_samples
+from dagrow.statistics._steps import Loss, Step, check_callable, checked_scalar, supervised
 
 
 @dataclass
@@ -234,7 +235,7 @@ class Objective:
         try:
             with torch.enable_grad() if self._shared.differentiating else nullcontext():
                 value = self.function(self.model, batch)
-            return self._scalar(value, batch)
+            return checked_scalar(value, batch)
         except BaseException as error:
             self._add_note(error, batch, how)
             raise
@@ -258,20 +259,6 @@ class Objective:
             self._name_batches(error)
         else:
             add_note(error, failure(self.model, batch, f"{self.name}, counted from 0{how}", self._place))
-
-    def _scalar(self, value: object, batch: object) -> Tensor:
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise LossError(
-                f"the loss returned {kind}; it must return a tensor with one number, the mean or the sum over the "
-                "samples of the batch."
-            )
-        if not torch.isfinite(value):
-            raise NotFiniteError(
-                f"the loss is {value.item()} on a batch of {description(batch)}; growth needs finite losses. Look for "
-                "such values in the batch and in the model's parameters, or lower the learning rate."
-            )
-        return value.reshape(())
 
     def scale(self, samples: int) -> float:
         """The factor from the user's scalar for a batch to a mean over its samples.
@@ -307,37 +294,51 @@ class Objective:
         if not self._probed:
             with preserve_state(self.model, self.others, weights=True), torch.no_grad():
                 self.model.eval()
-                self._shared.reduction = self._probe_reduction()
+                self._shared.reduction = self._told_by_parts() or self._probe_reduction(self) or "mean"
             self._probed = True
 
-    def _probe_reduction(self) -> Reduction:
+    def _told_by_parts(self) -> Reduction | None:
+        """What few samples of each batch tell, if that is enough. If they do not, all of them are looked at."""
+        parts = ((few_samples(batch, n, self.batch_dim), FEW) for batch, n in self)
+        try:
+            return self._probe_reduction(parts, of_parts=True)
+        except Exception as error:  # what it means, whole batches show: a step may refuse others
+            if is_of_own_class(error):
+                raise
+            return None
+
+    def _probe_reduction(self, batches: Iterable[tuple[object, int]], of_parts: bool = False) -> Reduction | None:
         found, first = self._shared.reduction, None
-        for batch, samples in self:
+        for batch, samples in batches:
+            if of_parts and (batch is None or (first is not None and found is None)):
+                return None
             if found is not None and first is not None:
                 self._value_alone(batch)
                 break
             recording = Recording(self.model)
             value = self._checked_value(batch, recording)
             first = first or (batch, self._place, value, mark_of(batch))
-            found = found or self._told(batch, samples, recording, value)
+            found = found or self._told(batch, samples, recording, value, of_parts)
         assert first is not None
         batch, self._place, value, mark = first
         check_same(value, self._value_alone(batch) if mark_of(batch) == mark else value)  # or it was overwritten
-        return found or "mean"
+        return found
 
-    def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:
+    def _told(self, batch: object, n: int, recording: Recording, value: Tensor, of_parts: bool) -> Reduction | None:
         """What a batch tells of the loss, if anything."""
-        probe = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, float(value))
+        probe = ReductionProbe(self._evaluate, batch, n, self.batch_dim, recording, float(value))
         with preserve_state(self.model, self.others):
             finding = probe.finding()
-        if finding is not None and finding.reduction is None:
+        if finding is None or (of_parts and finding.averaged):
+            return None
+        if finding.reduction is None:
             check_same(value, self._value_alone(batch))
             raise LossError(
                 f"{finding.why}. Say what the loss is with reduction=: 'mean' or 'sum' where it is one over the "
                 "samples of a batch, perhaps with a penalty that does not depend on them; 'batch' where it is one "
                 "number of the whole batch, as a contrastive loss is."
             )
-        return None if finding is None else finding.reduction
+        return finding.reduction
 
     def _value_alone(self, batch: object) -> Tensor:
         with preserve_state(self.model, self.others):

@@ -10,7 +10,9 @@ from math import inf, isfinite
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+FEW = 3  #: samples that are enough to look at, where nothing is unusual
 
 
 @dataclass(frozen=True)
@@ -153,24 +155,24 @@ class Replacement:
         return cls(tree_map(replaced, batch), sample)
 
 
-def first_samples(batch: object, n: int, count: int, batch_dim: int) -> object:
-    """A part of a batch.
+def few_samples(batch: object, n: int, batch_dim: int) -> object | None:
+    """A part of a batch that is enough to look at, where nothing is unusual. What it shows otherwise says nothing.
 
     Args:
         batch: any nest of tensors.
         n: samples.
-        count: how many are kept.
         batch_dim: the dimension along which they lie.
 
     Returns:
-        The first of them; what has no samples stays.
+        The first FEW of them; None where that is not much less, or parts of the batch have no samples of their own.
     """
-
-    def kept(leaf: object) -> object:
-        dim = sample_dim(leaf, n, batch_dim)
-        return leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, 0, count)
-
-    return tree_map(kept, batch)
+    leaves, spec = tree_flatten(batch)
+    dims = [sample_dim(leaf, n, batch_dim) for leaf in leaves]
+    whole = (leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is None)
+    if n <= 2 * FEW or not all(leaf is None or isinstance(leaf, (str, int, float)) for leaf in whole):
+        return None
+    parts = [leaf if dim is None else leaf.narrow(dim, 0, FEW) for leaf, dim in zip(leaves, dims, strict=True)]
+    return tree_unflatten(parts, spec)
 
 
 def sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:

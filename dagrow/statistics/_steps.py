@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dagrow.errors import BatchError, LossError
+from dagrow.errors import BatchError, LossError, NotFiniteError
 from dagrow.statistics._batches import description, sample_count
 from dagrow.tracing import bind
 
@@ -60,3 +61,31 @@ def supervised(loss: Loss | None, dim: int) -> Step:
         return loss(model(*args, **kwargs), target)
 
     return step
+
+
+def checked_scalar(value: object, batch: object) -> Tensor:
+    """What a loss returned, as a tensor without dimensions.
+
+    Args:
+        value: what it returned.
+        batch: for messages.
+
+    Returns:
+        The number.
+
+    Raises:
+        LossError: it is something else.
+        NotFiniteError: it is not finite.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise LossError(
+            f"the loss returned {kind}; it must return a tensor with one number, the mean or the sum over the samples "
+            "of the batch."
+        )
+    if not torch.isfinite(value):
+        raise NotFiniteError(
+            f"the loss is {value.item()} on a batch of {description(batch)}; growth needs finite losses. Look for such "
+            "values in the batch and in the model's parameters, or lower the learning rate."
+        )
+    return value.reshape(())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import combinations
 from math import inf
 from typing import Any, Protocol
@@ -14,13 +15,46 @@ from dagrow._model_state import ModelState, replaced
 from dagrow.errors import NotFiniteError
 from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import is_of_own_class
+from dagrow.statistics._captures import Capture
 from dagrow.statistics._objective import Objective
 
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
+CHANGE = {torch.float64: 1e-6, torch.float32: 1e-3}  #: of the loss, relative, that is small and still seen
 APART = {torch.float64: 1e-3, torch.float32: 5e-2}  #: slopes that differ by less, relative, are the same
+CLOSE = {torch.float64: 1e-5, torch.float32: 2e-3}  #: those of few samples have to differ by less, as chance may help
 DIGITS = 100  #: a difference of losses has to be so many times what their type tells apart
 
 Trial = Callable[[str, Tensor], Tensor | None]  #: from a layer's name and output to what replaces the output
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A direction in which weights move.
+
+    Attributes:
+        weights: by their names in the model.
+        directions: by which they move.
+        slope: of the loss along them, as autograd has it.
+        layers: whose weights they are.
+    """
+
+    weights: Mapping[str, Tensor]
+    directions: Mapping[str, Tensor]
+    slope: float
+    layers: frozenset[str]
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The coarsest type; None where there is one without steps."""
+        dtypes = {direction.dtype for direction in self.directions.values()}
+        if not dtypes <= STEPS.keys():
+            return None
+        return torch.float32 if torch.float32 in dtypes else torch.float64
+
+    def amplitudes(self, dtype: torch.dtype, loss: float) -> list[float]:
+        """Those that are tried, the best first: a small one, and smaller where the loss would change much."""
+        first, *others = STEPS[dtype]
+        return [min(first, CHANGE[dtype] * abs(loss / self.slope)) or first, *others]
 
 
 class Hooks(Protocol):
@@ -37,6 +71,14 @@ class Hooks(Protocol):
     weights: Sequence[Tensor]
     weight_gradients: Sequence[Tensor | None]
     trial: Trial | None
+
+    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
+        """What the batch left, with its goals."""
+        ...
+
+    def forget(self) -> None:
+        """Nothing of what has been kept stays."""
+        ...
 
 
 class Trials:
@@ -98,31 +140,26 @@ class Trials:
         self.loss(lambda *_: None, spy)
         return tuple(dict.fromkeys(spy.taken))
 
-    def contradict(
-        self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], slope: float, before: float
-    ) -> bool:
+    def contradict(self, ray: Ray, before: float) -> bool:
         """Whether finite differences agree with each other, but not with a slope.
 
         Args:
-            weights: by their names in the model.
-            directions: by which they move.
-            slope: of the loss along them, as autograd has it.
+            ray: along which weights move.
             before: the loss. Where a difference from it agrees with the slope, that is enough.
 
         Returns:
             True if the loss has another slope; not where rounding, or a loss that is drawn at random, hides it.
         """
-        dtypes = {direction.dtype for direction in directions.values()}
-        dtype = torch.float32 if torch.float32 in dtypes else torch.float64
-        if not slope or not dtypes <= STEPS.keys():
+        slope, dtype = ray.slope, ray.precision
+        if not slope or dtype is None:
             return False
         found, allowed = list[float](), APART[dtype] * abs(slope)
-        for amplitude in STEPS[dtype]:
-            losses, digits = [self._moved(weights, directions, amplitude)], DIGITS * torch.finfo(dtype).eps
+        for amplitude in ray.amplitudes(dtype, before):
+            losses, digits = [self._moved(ray, amplitude)], DIGITS * torch.finfo(dtype).eps
             is_clear = amplitude * abs(slope) >= digits * max(abs(before), abs(losses[0]))
             if is_clear and abs((losses[0] - before) / amplitude - slope) <= allowed:
                 return False
-            losses.append(self._moved(weights, directions, -amplitude))
+            losses.append(self._moved(ray, -amplitude))
             if 2 * amplitude * abs(slope) < digits * max(map(abs, losses)):
                 continue  # it would drown in rounding
             found.append((losses[0] - losses[1]) / (2 * amplitude))
@@ -130,13 +167,30 @@ class Trials:
                 return False
         return any(abs(a - b) <= allowed for a, b in combinations(found, 2))
 
-    def _moved(self, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], by: float) -> float:
+    def confirm(self, ray: Ray, before: float) -> bool:
+        """Whether one central difference agrees with a slope, closely.
+
+        Args:
+            ray: along which weights move.
+            before: the loss.
+
+        Returns:
+            True if the loss has that slope; also where it has none, or there is no telling.
+        """
+        slope, dtype = ray.slope, ray.precision
+        if not slope or dtype is None:
+            return True
+        amplitude = ray.amplitudes(dtype, before)[0]
+        up, down = (self._moved(ray, by) for by in (amplitude, -amplitude))
+        return abs((up - down) / (2 * amplitude) - slope) <= CLOSE[dtype] * abs(slope)
+
+    def _moved(self, ray: Ray, by: float) -> float:
         """The loss where weights have moved; infinite if it is not finite."""
 
         @contextmanager
         def moved() -> Iterator[None]:
             with torch.no_grad():
-                tensors = {name: weights[name] + by * direction for name, direction in directions.items()}
+                tensors = {name: ray.weights[name] + by * direction for name, direction in ray.directions.items()}
                 with replaced(self.objective.model, tensors):
                     yield
 

@@ -102,7 +102,8 @@ def test_a_loader_with_a_generator_of_its_own_shuffles_every_pass_alike() -> Non
     before = generator.get_state()
 
     def step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        seen.append(float(batch[0].sum()))
+        if len(batch[0]) > 3:  # not a part that is looked at first
+            seen.append(float(batch[0].sum()))
         return mean(model(batch[0]), batch[1])
 
     dagrow.propose(traced(), loader, operators=[dagrow.AddNeurons(k=1)], step=step)
