@@ -57,6 +57,32 @@ def gains(batches: Any, loss: Any = None, example: Any = INPUTS, **kwargs: Any) 
     return torch.tensor([growth.gain for growth in sorted(growths, key=lambda g: (g.where, g.neurons))])
 
 
+def counted(sizes: list[int], least: int = 1) -> Any:
+    """A step that notes how many samples it gets, and refuses fewer than some."""
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch[0]))
+        if len(batch[0]) < least:
+            raise ValueError("too few")
+        return mean(model(batch[0]), batch[1])
+
+    return step
+
+
+def test_each_batch_runs_once_where_a_few_samples_show_what_the_loss_is() -> None:
+    sizes: list[int] = []
+    dagrow.bottlenecks(traced(), split(20), step=counted(sizes))
+    assert sizes.count(20) == 3
+    assert set(sizes) == {20, 3, 6}  # and a few repeated
+
+
+def test_a_step_may_refuse_a_few_samples() -> None:
+    """Then whole batches are looked at, and nothing else changes."""
+    expected = dagrow.bottlenecks(traced(), split(20), step=counted([]))
+    found = dagrow.bottlenecks(traced(), split(20), step=counted([], least=20))
+    assert {e: b.explained for e, b in found.items()} == {e: b.explained for e, b in expected.items()}
+
+
 @pytest.fixture(scope="module")
 def reference() -> Tensor:
     return gains(WHOLE, mean)
