@@ -15,12 +15,11 @@ from dagrow._model_state import ModelState
 from dagrow.errors import LossError
 from dagrow.graph import Dag, Edge
 from dagrow.solvers import Pair
-from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature, InputFeatures, OutputGoal
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._products import product
-from dagrow.statistics._sample_layout import FEW, few_samples
+from dagrow.statistics._sample_layout import FEW, with_few
 from dagrow.statistics._trials import Hooks, Ray, Trials
 from dagrow.tracing import tensor_at
 
@@ -63,24 +62,22 @@ class GradientCheck:
             batch: n samples.
             n: their number.
         """
-        part = few_samples(batch, n, self.objective.batch_dim) if self.edges else None
-        if part is None:
-            return
-        self.begin()
-        is_usual = False
-        try:
-            loss = self.objective.value(part)
-            own, scale = float(loss.detach()), -self.objective.scale(FEW) * FEW
+        if self.edges:
+            self.begin()
+            is_usual = with_few(self._is_usual, batch, n, self.objective.batch_dim)
+            self.hooks.forget()
+            self._finish(self.before, is_done=bool(is_usual))
+
+    def _is_usual(self, part: object) -> bool:
+        """Whether goals are all that the loss of few samples wants."""
+        loss = self.objective.value(part)
+        own, scale = float(loss.detach()), -self.objective.scale(FEW) * FEW
+        with self.objective.noting(part):
             calls = self.hooks.captures(loss, scale, ran=True)
-            del loss
-            gradients = self._by_edge(self.hooks.weight_gradients)
-            trials = Trials(self.objective, self.hooks, self.before, part)
-            is_usual = not self._left(calls, gradients, scale) and trials.confirm(self._ray(gradients), own)
-        except Exception as error:  # what it means, the whole batch shows: a step may refuse others
-            if is_of_own_class(error):
-                raise
-        self.hooks.forget()
-        self._finish(self.before, is_done=is_usual)
+        del loss
+        gradients = self._by_edge(self.hooks.weight_gradients)
+        trials = Trials(self.objective, self.hooks, self.before, part)
+        return not self._left(calls, gradients, scale) and trials.confirm(self._ray(gradients), own)
 
     def begin(self) -> None:
         """Before the batch runs."""

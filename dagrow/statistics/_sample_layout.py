@@ -5,13 +5,18 @@ Rows of a layer may be samples, samples with positions ``[n, s, c]`` or ``[s, n,
 once more, with one sample replaced by a copy of another one, and the rows that change are that sample's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from dagrow.statistics._batches import is_of_own_class
+
+T = TypeVar("T")
 FEW = 3  #: samples that are enough to look at, where nothing is unusual
 
 
@@ -173,6 +178,27 @@ def few_samples(batch: object, n: int, batch_dim: int) -> object | None:
         return None
     parts = [leaf if dim is None else leaf.narrow(dim, 0, FEW) for leaf, dim in zip(leaves, dims, strict=True)]
     return tree_unflatten(parts, spec)
+
+
+def with_few(function: Callable[[object], T], batch: object, n: int, batch_dim: int) -> T | None:
+    """What a function makes of few samples of a batch.
+
+    Args:
+        function: what it raises says nothing, as a step may refuse batches of other sizes.
+        batch: any nest of tensors.
+        n: samples.
+        batch_dim: the dimension along which they lie.
+
+    Returns:
+        What it gives; None where there is no part of the batch to look at, or it fails there.
+    """
+    part = few_samples(batch, n, batch_dim)
+    try:
+        return None if part is None else function(part)
+    except Exception as error:
+        if is_of_own_class(error):
+            raise
+        return None
 
 
 def sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:

@@ -4,6 +4,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +18,7 @@ from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._objective import Objective
-from dagrow.statistics._sample_layout import FEW, Replacement, SampleLayout, few_samples, layout_of, rows_changed
+from dagrow.statistics._sample_layout import FEW, Replacement, SampleLayout, layout_of, rows_changed, with_few
 
 OUTPUT, SLOPE = "", "."  #: the model's output, and the loss's slope there, among the names of layers
 Seen = dict[str, list[tuple[Tensor, int]]]  #: layer -> what each call read, and the dimension of its channels
@@ -61,19 +62,12 @@ class SampleOrder:
         self.started = True
         if units is None and _same_target(batch, n, self.batch_dim):
             self._warn(f"all {n} samples of a batch have the same target")
-        if not self._shown_by(objective, few_samples(batch, n, self.batch_dim)):
+        if not with_few(partial(self._shown_by, objective), batch, n, self.batch_dim):
             self.look(objective, batch, n, units)
 
-    def _shown_by(self, objective: Objective, part: object | None) -> bool:
-        """Whether a part of a batch shows where samples lie at every layer; if it does not, that says nothing."""
-        if part is None:
-            return False
-        try:
-            reasons = self._reasons(objective, part, FEW, torch.arange(FEW))
-        except Exception as error:  # the user's step may refuse batches of other sizes
-            if is_of_own_class(error):
-                raise
-            return False
+    def _shown_by(self, objective: Objective, part: object) -> bool:
+        """Whether few samples show where they lie at every layer; if they do not, that says nothing."""
+        reasons = self._reasons(objective, part, FEW, torch.arange(FEW))
         found = {name: [self._layout_of_few(changed) for changed in calls] for name, calls in self.changes.items()}
         if reasons or not found or any(len(calls) != 1 or None in calls for calls in found.values()):
             return False
