@@ -68,7 +68,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 
 class Fault:
-    """Raises from one call on, counted from 0; the calls are those of a loss, a forward, or a read of a batch."""
+    """Raises at one call, counted from 0; the calls are those of a loss, a forward, or a read of a batch."""
 
     def __init__(self, kind: type[BaseException] | None, at: int) -> None:
         self.kind, self.at, self.calls, self.silent, self.raised = kind, at, 0, False, False
@@ -77,7 +77,7 @@ class Fault:
         if self.silent:
             return
         self.calls += 1
-        if self.kind is not None and self.calls > self.at:
+        if self.kind is not None and self.calls == self.at + 1:
             self.raised = True
             raise self.kind("the user's own words")
 

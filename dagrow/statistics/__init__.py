@@ -51,7 +51,6 @@ from dagrow.statistics._objective import Objective
 from dagrow.statistics._options import Groups, MeasureOptions, Reduction, Samples
 from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
-from dagrow.statistics._sample_layout import with_few
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.statistics._steps import Loss, Step
 from dagrow.tracing import bind
@@ -100,5 +99,4 @@ __all__ = [
     "move_score",
     "patch_gram",
     "sample_count",
-    "with_few",
 ]

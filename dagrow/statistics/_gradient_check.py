@@ -19,7 +19,6 @@ from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._features import Feature, InputFeatures, OutputGoal
 from dagrow.statistics._objective import Objective
 from dagrow.statistics._products import product
-from dagrow.statistics._sample_layout import FEW, with_few
 from dagrow.statistics._trials import Hooks, Ray, Trials
 from dagrow.tracing import tensor_at
 
@@ -55,30 +54,6 @@ class GradientCheck:
         self.watched = {edge.name: edge for edge in dag.edges if edge.name in wanted and not edge.shared}
         self.edges = {name: edge for name, edge in self.watched.items() if name in meeting}
 
-    def clear(self, batch: object, n: int) -> None:
-        """Before the first batch runs: where few of its samples show nothing unusual, the rest is not looked at.
-
-        Args:
-            batch: n samples.
-            n: their number.
-        """
-        if self.edges:
-            self.begin()
-            is_usual = with_few(self._is_usual, batch, n, self.objective.batch_dim)
-            self.hooks.forget()
-            self._finish(self.before, is_done=bool(is_usual))
-
-    def _is_usual(self, part: object) -> bool:
-        """Whether goals are all that the loss of few samples wants."""
-        loss = self.objective.value(part)
-        own, scale = float(loss.detach()), -self.objective.scale(FEW) * FEW
-        with self.objective.noting(part):
-            calls = self.hooks.captures(loss, scale, ran=True)
-        del loss
-        gradients = self._by_edge(self.hooks.weight_gradients)
-        trials = Trials(self.objective, self.hooks, self.before, part)
-        return not self._left(calls, gradients, scale) and trials.confirm(self._ray(gradients), own)
-
     def begin(self) -> None:
         """Before the batch runs."""
         if not self.watched:
@@ -113,17 +88,12 @@ class GradientCheck:
         ray = self._ray(gradients)
         if trials.contradict(ray, loss):  # one ray each would clear no layer
             self.objective.findings.detached |= ray.layers
-        self._finish(after, is_done=True)
-
-    def _finish(self, state: ModelState, is_done: bool) -> None:
-        """Back to a state; if all is known, nothing is looked at any more."""
-        state.restore()
+        after.restore()
         for weight in self.frozen:
             weight.requires_grad_(False)
         self.hooks.goals, self.hooks.weights, self.hooks.weight_gradients = self.goals, (), ()
-        if is_done:
-            self.objective.findings.compared.update(self.edges)
-            self.watched, self.edges = {}, {}
+        self.objective.findings.compared.update(self.edges)
+        self.watched, self.edges = {}, {}
 
     def _state(self) -> ModelState:
         """Of the model, and of what the loss runs beside it."""

@@ -105,7 +105,7 @@ class _Run:
     def through(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> None:
         """Through all batches, one after the other."""
         objective = self.objective
-        objective.probe()
+        objective.probe(once=objective.mode == "eval")
         order, groups = SampleOrder.of(self.dag, objective), GroupNumbers(objective)
         hooks = CaptureHooks(self.dag, self.features, read, written)
         check = GradientCheck(self.dag, objective, hooks, self.sums.pairs)
@@ -122,10 +122,11 @@ class _Run:
                 units = groups.of(batch, n)
                 with hooks.paused():
                     order.start(objective, batch, n, units)
-                check.clear(batch, n)
                 check.begin()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
+                if objective.mode == "eval":
+                    objective.check_first(batch, loss)
                 own = float(loss.detach())
                 value = own * objective.scale(n) * n
                 with objective.noting(batch):
@@ -199,10 +200,6 @@ class CaptureHooks(LayerHooks):
 
     def remove(self) -> None:
         super().remove()
-        self.forget()
-
-    def forget(self) -> None:
-        """Nothing of what has been kept stays."""
         self._calls.clear()
 
     @contextmanager

@@ -4,7 +4,7 @@ Nothing here leaves a trace: modes, buffers, gradients and random states are as 
 loss draws are the same whenever it is evaluated on a batch: each batch has a seed of its own, by its place.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -25,7 +25,6 @@ from dagrow.statistics._batches import (
     epoch_seed,
     failure,
     generators_of,
-    is_of_own_class,
     mark_of,
     numbered,
     sample_count,
@@ -36,7 +35,6 @@ from dagrow.statistics._options import MeasureOptions, Reduction, check_options
 from dagrow.statistics._purity import Untouched, check_same
 from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
-from dagrow.statistics._sample_layout import FEW, few_samples
 from dagrow.statistics._steps import Loss, Step, check_callable, checked_scalar, supervised
 
 
@@ -102,6 +100,7 @@ class Objective:
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
         self._seeded: tuple[int, ...] = (0,)
+        self._first: Sequence[Any] | None = None  # the loss of the first batch, and the mark of that, to be compared
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -289,56 +288,60 @@ class Objective:
         assert self._shared.reduction is not None
         return self._shared.reduction
 
-    def probe(self) -> None:
-        """Finds the reduction out, once: to be called before hooks hang or the model's state is saved."""
+    def probe(self, *, once: bool = False) -> None:
+        """Finds the reduction out, once: to be called before hooks hang or the model's state is saved.
+
+        Args:
+            once: whether the first batch is not evaluated again, as its loss will be handed to :meth:`check_first`.
+        """
         if not self._probed:
             with preserve_state(self.model, self.others, weights=True), torch.no_grad():
                 self.model.eval()
-                self._shared.reduction = self._told_by_parts() or self._probe_reduction(self) or "mean"
+                self._shared.reduction = self._probe_reduction(once)
             self._probed = True
 
-    def _told_by_parts(self) -> Reduction | None:
-        """What few samples of each batch tell, if that is enough. If they do not, all of them are looked at."""
-        parts = ((few_samples(batch, n, self.batch_dim), FEW) for batch, n in self)
-        try:
-            return self._probe_reduction(parts, of_parts=True)
-        except Exception as error:  # what it means, whole batches show: a step may refuse others
-            if is_of_own_class(error):
-                raise
-            return None
+    def check_first(self, batch: object, loss: Tensor) -> None:
+        """Compares the loss of the first batch in eval mode with what it was; LossError if it is another one.
 
-    def _probe_reduction(self, batches: Iterable[tuple[object, int]], of_parts: bool = False) -> Reduction | None:
+        Args:
+            batch: the first one; of others, and later, nothing is compared.
+            loss: its own.
+        """
+        if self._first is not None:
+            (value, mark), self._first = self._first, None
+            if mark_of(batch) == mark:  # or it was overwritten
+                check_same(value, loss)
+
+    def _probe_reduction(self, once: bool) -> Reduction:
         found, first = self._shared.reduction, None
-        for batch, samples in batches:
-            if of_parts and (batch is None or (first is not None and found is None)):
-                return None
+        for batch, samples in self:
             if found is not None and first is not None:
-                self._value_alone(batch)
+                if not once:
+                    self._value_alone(batch)
                 break
             recording = Recording(self.model)
             value = self._checked_value(batch, recording)
             first = first or (batch, self._place, value, mark_of(batch))
-            found = found or self._told(batch, samples, recording, value, of_parts)
+            found = found or self._told(batch, samples, recording, value)
         assert first is not None
-        batch, self._place, value, mark = first
-        check_same(value, self._value_alone(batch) if mark_of(batch) == mark else value)  # or it was overwritten
-        return found
+        batch, self._place, *self._first = first
+        if not once:
+            self.check_first(batch, self._value_alone(batch))
+        return found or "mean"
 
-    def _told(self, batch: object, n: int, recording: Recording, value: Tensor, of_parts: bool) -> Reduction | None:
+    def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:
         """What a batch tells of the loss, if anything."""
-        probe = ReductionProbe(self._evaluate, batch, n, self.batch_dim, recording, float(value))
+        probe = ReductionProbe(self._evaluate, batch, samples, self.batch_dim, recording, float(value))
         with preserve_state(self.model, self.others):
             finding = probe.finding()
-        if finding is None or (of_parts and finding.averaged):
-            return None
-        if finding.reduction is None:
+        if finding is not None and finding.reduction is None:
             check_same(value, self._value_alone(batch))
             raise LossError(
                 f"{finding.why}. Say what the loss is with reduction=: 'mean' or 'sum' where it is one over the "
                 "samples of a batch, perhaps with a penalty that does not depend on them; 'batch' where it is one "
                 "number of the whole batch, as a contrastive loss is."
             )
-        return finding.reduction
+        return None if finding is None else finding.reduction
 
     def _value_alone(self, batch: object) -> Tensor:
         with preserve_state(self.model, self.others):
@@ -385,16 +388,13 @@ class Objective:
         Returns:
             A mean over all samples of all batches.
         """
-        with progress_bar(self.progress):
-            return self._mean()
-
-    def _mean(self) -> float:
-        self.probe()
         total, count = 0.0, 0
-        with preserve_state(self.model, self.others), torch.no_grad():
-            self.model.train(self.mode == "train")
-            for batch, n in self:
-                total += float(self.value(batch)) * self.scale(n) * n
-                count += n
+        with progress_bar(self.progress):
+            self.probe()
+            with preserve_state(self.model, self.others), torch.no_grad():
+                self.model.train(self.mode == "train")
+                for batch, n in self:
+                    total += float(self.value(batch)) * self.scale(n) * n
+                    count += n
         self.others.complete = True
         return total / count

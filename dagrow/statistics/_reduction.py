@@ -32,13 +32,11 @@ class Finding:
         reduction: over its samples; None if it is neither of the two, or cannot be told.
         why: there is none, for a message.
         sure: whether nothing else would tell more.
-        averaged: whether it is about averages over random numbers, of which few samples say little.
     """
 
     reduction: Literal["mean", "sum"] | None
     why: str = ""
     sure: bool = False
-    averaged: bool = False
 
 
 class Recording:
@@ -250,7 +248,7 @@ def _averaged(of: str, factor: float) -> Finding:
     """By an average over noise."""
     for reduction, expected in FACTORS.items():
         if 1 / ROUGH < factor / expected < ROUGH:
-            return Finding(reduction, averaged=True)
+            return Finding(reduction)
     return Finding(
         None,
         f"repeating a batch multiplies {of} by about {factor:.2g}, on average over what it draws at random; a mean "

@@ -5,19 +5,12 @@ Rows of a layer may be samples, samples with positions ``[n, s, c]`` or ``[s, n,
 once more, with one sample replaced by a copy of another one, and the rows that change are that sample's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-
-from dagrow.statistics._batches import is_of_own_class
-
-T = TypeVar("T")
-FEW = 3  #: samples that are enough to look at, where nothing is unusual
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -160,45 +153,24 @@ class Replacement:
         return cls(tree_map(replaced, batch), sample)
 
 
-def few_samples(batch: object, n: int, batch_dim: int) -> object | None:
-    """A part of a batch that is enough to look at, where nothing is unusual. What it shows otherwise says nothing.
+def first_samples(batch: object, n: int, count: int, batch_dim: int) -> object:
+    """A part of a batch.
 
     Args:
         batch: any nest of tensors.
         n: samples.
+        count: how many are kept.
         batch_dim: the dimension along which they lie.
 
     Returns:
-        The first FEW of them; None where that is not much less, or parts of the batch have no samples of their own.
+        The first of them; what has no samples stays.
     """
-    leaves, spec = tree_flatten(batch)
-    dims = [sample_dim(leaf, n, batch_dim) for leaf in leaves]
-    whole = (leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is None)
-    if n <= 2 * FEW or not all(leaf is None or isinstance(leaf, (str, int, float)) for leaf in whole):
-        return None
-    parts = [leaf if dim is None else leaf.narrow(dim, 0, FEW) for leaf, dim in zip(leaves, dims, strict=True)]
-    return tree_unflatten(parts, spec)
 
+    def kept(leaf: object) -> object:
+        dim = sample_dim(leaf, n, batch_dim)
+        return leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, 0, count)
 
-def with_few(function: Callable[[object], T], batch: object, n: int, batch_dim: int) -> T | None:
-    """What a function makes of few samples of a batch.
-
-    Args:
-        function: what it raises says nothing, as a step may refuse batches of other sizes.
-        batch: any nest of tensors.
-        n: samples.
-        batch_dim: the dimension along which they lie.
-
-    Returns:
-        What it gives; None where there is no part of the batch to look at, or it fails there.
-    """
-    part = few_samples(batch, n, batch_dim)
-    try:
-        return None if part is None else function(part)
-    except Exception as error:
-        if is_of_own_class(error):
-            raise
-        return None
+    return tree_map(kept, batch)
 
 
 def sample_dim(leaf: object, n: int, batch_dim: int) -> int | None:

@@ -4,7 +4,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +17,9 @@ from dagrow.statistics._batches import is_of_own_class
 from dagrow.statistics._captures import Capture
 from dagrow.statistics._hooks import LayerHooks
 from dagrow.statistics._objective import Objective
-from dagrow.statistics._sample_layout import FEW, Replacement, SampleLayout, layout_of, rows_changed, with_few
+from dagrow.statistics._sample_layout import Replacement, SampleLayout, first_samples, layout_of, rows_changed
 
+PART = 16  #: samples that are enough to look at, where nothing is unusual
 OUTPUT, SLOPE = "", "."  #: the model's output, and the loss's slope there, among the names of layers
 Seen = dict[str, list[tuple[Tensor, int]]]  #: layer -> what each call read, and the dimension of its channels
 _orders: "WeakKeyDictionary[Objective, SampleOrder]" = WeakKeyDictionary()
@@ -62,22 +62,24 @@ class SampleOrder:
         self.started = True
         if units is None and _same_target(batch, n, self.batch_dim):
             self._warn(f"all {n} samples of a batch have the same target")
-        if not with_few(partial(self._shown_by, objective), batch, n, self.batch_dim):
+        if n <= 2 * PART or not self._is_plain(objective, batch, n):
             self.look(objective, batch, n, units)
 
-    def _shown_by(self, objective: Objective, part: object) -> bool:
-        """Whether few samples show where they lie at every layer; if they do not, that says nothing."""
-        reasons = self._reasons(objective, part, FEW, torch.arange(FEW))
-        found = {name: [self._layout_of_few(changed) for changed in calls] for name, calls in self.changes.items()}
-        if reasons or not found or any(len(calls) != 1 or None in calls for calls in found.values()):
+    def _is_plain(self, objective: Objective, batch: object, n: int) -> bool:
+        """Whether a part of a batch shows that samples come first everywhere; if it does not, that says nothing."""
+        part = first_samples(batch, n, PART, self.batch_dim)
+        try:
+            reasons = self._reasons(objective, part, PART, torch.arange(PART))
+        except Exception as error:  # the user's step may refuse batches of other sizes
+            if is_of_own_class(error):
+                raise
             return False
-        self.layouts = {(name, (0,)): layout for name, (layout,) in found.items() if layout is not None}
+        found = {layout_of(changed, PART, self.allowed, 0) for calls in self.changes.values() for changed in calls}
+        once = all(len(calls) == 1 for calls in self.changes.values())
+        if reasons or not once or found != {SampleLayout()}:
+            return False
+        self.layouts = {(name, (0,)): SampleLayout() for name in self.changes}
         return True
-
-    def _layout_of_few(self, changed: Tensor) -> SampleLayout | None:
-        """Where samples lie, if that is plain to see, or first."""
-        layout = layout_of(changed, FEW, self.allowed, self.batch_dim)
-        return layout if layout == SampleLayout() or bool(changed.any()) else None
 
     def look(self, objective: Objective, batch: object, n: int, units: Tensor | None) -> None:
         """Finds out which rows change with one sample, and warns. No hooks of others may be at work.

@@ -15,13 +15,11 @@ from dagrow._model_state import ModelState, replaced
 from dagrow.errors import NotFiniteError
 from dagrow.statistics._backward import gradients_of
 from dagrow.statistics._batches import is_of_own_class
-from dagrow.statistics._captures import Capture
 from dagrow.statistics._objective import Objective
 
 STEPS = {torch.float64: (1e-5, 1e-6, 1e-4), torch.float32: (1e-3, 1e-2, 1e-4)}  #: tried amplitudes, the best first
 CHANGE = {torch.float64: 1e-6, torch.float32: 1e-3}  #: of the loss, relative, that is small and still seen
 APART = {torch.float64: 1e-3, torch.float32: 5e-2}  #: slopes that differ by less, relative, are the same
-CLOSE = {torch.float64: 1e-5, torch.float32: 2e-3}  #: those of few samples have to differ by less, as chance may help
 DIGITS = 100  #: a difference of losses has to be so many times what their type tells apart
 
 Trial = Callable[[str, Tensor], Tensor | None]  #: from a layer's name and output to what replaces the output
@@ -71,14 +69,6 @@ class Hooks(Protocol):
     weights: Sequence[Tensor]
     weight_gradients: Sequence[Tensor | None]
     trial: Trial | None
-
-    def captures(self, loss: Tensor, scale: float, *, ran: bool = False) -> dict[str, list[Capture]]:
-        """What the batch left, with its goals."""
-        ...
-
-    def forget(self) -> None:
-        """Nothing of what has been kept stays."""
-        ...
 
 
 class Trials:
@@ -166,23 +156,6 @@ class Trials:
             if abs(found[-1] - slope) <= allowed:
                 return False
         return any(abs(a - b) <= allowed for a, b in combinations(found, 2))
-
-    def confirm(self, ray: Ray, before: float) -> bool:
-        """Whether one central difference agrees with a slope, closely.
-
-        Args:
-            ray: along which weights move.
-            before: the loss.
-
-        Returns:
-            True if the loss has that slope; also where it has none, or there is no telling.
-        """
-        slope, dtype = ray.slope, ray.precision
-        if not slope or dtype is None:
-            return True
-        amplitude = ray.amplitudes(dtype, before)[0]
-        up, down = (self._moved(ray, by) for by in (amplitude, -amplitude))
-        return abs((up - down) / (2 * amplitude) - slope) <= CLOSE[dtype] * abs(slope)
 
     def _moved(self, ray: Ray, by: float) -> float:
         """The loss where weights have moved; infinite if it is not finite."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from dagrow._model_state import preserve_state, replaced
 from dagrow._pytree import leaves
 from dagrow.errors import GrowthError
 from dagrow.graph import Dag
-from dagrow.statistics import ForwardProbe, Objective, with_few
+from dagrow.statistics import ForwardProbe, Objective
 from dagrow.surgery._apply import preview
 from dagrow.surgery._draft import Change
 from dagrow.surgery._growth import Growth
@@ -80,26 +79,18 @@ def _losses(
     """The loss of a batch before and after a change, and whether they differ by rounding alone."""
     with preserve_state(objective.model, objective.others), torch.no_grad():
         objective.model.train(training)
-        batch, n = next(iter(objective))
-        of_few = with_few(partial(_losses_of, dag, objective, change, gamma), batch, n, objective.batch_dim)
-        return of_few if of_few and of_few[2] else _losses_of(dag, objective, change, gamma, batch)
-
-
-def _losses_of(
-    dag: Dag, objective: Objective, change: Change, gamma: float, batch: object
-) -> tuple[float, float, bool]:
-    """The same of a batch, or few samples of it."""
-    before = objective.value(batch)
-    with preview(dag, change, change.tensors(dag.model, gamma)):
-        after = objective.value(batch)
-    allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
-    same = close(before, after, allowed)
-    if not same:
-        same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
-    if not same:  # the model's outputs decide: a loss may take weights by themselves, as a penalty does
-        outputs = _outputs(objective, batch)
+        batch = next(iter(objective))[0]
+        before = objective.value(batch)
         with preview(dag, change, change.tensors(dag.model, gamma)):
-            same = bool(outputs) and _alike(outputs, _outputs(objective, batch))
+            after = objective.value(batch)
+        allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
+        same = close(before, after, allowed)
+        if not same:
+            same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
+        if not same:  # the model's outputs decide: a loss may take weights by themselves, as a penalty does
+            outputs = _outputs(objective, batch)
+            with preview(dag, change, change.tensors(dag.model, gamma)):
+                same = bool(outputs) and _alike(outputs, _outputs(objective, batch))
     return float(before), float(after), same
 
 

@@ -31,7 +31,7 @@ def test_a_sample_has_all_of_its_rows(step, operator: dagrow.Operator) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_part_of_a_large_batch_is_enough_to_look_at(step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dagrow.statistics._sample_layout.FEW", 8)
+    monkeypatch.setattr("dagrow.statistics._sample_order.PART", 8)
     agree(found(step, [data(3)]), found(plain, [data(3)]))
 
 

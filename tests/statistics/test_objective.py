@@ -57,32 +57,6 @@ def gains(batches: Any, loss: Any = None, example: Any = INPUTS, **kwargs: Any) 
     return torch.tensor([growth.gain for growth in sorted(growths, key=lambda g: (g.where, g.neurons))])
 
 
-def counted(sizes: list[int], least: int = 1) -> Any:
-    """A step that notes how many samples it gets, and refuses fewer than some."""
-
-    def step(model: nn.Module, batch: Any) -> Tensor:
-        sizes.append(len(batch[0]))
-        if len(batch[0]) < least:
-            raise ValueError("too few")
-        return mean(model(batch[0]), batch[1])
-
-    return step
-
-
-def test_each_batch_runs_once_where_a_few_samples_show_what_the_loss_is() -> None:
-    sizes: list[int] = []
-    dagrow.bottlenecks(traced(), split(20), step=counted(sizes))
-    assert sizes.count(20) == 3
-    assert set(sizes) == {20, 3, 6}  # and a few repeated
-
-
-def test_a_step_may_refuse_a_few_samples() -> None:
-    """Then whole batches are looked at, and nothing else changes."""
-    expected = dagrow.bottlenecks(traced(), split(20), step=counted([]))
-    found = dagrow.bottlenecks(traced(), split(20), step=counted([], least=20))
-    assert {e: b.explained for e, b in found.items()} == {e: b.explained for e, b in expected.items()}
-
-
 @pytest.fixture(scope="module")
 def reference() -> Tensor:
     return gains(WHOLE, mean)
@@ -128,8 +102,7 @@ def test_a_loader_with_a_generator_of_its_own_shuffles_every_pass_alike() -> Non
     before = generator.get_state()
 
     def step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        if len(batch[0]) > 3:  # not a part that is looked at first
-            seen.append(float(batch[0].sum()))
+        seen.append(float(batch[0].sum()))
         return mean(model(batch[0]), batch[1])
 
     dagrow.propose(traced(), loader, operators=[dagrow.AddNeurons(k=1)], step=step)

@@ -1,12 +1,10 @@
 """Which rows belong to which sample."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from dagrow.statistics._sample_layout import Replacement, SampleLayout, few_samples, layout_of, rows_changed
+from dagrow.statistics._sample_layout import Replacement, SampleLayout, layout_of, rows_changed
 
 N = 4
 LAYOUTS = {
@@ -91,26 +89,3 @@ def test_a_replaced_sample_is_like_others_of_the_batch(batch_dim: int) -> None:
     assert changed["rest"][1:] == (scale, "name")
     assert torch.equal(ids, before)
     assert Replacement.of(torch.ones(4, 2), 4, 0) is None
-
-
-def test_few_samples_of_a_batch() -> None:
-    x, y = torch.randn(20, 4), torch.randn(2, 20)
-    part = few_samples({"x": x, "y": [y.T, None, 3]}, 20, 0)
-    assert isinstance(part, dict)
-    assert torch.equal(part["x"], x[:3])
-    assert torch.equal(part["y"][0], y.T[:3])
-    assert part["y"][1:] == [None, 3]
-    assert few_samples((x, y), 20, 1) is not None
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        (torch.randn(6, 4), torch.randn(6)),  # few anyway
-        (torch.randn(20, 4), torch.randn(7)),  # of the whole batch
-        (torch.randn(20, 4), object()),
-        (torch.randn(20, 4), torch.randn(20, 4).to_sparse()),
-    ],
-)
-def test_batches_without_a_part_to_look_at(batch: Any) -> None:
-    assert few_samples(batch, len(batch[0]), 0) is None
