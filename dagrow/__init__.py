@@ -39,6 +39,7 @@ from dagrow.errors import (
 from dagrow.graph import Axis, Dag, Edge, trace
 from dagrow.growing import (
     AfterEpoch,
+    AnnealAfterGrowing,
     Bottleneck,
     Bottlenecks,
     Budget,
@@ -78,6 +79,7 @@ __all__ = [
     "AddLayer",
     "AddNeurons",
     "AfterEpoch",
+    "AnnealAfterGrowing",
     "Axis",
     "BatchError",
     "Bottleneck",

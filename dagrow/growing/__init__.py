@@ -20,6 +20,7 @@ is computed or written into a model; what happened it keeps as plain records, wh
 (5, 'the budget is spent')
 """
 
+from dagrow.growing._annealing import AnnealAfterGrowing
 from dagrow.growing._bottlenecks import Bottleneck, Bottlenecks, bottlenecks
 from dagrow.growing._enlarge import enlarge
 from dagrow.growing._fit import fit
@@ -55,6 +56,7 @@ from dagrow.growing._tangent import Tangent, tangent
 
 __all__ = [
     "AfterEpoch",
+    "AnnealAfterGrowing",
     "Bottleneck",
     "Bottlenecks",
     "Budget",

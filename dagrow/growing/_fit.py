@@ -1,7 +1,7 @@
 """``fit``: a plain training loop that grows."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch.optim import Optimizer
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dagrow._progress import progress_bar, with_progress
 from dagrow.errors import LossError, OptimizerError, check_whole
 from dagrow.graph import Dag
+from dagrow.growing._annealing import AnnealAfterGrowing
 from dagrow.growing._grower import Grower
 from dagrow.growing._history import History
 from dagrow.growing._planning import Budget
@@ -31,7 +32,7 @@ def fit(
     *,
     epochs: int,
     optimizer: Optimizers,
-    scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+    scheduler: LRScheduler | Sequence[LRScheduler] | Literal["anneal"] | None = None,
     validation: Iterable[Any] | None = None,
     measured: Iterable[Any] | None = None,
     policy: Policy = ByLineSearch(),
@@ -56,7 +57,8 @@ def fit(
         schedule: when to grow.
         epochs: of training, numbered from 0.
         optimizer: of the model's parameters, or a list of them; their state grows along.
-        scheduler: of an optimizer's learning rates, or a list; each takes a step after each epoch.
+        scheduler: of an optimizer's learning rates, or a list; each takes a step after each epoch. ``"anneal"`` holds
+            them while it grows, and lowers them to zero after that, see :class:`AnnealAfterGrowing`.
         validation: batches that choose amplitudes, and that schedule, stop rules and policy look at.
         measured: batches that growing looks at; by default those to train on.
         policy: which growths first.
@@ -92,9 +94,11 @@ def fit(
         mode=mode,
         **options,
     )
-    schedulers = _checked_schedulers(scheduler, optimizer)
     for each in sequence_of(optimizer):
         check_steps(each)
+    if scheduler == "anneal":
+        scheduler = [AnnealAfterGrowing(each, grower, epochs) for each in sequence_of(optimizer)]
+    schedulers = _checked_schedulers(scheduler, optimizer)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
     modes = {module: module.training for module in dag.model.modules()}
@@ -116,7 +120,8 @@ def _checked_schedulers(scheduler: object, optimizer: Optimizers) -> tuple[LRSch
     for each in schedulers:
         if not isinstance(each, LRScheduler):
             raise OptimizerError(
-                f"fit(scheduler={each!r}): give one of torch.optim.lr_scheduler, made for the optimizer, or None."
+                f"fit(scheduler={each!r}): give one of torch.optim.lr_scheduler, made for the optimizer; 'anneal', or "
+                "None."
             )
         if each.optimizer not in sequence_of(optimizer):
             raise OptimizerError("fit(scheduler=...): it belongs to another optimizer than the one that was given.")

@@ -11,6 +11,7 @@ from dagrow._progress import progress_bar
 from dagrow.errors import GrowthError, NoPlaceError, check_whole, listed
 from dagrow.graph import Dag
 from dagrow.growing._bottlenecks import bottlenecks, objective_of
+from dagrow.growing._held_rates import HeldRates
 from dagrow.growing._history import History
 from dagrow.growing._left_out import LeftOut
 from dagrow.growing._line_search import combined, tried
@@ -23,7 +24,7 @@ from dagrow.growing._schedules import EveryEpochs, NothingToAdd, Schedule, Situa
 from dagrow.operators import AddNeurons, Operator
 from dagrow.pictures import Record
 from dagrow.statistics import Loss, MeasureOptions, Objective, Step
-from dagrow.surgery import Growth, Optimizers, Receipt, check_optimizer, transaction
+from dagrow.surgery import Growth, Optimizers, Receipt, check_optimizer, sequence_of, transaction
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Grower:
         policy: which growths first.
         stop: when growing is over for good; any of these, or a spent budget, ends it.
         per_step: what one step may add.
-        optimizer: one or a list; their state is brought along at once, for every parameter that grows.
+        optimizer: one or a list; their state is brought along at once, for every parameter that grows. Where it grows
+            although their rates have fallen since, a warning says so.
         step: ``step(model, batch)``, instead of ``loss``, for any other training step.
         mode: the mode in which is measured, ``"eval"`` or ``"train"``.
         options: how batches are measured, see :class:`dagrow.statistics.MeasureOptions`.
@@ -91,6 +93,7 @@ class Grower:
         self.dag, self.schedule, self.policy, self.per_step = dag, schedule, policy, per_step
         self.optimizer, self.mode, self.options, self._begun = optimizer, mode, options, time.perf_counter()
         self._state = _State(budget, History(snapshots=(snapshot_of(dag),)))
+        self._rates = HeldRates(sequence_of(optimizer))
         self._check_places()
 
     @property
@@ -152,7 +155,9 @@ class Grower:
             self._state = state
 
         with all_or_nothing(restore):
-            return transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
+            receipt = transaction(self.dag, lambda: self._step(epoch, objective, judge, train_loss))
+        self._rates.look(grown=bool(receipt.parts))
+        return receipt
 
     def _step(self, epoch: int, objective: Objective, judge: Objective | None, train_loss: float | None) -> Receipt:
         train_loss = objective.reported(objective.mean()) if train_loss is None else train_loss

@@ -175,6 +175,10 @@ class UNet(nn.Module):
 
 CONVS = [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
 RESNET_AXES = [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
+RESNET_STREAMS = {
+    "stream of layer1": "conv1+layer1.0.conv2+layer1.1.conv2",
+    **{f"stream of layer{n}": f"layer{n}.0.conv2+layer{n}.0.downsample.0+layer{n}.1.conv2" for n in range(2, 5)},
+}
 ALL: Work = partial(propose, NEURONS)
 CASES = {
     "mlp": Case(
@@ -208,6 +212,7 @@ CASES = {
         {
             "bottlenecks": (look, 2),
             **{axis: (one(axis), 3) for axis in RESNET_AXES},
+            **{name: (one(axis), 3) for name, axis in RESNET_STREAMS.items()},
             "all axes": (ALL, 6),
             "grow": (partial(grow, NEURONS), 8),
             "AddConnection()": (partial(propose, AddConnection()), 15),
