@@ -14,6 +14,7 @@ from torch.nn.functional import linear, mse_loss
 import dagrow
 from dagrow import AddConnection, AddNeurons, LossError, MoveWeights, testing
 from dagrow.statistics import InputFeatures, Objective, OutputGoal, measure
+from dagrow.statistics._trials import Trials
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -310,6 +311,20 @@ def test_the_first_batch_is_compared_once() -> None:
     assert runs[2] == runs[1] + 1  # for a finite difference
     assert runs[3] == runs[1]
     assert objective.findings.compared == {"2"}
+
+
+def test_one_evaluation_is_enough_where_the_loss_is_steep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It bends within a step along the gradient that is small for other losses."""
+    steps, moved = [], Trials._moved
+    monkeypatch.setattr(Trials, "_moved", lambda self, ray, by: steps.append(by) or moved(self, ray, by))
+    model = nn.Sequential(*[part for _ in range(40) for part in (nn.Linear(6, 6, bias=False), nn.ReLU())][:-1])
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(4)
+    x = torch.randn(20, 6)
+    dagrow.bottlenecks(dagrow.trace(model, x), [(x, torch.randn(20, 6))], mse_loss)
+    assert len(steps) == 1
+    assert 0 < steps[0] < 1e-3
 
 
 def two_views(model: nn.Module, batch: Any) -> Tensor:
