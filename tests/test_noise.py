@@ -182,6 +182,18 @@ def test_what_cannot_be_held_is_refused(step: Any, options: Any) -> None:
         dagrow.propose(dag, BATCHES, step=step, **options)
 
 
+def test_a_loss_may_ask_whether_gradients_are_computed() -> None:
+    """It is measured with them, and its value is told without."""
+
+    def penalised(model: nn.Module, x: Tensor) -> Tensor:
+        return functional.mse_loss(model(x)[1], x[:, :1].expand_as(model(x)[1])) + (
+            0.1 if torch.is_grad_enabled() else 0
+        )
+
+    found = dagrow.bottlenecks(dagrow.trace(Autoencoder(), X), BATCHES, step=penalised)
+    assert sum(bottleneck.goal for bottleneck in found.values()) > 0
+
+
 class Jittered(Dataset[Tensor]):
     """Draws when a sample is read."""
 

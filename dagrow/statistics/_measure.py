@@ -105,7 +105,8 @@ class _Run:
     def through(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> None:
         """Through all batches, one after the other."""
         objective = self.objective
-        objective.probe(once=objective.mode == "eval")
+        is_same = objective.mode == "eval" and all(p.requires_grad for p in objective.model.parameters())
+        objective.probe(once=is_same)  # as it is measured once more, and frozen weights would be taken for trainable
         order, groups = SampleOrder.of(self.dag, objective), GroupNumbers(objective)
         hooks = CaptureHooks(self.dag, self.features, read, written)
         check = GradientCheck(self.dag, objective, hooks, self.sums.pairs)
@@ -125,7 +126,7 @@ class _Run:
                 check.begin()
                 with ForwardProbe(objective.model) as probe, torch.set_grad_enabled(known is None):
                     loss = objective.value(batch)
-                if objective.mode == "eval":
+                with hooks.paused():
                     objective.check_first(batch, loss)
                 own = float(loss.detach())
                 value = own * objective.scale(n) * n

@@ -4,7 +4,7 @@ Nothing here leaves a trace: modes, buffers, gradients and random states are as 
 loss draws are the same whenever it is evaluated on a batch: each batch has a seed of its own, by its place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -32,7 +32,7 @@ from dagrow.statistics._batches import (
 from dagrow.statistics._findings import Findings
 from dagrow.statistics._limits import Limits
 from dagrow.statistics._options import MeasureOptions, Reduction, check_options
-from dagrow.statistics._purity import Untouched, check_same
+from dagrow.statistics._purity import FirstLoss, Untouched, check_same
 from dagrow.statistics._reached import modules_reached
 from dagrow.statistics._reduction import Recording, ReductionProbe
 from dagrow.statistics._steps import Loss, Step, check_callable, checked_scalar, supervised
@@ -100,7 +100,7 @@ class Objective:
         self._seeds_all = True  # of numpy and Python, too, where something draws from them, as far as is known
         self._samples, self._batches = 0, 0  # of the last pass
         self._seeded: tuple[int, ...] = (0,)
-        self._first: Sequence[Any] | None = None  # the loss of the first batch, and the mark of that, to be compared
+        self._first: FirstLoss | None = None  # if it is still to be compared
 
     def with_batches(self, batches: Iterable[object], name: str = "batches") -> "Objective":
         """The same loss on other batches.
@@ -233,8 +233,7 @@ class Objective:
         """
         try:
             with torch.enable_grad() if self._shared.differentiating else nullcontext():
-                value = self.function(self.model, batch)
-            return checked_scalar(value, batch)
+                return checked_scalar(self.function(self.model, batch), batch)
         except BaseException as error:
             self._add_note(error, batch, how)
             raise
@@ -308,9 +307,9 @@ class Objective:
             loss: its own.
         """
         if self._first is not None:
-            (value, mark), self._first = self._first, None
-            if mark_of(batch) == mark:  # or it was overwritten
-                check_same(value, loss)
+            first, self._first = self._first, None
+            with torch.no_grad():
+                first.check(batch, loss, lambda: self._value_alone(batch))
 
     def _probe_reduction(self, once: bool) -> Reduction:
         found, first = self._shared.reduction, None
@@ -321,12 +320,13 @@ class Objective:
                 break
             recording = Recording(self.model)
             value = self._checked_value(batch, recording)
-            first = first or (batch, self._place, value, mark_of(batch))
+            first = first or (batch, self._place, value, FirstLoss(value, batch))
             found = found or self._told(batch, samples, recording, value)
         assert first is not None
-        batch, self._place, *self._first = first
+        batch, self._place, value, self._first = first
         if not once:
-            self.check_first(batch, self._value_alone(batch))
+            check_same(value, self._value_alone(batch) if mark_of(batch) == self._first.mark else value)
+            self._first = None
         return found or "mean"
 
     def _told(self, batch: object, samples: int, recording: Recording, value: Tensor) -> Reduction | None:

@@ -1,9 +1,12 @@
 """Whether a loss is a function of a batch and the model, and changes neither."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dagrow.errors import LossError
+from dagrow.statistics._batches import mark_of
 
 
 class Untouched:
@@ -55,3 +58,34 @@ def check_same(first: Tensor, again: Tensor) -> None:
             "called, and on what, as a running mean does; such numbers cannot be held while a growth is measured. Draw "
             "from the global generators; keep counters out of the loss, and running means in buffers of a module."
         )
+
+
+class FirstLoss:
+    """The loss of a batch without gradients, to be compared when it is measured with them.
+
+    Args:
+        value: the loss.
+        batch: of which it is.
+    """
+
+    def __init__(self, value: Tensor, batch: object) -> None:
+        self.value, self.mark = value, mark_of(batch)
+
+    def check(self, batch: object, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """The loss is the same, or evaluated without gradients it is.
+
+        Args:
+            batch: that was measured; nothing is compared if it is another one, or was overwritten.
+            loss: its own.
+            again: evaluates it once more as at first, as a loss may ask whether gradients are computed.
+
+        Raises:
+            LossError: it differs.
+        """
+        if mark_of(batch) != self.mark:
+            return
+        try:
+            check_same(self.value, loss)
+        except LossError:
+            for _ in range(2):  # or one that comes and goes would seem to stay
+                check_same(self.value, again())
