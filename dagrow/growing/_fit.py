@@ -96,11 +96,11 @@ def fit(
     )
     for each in sequence_of(optimizer):
         check_steps(each)
-    if scheduler == "anneal":
-        scheduler = [AnnealAfterGrowing(each, grower, epochs) for each in sequence_of(optimizer)]
-    schedulers = _checked_schedulers(scheduler, optimizer)
+    schedulers = () if scheduler == "anneal" else _checked_schedulers(scheduler, optimizer)
     objective = Objective(dag.model, batches, step=grower.function, mode=mode, **options)
     _probe(objective, validation=validation, measured=measured)
+    if scheduler == "anneal":  # nothing is refused any more, and it sets rates at once
+        schedulers = tuple(AnnealAfterGrowing(each, grower, epochs) for each in sequence_of(optimizer))
     modes = {module: module.training for module in dag.model.modules()}
     try:
         with progress_bar() as bar:

@@ -71,6 +71,15 @@ def test_fit_anneals() -> None:
         dagrow.fit(dag, BATCHES, mse, TWO, epochs=1, optimizer=optimizer, scheduler="cosine")  # type: ignore[arg-type]
 
 
+def test_what_is_refused_leaves_rates_as_they_are() -> None:
+    dag = traced()
+    optimizer = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
+    optimizer.param_groups[0]["initial_lr"] = 1.0  # of a scheduler before
+    with pytest.raises(dagrow.BatchError):
+        dagrow.fit(dag, [], mse, TWO, epochs=1, optimizer=optimizer, scheduler="anneal")
+    assert rates(optimizer) == [1e-2]
+
+
 def test_growing_that_is_never_over_is_told() -> None:
     dag = traced()
     optimizer = torch.optim.SGD(dag.model.parameters(), lr=1e-2)
