@@ -1,7 +1,9 @@
 """Running the candidates of an operator: what they need is measured in as few passes over the batches as can be."""
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from dagrow.errors import GrowthError, LimitError
 from dagrow.graph import Dag
@@ -101,8 +103,9 @@ class CandidateRuns:
     def _measure_previews(self) -> None:
         """Group by group, each with all that it asks for."""
         previews, self._previews = self._previews, []
-        for group in disjoint(previews, lambda member: member.preview.widening):
-            self._measure_previewed(group)
+        together = _sharing(previews)
+        for group in disjoint(together, lambda members: members[0].preview.widening):
+            self._measure_previewed([member for members in group for member in members])
             if self._previews:
                 self._measure_previews()
 
@@ -206,12 +209,12 @@ def previewed(
     forward: bool = True,
     kept: KeptCaptures | None = None,
 ) -> Moments:
-    """One pass with the new channels of previews in the network; no two change the same layer.
+    """One pass with the new channels of previews in the network; only those of one axis change the same layers.
 
     Args:
         dag: of the model.
         objective: the loss and the batches.
-        needs: with previews.
+        needs: with previews; those of one axis have other producers each.
         folds: of the samples.
         forward: whether the model's own forward runs on every batch.
         kept: what earlier passes left.
@@ -223,10 +226,7 @@ def previewed(
         DagrowError: the model is another one, or fails, when it is wider.
     """
     previews = [need.preview for need in needs if need.preview is not None]
-    draft = Draft(dag, [(each.axis, each.widening) for each in previews])
-    for each in previews:
-        for producer, fan_in in each.fan_in.items():
-            draft.fan_in(dag.edge(producer), each.widening.rows[producer], fan_in)
+    draft, units = _drafted(dag, previews)
     change = draft.change()
     pairs, where = [pair for need in needs for pair in need.pairs], ", ".join(each.axis.name for each in previews)
     _check_forward(change, where, dag, forward)
@@ -235,7 +235,39 @@ def previewed(
         check_preserved(dag, objective, change, where)
     with preview(dag, change, change.tensors(dag.model, 0.0)):
         read, written = draft.read, draft.written
-        return measure(dag, objective, pairs, folds=folds, read=read, written=written, kept=kept, preview=previews)
+        return measure(
+            dag, objective, pairs, folds=folds, read=read, written=written, units=units, kept=kept, preview=previews
+        )
+
+
+def _sharing(members: Sequence[_Waiting]) -> list[list[_Waiting]]:
+    """Previews that share an axis, with other producers each, in one group; all others alone."""
+    groups, times = dict[Hashable, list[_Waiting]](), Counter[tuple[str, ...]]()
+    for member in members:
+        preview = member.preview
+        key = preview.axis.name, times[preview.writers]
+        groups.setdefault(key if preview.shared else preview, []).append(member)
+        times[preview.writers] += 1
+    return list(groups.values())
+
+
+def _drafted(dag: Dag, previews: Sequence[Preview]) -> tuple[Draft, dict[tuple[str, ...], slice]]:
+    """All of them, those of an axis one behind the other; and which of its new units each has, by what writes them."""
+    by_axis = dict[str, list[Preview]]()
+    for each in previews:
+        by_axis.setdefault(each.axis.name, []).append(each)
+    units, widenings = dict[tuple[str, ...], slice](), {name: each[0].widening for name, each in by_axis.items()}
+    for name, members in by_axis.items():
+        ends = [*accumulate(len(next(iter(each.fan_in.values()))) for each in members)]
+        units |= {each.writers: slice(start, end) for each, start, end in zip(members, [0, *ends], ends, strict=False)}
+        if len(members) > 1:
+            widenings[name] = dag.widening(members[0].axis, ends[-1])
+    draft = Draft(dag, [(members[0].axis, widenings[name]) for name, members in by_axis.items()])
+    for each in previews:
+        for producer, fan_in in each.fan_in.items():
+            rows = widenings[each.axis.name].rows[producer]
+            draft.fan_in(dag.edge(producer), replace(rows, new=rows.new[units[each.writers]]), fan_in)
+    return draft, units
 
 
 def _check_forward(change: Change, where: str, dag: Dag, forward: bool) -> None:

@@ -10,6 +10,7 @@ from dagrow.graph import Axis, Dag
 from dagrow.operators._base import Candidate, Operator, Steps, check_names
 from dagrow.operators.neurons import (
     OPEN,
+    ByAxis,
     NeuronSettings,
     NewUnits,
     Place,
@@ -17,6 +18,7 @@ from dagrow.operators.neurons import (
     add_copies,
     add_gradmax,
     add_zero,
+    by_axis,
     drawn,
     fit_fan_out,
     places,
@@ -102,9 +104,10 @@ class AddNeurons(Operator):
         if self.init == "optimal":
             options = [place.split_channels() for place in options]
         tests = 1 if self.k is None else 0  # chance is asked about only if the number of neurons is open
-        return [Candidate(place.axis.name, partial(self._add, place), tests) for place in options]
+        shared = by_axis(project=self.solver != "unprojected")
+        return [Candidate(place.axis.name, partial(self._add, place, shared), tests) for place in options]
 
-    def _add(self, place: Place, objective: Objective) -> Steps:
+    def _add(self, place: Place, shared: ByAxis, objective: Objective) -> Steps:
         """Directions, by linear theory or at random, and the fan-out that is fitted to what they compute."""
         settings = NeuronSettings(
             self,
@@ -117,6 +120,7 @@ class AddNeurons(Operator):
             fan="random" if self.init == "random" else "fitted",
             paired=self.paired,
             seed=self.seed,
+            by_axis=shared,
         )
         by_theory = self.init == "optimal"
         proposal = yield from propose_directions(settings) if by_theory else propose_along(place, self._drawn)

@@ -28,11 +28,19 @@ class Preview:
         axis: the axis that is wider.
         widening: what changes where, of :meth:`dagrow.Dag.widening`.
         fan_in: producer -> what the new channels read there ``[k, channels, i]``, the constant last if it has a bias.
+        shared: whether others of the axis, with other producers, may be in the model meanwhile: features then name
+            these, as in ``NewChannels(edge, writers=preview.writers)``.
     """
 
     axis: Axis
     widening: WideningPlan
     fan_in: Mapping[str, Tensor]
+    shared: bool = False
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The producers that write the new channels."""
+        return tuple(self.fan_in)
 
 
 @dataclass(frozen=True, eq=False)

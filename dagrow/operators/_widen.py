@@ -7,7 +7,16 @@ from functools import partial
 
 from dagrow.graph import Dag
 from dagrow.operators._base import Candidate, Operator, Steps
-from dagrow.operators.neurons import NeuronSettings, Place, Proposal, fit_fan_out, places, propose_along
+from dagrow.operators.neurons import (
+    ByAxis,
+    NeuronSettings,
+    Place,
+    Proposal,
+    by_axis,
+    fit_fan_out,
+    places,
+    propose_along,
+)
 from dagrow.solvers import Moments, neuron_ridges
 from dagrow.statistics import Objective
 
@@ -45,9 +54,10 @@ class Widen(Operator):
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         axes = [axis for axis in dag.axes if "random" in axis.inits]
-        return [Candidate(axis.name, partial(self._add_neurons, place)) for axis in axes for place in places(dag, axis)]
+        options, shared = [place for axis in axes for place in places(dag, axis)], by_axis(project=True)
+        return [Candidate(place.axis.name, partial(self._add_neurons, place, shared)) for place in options]
 
-    def _add_neurons(self, place: Place, objective: Objective) -> Steps:
+    def _add_neurons(self, place: Place, shared: ByAxis, objective: Objective) -> Steps:
         proposal = yield from propose_along(place, self.propose, [(place.features, place.features)])
-        settings = NeuronSettings(self, place, neuron_ridges(self.ridge, self.folds))
+        settings = NeuronSettings(self, place, neuron_ridges(self.ridge, self.folds), by_axis=shared)
         return (yield from fit_fan_out(settings, proposal, objective))

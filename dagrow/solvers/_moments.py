@@ -203,6 +203,11 @@ class Moments(MomentView):
         positions = {feature: count for feature, count in self.positions.items() if feature in features}
         return replace(self, sums=sums, positions=positions, rows=rows)
 
+    @cached_property
+    def rounded(self) -> "FoldView":
+        """All samples, no more precise than the activations were: for fits with a ridge, at a fifth of the expense."""
+        return FoldView(self, None, True, self.resolution)
+
     def split(self) -> "FoldSplit":
         """For each fold the moments of all others and its own, no more precise than the activations were.
 
@@ -221,25 +226,26 @@ class FoldView(MomentView):
 
     Attributes:
         whole: the moments of all folds.
-        fold: its index.
+        fold: its index; None for no fold.
         others: whether the view is of all folds but this one.
     """
 
     whole: Moments
-    fold: int
+    fold: int | None
     others: bool
     resolution: float
 
     @cached_property
     def samples(self) -> int:
-        own = int(self.whole.counts[self.fold])
+        own = 0 if self.fold is None else int(self.whole.counts[self.fold])
         return self.whole.samples - own if self.others else own
 
     @property
     def units(self) -> int:
         """How many independent ones: groups of samples, or samples."""
         counts = self.whole.counts if self.whole.groups is None else self.whole.groups
-        return int(counts.sum() - counts[self.fold] if self.others else counts[self.fold])
+        own = 0 if self.fold is None else int(counts[self.fold])
+        return int(counts.sum()) - own if self.others else own
 
     def holds(self, pair: Pair) -> bool:
         return self.whole.holds(pair)
@@ -250,7 +256,7 @@ class FoldView(MomentView):
             folds = [fold for fold in range(self.whole.folds) if (fold != self.fold) == self.others]
             return self.whole.by_rows(pair, folds, dtype, self.samples)
         sums = self.whole.sums[pair]
-        if not self.others:
+        if not self.others and self.fold is not None:
             return (sums[self.fold] / self.samples).to(dtype)
         first, *rest = [total for fold, total in enumerate(sums) if fold != self.fold]
         total = first / self.samples

@@ -1,7 +1,7 @@
 """What a batch leaves at layers: their inputs and the goals at their outputs, by sample and by fold."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -14,6 +14,8 @@ from dagrow.axes import IndexMap
 from dagrow.errors import BatchError, GrowthError
 from dagrow.layers import EdgeRule, Geometry, LayerRule
 from dagrow.statistics._sample_layout import SampleLayout
+
+Writers = tuple[str, ...]  #: the producers of new channels
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Capture:
         seen: whether a gradient of the loss arrives at its output; where the layer was called several times only.
         runs: which of the layer's calls are joined here.
         sample_dim: the dimension along which samples lay, before they came first.
+        units: which of an axis' new units are whose, where several previews share it: what writes them -> units.
     """
 
     module: torch.nn.Module
@@ -44,6 +47,7 @@ class Capture:
     seen: bool = True
     runs: tuple[int, ...] = (0,)
     sample_dim: int = 0
+    units: Mapping[Writers, slice] = field(default_factory=dict)
 
     @property
     def edge_rule(self) -> EdgeRule:
@@ -82,10 +86,13 @@ class Capture:
         inputs = self._unchanged_inputs()
         return inputs if self.input_map is None else self._select(inputs, self.input_map.old)
 
-    def new_inputs(self) -> Tensor:
-        """The new channels of the layer's input in a preview."""
+    def new_inputs(self, writers: Writers = ()) -> Tensor:
+        """The new channels of the layer's input in a preview; those of some writers, or all."""
         inputs = self._unchanged_inputs()
-        return inputs if self.input_map is None else self._select(inputs, self.input_map.new.flatten())
+        if self.input_map is None:
+            return inputs
+        units = self.units[writers] if writers else slice(None)
+        return self._select(inputs, self.input_map.new[units].flatten())
 
     def goal_at_outputs(self) -> Tensor:
         """The goal at the layer's old output channels."""

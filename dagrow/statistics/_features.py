@@ -12,7 +12,7 @@ from torch import Tensor
 from dagrow.errors import BatchError
 from dagrow.graph import PositionMap
 from dagrow.layers import Geometry, with_constant
-from dagrow.statistics._captures import Batch
+from dagrow.statistics._captures import Batch, Writers
 
 
 class Feature(ABC):
@@ -219,12 +219,14 @@ class NewChannels(LayerInputs):
     Attributes:
         edge: the edge's name.
         bias: whether the constant 1 comes last.
+        writers: what writes the channels, see ``Preview.shared``; by default all that are new.
     """
 
     bias: bool = False
+    writers: Writers = ()
 
     def inputs(self, batch: Batch) -> Tensor:
-        return batch[self.edge].new_inputs()
+        return batch[self.edge].new_inputs(self.writers)
 
 
 @dataclass(frozen=True)
@@ -233,11 +235,14 @@ class NormInputs(OneLayer):
 
     Attributes:
         edge: the rider's name.
+        writers: as for :class:`NewChannels`.
     """
+
+    writers: Writers = ()
 
     def rows(self, batch: Batch) -> Tensor:
         capture = batch[self.edge]
-        return with_constant(capture.channels_last(capture.new_inputs()), True)
+        return with_constant(capture.channels_last(capture.new_inputs(self.writers)), True)
 
 
 @dataclass(frozen=True)

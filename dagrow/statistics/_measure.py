@@ -20,7 +20,7 @@ from dagrow.statistics._accumulator import MomentAccumulator
 from dagrow.statistics._backward import gradients_at, run_backward, runs_again, watch
 from dagrow.statistics._batches import batch_count, mark_of
 from dagrow.statistics._calls import Calls, joined_calls
-from dagrow.statistics._captures import Capture
+from dagrow.statistics._captures import Capture, Writers
 from dagrow.statistics._features import Feature
 from dagrow.statistics._gradient_check import GradientCheck
 from dagrow.statistics._groups import GroupNumbers
@@ -42,6 +42,7 @@ def measure(
     dtype: torch.dtype = torch.float64,
     read: Mapping[str, IndexMap] | None = None,
     written: Mapping[str, IndexMap] | None = None,
+    units: Mapping[Writers, slice] | None = None,
     kept: KeptCaptures | None = None,
     preview: Iterable[Hashable] = (),
     later: Iterable[Feature] = (),
@@ -62,6 +63,7 @@ def measure(
             convolutions are large and few, and are summed in their own type, which keeps memory small.
         read: layer -> which of its input channels are new, in a preview of a grown network.
         written: layer -> which of its output channels are.
+        units: of the new units of an axis those that some producers write, where several previews are of that axis.
         kept: what earlier passes left, and what this one leaves; the model runs only where that is not enough.
         preview: what is in the network, besides what it is.
         later: features that later passes need.
@@ -80,10 +82,11 @@ def measure(
             sums.take(batch)
         return sums.moments()
     try:
-        _Run(dag, objective, sums, [*sums.features, *later], kept, preview).through(read or {}, written or {})
+        hooks = CaptureHooks(dag, [*sums.features, *later], read or {}, written or {}, units)
+        _Run(dag, objective, sums, [*sums.features, *later], kept, preview).through(hooks)
     except _OtherBatchesError:
         kept.drop()
-        return measure(dag, objective, pairs, folds=folds, dtype=dtype, read=read, written=written)
+        return measure(dag, objective, pairs, folds=folds, dtype=dtype, read=read, written=written, units=units)
     return sums.moments()
 
 
@@ -102,13 +105,12 @@ class _Run:
     kept: KeptCaptures
     preview: frozenset[Hashable]
 
-    def through(self, read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]) -> None:
+    def through(self, hooks: "CaptureHooks") -> None:
         """Through all batches, one after the other."""
         objective = self.objective
         is_same = objective.mode == "eval" and all(p.requires_grad for p in objective.model.parameters())
         objective.probe(once=is_same)  # as it is measured once more, and frozen weights would be taken for trainable
         order, groups = SampleOrder.of(self.dag, objective), GroupNumbers(objective)
-        hooks = CaptureHooks(self.dag, self.features, read, written)
         check = GradientCheck(self.dag, objective, hooks, self.sums.pairs)
         known = self._known_goals(check)
         if known is not None:
@@ -177,7 +179,12 @@ class CaptureHooks(LayerHooks):
     """
 
     def __init__(
-        self, dag: Dag, features: Iterable[Feature], read: Mapping[str, IndexMap], written: Mapping[str, IndexMap]
+        self,
+        dag: Dag,
+        features: Iterable[Feature],
+        read: Mapping[str, IndexMap],
+        written: Mapping[str, IndexMap],
+        units: Mapping[Writers, slice] | None = None,
     ) -> None:
         features = list(features)
         layers = [dag.layer(name) for name in sorted({edge for feature in features for edge in feature.edges})]
@@ -191,6 +198,7 @@ class CaptureHooks(LayerHooks):
         self._layers = {
             layer.name: (layer.module, layer.rule, read.get(layer.name), written.get(layer.name)) for layer in layers
         }
+        self._units = units or {}
         self._calls: dict[str, list[Capture]] = defaultdict(list)
         self._is_paused = False
         self._hidden = False  #: whether a layer ran without a graph
@@ -227,7 +235,7 @@ class CaptureHooks(LayerHooks):
                 "exist for its time alone. Call the model itself, on a whole batch: model(inputs)."
             )
         detached = inputs.detach() if inputs.layout is torch.strided else inputs.detach().to_dense()
-        capture = Capture(*self._layers[name], detached, detached._version, output.shape)
+        capture = Capture(*self._layers[name], detached, detached._version, output.shape, units=self._units)
         self._calls[name].append(capture)
         self._hidden = self._hidden or not torch.is_grad_enabled()
         edges = self._edges(name, inputs, output)

@@ -11,7 +11,8 @@ from dagrow.statistics._captures import Batch, Capture
 from dagrow.statistics._heldout_scores import SampleScores
 from dagrow.statistics._kept_rows import FeaturePair
 
-MOST = 2**23  #: entries that wait
+MOST = 2**23  #: entries that wait; where sums take much more, such a part of these
+PART = 8
 
 
 class WaitingBatches:
@@ -55,7 +56,8 @@ class WaitingBatches:
         done = [] if all(_alike(each, own) for each in self._batches[-1:]) else self.rest()
         self._batches.append(own)
         waiting = sum(capture.entries for each in self._batches for capture in each.captures.values())
-        return done if waiting < min(self._sums, MOST) else [*done, *self.rest()]
+        most = min(self._sums, max(MOST, self._sums // PART))
+        return done if waiting < most else [*done, *self.rest()]
 
     def rest(self) -> list[Batch]:
         """All that wait, as one; they then wait no longer."""

@@ -1,7 +1,7 @@
 """The steps of candidates: what they need is measured together, and what they may not do is refused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,50 @@ def test_previews_that_change_no_layer_in_common_share_passes(passes: list[int])
     passes.clear()
     dagrow.propose(traced(), [(X, Y)], nn.functional.mse_loss, [AddNeurons(k=1)])
     assert len(passes) == 3  # and one for scores
+
+
+class Residual(nn.Module):
+    """A stream that three layers write, the first of them behind an activation, and a norm on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)) for _ in range(2)
+        )
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "operator", [AddNeurons(k=2), AddNeurons(k=2, solver="joint", init="random"), AddNeurons(k=1, solver="als")]
+)
+def test_places_of_an_axis_are_looked_at_together(operator: AddNeurons, passes: list[int]) -> None:
+    """Each as if it were looked at alone, which ``max_seconds`` does."""
+    torch.manual_seed(0)
+    model, x, y = Residual().double().eval(), torch.randn(40, 2, 6, 6).double(), torch.randn(40, 2).double()
+    dag = dagrow.trace(model, x[:2])
+    batches, (stream,) = [(x[:24], y[:24]), (x[24:], y[24:])], [axis for axis in dag.axes if len(axis.writings) > 1]
+    operator = replace(operator, axes=(stream.name,))
+
+    def proposed(**options: Any) -> tuple[list[Growth], int]:
+        passes.clear()
+        growths = dagrow.propose(dag, batches, nn.functional.mse_loss, [operator], progress=False, **options)
+        return sorted(growths, key=lambda growth: growth.gain), len(passes)
+
+    (together, few), (alone, many) = proposed(), proposed(max_seconds=1e6)
+    assert few < many
+    assert len(together) == len(alone) == len(stream.writings) == 3
+    for one, other in zip(together, alone, strict=True):
+        assert (one.gain, one.heldout_gain, one.z) == pytest.approx((other.gain, other.heldout_gain, other.z), rel=1e-7)
+        for name in one.change.names:
+            tensors = [change.tensors(model, 0.5)[name] for change in (one.change, other.change)]
+            torch.testing.assert_close(*tensors, rtol=1e-6, atol=1e-9)
 
 
 def test_candidates_that_are_returned_are_gone_on_with(passes: list[int]) -> None:

@@ -24,3 +24,14 @@ def test_moments_of_other_samples_add_and_those_of_the_same_ones_join() -> None:
     near(both[P, V], of(d)[P, V])
     assert (B, B) in both
     assert (B, P) not in both
+
+
+def test_rounded_moments_are_those_of_all_samples_in_the_precision_of_activations() -> None:
+    m = of(data(n=22), 3)
+    assert (m.rounded.samples, m.rounded.units) == (22, 22)
+    near(m.rounded[P, V], m[P, V])
+    m.resolution = torch.finfo(torch.float32).eps
+    again = of(data(n=22), 3).joined(m)
+    assert again.rounded[P, V].dtype == torch.float32
+    torch.testing.assert_close(again.rounded[P, V].double(), m[P, V], rtol=1e-5, atol=1e-6)
+    assert m[P, V].dtype == torch.float64

@@ -73,9 +73,20 @@ def test_sums_do_not_depend_on_how_samples_come(counts: tuple[int, ...], product
 def test_only_so_much_waits(products: Counter, monkeypatch) -> None:
     whole = found(samples(20), 4)
     products.clear()
-    monkeypatch.setattr("dagrow.statistics._waiting_batches.MOST", 2 * 5 * (12 + 4) * 9)
+    enough = 2 * 5 * (12 + 4) * 9
+    monkeypatch.setattr("dagrow.statistics._waiting_batches.MOST", enough)
+    monkeypatch.setattr("dagrow.statistics._waiting_batches.PART", 10**9)
     near(found(samples(*(5,) * 4), 4), whole)
     assert products[PAIRS[0]] == 2
+
+
+def test_more_waits_for_larger_sums(products: Counter, monkeypatch) -> None:
+    whole, sums = found(samples(20), 4), 4 * (12 * 9 + 1) * (12 * 9 + 1 + 4)
+    products.clear()
+    monkeypatch.setattr("dagrow.statistics._waiting_batches.MOST", 1)
+    monkeypatch.setattr("dagrow.statistics._waiting_batches.PART", -(-sums // (3 * 5 * (12 + 4) * 9)))
+    near(found(samples(*(5,) * 4), 4), whole)
+    assert products[PAIRS[0]] == 2  # three batches, and one
 
 
 def test_images_of_other_sizes_are_summed_by_themselves(products: Counter) -> None:

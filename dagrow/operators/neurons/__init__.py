@@ -15,6 +15,7 @@ stays the same. All are steps of candidates: they yield what they need measured.
 (['0'], 6)
 """
 
+from dagrow.operators.neurons._axis_moments import ByAxis, by_axis
 from dagrow.operators.neurons._fan_in import propose_directions
 from dagrow.operators.neurons._fan_out import fit_fan_out
 from dagrow.operators.neurons._places import Place, places
@@ -24,6 +25,7 @@ from dagrow.operators.neurons._settings import NeuronSettings
 
 __all__ = [
     "OPEN",
+    "ByAxis",
     "NeuronSettings",
     "NewUnits",
     "Place",
@@ -31,6 +33,7 @@ __all__ = [
     "add_copies",
     "add_gradmax",
     "add_zero",
+    "by_axis",
     "drawn",
     "fit_fan_out",
     "places",

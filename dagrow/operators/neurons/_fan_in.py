@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dagrow.graph import Edge
 from dagrow.operators._base import Needs
+from dagrow.operators.neurons._axis_moments import AxisMoments, own_pairs
 from dagrow.operators.neurons._places import Place
 from dagrow.operators.neurons._proposal import OPEN, Proposal, ProposalSteps, drawn, normal, scaled
 from dagrow.operators.neurons._settings import NeuronSettings
 from dagrow.solvers import (
-    FoldSplit,
     Moments,
     Pair,
     Regression,
@@ -25,7 +25,6 @@ from dagrow.solvers import (
     alternating_least_squares,
     directions,
     validate_directions,
-    with_cross_validated_ridge,
 )
 from dagrow.statistics import DirectionScore, OutputGoal, ResidualGoal, SampleScores, TapFeatures
 
@@ -46,36 +45,37 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
         The directions, scaled; None if there are none that are worth it.
     """
     place, scales = settings.place, settings.place.scales
-    moved = {c.name: c for c in place.apart() if settings.project and place.reads(c) is not None}
+    moved = {c.name: c for c in place.apart() if settings.project and c.trainable}
     unmoved = [c for c in place.linear() if c.name not in moved]
     blocks = {c.name: _regression(settings, c, OutputGoal(c.name)) for c in unmoved}
-    move_pairs = [pair for consumer in moved.values() for pair in _own_pairs(place, consumer)]
+    move_pairs = [pair for consumer in moved.values() for pair in own_pairs(consumer)]
     later = [place.features] if moved else []
     moments = yield Needs([*_pairs(blocks), *move_pairs, *([] if moved else scales)], later=later)
-    split = moments.split()
-    ridges = {c.name: _own_ridge(settings, split, c) for c in place.linear()}
-    residuals = {name: _residual(settings, moments, split, c, ridges[name]) for name, c in moved.items()}
+    own = settings.by_axis(place.axis, moments, None)
+    ridges = {c.name: own.ridge(c) for c in place.linear()}
+    residuals = {name: own.residual(c, ridges[name]) for name, c in moved.items()}
+    known = own.known
     if moved:
+        del own  # with its factors, before others are measured
         residual_blocks = {name: _regression(settings, consumer, residuals[name]) for name, consumer in moved.items()}
         moments = moments.joined((yield Needs([*_pairs(residual_blocks), *scales])))
-        split, blocks = moments.split(), blocks | residual_blocks
+        own, blocks = AxisMoments(place.axis, moments, settings.project), blocks | residual_blocks
     if not blocks:
         random = drawn(place, settings.k or OPEN, settings.seed)
         notes = ("random: linear theory does not reach the consumers",)
         return scaled(replace(random, notes=notes), place, moments)
-    leading = _leading(settings, moments, split, [replace(blocks[name], ridge=ridges[name]) for name in blocks])
+    leading = _leading(settings, own, [replace(blocks[name], ridge=ridges[name]) for name in blocks])
     if leading is None:
         return None
     proposal, turns = leading.proposal, bool(_rank(settings) and leading.proposal.alpha.shape[1])
     if leading.fits or turns:
         linear = [(c, residuals.get(c.name)) for c in place.linear()]
-        goals = {c.name: left or _residual(settings, moments, split, c, ridges[c.name]) for c, left in linear}
+        goals = {c.name: left or own.residual(c, ridges[c.name]) for c, left in linear}
     if leading.fits:
         in_order = [(name, goals[name]) for name in blocks]
         proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
     if turns:
         proposal = yield from _alternating(place, proposal, leading, goals)
-    known = moments.only([pair for c in place.linear() for pair in _own_pairs(place, c)])
     return scaled(replace(_completed(settings, proposal, moments), known=known, ridges=ridges), place, moments)
 
 
@@ -93,31 +93,8 @@ def _regression(settings: NeuronSettings, consumer: Edge, goal: OutputGoal | Res
     return settings.place.regression(consumer, "all" if settings.joint else "none", settings.project, goal)
 
 
-def _own_ridge(settings: NeuronSettings, split: FoldSplit, consumer: Edge) -> float:
-    """The ridge of the regression on what a consumer reads."""
-    reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
-    return with_cross_validated_ridge(split, Regression(reads, reads, goal, project=settings.project)).ridge
-
-
-def _residual(
-    settings: NeuronSettings, m: Moments, split: FoldSplit, consumer: Edge, ridge: float
-) -> OutputGoal | ResidualGoal:
-    """What is to be explained at a consumer: what a move leaves that was fitted on the other folds."""
-    reads, goal = settings.place.reads(consumer), OutputGoal(consumer.name)
-    if not settings.project or reads is None:
-        return goal
-    views = [m] if m.folds == 1 else [train for train, _ in split]
-    return ResidualGoal(goal, reads, [view.whitening(reads, ridge).solve(view[reads, goal]).T for view in views])
-
-
 def _pairs(blocks: Mapping[str, Regression]) -> list[Pair]:
     return [pair for block in blocks.values() for pair in block.pairs()]
-
-
-def _own_pairs(place: Place, consumer: Edge) -> list[Pair]:
-    """What the move of a consumer's own weights is fitted to, if they are not frozen."""
-    reads = place.reads(consumer)
-    return [] if reads is None else [(reads, reads), (reads, OutputGoal(consumer.name))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,20 +107,19 @@ class _Leading:
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = ()
 
 
-def _leading(
-    settings: NeuronSettings, m: Moments, split: FoldSplit, regressions: Sequence[Regression]
-) -> _Leading | None:
+def _leading(settings: NeuronSettings, own: AxisMoments, regressions: Sequence[Regression]) -> _Leading | None:
     """The leading singular directions of what is left of the goals; None if they are not worth it."""
+    m = own.m
     per_unit = settings.place.directions
     k = None if settings.k is None else settings.k * per_unit
     ridge, fits = settings.ridges[0], list[tuple[Tensor, Sequence[Tensor]]]()
     if m.folds > 1:
-        held_out = validate_directions(split, regressions, k, settings.ridges)
+        held_out = validate_directions(own.split, regressions, k, settings.ridges)
         ridge, k, fits = held_out.ridge, -(-held_out.k // per_unit) * per_unit, [*held_out.fits]
         if settings.k is None and not held_out.gain > 0:
             return None
     assert k is not None
-    leading = directions(m, regressions, max(k, _rank(settings)), ridge)
+    leading = directions(own.view(ridge, cancels=settings.joint), regressions, max(k, _rank(settings)), ridge)
     notes = (leading.note,) if leading.note else ()
     # singular vectors have no sign: where a unit has several, what it computes depends on their signs to each other
     proposal = Proposal(leading.alpha[:, :k], leading.values[:k], notes, invariant=per_unit == 1)

@@ -15,6 +15,7 @@ from dagrow.axes import Rider, WideningPlan
 from dagrow.graph import Edge
 from dagrow.layers import RiderRule
 from dagrow.operators._base import Needs, Preview, Steps, scored
+from dagrow.operators.neurons._axis_moments import AxisMoments, reads_of
 from dagrow.operators.neurons._places import Place, unmeasured
 from dagrow.operators.neurons._proposal import Proposal
 from dagrow.operators.neurons._settings import NeuronSettings
@@ -34,7 +35,7 @@ from dagrow.solvers import (
     validate_fan_out,
     with_cross_validated_ridge,
 )
-from dagrow.statistics import FitScore, NewChannels, NormInputs, Objective, OutputGoal, SampleScores, fan_out_score
+from dagrow.statistics import FitScore, NormInputs, Objective, OutputGoal, SampleScores, fan_out_score
 from dagrow.surgery import Draft, Growth, cost_of
 
 ROUNDED = 1000  #: times what moments tell apart: the size of a channel that may be rounding
@@ -58,15 +59,13 @@ def fit_fan_out(settings: NeuronSettings, proposal: Proposal | None, objective: 
         return None
     plan = settings.place.dag.widening(settings.place.axis, 2 * proposal.alpha.shape[1])
     units = _Units(settings, proposal, plan)
-    preview = Preview(settings.place.axis, plan, settings.place.split(units.alpha))
+    preview = Preview(settings.place.axis, plan, settings.place.split(units.alpha), shared=True)
     # in train mode a wider model may draw other numbers, as dropout does
     known = proposal.known if objective.mode == "eval" else None
     moments = yield Needs([pair for pair in units.pairs() if known is None or pair not in known], preview)
-    if known is not None and known.mark is not None and known.mark == moments.mark:
-        moments = known.joined(moments)
-    elif known is not None:  # the loader gives other batches in every pass
-        moments = yield Needs(units.pairs(), preview)
-    fitted = _fitted(units, objective, moments)
+    if known is not None and (known.mark is None or known.mark != moments.mark):
+        known, moments = None, (yield Needs(units.pairs(), preview))  # the loader gives other batches in every pass
+    fitted = _fitted(units, objective, settings.by_axis(settings.place.axis, moments, known))
     if fitted is None:
         return None
     growth, scores, z = fitted
@@ -94,8 +93,8 @@ class _Units:
         compensation: Compensation = "all" if self.settings.joint else "constant"
         return [
             Regression(
-                NewChannels(c.name),
-                place.reads(c),
+                place.new_channels(c.name),
+                reads_of(c),
                 OutputGoal(c.name),
                 compensation,
                 self.settings.project,
@@ -114,8 +113,13 @@ class _Units:
         """Features of a new unit at a consumer: its channels there, times their taps."""
         return self.plan.columns[consumer.name].new.shape[1] * consumer.rule.taps(consumer.module)
 
+    def norms(self) -> list[NormInputs]:
+        """What norms on the way carry of the new channels."""
+        place = self.settings.place
+        return [NormInputs(rider.name, place.writers) for rider, _ in _norms(place)]
+
     def pairs(self) -> list[Pair]:
-        explained, norms = self.proposal.explained, [NormInputs(rider.name) for rider, _ in _norms(self.settings.place)]
+        explained, norms = self.proposal.explained, self.norms()
         pairs = [pair for block in self.regressions() for pair in block.pairs()] + [(norm, norm) for norm in norms]
         return pairs if explained is None else [*pairs, (explained, explained)]
 
@@ -151,33 +155,35 @@ class _Units:
         return kept
 
 
-def _fitted(units: _Units, objective: Objective, m: Moments) -> tuple[Growth, Sequence[FitScore], float | None] | None:
+def _fitted(
+    units: _Units, objective: Objective, own: AxisMoments
+) -> tuple[Growth, Sequence[FitScore], float | None] | None:
     """The growth, its scores if there are folds, and z of the directions if it is known; None if that is chance."""
+    m = own.m
     explained, z = units.proposal.explained, None
     if explained is not None:
         z = Verdict.of(m.sums[explained, explained].sum(0)).z
         if units.settings.k is None and upper_tail(z) > LEVEL:
             return None
-    split = m.split()
-    blocks = [units.with_ridge(split, block) for block in units.regressions()]
-    kept = units.kept(m, blocks)
+    blocks = [units.with_ridge(own.split, block) for block in units.regressions()]
+    kept = units.kept(own.view(units.settings.ridges[0], cancels=units.settings.joint), blocks)
     offered = [kept] if units.proposal.other is None else kept.chunk(2, 1)
-    fitted = [(choice, *_fan_outs(units, m, split, blocks, choice)) for choice in offered]
+    fitted = [(choice, *_fan_outs(units, own, blocks, choice)) for choice in offered]
     choice, fits, scores = max(fitted, key=lambda fit: sum(f.drop for f in fit[1].values()))
     return _growth(units, m, objective, choice, fits), scores, z
 
 
 def _fan_outs(
-    units: _Units, m: Moments, split: FoldSplit, blocks: Sequence[Regression], kept: Tensor
+    units: _Units, own: AxisMoments, blocks: Sequence[Regression], kept: Tensor
 ) -> tuple[dict[str, Fit], list[FitScore]]:
     """Each consumer's fan-out for some units, and its scores if there are folds."""
     fits, scores, ridges = {}, [], units.settings.ridges
     for consumer, block in zip(units.settings.place.axis.consumers, blocks, strict=True):
         choice, ridge = _per_slot(kept, units.slots(consumer)), ridges[0]
-        if m.folds > 1:
-            ridge = validate_fan_out(split, block, choice, ridges).ridge
-            scores.append(fan_out_score(split, block, units.kept_of(consumer, choice, blocks), ridge))
-        fits[consumer.name] = fan_out(m, block, choice, ridge)
+        if own.m.folds > 1:
+            ridge = validate_fan_out(own.split, block, choice, ridges).ridge
+            scores.append(fan_out_score(own.split, block, units.kept_of(consumer, choice, blocks), ridge))
+        fits[consumer.name] = fan_out(own.view(ridge, cancels=units.settings.joint), block, choice, ridge)
     return fits, scores
 
 
@@ -192,7 +198,7 @@ def _growth(units: _Units, m: Moments, objective: Objective, choice: Tensor, fit
         draft.fan_in(dag.edge(edge), plan.rows[edge], fan_in)
     for consumer in axis.consumers:
         fit = fits[consumer.name]
-        omega = fit.weights.view(len(fit.weights), -1, units.slots(consumer))
+        omega = fit.weights.to(choice).view(len(fit.weights), -1, units.slots(consumer))
         omega = torch.einsum("u k, o k e -> o u e", choice[kept], omega)
         omega = omega if settings.fan == "fitted" else _random_like(omega, generator)
         draft.fan_out(consumer, plan.columns[consumer.name], omega)
@@ -225,7 +231,7 @@ def _of_rounding(m: Moments, units: _Units, kept: Tensor) -> tuple[str, ...]:
     """A note where new channels, of size 1 where they are written, arrive as what rounding left of them."""
     tiny = []
     for consumer in units.settings.place.axis.consumers:
-        feature = NewChannels(consumer.name)
+        feature = units.settings.place.new_channels(consumer.name)
         size = (m.product(feature, feature).diagonal() / m.positions[feature]).clamp_min(0).sqrt()
         size = size[_columns(kept, units.slots(consumer)).to(size.device)]
         if bool(((size > 0) & (size < ROUNDED * m.resolution)).any()):
@@ -258,7 +264,7 @@ def _slopes(draft: Draft, m: Moments, units: _Units, kept: Tensor) -> dict[str, 
         omega = consumer.matrix(draft.slope[consumer.path("weight")])[:, index_map.new.flatten()].flatten(1)
         omega = omega if written is None else omega[written.old]
         columns = _columns(kept, units.slots(consumer))
-        goals = m[NewChannels(consumer.name), OutputGoal(consumer.name)]
+        goals = m[units.settings.place.new_channels(consumer.name), OutputGoal(consumer.name)]
         gains[consumer.name] = float((omega.T * goals[columns]).sum())
     return gains
 
@@ -270,7 +276,7 @@ def _calibrate(draft: Draft, m: Moments, place: Place, plan: WideningPlan, kept:
     then.
     """
     for rider, rule in _norms(place):
-        inputs, index_map = NormInputs(rider.name), plan.entries[rider]
+        inputs, index_map = NormInputs(rider.name, place.writers), plan.entries[rider]
         square = m[inputs, inputs] / m.positions[inputs]
         mean = square[-1, :-1]
         variance = (square.diagonal()[:-1] - mean**2).clamp_min(0)

@@ -9,11 +9,13 @@ from einops import rearrange
 from torch import Tensor
 
 from dagrow.graph import Axis, Dag, Edge, PositionMap, per_channel
+from dagrow.operators.neurons._axis_moments import reads_of
 from dagrow.solvers import Compensation, Moments, Pair, Product, Regression
 from dagrow.statistics import (
     Feature,
     InputFeatures,
     MovedFeatures,
+    NewChannels,
     OutputGoal,
     PulledGoal,
     ResidualGoal,
@@ -50,6 +52,15 @@ class Place:
         ]
 
     @property
+    def writers(self) -> tuple[str, ...]:
+        """The names of the producers."""
+        return tuple(edge.name for edge in self.producers)
+
+    def new_channels(self, consumer: str) -> NewChannels:
+        """What a consumer reads of new channels that are written here."""
+        return NewChannels(consumer, writers=self.writers)
+
+    @property
     def channels(self) -> int:
         """Channels of a unit at the producer that writes most of them."""
         return max(self._channels(edge) for edge in self.producers)
@@ -66,10 +77,6 @@ class Place:
             if arrival is not None
         }
 
-    def reads(self, consumer: Edge) -> InputFeatures | None:
-        """What the consumer's own weights can use: nothing if they are frozen."""
-        return InputFeatures(consumer.name, consumer.bias) if consumer.trainable else None
-
     def linear(self) -> list[Edge]:
         """The consumers that linear theory reaches."""
         return [c for c in self.axis.consumers if self.arrivals[c.name] is not None]
@@ -85,7 +92,7 @@ class Place:
         arriving = self.arriving[consumer.name]
         if isinstance(arriving, MovedFeatures):
             return Regression(arriving, None, PulledGoal(goal, arriving.position_map))
-        reads = self.reads(consumer)
+        reads = reads_of(consumer)
         return Regression(arriving, reads, goal, compensation, project, constant=reads is not None and reads.bias)
 
     @property

@@ -1,9 +1,10 @@
 """What operators ask for where they add neurons."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dagrow.operators._base import Operator
+from dagrow.operators.neurons._axis_moments import ByAxis
 from dagrow.operators.neurons._places import Place
 
 
@@ -23,6 +24,7 @@ class NeuronSettings:
         fan: whether fan-outs are fitted ("fitted") or random with the norm of the fitted ones ("random").
         paired: adds (alpha, omega) and (-alpha, -omega) instead of choosing a sign.
         seed: of random draws.
+        by_axis: moments as the places of an axis use them, see :func:`by_axis`.
     """
 
     operator: Operator
@@ -35,3 +37,4 @@ class NeuronSettings:
     fan: Literal["fitted", "random"] = "fitted"
     paired: bool = False
     seed: int = 0
+    by_axis: ByAxis = field(kw_only=True)
