@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -235,7 +234,7 @@ class FoldFit:
         width: p.
         basis: ``B [p, k]``.
         taken: ``D [i, k]``, or ``[k]`` where only the constant is taken out of the features, or None for nothing.
-        move: ``dW [o, i]``, or None where nothing is taken out of the goals.
+        move: ``dW [o, i]``, or ``X^T dW [k, i]`` if that is smaller, or None where nothing is taken out of the goals.
     """
 
     weights: Tensor
@@ -244,10 +243,10 @@ class FoldFit:
     taken: Tensor | None = None
     move: Tensor | None = None
 
-    @cached_property
-    def move_of_columns(self) -> Tensor | None:
-        """``X^T dW [k, i]``: what is taken out of ``X^T v``."""
-        return None if self.move is None else self.weights.T @ self.move
+    @property
+    def is_by_column(self) -> bool:
+        """Whether there are fewer columns of B than outputs, so that ``X^T v`` is smaller than ``v``."""
+        return _is_by_column(self.weights)
 
 
 def fan_out_fits(
@@ -268,12 +267,16 @@ def fan_out_fits(
     for train, _ in split:
         residual = Residual.of(train, regression, basis(train))
         x, taken = residual_fit(residual, ridge).weights, residual.D
-        move = residual.best_moves(torch.eye(len(x)).to(x))
+        move = residual.best_moves(x if _is_by_column(x) else torch.eye(len(x)).to(x))
         if taken is not None and regression.compensation == "constant":  # its last row is all there is
             taken = taken[-1]
         width = len(train.product(regression.features, regression.features))
         fits.append(FoldFit(x, width, residual.basis, taken, None if move is None else move.T))
     return fits
+
+
+def _is_by_column(weights: Tensor) -> bool:
+    return weights.shape[1] < len(weights)
 
 
 def move_fits(split: FoldSplit, reads: Hashable, goal: Hashable, ridge: float) -> list[FoldFit]:

@@ -42,7 +42,14 @@ from dagrow.statistics._features import (
     Stacked,
 )
 from dagrow.statistics._gradient_check import BesideOutputsError
-from dagrow.statistics._heldout_scores import DirectionScore, FitScore, SampleScores, fan_out_score, move_score
+from dagrow.statistics._heldout_scores import (
+    DirectionScore,
+    DirectionTarget,
+    FitScore,
+    SampleScores,
+    fan_out_score,
+    move_score,
+)
 from dagrow.statistics._hooks import ForwardProbe, LayerHooks
 from dagrow.statistics._kept_captures import KeptCaptures
 from dagrow.statistics._limits import PassTooLongError
@@ -59,6 +66,7 @@ __all__ = [
     "ActivationGoal",
     "BesideOutputsError",
     "DirectionScore",
+    "DirectionTarget",
     "DrawnSamples",
     "Feature",
     "FitScore",

@@ -86,8 +86,7 @@ class FitScore(SampleScore):
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
         fit = self.fits[fold]
-        outputs, columns = fit.weights.shape
-        return self._by_column(batch, fit) if columns < outputs else self._by_output(batch, fit)
+        return self._by_column(batch, fit) if fit.is_by_column else self._by_output(batch, fit)
 
     def _by_output(self, batch: Batch, fit: FoldFit) -> Tensor:
         """With ``X p'`` and ``v - dW b``, which have an entry for each output."""
@@ -101,7 +100,7 @@ class FitScore(SampleScore):
         x, goals = fit.weights, self.goal.projected(batch, fit.weights)
         features = fit.basis.columns(self.source.rows(batch))
         assert isinstance(features, Tensor)
-        return _scores(*self._left(batch, features, fit.taken, goals, fit.move_of_columns), batch.samples, x)
+        return _scores(*self._left(batch, features, fit.taken, goals, fit.move), batch.samples, x)
 
     def _left(
         self, batch: Batch, features: Tensor, taken: Tensor | None, goals: Tensor, move: Tensor | None
@@ -117,21 +116,45 @@ class FitScore(SampleScore):
 
 
 @dataclass(frozen=True, eq=False)
+class DirectionTarget:
+    """A consumer that directions are for.
+
+    Attributes:
+        source: what the producers read.
+        position_map: how it arrives there.
+        goal: the goal, or what moves of the consumer's weights leave of it.
+        reads: what the consumer reads, where the moves are still to be taken out; else None.
+        taken: for each fold ``dW^T X [i, k slots]``: what they take out of ``X^T v``.
+    """
+
+    source: Feature
+    position_map: PositionMap
+    goal: OutputGoal | ResidualGoal
+    reads: InputFeatures | None = None
+    taken: Sequence[Tensor] = field(default=(), repr=False)
+
+    def left(self, batch: Batch, fold: int, x: Tensor) -> Tensor:
+        """``X^T (v - dW b)`` for ``X [o, k slots]``, the fit on the other folds."""
+        goals = self.goal.projected(batch, x)
+        return goals if self.reads is None else goals - self.reads.projected(batch, self.taken[fold])
+
+
+@dataclass(frozen=True, eq=False)
 class DirectionScore(SampleScore):
     """Of directions of linear theory ``X = omega alpha^T`` at the consumers of an axis.
 
     Attributes:
-        targets: for each consumer what the producers read, how it arrives there, and the goal.
+        targets: the consumers.
         fits: for each fold ``alpha [p, k]`` and for each consumer ``omega [slots o, k]``.
     """
 
-    targets: Sequence[tuple[Feature, PositionMap, OutputGoal | ResidualGoal]]
+    targets: Sequence[DirectionTarget]
     fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = field(repr=False)
 
     @property
     def features(self) -> Sequence[Feature]:
-        taps = self._taps(self.fits[0][0])
-        return [feature for (_, _, goal), read in zip(self.targets, taps, strict=True) for feature in (read, goal)]
+        taps, read = self._taps(self.fits[0][0]), [t.reads for t in self.targets if t.reads is not None]
+        return [*taps, *(target.goal for target in self.targets), *read]
 
     @cached_property
     def _by_slot(self) -> list[tuple[Tensor, list[Tensor]]]:
@@ -140,22 +163,22 @@ class DirectionScore(SampleScore):
         def by_slot(omega: Tensor, position_map: PositionMap) -> Tensor:
             return rearrange(omega, "(e o) k -> o (k e)", e=position_map.slots)
 
-        maps = [position_map for _, position_map, _ in self.targets]
+        maps = [target.position_map for target in self.targets]
         return [(alpha, [*map(by_slot, omegas, maps)]) for alpha, omegas in self.fits]
 
     def _taps(self, alpha: Tensor) -> list[TapFeatures]:
         """What each consumer reads of the directions."""
-        return [TapFeatures(source, position_map, alpha, goal.edges[0]) for source, position_map, goal in self.targets]
+        return [TapFeatures(t.source, t.position_map, alpha, t.goal.edges[0]) for t in self.targets]
 
     def sums(self, batch: Batch, fold: int) -> Tensor:
         alpha, omegas = self._by_slot[fold]
         scores = []
-        for (*_, goal), taps, x in zip(self.targets, self._taps(alpha), omegas, strict=True):
+        for target, taps, x in zip(self.targets, self._taps(alpha), omegas, strict=True):
             rows = taps.rows(batch)
-            if x.shape[1] < len(x):
-                scores.append(_scores(rows, goal.projected(batch, x), batch.samples, x))
+            if x.shape[1] < len(x) or target.reads is not None:
+                scores.append(_scores(rows, target.left(batch, fold, x), batch.samples, x))
             else:
-                scores.append(_scores(rows @ x.T.to(rows), goal.rows(batch), batch.samples))
+                scores.append(_scores(rows @ x.T.to(rows), target.goal.rows(batch), batch.samples))
         return torch.stack(scores).sum(0)
 
 

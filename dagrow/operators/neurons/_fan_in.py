@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dagrow.graph import Edge
 from dagrow.operators._base import Needs
-from dagrow.operators.neurons._axis_moments import AxisMoments, own_pairs
+from dagrow.operators.neurons._axis_moments import AxisMoments, own_pairs, reads_of
 from dagrow.operators.neurons._places import Place
 from dagrow.operators.neurons._proposal import OPEN, Proposal, ProposalSteps, drawn, normal, scaled
 from dagrow.operators.neurons._settings import NeuronSettings
@@ -26,10 +26,11 @@ from dagrow.solvers import (
     directions,
     validate_directions,
 )
-from dagrow.statistics import DirectionScore, OutputGoal, ResidualGoal, SampleScores, TapFeatures
+from dagrow.statistics import DirectionScore, DirectionTarget, OutputGoal, ResidualGoal, SampleScores, TapFeatures
 
 MOST = 1024  #: features in all slots among which turns are taken
 Goals = Mapping[str, OutputGoal | ResidualGoal]
+Fits = Sequence[tuple[Tensor, Sequence[Tensor]]]  #: for each fold alpha, and omega at each consumer
 
 
 def propose_directions(settings: NeuronSettings) -> ProposalSteps:
@@ -67,14 +68,13 @@ def propose_directions(settings: NeuronSettings) -> ProposalSteps:
     leading = _leading(settings, own, [replace(blocks[name], ridge=ridges[name]) for name in blocks])
     if leading is None:
         return None
-    proposal, turns = leading.proposal, bool(_rank(settings) and leading.proposal.alpha.shape[1])
-    if leading.fits or turns:
-        linear = [(c, residuals.get(c.name)) for c in place.linear()]
-        goals = {c.name: left or own.residual(c, ridges[c.name]) for c, left in linear}
+    proposal = leading.proposal
     if leading.fits:
-        in_order = [(name, goals[name]) for name in blocks]
-        proposal = replace(proposal, explained=_explained(place, in_order, leading.fits))
-    if turns:
+        explained = _explained(place, own, residuals, ridges, [*blocks], leading.fits)
+        proposal = replace(proposal, explained=explained)
+    if _rank(settings) and proposal.alpha.shape[1]:
+        left = [(c, residuals.get(c.name)) for c in place.linear()]
+        goals = {c.name: goal or own.residual(c, ridges[c.name]) for c, goal in left}
         proposal = yield from _alternating(place, proposal, leading, goals)
     return scaled(replace(_completed(settings, proposal, moments), known=known, ridges=ridges), place, moments)
 
@@ -104,7 +104,7 @@ class _Leading:
     proposal: Proposal
     basis: Tensor
     ridge: float
-    fits: Sequence[tuple[Tensor, Sequence[Tensor]]] = ()
+    fits: Fits = ()
 
 
 def _leading(settings: NeuronSettings, own: AxisMoments, regressions: Sequence[Regression]) -> _Leading | None:
@@ -127,16 +127,20 @@ def _leading(settings: NeuronSettings, own: AxisMoments, regressions: Sequence[R
 
 
 def _explained(
-    place: Place,
-    goals: Sequence[tuple[str, OutputGoal | ResidualGoal]],
-    fits: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    place: Place, own: AxisMoments, residuals: Goals, ridges: Mapping[str, float], names: Sequence[str], fits: Fits
 ) -> SampleScores:
-    """What directions from the other folds explain of each sample; the goals of consumers, in the order of the fits."""
+    """What directions from the other folds explain of each sample, at consumers in the order of the fits."""
     targets = []
-    for name, goal in goals:
-        arrival = place.arrivals[name]
+    for number, name in enumerate(names):
+        arrival, consumer, goal = place.arrivals[name], place.dag.edge(name), residuals.get(name)
         assert arrival is not None
-        targets.append((place.features, arrival, goal))
+        reads, combined = reads_of(consumer), [omegas[number] for _, omegas in fits]
+        if goal is None and own.project and reads and all(x.shape[1] < len(x) for x in combined):
+            taken = own.taken(consumer, ridges[name], combined)
+            targets.append(DirectionTarget(place.features, arrival, OutputGoal(name), reads, taken))
+        else:
+            goal = goal or own.residual(consumer, ridges[name])
+            targets.append(DirectionTarget(place.features, arrival, goal))
     return SampleScores([DirectionScore(targets, fits)])
 
 
