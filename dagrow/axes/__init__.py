@@ -32,14 +32,16 @@ from dagrow.axes._attribute_sizes import changed_attributes
 from dagrow.axes._channel_labels import Labelling, Rider
 from dagrow.axes._grouping import AxisLayout, group
 from dagrow.axes._head_axes import head_axes
-from dagrow.axes._index_map import CannotWidenError, IndexMap
+from dagrow.axes._index_map import DROPPED, CannotWidenError, IndexMap
 from dagrow.axes._label_interpreter import LabelInterpreter, located, name_of
 from dagrow.axes._label_tensors import NO_CHANNEL
+from dagrow.axes._narrowing import narrow
 from dagrow.axes._shared_tensors import labelled
 from dagrow.axes._size_rewriting import Arguments
 from dagrow.axes._widening import WideningPlan, disjoint, widen
 
 __all__ = [
+    "DROPPED",
     "NO_CHANNEL",
     "Arguments",
     "AxisLayout",
@@ -56,5 +58,6 @@ __all__ = [
     "labelled",
     "located",
     "name_of",
+    "narrow",
     "widen",
 ]

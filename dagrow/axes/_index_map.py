@@ -1,4 +1,7 @@
-"""Where old and new entries lie along a dimension that grows. In come the units of its entries, out goes a map."""
+"""Where old and new entries lie along a dimension that grows or shrinks.
+
+In come the units of its entries, out goes a map.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,9 @@ import torch
 from torch import Tensor
 
 from dagrow.axes._label_tensors import NO_CHANNEL, distinguishing_dims
+
+
+DROPPED = -1  #: where an old entry goes that does not stay
 
 
 class CannotWidenError(Exception):
@@ -19,8 +25,8 @@ class IndexMap:
 
     Attributes:
         dim: the dimension.
-        size: the grown size of the dimension.
-        old: positions of the old entries, in their old order ``[size before]``.
+        size: the size of the dimension afterwards.
+        old: where the old entries go, in their old order ``[size before]``; DROPPED for those that do not stay.
         new: positions of the new units' entries ``[k, slots]``.
     """
 
@@ -28,6 +34,16 @@ class IndexMap:
     size: int
     old: Tensor
     new: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """The positions before of the entries that stay."""
+        return torch.nonzero(self.old != DROPPED).flatten()
+
+    @property
+    def landed(self) -> Tensor:
+        """Where these go."""
+        return self.old[self.kept]
 
 
 def insert_units(units: Tensor, width: int, k: int, dim: int, name: str) -> IndexMap:
@@ -48,6 +64,23 @@ def insert_units(units: Tensor, width: int, k: int, dim: int, name: str) -> Inde
     new = starts[:, None, None] + np.arange(k * inner).reshape(1, k, inner)
     new = new.transpose(1, 0, 2).reshape(k, outer * inner)
     return IndexMap(dim, len(places) + outer * k * inner, torch.from_numpy(old), torch.from_numpy(new))
+
+
+def drop_units(units: Tensor, gone: Tensor, dim: int) -> IndexMap:
+    """Takes the entries of some units away; all others move together in their order.
+
+    Args:
+        units: the unit of each entry along the dimension ``[size before]``, or NO_CHANNEL.
+        gone: the units that go.
+        dim: the dimension.
+
+    Returns:
+        The map, without new entries.
+    """
+    stays = ~torch.isin(units, gone)
+    old = torch.where(stays, stays.cumsum(0) - 1, DROPPED)
+    slots = int((units == gone[0]).sum())
+    return IndexMap(dim, int(stays.sum()), old, torch.empty(0, slots, dtype=torch.long))
 
 
 def insert_along(units: Tensor, width: int, k: int, name: str) -> IndexMap:

@@ -5,11 +5,11 @@ from typing import Any, TypeVar
 from weakref import ref
 
 import networkx as nx
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dagrow._text import Printable, render
-from dagrow.axes import CannotWidenError, Labelling, WideningPlan, widen
+from dagrow.axes import CannotWidenError, Labelling, WideningPlan, narrow, widen
 from dagrow.errors import GrowthError, TraceError
 from dagrow.graph._axes import Axis
 from dagrow.graph._edges import Edge, replaced_in
@@ -161,6 +161,29 @@ class Dag(Printable):
         if raised:
             raise GrowthError(f"axis {axis.name} cannot grow by {k}: {raised}. Give a number that the model takes.")
         return plan
+
+    def narrowing(self, axis: Axis, units: Tensor) -> WideningPlan:
+        """Plans what changes where when units of an axis go.
+
+        Args:
+            axis: one of this dag.
+            units: those that go, each once ``[k]``, from 0 on; not all.
+
+        Returns:
+            The plan, whose maps drop entries.
+
+        Raises:
+            GrowthError: the axis cannot do without them.
+        """
+        k = len(units)
+        try:
+            if not 0 < k < axis.width:
+                raise CannotWidenError(f"it is {axis.width} wide, and one unit has to stay")
+            return narrow(self.program, self.view.every_layer, axis.layout, units)
+        except CannotWidenError as misfit:
+            raise GrowthError(
+                f"axis {axis.name} cannot lose {k} of its units: {misfit}. Leave it out, or see print(dag)."
+            ) from misfit
 
     def check(self) -> None:
         """Makes sure that the model is still the one that was traced.

@@ -166,7 +166,7 @@ def _searched(growth: Growth, judge: Objective, before: float) -> Amplitude:
 
 def apply_best(growth: Growth, judge: Objective, before: float, optimizer: Optimizers) -> Receipt | None:
     """Applies a growth at its best amplitude; None, with nothing changed, if no amplitude lowers the loss."""
-    whole = growth.preserving  # it comes in whole
+    whole = growth.is_whole
     found = Amplitude(1.0, growth.loss(1.0, judge)) if whole else _searched(growth, judge, before)
     if not found.gamma > 0:
         return None

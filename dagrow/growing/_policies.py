@@ -180,7 +180,7 @@ class ShortTraining(Policy):
 
     @staticmethod
     def _amplitude(growth: Growth, judge: Objective) -> float:
-        return 1.0 if growth.preserving else best_amplitude(growth, judge, judge.mean())[0]
+        return 1.0 if growth.is_whole else best_amplitude(growth, judge, judge.mean())[0]
 
     def _trained(self, growth: Growth, gamma: float | None, judge: Objective) -> float:
         """The loss of a trained copy, with the growth at an amplitude or without it; inf if training fails."""

@@ -32,6 +32,7 @@ from dagrow.surgery._loss_check import check_preserved, check_unchanged, noted_d
 from dagrow.surgery._new_layers import NewPath, dependent, zeroed
 from dagrow.surgery._optimizers import Optimizers, check_optimizer, check_steps, sequence_of
 from dagrow.surgery._penalties import completed
+from dagrow.surgery._removal import removal
 from dagrow.surgery._store import load, save
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "noted_draws",
     "preview",
     "save",
+    "removal",
     "sequence_of",
     "transaction",
     "where_new",

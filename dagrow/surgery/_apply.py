@@ -272,25 +272,25 @@ def transaction(dag: Dag, work: Callable[[], T]) -> T:
 def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) -> UndoRecord:
     """Writes a change at an amplitude into the model. All or nothing.
 
+    Args:
+        dag: of the model.
+        change: what is written; of units that fade out, the model without them, at amplitude 1.
+        gamma: the amplitude.
+        optimizer: one or several, whose state is brought along.
+
     Returns:
         What undoes it.
 
     Raises:
         GrowthError: the model is not the one that was measured, or it depends on its widths in a way that the graph
-            does not show, so that it would not be the same function at gamma = 0; or a wrapper is bound to it.
+            does not show, so that it would not be the same function at gamma = 0, or where units went that nothing
+            read; or a wrapper is bound to it.
         OptimizerError: the optimizer holds state that cannot follow.
     """
     check_owners(dag.model)
-    start = change.start(dag.model)
-    examples, at_zero = (dag.example_inputs, *dag.also), change.at(start, 0.0)
-    changed = difference(dag.model, examples, lambda: _grown(dag.model, change, at_zero))
-    if changed is not None:
-        grows = ", ".join((*change.index_maps, *change.added))
-        raise GrowthError(
-            f"the model cannot grow {grows}: {changed.text}, although nothing new is connected yet. Its forward "
-            "depends on the width in a way that its graph does not show. Leave this axis out."
-        ) from changed.cause
-    kind, tensors = change.kind(dag.model), change.at(start, gamma)
+    _check_function(dag, change)
+    change = change.final
+    kind, tensors = change.kind(dag.model), change.tensors(dag.model, gamma)
     undo = UndoRecord(dag, change, optimizer, kind)
     growing = {old.tensor: tensors[name] for name, old in undo.overwritten.tensors.items() if old.index_maps}
     first = [first_entries(one, growing) for one in undo.optimizers]
@@ -304,6 +304,25 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
     return undo
 
 
+def _check_function(dag: Dag, change: Change) -> None:
+    """Raises GrowthError unless the example shows the same function: with what is new unconnected, or gone for good."""
+    examples, final = (dag.example_inputs, *dag.also), change.final
+    names = ", ".join((*final.index_maps, *final.added))
+    how, why = f"cannot grow {names}", "although nothing new is connected yet"
+    if final is change:
+        tensors, before = change.tensors(dag.model, 0.0), contextlib.nullcontext()
+    else:
+        how, why = f"cannot lose entries of {names}", "although nothing read these any more"
+        tensors, before = final.tensors(dag.model, 1.0), preview(dag, change, change.tensors(dag.model, 1.0))
+    with before:
+        changed = difference(dag.model, examples, lambda: _grown(dag.model, final, tensors))
+    if changed is not None:
+        raise GrowthError(
+            f"the model {how}: {changed.text}, {why}. Its forward depends on the width in a way that its graph does "
+            "not show. Leave this axis out."
+        ) from changed.cause
+
+
 def grown(dag: Dag, change: Change, gamma: float) -> contextlib.AbstractContextManager[None]:
     """Inside, the model is grown in place; the dag still shows what it was.
 
@@ -315,7 +334,7 @@ def grown(dag: Dag, change: Change, gamma: float) -> contextlib.AbstractContextM
     Returns:
         A context manager that leaves the model as it was found.
     """
-    return _grown(dag.model, change, change.tensors(dag.model, gamma))
+    return _grown(dag.model, change.final, change.final.tensors(dag.model, gamma))
 
 
 @contextlib.contextmanager

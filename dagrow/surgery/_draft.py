@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, fx, nn
 
-from dagrow.axes import Arguments, IndexMap, Rider, WideningPlan, changed_attributes
+from dagrow.axes import DROPPED, Arguments, IndexMap, Rider, WideningPlan, changed_attributes
 from dagrow.errors import GrowthError
 from dagrow.graph import Axis, Dag, Edge
 from dagrow.layers import LayerSite
@@ -32,6 +32,7 @@ class Change:
         program: what the graph was when the change was drafted.
         layers: of the graphs of all examples, by their nodes.
         new_paths: new layers beside those that there are.
+        narrowed: where units fade out as gamma goes to 1: what is written then, the same function without them.
     """
 
     index_maps: Mapping[str, tuple[IndexMap, ...]]
@@ -43,6 +44,12 @@ class Change:
     program: Program
     layers: Mapping[fx.Node, LayerSite]
     new_paths: tuple[NewPath, ...] = ()
+    narrowed: "Change | None" = None
+
+    @property
+    def final(self) -> "Change":
+        """What is written for good: of units that fade out, the model without them."""
+        return self.narrowed or self
 
     @cached_property
     def added(self) -> dict[str, Tensor]:
@@ -265,16 +272,18 @@ class Draft:
         """Values ``[row, i]`` in place of those of some rows of a layer, or added to them."""
         inputs = edge.rule.widths(edge.module)[0]
         weight = edge.matrix(target(edge.path("weight")))
-        at = rows[:, None], self._old(edge.path("weight"), edge.rule.dims["weight"][1], inputs)
+        old = self._old(edge.path("weight"), edge.rule.dims["weight"][1], inputs)
         columns = inputs * edge.rule.taps(edge.module)
-        entries = values[:, :columns].reshape(len(rows), inputs, *weight.shape[2:]).to(weight)
+        values, rows = values[rows != DROPPED], rows[rows != DROPPED]
+        entries = values[:, :columns].reshape(len(rows), inputs, *weight.shape[2:])[:, old != DROPPED].to(weight)
+        at = rows[:, None], old[old != DROPPED]
         weight[at] = entries + (weight[at] if added else 0)
         if edge.bias and values.shape[1] > columns:
             bias = target(edge.path("bias"))
             bias[rows] = values[:, -1].to(bias) + (bias[rows] if added else 0)
 
     def _old(self, name: str, dim: int | None, size: int) -> Tensor:
-        """Where the old entries of a tensor lie along a dimension of this size."""
+        """Where the old entries of a tensor go along a dimension of this size."""
         return next((at.old for at in self.index_maps.get(name, ()) if at.dim == dim), torch.arange(size))
 
     def change(self) -> Change:
@@ -293,7 +302,7 @@ class Draft:
 
 
 def pad(tensor: Tensor, index_maps: Sequence[IndexMap], fresh: Tensor | None = None) -> Tensor:
-    """The tensor in its grown shape: old entries where they land, new ones from ``fresh`` or zero."""
+    """The tensor in its other shape: entries that stay where they land, new ones from ``fresh`` or zero."""
     if not index_maps:
         return tensor
     if tensor.layout is torch.sparse_coo:  # gradients of embeddings may be
@@ -318,7 +327,9 @@ def laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _place(grown: Tensor, tensor: Tensor, index_maps: Sequence[IndexMap]) -> Tensor:
     """Writes the entries of a tensor to where they land, one dimension after the other."""
     index_map, *others = index_maps
-    old = index_map.old.to(tensor.device)
+    kept, landed = (places.to(tensor.device) for places in (index_map.kept, index_map.landed))
+    if len(kept) < len(index_map.old):
+        tensor = tensor.index_select(index_map.dim, kept)
     if others:
-        tensor = _place(grown.index_select(index_map.dim, old), tensor, others)
-    return grown.index_copy_(index_map.dim, old, tensor)
+        tensor = _place(grown.index_select(index_map.dim, landed), tensor, others)
+    return grown.index_copy_(index_map.dim, landed, tensor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dagrow._log import LOG
 from dagrow._model_state import all_or_nothing
 from dagrow._text import Printable
-from dagrow.axes import IndexMap
+from dagrow.axes import DROPPED, IndexMap
 from dagrow.errors import GrowthError, check_real
 from dagrow.graph import Dag, check_owners, weight_uses
 from dagrow.solvers import LEVEL, Verdict, upper_tail
@@ -23,7 +23,7 @@ from dagrow.surgery._optimizers import Optimizers, check_optimizer
 
 @dataclass(frozen=True)
 class Cost:
-    """What a growth adds.
+    """What a growth adds, less than 0 where it takes.
 
     Attributes:
         parameters: how many.
@@ -41,11 +41,11 @@ class Growth(Printable):
     Attributes:
         operator: what proposed it.
         where: the axis or edge.
-        neurons: new units.
+        neurons: new units; less than 0 where units go.
         gain: minus the slope of the loss in gamma at 0, on the measured samples.
         gain_from: target edge (or the activation of a residual block) -> its part of the gain.
         heldout_gain: what fits on the other folds explain of samples that they have not seen, on average; None without
-            folds.
+            folds. Where units go, minus the predicted rise of the loss, also without folds.
         heldout_error: its standard error over samples.
         samples: how many the held-out gain was measured on, or groups of samples; 0 without folds.
         z: what they explain of such samples in standard deviations of what chance would explain; None without folds.
@@ -82,6 +82,16 @@ class Growth(Printable):
     change: Change = field(repr=False, kw_only=True)
     dag: Dag = field(repr=False, kw_only=True)
     objective: Objective = field(repr=False, kw_only=True)
+
+    @property
+    def removes(self) -> bool:
+        """Whether units go: they fade out as gamma goes to 1, and only there the model can do without them."""
+        return self.change.narrowed is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it comes in whole, at amplitude 1, so that there is nothing to search."""
+        return self.preserving or self.removes
 
     def judged(self, verdict: Verdict, z: float, tested: bool) -> "Growth":
         """With held-out gain, error and z from scores; its p-value as if it were the only place that was looked at."""
@@ -176,17 +186,22 @@ class Growth(Printable):
         """Grows the model in place.
 
         Args:
-            gamma: the amplitude; at 0 the function does not change.
+            gamma: the amplitude; at 0 the function does not change. Units that go have no other than 1.
             optimizer: one or a list, whose state is brought along at once (otherwise at its next step).
 
         Returns:
             What became of it, to be printed and undone.
 
         Raises:
-            GrowthError: the model is no longer the one that was measured.
+            GrowthError: the model is no longer the one that was measured, or units would go at another amplitude.
             OptimizerError: the optimizer's state cannot follow. Nothing has changed.
         """
         check_real("apply", gamma=gamma)
+        if self.removes and gamma != 1:
+            raise GrowthError(
+                f"apply(gamma={gamma}): the units at {self.where} are gone at amplitude 1 only. Apply it at 1, or look "
+                "at the loss on the way there with growth.loss(gamma)."
+            )
         self.check_fresh()
         check_optimizer(optimizer, self.dag.model)
         return transaction(self.dag, lambda: self._applied(gamma, optimizer))
@@ -232,11 +247,11 @@ class Receipt(Printable):
 
     Attributes:
         where: the axis or edge, or "" if nothing was worth adding.
-        neurons: new units.
+        neurons: new units; less than 0 where units went.
         gamma: the amplitude that was chosen; of the last part, if there are several.
         loss_before, loss_after: the user's loss, averaged over the batches that chose the amplitude.
         gain: the predicted gain.
-        parameters: name -> for each dimension that grew the positions of the new entries.
+        parameters: name -> for each dimension of another size the positions of the new entries, none where some went.
         growth: the growth that was applied; None for several in a row, and for none.
         left_out: places that failed meanwhile, each with the reason.
         note: on how the amplitude was chosen, where it had to be bounded.
@@ -282,7 +297,7 @@ class Receipt(Printable):
         with all_or_nothing(partial(_restore, overwritten)):
             for part in self.parts:
                 if part.growth is not None and part._undo is not None:
-                    overwritten.append(widen_copy(part.growth.change, part.gamma, copy, part._undo.kind))
+                    overwritten.append(widen_copy(part.growth.change.final, part.gamma, copy, part._undo.kind))
 
     def undo(self) -> None:
         """Restores every bit that the growth changed: parameters, buffers, forward, optimizer state.
@@ -333,12 +348,12 @@ def where_new(changes: Sequence[Change]) -> dict[str, dict[int, list[int]]]:
     """
     new: dict[str, dict[int, list[int]]] = {}
     for change in changes:
-        for name, index_maps in change.index_maps.items():
+        for name, index_maps in change.final.index_maps.items():
             positions = new.setdefault(name, {})
             for at in index_maps:
                 earlier = [int(at.old[position]) for position in positions.get(at.dim, [])]
-                positions[at.dim] = sorted(earlier + at.new.flatten().tolist())
-        for name, parameter in change.added.items():
+                positions[at.dim] = sorted([p for p in earlier if p != DROPPED] + at.new.flatten().tolist())
+        for name, parameter in change.final.added.items():
             new[name] = {dim: list(range(size)) for dim, size in enumerate(parameter.shape)}
     return new
 
@@ -349,15 +364,16 @@ def _restore(records: Sequence[Overwritten | UndoRecord]) -> None:
 
 
 def cost_of(dag: Dag, change: Change) -> Cost:
-    """What a change adds, from shapes: an entry of a matrix or kernel costs two operations per position.
+    """What a change adds, or takes, from shapes: an entry of a matrix or kernel costs two operations per position.
 
     Args:
         dag: of the model.
         change: what the growth does to it.
 
     Returns:
-        The new parameters and floating point operations.
+        The new parameters and floating point operations; less than 0 where units go.
     """
+    change = change.final
     parameters = dict(dag.model.named_parameters())
     entries = {
         name: _grown_size(parameters[name].shape, at) - parameters[name].numel()

@@ -32,17 +32,36 @@ class Resize:
     def undoes(self, other: "Resize") -> bool:
         return self.undone and not other.undone and self.index_maps == other.index_maps
 
+    @property
+    def drops(self) -> bool:
+        """Whether entries go, so that a shape that comes back later holds others."""
+        return any(len(at.kept) < len(at.old) for at in self.index_maps)
+
     def follow(self, places: Tensor) -> Tensor:
-        """Numbers of entries of the shape before, with -1 at new entries; or less what was new."""
-        index = [torch.arange(size) for size in (self.after if self.undone else self.before)]
-        for index_map in self.index_maps:
-            index[index_map.dim] = index_map.old
-        old = torch.meshgrid(*(at.to(places.device) for at in index), indexing="ij")
-        if self.undone:
-            return places[old]
+        """Numbers of entries of the shape before brought to the one after, with -1 at entries that are new there."""
+        index = [torch.arange(size) for size in self.before]
+        index_after = [torch.arange(size) for size in self.after]
+        for at in self.index_maps:
+            kept, landed = (at.landed, at.kept) if self.undone else (at.kept, at.landed)
+            index[at.dim], index_after[at.dim] = kept, landed
         grown = places.new_full(self.after, -1)
-        grown[old] = places
+        grown[_grid(index_after, places)] = places[_grid(index, places)]
         return grown
+
+
+def _less_undone(resizes: Sequence[Resize]) -> list[Resize]:
+    """Without those that were undone, and their undoing."""
+    left: list[Resize] = []
+    for resize in resizes:
+        if left and resize.undoes(left[-1]):
+            left.pop()
+        else:
+            left.append(resize)
+    return left
+
+
+def _grid(index: Sequence[Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    return torch.meshgrid(*(at.to(like.device) for at in index), indexing="ij")
 
 
 @dataclass(eq=False)
@@ -88,33 +107,39 @@ class GrowthLog:
             self.resizes.pop()  # nobody saw it
             return
         self.resizes.append(resize)
+        if any(other.drops for other in self.resizes):
+            return
         newest = {resize.before: index for index, resize in enumerate(self.resizes)}
         unreachable = min(newest.values())
         self.dropped, self.resizes = self.dropped + unreachable, self.resizes[unreachable:]
 
-    def start(self, shape: torch.Size, version: int | None = None) -> int | None:
-        """The first resize that state of this shape has still to follow; None if no version had the shape."""
+    def start(self, shape: torch.Size, version: int | None = None, *, oldest: bool = False) -> int | None:
+        """The first resize that state of this shape has still to follow; None if no version had the shape.
+
+        Where several had it, and the version is not known, the newest of them counts, or the oldest.
+        """
         if version is not None and version >= self.dropped:
             at = version - self.dropped
             if at == len(self.resizes) or self.resizes[at].before == shape:
                 return at
-        if self.resizes[-1].after == shape:
-            return len(self.resizes)
-        return max((at for at, resize in enumerate(self.resizes) if resize.before == shape), default=None)
+        shapes = [*(resize.before for resize in self.resizes), self.resizes[-1].after]
+        found = [at for at, other in enumerate(shapes) if other == shape]
+        return found[0 if oldest else -1] if found else None
 
-    def follow(self, state: Tensor, version: int | None, first: Tensor) -> Tensor:
+    def follow(self, state: Tensor, version: int | None, first: Tensor, *, oldest: bool = False) -> Tensor:
         """State of a version, or of one of its shape, brought to the present one.
 
         Args:
             state: of a shape that the parameter has or had.
             version: that it is of, if that is known.
             first: what new entries start with, in the present shape.
+            oldest: whether, if it is not known, it is the oldest one of that shape, not the newest.
 
         Returns:
             State in the present shape.
         """
-        start = self.start(state.shape, version)
-        resizes = self.resizes[len(self.resizes) if start is None else start :]
+        start = self.start(state.shape, version, oldest=oldest)
+        resizes = _less_undone(self.resizes[len(self.resizes) if start is None else start :])
         if not resizes:
             return state
         places = torch.arange(state.numel(), device=state.device).reshape(state.shape)

@@ -93,6 +93,7 @@ def carry(optimizer: Optimizer, known: Mapping[Tensor, Mapping[Path, Tensor]] | 
     Raises:
         OptimizerError: some state cannot follow; none has changed.
     """
+    unseen = optimizer not in _groups  # it has not stepped since its parameters began to change
     if _is_loaded(optimizer):
         for _, log in logged(optimizer):
             log.versions.pop(optimizer, None)
@@ -101,7 +102,7 @@ def carry(optimizer: Optimizer, known: Mapping[Tensor, Mapping[Path, Tensor]] | 
     first = dict(known or {})
     first |= first_entries(optimizer, {p: p.detach() for p in behind if p not in first})
     states = {
-        parameter: _brought(optimizer.state[parameter], log, log.versions.get(optimizer), first.get(parameter, {}))
+        parameter: _brought(optimizer, parameter, log, first.get(parameter, {}), oldest=unseen)
         for parameter, log in behind.items()
         if parameter in optimizer.state
     }
@@ -248,11 +249,12 @@ def check_steps(optimizer: Optimizer) -> None:
 
 
 def _brought(
-    state: Mapping[str, Any], log: GrowthLog, version: int | None, first: Mapping[Path, Tensor]
+    optimizer: Optimizer, parameter: Tensor, log: GrowthLog, first: Mapping[Path, Tensor], *, oldest: bool
 ) -> dict[str, Any]:
     """State of a version of a parameter, brought to the present one."""
+    version = log.versions.get(optimizer)
 
     def follow(path: Path, value: Any) -> Any:
-        return log.follow(value, version, first[path]) if path in first else value
+        return log.follow(value, version, first[path], oldest=oldest) if path in first else value
 
-    return dict(tree_map_with_path(follow, dict(state)))
+    return dict(tree_map_with_path(follow, dict(optimizer.state[parameter])))
