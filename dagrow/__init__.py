@@ -70,7 +70,7 @@ from dagrow.growing import (
     propose,
     tangent,
 )
-from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator
+from dagrow.operators import AddConnection, AddLayer, AddNeurons, MoveWeights, Operator, RemoveNeurons
 from dagrow.pictures import Grown, Record
 from dagrow.surgery import Growth, Receipt, load, save
 
@@ -113,6 +113,7 @@ __all__ = [
     "Policy",
     "Receipt",
     "Record",
+    "RemoveNeurons",
     "RoundRobin",
     "Schedule",
     "ShortTraining",

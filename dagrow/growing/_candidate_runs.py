@@ -189,8 +189,8 @@ class CandidateRuns:
     def _holds(self, growth: Growth) -> bool:
         """Whether a growth is what it says; one that is not is left out. New layers have to run wherever they are."""
         try:
-            _check_forward(growth.change, growth.where, growth.dag, self.forward)
-            if growth.preserving:
+            _check_forward(growth.change.final, growth.where, growth.dag, self.forward)
+            if growth.is_whole:
                 check_unchanged(growth)
         except Exception as error:
             if growth.change.new_paths:

@@ -101,7 +101,7 @@ def _costs(growth: Growth) -> dict[str, int]:
         "parameters": cost.parameters,
         "flops": cost.flops,
         "neurons": growth.neurons,
-        "growths": int(cost.parameters > 0),
+        "growths": int(cost.parameters != 0),
     }
 
 
@@ -109,7 +109,7 @@ NEW = 1e-6  #: a part of what a growth brings that is none beside those chosen b
 
 
 def applicable(growths: Sequence[Growth]) -> list[Growth]:
-    """Those that are more than chance and lower the loss, and those that preserve the function.
+    """Those that are more than chance and lower the loss, those that preserve the function, and units that go.
 
     Args:
         growths: of one call of :func:`dagrow.propose`.
@@ -117,7 +117,7 @@ def applicable(growths: Sequence[Growth]) -> list[Growth]:
     Returns:
         The ones that may be applied, in the same order.
     """
-    return [growth for growth in growths if growth.preserving or (growth.significant and growth.gain > 0)]
+    return [growth for growth in growths if growth.is_whole or (growth.significant and growth.gain > 0)]
 
 
 def plan(growths: Sequence[Growth], budget: Budget | None = None, policy: Policy | None = None) -> list[Growth]:
@@ -166,7 +166,7 @@ def greedy_plan(
     """The plan for growths that are worth applying."""
     fitting = [growth for growth in growths if budget.holds(growth)]
     values = with_values(fitting, policy, judge, past) if fitting else {}
-    candidates, plan = [growth for growth in fitting if values[growth] >= 0], list[Growth]()
+    candidates, plan = [growth for growth in fitting if values[growth] >= 0 or growth.removes], list[Growth]()
     explained: dict[str, float] = {}
     while True:
         shares = {growth: _share(growth, explained) for growth in candidates if budget.holds(growth)}

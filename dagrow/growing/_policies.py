@@ -117,7 +117,7 @@ class ByLineSearch(Policy):
     @staticmethod
     def _fall(growth: Growth, judge: Objective, before: float) -> float:
         try:
-            gamma, after = best_amplitude(growth, judge, before)
+            gamma, after = (1.0, growth.loss(1.0, judge)) if growth.removes else best_amplitude(growth, judge, before)
         except Exception as error:
             if not is_of_place(error, growth.dag, judge, grown=True):
                 raise

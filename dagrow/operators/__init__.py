@@ -40,6 +40,7 @@ from dagrow.operators._add_layer import AddLayer
 from dagrow.operators._add_neurons import AddNeurons
 from dagrow.operators._base import Candidate, Needs, Operator, Preview, Steps
 from dagrow.operators._move_weights import MoveWeights
+from dagrow.operators._remove_neurons import RemoveNeurons
 from dagrow.operators._widen import Widen
 from dagrow.operators.neurons import Place, Proposal, places
 from dagrow.solvers import Moments, Pair
@@ -69,6 +70,7 @@ __all__ = [
     "Place",
     "Preview",
     "Proposal",
+    "RemoveNeurons",
     "Steps",
     "Widen",
     "places",

@@ -40,6 +40,7 @@ from dagrow.solvers._closed_forms import Fit, Move, best_move, directions, expla
 from dagrow.solvers._cross_validation import (
     RIDGES,
     FoldFit,
+    best_ridge,
     fan_out_fits,
     move_fits,
     neuron_ridges,
@@ -48,9 +49,11 @@ from dagrow.solvers._cross_validation import (
     validate_move,
     with_cross_validated_ridge,
 )
+from dagrow.solvers._elimination import Reader, least_needed
 from dagrow.solvers._grams import add_gram, complete
 from dagrow.solvers._linalg import leading_svd
 from dagrow.solvers._moments import FoldSplit, FoldView, Moments, MomentView, Pair, distinct
+from dagrow.solvers._refit import REFIT_RIDGES, Lost, Refit
 from dagrow.solvers._residual import Compensation, Regression
 from dagrow.solvers._row_products import Product, RowProduct, Rows
 from dagrow.solvers._selection import forward_selection, marginal_drops
@@ -58,6 +61,8 @@ from dagrow.solvers._significance import LEVEL, Verdict, holm, upper_tail
 
 __all__ = [
     "LEVEL",
+    "Lost",
+    "REFIT_RIDGES",
     "RIDGES",
     "Compensation",
     "Fit",
@@ -69,6 +74,8 @@ __all__ = [
     "Move",
     "Pair",
     "Product",
+    "Reader",
+    "Refit",
     "Regression",
     "RowProduct",
     "Rows",
@@ -77,6 +84,7 @@ __all__ = [
     "add_gram",
     "alternating_least_squares",
     "best_move",
+    "best_ridge",
     "complete",
     "directions",
     "distinct",
@@ -86,6 +94,7 @@ __all__ = [
     "forward_selection",
     "holm",
     "leading_svd",
+    "least_needed",
     "marginal_drops",
     "move_fits",
     "neuron_ridges",

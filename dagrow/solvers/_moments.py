@@ -157,7 +157,7 @@ class Moments(MomentView):
 
     def __add__(self, other: "Moments") -> "Moments":
         rows = {pair: self._rows_with(other, pair) for pair in self.rows if pair in other.rows}
-        sums = {pair: self._sum(pair) + other._sum(pair) for pair in (*self.sums, *self.rows) if pair not in rows}
+        sums = {pair: self.by_fold(pair) + other.by_fold(pair) for pair in (*self.sums, *self.rows) if pair not in rows}
         share = self.samples / (self.samples + other.samples)
         positions = {f: share * count + (1 - share) * other.positions[f] for f, count in self.positions.items()}
         loss = share * self.loss + (1 - share) * other.loss
@@ -169,8 +169,15 @@ class Moments(MomentView):
         x, y = (mine + theirs for mine, theirs in zip(self.rows[pair], other.rows[pair], strict=True))
         return (x, x) if pair[0] == pair[1] else (x, y)
 
-    def _sum(self, pair: Pair) -> Tensor:
-        """``[F, dx, dy]``."""
+    def by_fold(self, pair: Pair) -> Tensor:
+        """The sums over samples of each fold.
+
+        Args:
+            pair: of features, in the order in which they were measured.
+
+        Returns:
+            ``[F, dx, dy]``.
+        """
         return self.sums[pair] if pair in self.sums else torch.stack(self.rows[pair][0].products(self.rows[pair][1]))
 
     def joined(self, other: "Moments") -> "Moments":

@@ -60,6 +60,7 @@ from dagrow.statistics._patch_products import patch_gram
 from dagrow.statistics._path_features import ActivationGoal, Hidden, MeanInputs, PatchInputs
 from dagrow.statistics._shifted_features import MovedFeatures, PulledGoal, TapFeatures
 from dagrow.statistics._steps import Loss, Step
+from dagrow.statistics._unit_effects import UnitEffects
 from dagrow.tracing import bind
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "Stacked",
     "Step",
     "TapFeatures",
+    "UnitEffects",
     "bind",
     "drawn",
     "fan_out_score",

@@ -1,6 +1,6 @@
 """Whether the loss of a batch stays what it was where a change says so: the last net under the label rules."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,15 +42,35 @@ def check_preserved(dag: Dag, objective: Objective, change: Change, where: str) 
 def check_unchanged(growth: Growth) -> None:
     """A growth that says that it preserves the function does so at its full amplitude.
 
+    Where units go, the model without them gives the loss of the one in which nothing reads them.
+
     Raises:
         GrowthError: it does not.
     """
+    if growth.removes:
+        _check_removed(growth)
+        return
     before, after, same = _losses(growth.dag, growth.objective, growth.change, 1.0)
     if not same:
         raise GrowthError(
             f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}: "
             "on the way to the consumers a zero does not stay zero, which this init needs, or a step that does not "
             "call the model itself reads hidden activations or weights. Use another init, or leave the axis out with "
+            "axes=."
+        )
+
+
+def _check_removed(growth: Growth) -> None:
+    dag, faded = growth.dag, growth.change.tensors(growth.dag.model, 1.0)
+    final = growth.change.final
+    narrowed = final.tensors(dag.model, 1.0)
+    with preview(dag, growth.change, faded):
+        before, after, same = _losses_of(dag, growth.objective, final, narrowed)
+    if not same:
+        raise GrowthError(
+            f"{growth.operator!r} at {growth.where} would change the loss of a batch from {before:.9g} to {after:.9g}, "
+            "although nothing reads the units that go. The forward uses the width where its graph does not show it, or "
+            "a step that does not call the model itself reads hidden activations or weights; leave the axis out with "
             "axes=."
         )
 
@@ -77,11 +97,18 @@ def _losses(
     dag: Dag, objective: Objective, change: Change, gamma: float, *, training: bool = False
 ) -> tuple[float, float, bool]:
     """The loss of a batch before and after a change, and whether they differ by rounding alone."""
+    return _losses_of(dag, objective, change, change.tensors(dag.model, gamma), training=training)
+
+
+def _losses_of(
+    dag: Dag, objective: Objective, change: Change, tensors: Mapping[str, Tensor], *, training: bool = False
+) -> tuple[float, float, bool]:
+    """The same for the tensors of a change."""
     with preserve_state(objective.model, objective.others), torch.no_grad():
         objective.model.train(training)
         batch = next(iter(objective))[0]
         before = objective.value(batch)
-        with preview(dag, change, change.tensors(dag.model, gamma)):
+        with preview(dag, change, tensors):
             after = objective.value(batch)
         allowed = max(1e-9, 100 * torch.finfo(before.dtype).eps) * abs(float(before)) + 1e-12
         same = close(before, after, allowed)
@@ -89,7 +116,7 @@ def _losses(
             same = close(before, after, rounding_between(before, _jittered_losses(dag, objective, batch)))
         if not same:  # the model's outputs decide: a loss may take weights by themselves, as a penalty does
             outputs = _outputs(objective, batch)
-            with preview(dag, change, change.tensors(dag.model, gamma)):
+            with preview(dag, change, tensors):
                 same = bool(outputs) and _alike(outputs, _outputs(objective, batch))
     return float(before), float(after), same
 

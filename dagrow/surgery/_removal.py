@@ -40,7 +40,9 @@ def removal(dag: Dag, axis: Axis, units: Tensor, moves: Mapping[str, Tensor]) ->
             narrowed.move(consumer, move)
             delta = move.to(weight, copy=True)
         gone = axis.layout.columns[consumer.name][units].flatten()
-        columns = delta[:, : weight[0].numel()].view(weight.shape)
+        columns = delta[:, : weight[0].numel()].unflatten(1, weight.shape[1:])
         columns[:, gone] = -weight[:, gone]
+        if consumer.name in axis.layout.rows:  # it writes some of the units itself: they go as they are
+            delta[axis.layout.rows[consumer.name][units].flatten()] = 0
         fade.move(consumer, delta)
     return replace(fade.change(), narrowed=narrowed.change())

@@ -16,6 +16,7 @@ from dagrow.graph import Dag, Rule, trace
 from dagrow.surgery._apply import apply, transaction
 from dagrow.surgery._draft import Draft
 from dagrow.surgery._new_layers import NewPath, layer_specs, rebuilt
+from dagrow.surgery._removal import removal
 from dagrow.tracing import added_paths
 
 FORMAT, VERSION = "dagrow", 2
@@ -66,7 +67,7 @@ def load(
     also: Sequence[Any] = (),
     rules: Sequence[Rule] = (),
 ) -> Dag:
-    """Grows a freshly built model to the layers and widths in a file, in place, and gives it the weights in the file.
+    """Gives a freshly built model the layers and widths in a file, in place, and the weights in the file.
 
     Args:
         model: as it was built before it grew, or anywhere on the way.
@@ -89,7 +90,7 @@ def load(
         _add_paths(dag, paths)
         _check_axes(dag, widths)
         for name, width in widths.items():
-            _widen(dag, name, width)
+            _resize(dag, name, width)
         _check_state(_tensors(model), state)
         model.load_state_dict(state)
 
@@ -163,24 +164,25 @@ def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:
             "the model as it was built before it was grown and saved."
         )
     for name, axis in axes.items():
-        if widths[name] < axis.width:
+        if widths[name] < 1:
+            raise StoreError(f"the file is damaged: it has an axis {name} of width {widths[name]}. Save it again.")
+        if widths[name] != axis.width and not axis.growable:
             raise StoreError(
-                f"axis {name} is {axis.width} wide in the model but {widths[name]} in the file; build the model as "
-                "small as it was when it was traced first."
-            )
-        if widths[name] > axis.width and not axis.growable:
-            raise StoreError(
-                f"axis {name} is {widths[name]} wide in the file but {axis.width} in the model, where it cannot grow "
+                f"axis {name} is {widths[name]} wide in the file but {axis.width} in the model, where it cannot change "
                 f"({axis.reason}); build the model with the right width."
             )
 
 
-def _widen(dag: Dag, name: str, width: int) -> None:
+def _resize(dag: Dag, name: str, width: int) -> None:
+    """Gives an axis its width in the file. Which units are new, or go, makes no difference: all weights come from it."""
     axis = dag.axis(name)
     if width == axis.width:
         return
     try:
-        apply(dag, Draft(dag, [(axis, dag.widening(axis, width - axis.width))]).change(), 0.0)
+        if width < axis.width:
+            apply(dag, removal(dag, axis, torch.arange(width, axis.width), {}), 1.0)
+        else:
+            apply(dag, Draft(dag, [(axis, dag.widening(axis, width - axis.width))]).change(), 0.0)
     except GrowthError as error:
         raise StoreError(f"the model does not take the widths in the file: {error}") from error
 

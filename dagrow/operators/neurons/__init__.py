@@ -21,6 +21,7 @@ from dagrow.operators.neurons._fan_out import fit_fan_out
 from dagrow.operators.neurons._places import Place, places
 from dagrow.operators.neurons._preserving import NewUnits, add_copies, add_gradmax, add_zero
 from dagrow.operators.neurons._proposal import OPEN, Proposal, drawn, propose_along
+from dagrow.operators.neurons._removal import Removal, Score, remove_units
 from dagrow.operators.neurons._settings import NeuronSettings
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "NewUnits",
     "Place",
     "Proposal",
+    "Removal",
+    "Score",
     "add_copies",
     "add_gradmax",
     "add_zero",
@@ -39,4 +42,5 @@ __all__ = [
     "places",
     "propose_along",
     "propose_directions",
+    "remove_units",
 ]
