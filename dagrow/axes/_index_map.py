@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dagrow.axes._label_tensors import NO_CHANNEL, distinguishing_dims
 
-
 DROPPED = -1  #: where an old entry goes that does not stay
 
 

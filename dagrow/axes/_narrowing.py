@@ -38,6 +38,8 @@ def narrow(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLa
     Raises:
         CannotWidenError: the model cannot do without them; the message is the reason.
     """
+    if not 0 < len(units) < layout.width:
+        raise CannotWidenError(f"it is {layout.width} wide, and one unit has to stay")
     wider = widen(program, layers, layout, len(units))
     attributes = {
         name: {key: _Mirror().of(getattr(program.model.get_submodule(name), key), size) for key, size in sizes.items()}
@@ -87,6 +89,13 @@ class _Mirror:
 
     def of(self, old: Any, new: Any) -> Any:
         """What takes the place of ``old`` where ``new`` would in a wider network.
+
+        Args:
+            old: a size, or a nest of them.
+            new: the same, wider.
+
+        Returns:
+            The same, narrower.
 
         Raises:
             CannotWidenError: that is not a matter of sizes.

@@ -175,14 +175,11 @@ class Dag(Printable):
         Raises:
             GrowthError: the axis cannot do without them.
         """
-        k = len(units)
         try:
-            if not 0 < k < axis.width:
-                raise CannotWidenError(f"it is {axis.width} wide, and one unit has to stay")
             return narrow(self.program, self.view.every_layer, axis.layout, units)
         except CannotWidenError as misfit:
             raise GrowthError(
-                f"axis {axis.name} cannot lose {k} of its units: {misfit}. Leave it out, or see print(dag)."
+                f"axis {axis.name} cannot lose {len(units)} of its units: {misfit}. Leave it out, or see print(dag)."
             ) from misfit
 
     def check(self) -> None:

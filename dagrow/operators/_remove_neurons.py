@@ -21,14 +21,14 @@ class RemoveNeurons(Operator):
 
         Delta = argmin E|W_S b_S - Delta b_R|^2 = W_S G_SR G_RR^-1                                  (8)
 
-    Units go one after the other, each the one by which least more of what all consumers write is lost. The growth is the
-    way there, ``W + gamma (-W_S, Delta)``; its ``gain`` is minus the slope of the loss on that way, which is applied at
+    Units go one after the other, each the one by which least more of what all consumers write is lost. The growth is
+    the way there, ``W + gamma (-W_S, Delta)``; its ``gain`` is minus the slope of the loss on that way. It is applied at
     gamma = 1 only, where the units are gone. ``heldout_gain`` is minus the predicted rise of the loss, with Delta fitted
     on the other folds. Parameters stay the same objects, only narrower.
 
     Args:
-        k: units per axis, exactly; None takes as many as go at a predicted rise that is no more than its standard error,
-            possibly none: dead ones, doubled ones, and those that the others stand in for.
+        k: units per axis, exactly; None takes as many as go at a predicted rise that is no more than its standard
+            error, possibly none: dead ones, doubled ones, and those that the others stand in for.
         axes: names of the axes to consider; by default all that can grow, that a layer reads and that keep a unit.
         score: what says which units go. ``"refit"``: what is lost once the others stand in for them. As rivals, and
             without a refit: ``"magnitude"``, the sum of the magnitudes of their fan-in weights; ``"taylor"``, the mean

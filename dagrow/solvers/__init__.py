@@ -61,7 +61,6 @@ from dagrow.solvers._significance import LEVEL, Verdict, holm, upper_tail
 
 __all__ = [
     "LEVEL",
-    "Lost",
     "REFIT_RIDGES",
     "RIDGES",
     "Compensation",
@@ -69,6 +68,7 @@ __all__ = [
     "FoldFit",
     "FoldSplit",
     "FoldView",
+    "Lost",
     "MomentView",
     "Moments",
     "Move",

@@ -1,11 +1,11 @@
 """Which units are needed least, by what is lost of what their readers compute once the others stand in for them.
 
-A layer reads features ``b`` with weights ``W``. Without the units S it computes best, by least squares, what ``W_S b_S``
-is regressed on the rest ``b_R``, and what is lost, with ``G = E b b^T`` and ``H = (G + ridge)^-1``, is
+A layer reads features ``b`` with weights ``W``. Without the units S the rest, ``b_R``, stands in for what they wrote,
+``W_S b_S``, by least squares; and what is lost, with ``G = E b b^T`` and ``H = (G + ridge)^-1``, is
 
     min over Delta of  E|W_S b_S - Delta b_R|^2 + ridge |Delta|^2  =  tr W_S H_SS^-1 W_S^T - ridge |W_S|^2.
 
-Units go one after the other, each the one by which least more is lost; what is left of H and W is updated in closed form.
+Units go one after the other, each the one by which least more is lost; H and W follow in closed form.
 Source: Hassibi and Stork 1993 (Optimal Brain Surgeon), whose Hessian is here the second moment of what a layer reads.
 """
 

@@ -4,8 +4,8 @@ With ``b_S`` the features that go and ``b_R`` those that stay, the weights becom
 
     Delta = argmin E|W_S b_S - Delta b_R|^2 = W_S G_SR (G_RR + ridge)^-1,        G = E b b^T,
 
-exact on the measured samples without a ridge, and the smallest one where G is singular. The constant of a bias is one of
-the features that stay. Source: He et al. 2017 (channel pruning with reconstruction by least squares).
+exact on the measured samples without a ridge, and the smallest one where G is singular. The constant of a bias is one
+of the features that stay. Source: He et al. 2017 (channel pruning with reconstruction by least squares).
 """
 
 from collections.abc import Hashable
@@ -117,4 +117,3 @@ class Lost:
         move, change = best_move(m, _REST, _GONE, ridge), self._faded()
         change[:, self.rest] = move.weights.to(change)
         return change, move.note
-

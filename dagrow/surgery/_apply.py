@@ -305,21 +305,21 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
 
 
 def _check_function(dag: Dag, change: Change) -> None:
-    """Raises GrowthError unless the example shows the same function: with what is new unconnected, or gone for good."""
-    examples, final = (dag.example_inputs, *dag.also), change.final
-    names = ", ".join((*final.index_maps, *final.added))
-    how, why = f"cannot grow {names}", "although nothing new is connected yet"
+    """Raises GrowthError unless the example shows the same function, with what is new unconnected, or what goes unread."""
+    before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    final = change.final
     if final is change:
-        tensors, before = change.tensors(dag.model, 0.0), contextlib.nullcontext()
+        how, why, tensors = "grow", "nothing new is connected yet", change.tensors(dag.model, 0.0)
     else:
-        how, why = f"cannot lose entries of {names}", "although nothing read these any more"
-        tensors, before = final.tensors(dag.model, 1.0), preview(dag, change, change.tensors(dag.model, 1.0))
+        how, why, tensors = "lose entries of", "nothing reads these any more", final.tensors(dag.model, 1.0)
+        before = preview(dag, change, change.tensors(dag.model, 1.0))
     with before:
-        changed = difference(dag.model, examples, lambda: _grown(dag.model, final, tensors))
+        changed = difference(dag.model, (dag.example_inputs, *dag.also), lambda: _grown(dag.model, final, tensors))
     if changed is not None:
+        names = ", ".join((*final.index_maps, *final.added))
         raise GrowthError(
-            f"the model {how}: {changed.text}, {why}. Its forward depends on the width in a way that its graph does "
-            "not show. Leave this axis out."
+            f"the model cannot {how} {names}: {changed.text}, although {why}. Its forward depends on the width in a way "
+            "that its graph does not show. Leave this axis out."
         ) from changed.cause
 
 

@@ -116,7 +116,13 @@ class GrowthLog:
     def start(self, shape: torch.Size, version: int | None = None, *, oldest: bool = False) -> int | None:
         """The first resize that state of this shape has still to follow; None if no version had the shape.
 
-        Where several had it, and the version is not known, the newest of them counts, or the oldest.
+        Args:
+            shape: of the state.
+            version: that it is of, if that is known.
+            oldest: whether, if it is not known, the oldest version of that shape counts, not the newest.
+
+        Returns:
+            Its number.
         """
         if version is not None and version >= self.dropped:
             at = version - self.dropped

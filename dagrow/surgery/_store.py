@@ -168,13 +168,13 @@ def _check_axes(dag: Dag, widths: Mapping[str, int]) -> None:
             raise StoreError(f"the file is damaged: it has an axis {name} of width {widths[name]}. Save it again.")
         if widths[name] != axis.width and not axis.growable:
             raise StoreError(
-                f"axis {name} is {widths[name]} wide in the file but {axis.width} in the model, where it cannot change "
+                f"axis {name} is {widths[name]} wide in the file but {axis.width} in the model, where it cannot grow "
                 f"({axis.reason}); build the model with the right width."
             )
 
 
 def _resize(dag: Dag, name: str, width: int) -> None:
-    """Gives an axis its width in the file. Which units are new, or go, makes no difference: all weights come from it."""
+    """Gives an axis its width in the file. Which units are new, or go, is all one: all weights come from the file."""
     axis = dag.axis(name)
     if width == axis.width:
         return

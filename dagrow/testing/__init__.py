@@ -31,6 +31,7 @@ from dagrow.testing._laws import (
     residual,
     slope,
 )
+from dagrow.testing._laws_of_removal import narrowing
 from dagrow.testing._laws_of_state import Interruption, atomicity, gentle, regrowth, undoing
 from dagrow.testing._snapshots_and_slopes import snapshot
 
@@ -48,6 +49,7 @@ __all__ = [
     "descent",
     "gentle",
     "invariance",
+    "narrowing",
     "optimality",
     "preservation",
     "regrowth",

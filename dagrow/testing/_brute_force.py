@@ -85,9 +85,9 @@ def targets_of(
         return [_path_target(growth, branch, objective, samples) for branch in change.new_paths]
     edges = [dag.edge(name) for name in names]
     producer = _only_producer(dag, growth.where, len(names)) if project else None
-    before = _rows(objective, edges if producer is None or producer.name in names else [*edges, producer])
+    before = rows_of(objective, edges if producer is None or producer.name in names else [*edges, producer])
     with preview(dag, change, change.tensors(dag.model, 0.0)):
-        grown = _rows(objective, edges)
+        grown = rows_of(objective, edges)
     offered = None if producer is None else (producer, before[producer.name].read)
     return [
         _edge_target(change, edge, before[edge.name], grown[edge.name].read, offered, samples, project, paired)
@@ -159,7 +159,7 @@ def _path_target(growth: Growth, branch: NewPath, objective: Objective, samples:
     target, reader = dag.edge(branch.writes or branch.reads), dag.edge(branch.reads)
     still = [target] * (bool(branch.writes) and target.trainable)
     movers = [edge for edge in dag.edges if edge.path("weight") in change.slope] or still
-    rows = _rows(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
+    rows = rows_of(objective, {edge.name: edge for edge in (target, reader, *movers)}.values())
     columns = [rows[edge.name].read for edge in movers]
     goal = rows[target.name].goal if branch.writes else _residual_goal(growth, branch, objective)
     if any(edge.bias for edge in movers):
@@ -245,8 +245,16 @@ def regressed(x: Tensor, y: Tensor) -> Tensor:
     return u @ (u.T @ y)
 
 
-def _rows(objective: Objective, edges: Iterable[Edge]) -> dict[str, _Rows]:
-    """The rows of edges."""
+def rows_of(objective: Objective, edges: Iterable[Edge]) -> dict[str, _Rows]:
+    """The rows of edges.
+
+    Args:
+        objective: the loss and the batches.
+        edges: which.
+
+    Returns:
+        Edge -> its rows, for all samples and positions.
+    """
     edges = list(edges)
     objective.probe()  # which runs the model, too
     inputs: dict[str, list[Tensor]] = {edge.name: [] for edge in edges}

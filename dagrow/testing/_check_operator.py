@@ -7,6 +7,7 @@ from torch import nn
 from dagrow.operators import Operator
 from dagrow.testing._cases import Case, built_in, case_of
 from dagrow.testing._laws import additivity, descent, invariance, optimality, preservation, residual, slope
+from dagrow.testing._laws_of_removal import narrowing
 from dagrow.testing._laws_of_state import atomicity, regrowth, undoing
 
 Law = Callable[[Operator, Case], None]
@@ -21,6 +22,7 @@ LAWS: tuple[Law, ...] = (
     regrowth,
     descent,
     atomicity,
+    narrowing,
 )
 
 

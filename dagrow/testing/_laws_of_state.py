@@ -10,7 +10,7 @@ from dagrow.growing import grow
 from dagrow.operators import Operator
 from dagrow.surgery import Growth, Receipt
 from dagrow.testing._cases import Case
-from dagrow.testing._snapshots_and_slopes import assert_close, is_picklable, same, snapshot
+from dagrow.testing._snapshots_and_slopes import amplitude, assert_close, is_picklable, same, snapshot
 from dagrow.tracing import bind
 
 
@@ -26,7 +26,7 @@ def undoing(operator: Operator, case: Case) -> None:
     _step(case, dag.model, optimizer)
     for growth in case.propose(operator, dag):
         before = snapshot(dag, optimizer)
-        receipt = growth.apply(0.3, optimizer=optimizer)
+        receipt = growth.apply(amplitude(growth, 0.3), optimizer=optimizer)
         receipt.undo()
         same(before, snapshot(dag, optimizer), f"undo of {growth}")
 
@@ -83,8 +83,10 @@ def gentle(growth: Growth, gamma: float = 1e-2) -> float:
         gamma: what is wanted.
 
     Returns:
-        ``gamma``, or so much less.
+        ``gamma``, or so much less; 1 of units that go.
     """
+    if growth.removes:
+        return 1.0
     most = 2 * abs(growth.loss(0.0)) + 1e-6
     return next((gamma * less for less in (1, 1e-2, 1e-4, 1e-6) if growth.loss(gamma * less) <= most), 0.0)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dagrow.graph import Axis, Dag
+from dagrow.surgery import Growth
 from dagrow.tracing import tensor_at
 
 
@@ -24,6 +25,11 @@ def assert_close(
         apart, allowed = float((a - e).abs().max()), atol + rtol * float(e.abs().max())
         numbers = f"{float(a):.10g}, not {float(e):.10g}" if a.ndim == 0 else "tensors"
         assert apart <= allowed, f"{what}: {numbers}; apart by {apart:.3g}, allowed {allowed:.3g}"
+
+
+def amplitude(growth: Growth, wanted: float) -> float:
+    """The amplitude that is wanted; 1 of units that go, as they have no other."""
+    return 1.0 if growth.removes else wanted
 
 
 def derivative(function: Callable[[float], float]) -> float:

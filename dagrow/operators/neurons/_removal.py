@@ -5,7 +5,7 @@ the way is measured, by the loss at its end.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -103,6 +103,7 @@ def remove_units(settings: Removal, objective: Objective) -> Steps:
         count = min(2 * enough or 1, settings.axis.width - 1) if too_many == settings.axis.width else 0
         count = count or (enough + too_many) // 2
         growth = yield from choice.judged(count)
+        assert isinstance(growth, Growth)
         if choice.is_free(growth):
             best, enough = growth, count
         else:
@@ -223,6 +224,9 @@ def _predicted(growth: Growth, sums: Tensor, rise: float, energy: float) -> Grow
         sums: over samples, of products of ``(2 c - s, c, 1) [3, 3]`` with ``c = <v, change b>``, ``s = |change b|^2``.
         rise: of the loss, as it was measured.
         energy: the mean of s for the change that is fitted on all samples.
+
+    Returns:
+        It with minus the predicted rise as its held-out gain.
     """
     beyond = rise + growth.gain
     kappa = beyond / energy if beyond > 0 and energy > 0 else 0.0
@@ -238,6 +242,3 @@ def _magnitudes(axis: Axis) -> Tensor:
         weight = producer.matrix(producer.parameters()["weight"].detach()).flatten(1).abs().sum(1).double().cpu()
         total += weight[axis.layout.rows[producer.name]].sum(1)
     return total
-
-
-_ = partial
