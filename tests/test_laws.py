@@ -13,11 +13,11 @@ from torch import nn
 from zoo import KINKED, SMOOTH, Normed, Plan, Split, Stage, Stream, Tied, TwoProducers, built, case_of, plans, stepping
 
 import dagrow
-from dagrow import AddNeurons, GrowthError, MoveWeights, testing
+from dagrow import AddNeurons, GrowthError, MoveWeights, RemoveNeurons, testing
 from dagrow.errors import NoPlaceError
 from dagrow.operators import Operator
 from dagrow.testing import Case, check_operator
-from dagrow.testing._laws import _exact
+from dagrow.testing._laws import exact
 
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "0"))  # more than CI's, and other ones each time
 LAW = settings(
@@ -44,6 +44,11 @@ OPERATORS: tuple[Operator, ...] = (
     AddNeurons(k=2, init="gradmax"),
     AddNeurons(k=2, init="copy"),
     AddNeurons(k=2, init="zero"),
+    RemoveNeurons(k=1),
+    RemoveNeurons(),
+    RemoveNeurons(k=2, folds=1),
+    RemoveNeurons(k=1, score="magnitude"),
+    RemoveNeurons(k=1, folds=1, score="taylor"),
 )
 
 
@@ -54,7 +59,7 @@ def checks(operators: Sequence[Operator]) -> list[Any]:
     distinct: dict[tuple[testing.Law, Operator], Operator] = {}
     for law in testing.LAWS:
         for operator in operators:
-            distinct.setdefault((law, _exact(operator) if law in alike else operator), operator)
+            distinct.setdefault((law, exact(operator) if law in alike else operator), operator)
     return [pytest.param(law, operator, id=f"{law.__name__}-{operator!r}") for (law, _), operator in distinct.items()]
 
 
@@ -97,7 +102,9 @@ FIXED = {
 }
 
 
-@pytest.mark.parametrize("operator", [MoveWeights(), AddNeurons(k=2), AddNeurons(k=3, folds=1, solver="joint")])
+@pytest.mark.parametrize(
+    "operator", [MoveWeights(), AddNeurons(k=2), AddNeurons(k=3, folds=1, solver="joint"), RemoveNeurons(k=1)]
+)
 @pytest.mark.parametrize("name", FIXED)
 def test_all_laws_on_awkward_models(name: str, operator: Operator) -> None:
     make, shape = FIXED[name]

@@ -22,9 +22,9 @@ class RemoveNeurons(Operator):
         Delta = argmin E|W_S b_S - Delta b_R|^2 = W_S G_SR G_RR^-1                                  (8)
 
     Units go one after the other, each the one by which least more of what all consumers write is lost. The growth is
-    the way there, ``W + gamma (-W_S, Delta)``; its ``gain`` is minus the slope of the loss on that way. It is applied at
-    gamma = 1 only, where the units are gone. ``heldout_gain`` is minus the predicted rise of the loss, with Delta fitted
-    on the other folds. Parameters stay the same objects, only narrower.
+    the way there, ``W + gamma (-W_S, Delta)``; its ``gain`` is minus the slope of the loss on it. It is applied at
+    gamma = 1 only, where the units are gone. ``heldout_gain`` is minus the predicted rise of the loss, with Delta
+    fitted on the other folds. Parameters stay the same objects, only narrower.
 
     Args:
         k: units per axis, exactly; None takes as many as go at a predicted rise that is no more than its standard
@@ -37,7 +37,7 @@ class RemoveNeurons(Operator):
         folds: folds of the cross-validation; 1 for none, and then no ridge unless given.
 
     Raises (from ``candidates``):
-        GrowthError: an axis that was asked for cannot lose so many units, or none can.
+        GrowthError: an axis that was asked for cannot lose so many units, or none can, however wide.
 
     Source: LeCun et al. 1990 (Optimal Brain Damage); Hassibi and Stork 1993 (Optimal Brain Surgeon); He et al. 2017
     (least squares); Li et al. 2017 (magnitudes); Molchanov et al. 2017 (Taylor). The prediction is this package's own.
@@ -81,20 +81,23 @@ class RemoveNeurons(Operator):
                     f"{self!r} cannot take units from {', '.join(obstacles)}; leave it out of axes=, or give another k."
                 )
             return axes
-        axes = [axis for axis in dag.axes if not self._obstacle(axis)]
-        if not axes:
+        if all(map(self._obstacle_at_any_width, dag.axes)):
             growable = [f"{axis.name}: {self._obstacle(axis)}" for axis in dag.axes if axis.growable]
             raise NoPlaceError(f"no axis can lose units{': ' if growable else ''}{'; '.join(growable)}:\n{dag}")
-        return axes
+        return [axis for axis in dag.axes if not self._obstacle(axis)]
 
     def _obstacle(self, axis: Axis) -> str | None:
         """Why units of the axis cannot go, or None."""
+        is_narrow = axis.width <= (self.k or 1)
+        too_narrow = f"it is {axis.width} wide, and one unit has to stay" if is_narrow else None
+        return self._obstacle_at_any_width(axis) or too_narrow
+
+    @staticmethod
+    def _obstacle_at_any_width(axis: Axis) -> str | None:
         if not axis.growable:
-            return axis.reason
+            return str(axis.reason)
         if not axis.consumers:
             return "no layer reads it: its channels meet in a product of two layers, where nothing can be refitted"
         if axis.shared:
             return f"no closed form holds for it: {axis.shared}"
-        if axis.width <= (self.k or 1):
-            return f"it is {axis.width} wide, and one unit has to stay"
         return None

@@ -305,7 +305,7 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
 
 
 def _check_function(dag: Dag, change: Change) -> None:
-    """Raises GrowthError unless the example shows the same function, with what is new unconnected, or what goes unread."""
+    """Raises GrowthError unless the example shows the same function, what is new unconnected, what goes unread."""
     before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     final = change.final
     if final is change:
@@ -318,8 +318,8 @@ def _check_function(dag: Dag, change: Change) -> None:
     if changed is not None:
         names = ", ".join((*final.index_maps, *final.added))
         raise GrowthError(
-            f"the model cannot {how} {names}: {changed.text}, although {why}. Its forward depends on the width in a way "
-            "that its graph does not show. Leave this axis out."
+            f"the model cannot {how} {names}: {changed.text}, although {why}. Its forward depends on the width in a "
+            "way that its graph does not show. Leave this axis out."
         ) from changed.cause
 
 

@@ -198,6 +198,7 @@ class _Choice:
             gains,
             cost_of(settings.dag, change),
             drop=2 * sum(gains.values()) - energy,
+            invariant=settings.score != "magnitude",  # weights have units
             notes=tuple(dict.fromkeys((*notes, *change.final.notes))),
             change=change,
             dag=settings.dag,
