@@ -381,6 +381,38 @@ def fall_between(B: Array, P: Array, V: Array, index: npt.NDArray[np.int64], fan
     return energy(residual(B, V)) - energy(residual(arrived.reshape(*arrived.shape[:2], -1), residual(B, V)))
 
 
+# ---------------------------------------------------------------- units that go
+
+
+def without(B: Array, W: Array, gone: Iterable[int]) -> tuple[Array, float]:
+    """W [o,i] without some features, the others standing in for them, and what is lost: E |W b - W' b|^2.
+
+    W' = argmin E |W b - W' b|^2 over all W' that are 0 there, which is a regression of W b on the features that stay.
+    """
+    stay = sorted({*range(B.shape[-1])} - {*gone})
+    refitted = np.zeros_like(W)
+    refitted[:, stay] = regress(B[..., stay], B @ W.T)
+    return refitted, energy(B @ W.T - B @ refitted.T)
+
+
+def least_needed(readers: Iterable[tuple[Array, Array, list[list[int]]]], k: int) -> list[int]:
+    """The k units that go one after the other, each the one without which all readers together lose least.
+
+    A reader is (B, W, the features of each unit); every set is regressed anew.
+    """
+    gone: list[int] = []
+    readers = list(readers)
+    for _ in range(k):
+        left = [unit for unit in range(len(readers[0][2])) if unit not in gone]
+
+        def lost(unit: int) -> float:
+            sets = [[i for u in (*gone, unit) for i in columns[u]] for _, _, columns in readers]
+            return sum(without(B, W, columns)[1] for (B, W, _), columns in zip(readers, sets, strict=True))
+
+        gone.append(min(left, key=lost))
+    return gone
+
+
 # ---------------------------------------------------------------- out of sample
 
 

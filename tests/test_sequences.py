@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import dagrow
-from dagrow import AddConnection, AddLayer, AddNeurons, DagrowError, Growth, MoveWeights, Receipt
+from dagrow import AddConnection, AddLayer, AddNeurons, DagrowError, Growth, MoveWeights, Receipt, RemoveNeurons
 from dagrow.operators import Operator
 from dagrow.statistics import Objective
+from dagrow.surgery._draft import pad
 from dagrow.surgery._optimizers import carry
 from dagrow.testing import check_descent, check_drop, check_slope, gentle
 from dagrow.testing._snapshots_and_slopes import assert_close, same, snapshot
@@ -42,6 +43,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer | None]] = {
 #: what may be refused -> whether the dag gives a reason to
 REFUSALS: dict[str, Callable[[dagrow.Dag], bool]] = {
     "no axis can grow": lambda dag: not any(axis.growable for axis in dag.axes),
+    "no axis can lose units": lambda dag: not any(axis.growable and axis.consumers for axis in dag.axes),
     "a zero does not stay zero": lambda dag: bool({"Sigmoid", "Softplus"} & _activations(dag)),
 }
 
@@ -64,7 +66,12 @@ connections = st.builds(
 layers = st.builds(
     AddLayer, k=st.integers(1, 3), activation=activations, kernel=st.integers(1, 3), ridge=ridges, folds=folds
 )
-operators = st.one_of(moves, neurons, connections, layers, st.just(AddNeurons()))
+scores = st.sampled_from(("refit", "refit", "magnitude", "taylor"))
+removals = st.one_of(
+    st.builds(RemoveNeurons, k=st.integers(1, 2), score=scores, ridge=ridges, folds=folds),
+    st.builds(RemoveNeurons, score=scores, folds=st.just(3)),
+)
+operators = st.one_of(moves, neurons, connections, layers, removals, st.just(AddNeurons()))
 GROWING = {"which": st.integers(0, 9), "gamma": st.sampled_from(GAMMAS), "handed": st.booleans()}
 
 
@@ -106,7 +113,7 @@ class Applied:
     def touched(self) -> set[int]:
         """The parameters and buffers that were there and that the growth has written."""
         changes = [part.growth.change for part in self.receipt.parts if part.growth is not None]
-        names = {name for change in changes for name in (*change.index_maps, *change.slope)}
+        names = {name for change in changes for name in change.final.names}
         return {self.before["tensors"][name][0] for name in names & self.before["tensors"].keys()}
 
     def expected(self, now: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -154,6 +161,10 @@ class Sequences(RuleBasedStateMachine):
     def lay(self, operator: Operator, which: int, gamma: float, handed: bool) -> None:
         self._grow(operator, which, gamma, handed)
 
+    @rule(operator=removals, **GROWING)
+    def narrow(self, operator: Operator, which: int, gamma: float, handed: bool) -> None:
+        self._grow(operator, which, gamma, handed)
+
     @rule(operators=st.lists(operators, min_size=1, max_size=2), handed=st.booleans())
     def search(self, operators: Sequence[Operator], handed: bool) -> None:
         before = self._reported_loss()
@@ -161,7 +172,8 @@ class Sequences(RuleBasedStateMachine):
             self._catch_up()
         with self._refused():
             entry = self._grown(handed, lambda optimizer: self._searched(operators, optimizer))
-            assert entry.receipt.loss_after <= before * (1 + 1e-12)
+            removes = any(isinstance(operator, RemoveNeurons) for operator in operators)
+            assert removes or entry.receipt.loss_after <= before * (1 + 1e-12)
             assert_close(
                 self._reported_loss(), entry.receipt.loss_after, "the loss after a search", rtol=1e-9, atol=1e-12
             )
@@ -361,13 +373,11 @@ class Sequences(RuleBasedStateMachine):
         """The optimizer's state is where it was before the growth, and zero where parameters are new."""
         held = dict(entry.before["optimizer"].values())
         for name, p in self.model.named_parameters():
-            new = entry.receipt.parameters.get(name, {})
             for key, old in held.get(id(p), {}).items():
-                kept = now = self.optimizer.state[p][key]
-                for dim, positions in new.items() if now.ndim else ():
-                    kept = kept.index_select(dim, torch.tensor(sorted({*range(now.shape[dim])} - {*positions})))
-                assert torch.equal(kept, old), f"{key} of {name}"
-                assert now.count_nonzero() == old.count_nonzero(), f"{key} of {name}"
+                kept = old
+                for part in entry.receipt.parts if old.ndim else ():
+                    kept = pad(kept, part.growth.change.final.index_maps.get(name, ()))
+                assert torch.equal(self.optimizer.state[p][key], kept), f"{key} of {name}"
 
     def _left_outside(self, growth: Growth) -> set[str]:
         """New parameters beside one that no optimizer has: nobody passed one that would take them."""

@@ -35,7 +35,8 @@ def grow(
 
     A growth is applied only if its held-out gain is more than chance and the loss falls; so nothing may be added. Where
     nothing is to be gained, at most 5 % of calls apply anything, over all operators and places. (Nobody asks about
-    chance without folds, where ``AddNeurons`` is given k, and of growths that leave the function as it is.)
+    chance without folds, where ``AddNeurons`` is given k, and of growths that leave the function as it is.) Of
+    ``RemoveNeurons`` that one is applied by which the loss is predicted to rise least, though it rises.
 
     Args:
         dag: what :func:`dagrow.trace` returned; its model grows in place.

@@ -119,7 +119,7 @@ class History(Printable, Sequence[Record]):
         table = Table("epoch", "train loss", "validation loss", "bottleneck", "grew", "parameters", "FLOPs")
         for r in self.steps:
             if r.grown:
-                grew = ", ".join(f"{grown.where} +{grown.neurons}" for grown in r.grown)
+                grew = ", ".join(f"{grown.where} {grown.neurons:+}" for grown in r.grown)
                 share = "" if r.share is None else f"{r.share:.1%}"
                 validation = "" if r.validation_loss is None else f"{r.validation_loss:.4g}"
                 table.add_row(

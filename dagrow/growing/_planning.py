@@ -12,13 +12,13 @@ from dagrow.surgery import Growth
 
 @dataclass(frozen=True)
 class Budget:
-    """What growths may add together. None is no limit.
+    """What growths may add together. None is no limit. What units that go take with them can be spent again.
 
     Args:
         parameters: entries of parameters.
         flops: floating point operations of one sample's forward pass, as :attr:`Growth.cost` counts them.
         neurons: new units.
-        growths: applied growths. Moves of weights, which add nothing, do not count.
+        growths: applied growths, those by which units go among them. Moves of weights, which add nothing, do not count.
 
     Raises:
         GrowthError: a limit is no whole number, or negative.
@@ -179,7 +179,7 @@ def greedy_plan(
         plan.append(best)
         candidates = [growth for growth in candidates if place(growth) != place(best)]
         budget = budget.minus(best)
-        if best.cost.parameters:
+        if best.cost.parameters and not best.removes:
             explained |= {to: max(part, explained.get(to, 0.0)) for to, part in _parts(best).items()}
 
 
@@ -197,7 +197,7 @@ def _parts(growth: Growth) -> dict[str, float]:
 def _share(growth: Growth, explained: Mapping[str, float]) -> float:
     """The part of what a growth brings that those chosen before it do not bring, 0 to 1."""
     parts = _parts(growth)
-    if not growth.cost.parameters or not sum(parts.values()) > 0:
+    if not growth.cost.parameters or growth.removes or not sum(parts.values()) > 0:
         return 1.0
     new = sum(part if part < 0 else max(0.0, part - explained.get(to, 0.0)) for to, part in parts.items())
     return new / sum(parts.values())

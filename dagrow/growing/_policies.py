@@ -33,7 +33,9 @@ class Policy(ABC):
 
     @abstractmethod
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> Sequence[float]:
-        """One number for each growth: the largest is taken first, one below 0 never. It must not change the model.
+        """One number for each growth: the largest is taken first, one below 0 never, but for units that go, which cost.
+
+        It must not change the model.
 
         Args:
             growths: of one dag, all measured on the model as it is.
@@ -69,7 +71,7 @@ class ByGain(Policy):
 
 @dataclass(frozen=True)
 class ByGainPerParameter(Policy):
-    """The largest gain per parameter first. What adds no parameters is free."""
+    """The largest gain per parameter first, or the smallest loss per parameter that goes. No parameters are free."""
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
         return [_per(expected_gain(growth), growth.cost.parameters) for growth in growths]
@@ -77,7 +79,7 @@ class ByGainPerParameter(Policy):
 
 @dataclass(frozen=True)
 class ByGainPerFlop(Policy):
-    """The largest gain per floating point operation first. What adds none is free."""
+    """The largest gain per floating point operation first, or the smallest loss per one that goes. None is free."""
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
         return [_per(expected_gain(growth), growth.cost.flops) for growth in growths]
@@ -85,7 +87,7 @@ class ByGainPerFlop(Policy):
 
 def _per(gain: float, cost: int) -> float:
     if cost:
-        return gain / cost
+        return gain / abs(cost)
     return inf if gain > 0 else gain
 
 
@@ -106,7 +108,8 @@ class ByLineSearch(Policy):
     depends little on an activation, the best amplitude is large. The fall of the loss at that amplitude has one unit
     everywhere. It costs up to 16 evaluations of the loss for each growth on the batches that choose.
 
-    What lowers it at no amplitude is never chosen, what leaves the function as it is comes last.
+    What lowers it at no amplitude is never chosen. What leaves the function as it is comes last, and then units that
+    go, those first without which the loss is lowest.
     """
 
     def values(self, growths: Sequence[Growth], judge: Objective, past: Sequence[str]) -> list[float]:
