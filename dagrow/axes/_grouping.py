@@ -40,6 +40,17 @@ class AxisLayout:
     labelling: Labelling
     reason: str | None
 
+    @property
+    def least(self) -> int:
+        """How many units it keeps: one, or two where a single one would not be seen to be one.
+
+        A unit of several channels, as of heads, and a group of one channel of a convolution or a norm, is told by the
+        others beside it.
+        """
+        stated = [r.rule.attributes(r.module, self.width) for r in self.entries if r.rule and r.module]
+        in_groups = any("groups" in name for names in stated for name in names)
+        return 2 if in_groups or any(rows.shape[1] > 1 for rows in self.rows.values()) else 1
+
     @cached_property
     def members(self) -> Tensor:
         """Which labels are roots of the axis; the last entry is NO_CHANNEL's."""

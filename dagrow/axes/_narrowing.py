@@ -38,8 +38,8 @@ def narrow(program: Program, layers: Mapping[fx.Node, LayerSite], layout: AxisLa
     Raises:
         CannotWidenError: the model cannot do without them; the message is the reason.
     """
-    if not 0 < len(units) < layout.width:
-        raise CannotWidenError(f"it is {layout.width} wide, and one unit has to stay")
+    if not 0 < len(units) <= layout.width - layout.least:
+        raise CannotWidenError(f"it is {layout.width} wide, and {layout.least} have to stay")
     wider = widen(program, layers, layout, len(units))
     attributes = {
         name: {key: _Mirror().of(getattr(program.model.get_submodule(name), key), size) for key, size in sizes.items()}

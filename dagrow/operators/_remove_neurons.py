@@ -88,8 +88,9 @@ class RemoveNeurons(Operator):
 
     def _obstacle(self, axis: Axis) -> str | None:
         """Why units of the axis cannot go, or None."""
-        is_narrow = axis.width <= (self.k or 1)
-        too_narrow = f"it is {axis.width} wide, and one unit has to stay" if is_narrow else None
+        least = axis.layout.least
+        is_narrow = axis.width - (self.k or 1) < least
+        too_narrow = f"it is {axis.width} wide, and {least} have to stay" if is_narrow else None
         return self._obstacle_at_any_width(axis) or too_narrow
 
     @staticmethod

@@ -40,7 +40,6 @@ from dagrow.solvers._closed_forms import Fit, Move, best_move, directions, expla
 from dagrow.solvers._cross_validation import (
     RIDGES,
     FoldFit,
-    best_ridge,
     fan_out_fits,
     move_fits,
     neuron_ridges,
@@ -84,7 +83,6 @@ __all__ = [
     "add_gram",
     "alternating_least_squares",
     "best_move",
-    "best_ridge",
     "complete",
     "directions",
     "distinct",

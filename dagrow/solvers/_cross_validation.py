@@ -96,7 +96,7 @@ def with_cross_validated_ridge(split: FoldSplit, regression: Regression) -> Regr
             total += _drop(dW, test.product(b, v) @ sketch, test.product(b, b))
         return total
 
-    return replace(regression, ridge=best_ridge(RIDGES, drop))
+    return replace(regression, ridge=_best_ridge(RIDGES, drop))
 
 
 def validate_directions(
@@ -126,7 +126,7 @@ def validate_directions(
         drop = torch.stack([trial.held_out(most, ridge) for trial in trials]).mean(0)
         return drop if k is None else drop[-1:]
 
-    ridge = best_ridge(ridges, functools.cache(lambda ridge: float(mean_drop(ridge).max())))
+    ridge = _best_ridge(ridges, functools.cache(lambda ridge: float(mean_drop(ridge).max())))
     trials += [_Trial.of(*views, regressions, most, ridge) for views in split[len(judges) :]]
     drop = mean_drop(ridge)
     rank = int(drop.argmax()) if k is None else most - 1
@@ -298,20 +298,12 @@ def move_fits(split: FoldSplit, reads: Hashable, goal: Hashable, ridge: float) -
 def _best(ridges: Sequence[float], drop: Callable[[float], list[float]]) -> HeldOutDrop:
     """By the mean over folds of what ``drop`` gives for a ridge."""
     mean = functools.cache(lambda ridge: float(torch.tensor(drop(ridge), dtype=torch.float64).mean()))
-    ridge = best_ridge(ridges, mean)
+    ridge = _best_ridge(ridges, mean)
     return HeldOutDrop(ridge, mean(ridge))
 
 
-def best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> float:
-    """The best ridge, by climbing from the middle one: held-out gains have one maximum in the ridge.
-
-    Args:
-        ridges: to choose from, in increasing order.
-        value: of a ridge; asked more than once.
-
-    Returns:
-        The one of the largest value.
-    """
+def _best_ridge(ridges: Sequence[float], value: Callable[[float], float]) -> float:
+    """The best ridge, by climbing from the middle one: held-out gains have one maximum in the ridge."""
     start = at = len(ridges) // 2
     for step in (1, -1):
         while 0 <= at + step < len(ridges) and value(ridges[at + step]) > value(ridges[at]):

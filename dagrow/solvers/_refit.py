@@ -106,7 +106,7 @@ class Lost:
         for (_, test), fit in pairs:
             gram = dense(test.product(self.reads, self.reads))
             total += float((fit.weights.to(gram) @ gram * fit.weights.to(gram)).sum())
-        return total / self.m.folds
+        return max(0.0, total / self.m.folds)
 
     def _faded(self) -> Tensor:
         change = torch.zeros_like(self.weights)

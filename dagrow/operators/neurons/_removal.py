@@ -15,12 +15,13 @@ from dagrow.errors import GrowthError, NotFiniteError, first_line
 from dagrow.graph import Axis, Dag, Edge
 from dagrow.operators._base import Needs, Operator, Steps
 from dagrow.operators.neurons._places import unmeasured
-from dagrow.solvers import Lost, Moments, Pair, Reader, Verdict, best_ridge, least_needed
+from dagrow.solvers import Lost, Moments, Pair, Reader, Verdict, least_needed
 from dagrow.statistics import FitScore, InputFeatures, Objective, OutputGoal, SampleScores, UnitEffects
 from dagrow.surgery import Growth, cost_of, removal
 
 Score = Literal["refit", "magnitude", "taylor"]
 SAME = 1e-9  #: a relative rise of the loss that is none
+ROUNDED = 64  #: times what moments tell apart: another one
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class Removal:
     k: int | None
     score: Score
     ridges: tuple[float, ...]
+
+    @property
+    def most(self) -> int:
+        """How many may go."""
+        return self.axis.width - self.axis.layout.least
 
     @cached_property
     def consumers(self) -> tuple[Edge, ...]:
@@ -98,10 +104,9 @@ def remove_units(settings: Removal, objective: Objective) -> Steps:
     choice = _Choice(settings, objective, (yield Needs(settings.pairs())))
     if settings.k is not None:
         return (yield from choice.judged(settings.k))
-    best, enough, too_many = None, 0, settings.axis.width
+    best, enough, too_many, most = None, 0, settings.most + 1, settings.most
     while too_many - enough > 1:  # at first twice as many every time, then halves of what is between
-        count = min(2 * enough or 1, settings.axis.width - 1) if too_many == settings.axis.width else 0
-        count = count or (enough + too_many) // 2
+        count = min(2 * enough or 1, most) if too_many > most else (enough + too_many) // 2
         growth = yield from choice.judged(count)
         assert isinstance(growth, Growth)
         if choice.is_free(growth):
@@ -143,7 +148,7 @@ class _Choice:
             )
             for c in settings.consumers
         ]
-        return least_needed(readers, settings.k or settings.axis.width - 1, ridge, self.m.resolution)
+        return least_needed(readers, settings.k or settings.most, ridge, self.m.resolution)
 
     def lost(self, units: Tensor) -> dict[str, Lost]:
         """What each consumer loses with some units."""
@@ -158,12 +163,7 @@ class _Choice:
 
     def judged(self, count: int) -> Steps:
         """So many units, and what is predicted of the loss without them."""
-        ridges = self.settings.ridges
-
-        def kept(ridge: float) -> float:
-            return -sum(lost.held_out(ridge) for lost in self.lost(self.order(ridge)[:count]).values())
-
-        ridge = best_ridge(ridges, lru_cache(maxsize=None)(kept)) if len(ridges) > 1 else ridges[0]
+        ridge = self._ridge(count)
         lost = self.lost(self.order(ridge)[:count])
         growth, energy = self._growth(self.order(ridge)[:count], lost, ridge)
         rise = self._measured(growth) - self.m.loss
@@ -174,6 +174,16 @@ class _Choice:
         )
         moments = yield Needs([(scores, scores)])
         return _predicted(growth, moments.sums[scores, scores].sum(0), rise, energy)
+
+    def _ridge(self, count: int) -> float:
+        """The ridge with which least is lost on samples that were left out: more and more of it, as long as that helps."""
+        best, least = self.settings.ridges[0], float("inf")
+        for ridge in self.settings.ridges if len(self.settings.ridges) > 1 else ():  # each chooses units of its own
+            lost = sum(each.held_out(ridge) for each in self.lost(self.order(ridge)[:count]).values())
+            if lost >= least:
+                break
+            best, least = ridge, lost
+        return best
 
     def _measured(self, growth: Growth) -> float:
         """The loss without the units, on the measured samples."""
@@ -210,7 +220,8 @@ class _Choice:
         """Whether its predicted rise cannot be told from none: it is at most its standard error."""
         assert growth.heldout_gain is not None
         assert growth.heldout_error is not None
-        return -growth.heldout_gain <= growth.heldout_error + SAME * abs(self.m.loss)
+        rounding = max(SAME, ROUNDED * self.m.resolution) * abs(self.m.loss)
+        return -growth.heldout_gain <= growth.heldout_error + rounding
 
 
 def _predicted(growth: Growth, sums: Tensor, rise: float, energy: float) -> Growth:
