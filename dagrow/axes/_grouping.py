@@ -47,7 +47,9 @@ class AxisLayout:
         A unit of several channels, as of heads, and a group of one channel of a convolution or a norm, is told by the
         others beside it.
         """
-        stated = [r.rule.attributes(r.module, self.width) for r in self.entries if r.rule and r.module]
+        stated = [
+            r.rule.attributes(r.module, self.width) for r in self.entries if r.rule is not None and r.module is not None
+        ]
         in_groups = any("groups" in name for names in stated for name in names)
         return 2 if in_groups or any(rows.shape[1] > 1 for rows in self.rows.values()) else 1
 

@@ -86,7 +86,7 @@ class Growth(Printable):
     @property
     def removes(self) -> bool:
         """Whether units go: they fade out as gamma goes to 1, and only there the model can do without them."""
-        return self.change.narrowed is not None
+        return self.neurons < 0
 
     @property
     def is_whole(self) -> bool:

@@ -1,7 +1,7 @@
 """The conformance kit for operators and rules of one's own.
 
 Takes an operator and models (or a :class:`Case`: a model in float64 with batches and a loss), and raises AssertionError
-where one of ten laws does not hold: that a growth changes nothing at gamma = 0, that the loss falls as steeply as it
+where one of eleven laws does not hold: that a growth changes nothing at gamma = 0, that the loss falls as steeply as it
 foretells, that nothing explains more, that ``undo`` restores every bit. Each law is a function of its own. Rules of
 layers and operations are checked with :func:`try_axis`, which grows an axis and looks whether the function stays. The
 slopes and regressions that the laws compare with are brute force and know nothing of the package's moments and solvers.

@@ -50,6 +50,38 @@ def test_optimizers_that_are_gone_leave_nothing_in_the_log() -> None:
     assert not log.informed
 
 
+def test_state_of_an_optimizer_that_slept_follows_through_shapes_that_come_again() -> None:
+    """Units go and come, twice: the shapes are those of before, of other units."""
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    held = optimizer.state[model[0].weight]["exp_avg"].clone()
+    units = [0, 1, 2]  # -1 for new ones
+    for gone in (0, 1):
+        growth = dagrow.surgery.removal(dag, dag.axis("0"), torch.tensor([gone]), {})
+        dagrow.surgery._apply.apply(dag, growth, 1.0)
+        grow(dag, 1)
+        units = [unit for at, unit in enumerate(units) if at != gone] + [-1]
+    assert units == [1, -1, -1]
+    optimizer.zero_grad()
+    optimizer.step()
+    now = optimizer.state[model[0].weight]["exp_avg"]
+    assert torch.equal(now, torch.stack([held[1], 0 * held[0], 0 * held[0]]))
+
+
+def test_state_that_was_loaded_since_is_that_of_the_present_units() -> None:
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    optimizer.zero_grad()
+    optimizer.step()
+    dagrow.surgery._apply.apply(dag, dagrow.surgery.removal(dag, dag.axis("0"), torch.tensor([0]), {}), 1.0)
+    grow(dag, 1)
+    step(model, optimizer)
+    kept = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer)
+    optimizer.load_state_dict(kept)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], kept["state"][0]["exp_avg"])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_goes_on_after_a_growth() -> None:
     for model in (nn.Linear(3, 1), grown_model()):

@@ -176,7 +176,7 @@ class _Choice:
         return _predicted(growth, moments.sums[scores, scores].sum(0), rise, energy)
 
     def _ridge(self, count: int) -> float:
-        """The ridge with which least is lost on samples that were left out: more and more of it, as long as that helps."""
+        """The ridge with which least is lost on samples that were left out: more of it, as long as that helps."""
         best, least = self.settings.ridges[0], float("inf")
         for ridge in self.settings.ridges if len(self.settings.ridges) > 1 else ():  # each chooses units of its own
             lost = sum(each.held_out(ridge) for each in self.lost(self.order(ridge)[:count]).values())
