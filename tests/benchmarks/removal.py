@@ -59,9 +59,8 @@ def by_fisher(growth: Growth, losses: Losses, x: Tensor, y: Tensor) -> float:
 
 
 def main() -> None:
-    print(
-        "| loss | samples | units | others | predicted | fitted | Fisher | z |\n|---|---:|---:|---:|---:|---:|---:|---:|"
-    )
+    columns = ("loss", "samples", "units", "others", "predicted", "fitted", "Fisher", "z")
+    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * 7}")
     rivals = {}
     for kind, losses in KINDS.items():
         models = [trained(losses, seed) for seed in range(SEEDS)]

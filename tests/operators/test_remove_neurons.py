@@ -645,6 +645,33 @@ def test_training_short_copies_values_what_is_left_of_them() -> None:
 # ---------------------------------------------------------------- laws
 
 
+class Loop(nn.Module):
+    """A layer that writes the axis that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        return self.last(x + self.inner(x).tanh())
+
+
+@pytest.mark.parametrize("operator", [RemoveNeurons(k=2, folds=1), RemoveNeurons(k=2, ridge=0.0)], ids=repr)
+def test_a_layer_that_writes_what_it_reads_loses_rows_and_columns(operator: RemoveNeurons) -> None:
+    model, batches = built(Loop), data(4)
+    dag = dagrow.trace(model, batches[0][0])
+    growth = of(dag, batches, operator, "first+inner")
+    case = dagrow.testing.Case(model, batches, half_square)
+    dagrow.testing.check_slope(growth)
+    dagrow.testing.check_drop(growth, case)
+    narrowing(operator, case)
+    lost = growth.change.slope["inner.weight"]
+    assert not lost[gone(growth)].any()  # what goes itself needs no refit
+    growth.apply()
+    assert model.inner.weight.shape == (3, 3)
+
+
 def test_the_laws_hold_on_images_and_heads() -> None:
     for name in ("convolutions", "heads", "two readers"):
         model, batches, *_ = place(name)
