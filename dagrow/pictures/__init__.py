@@ -16,9 +16,9 @@ It knows nothing of models, dags or growths, so that a history can be drawn wher
 True
 """
 
-from dagrow.pictures._figures import check_figure, empty_figure, tidy, write
+from dagrow.pictures._figures import check_figure, check_place, empty_figure, rendered, write, write_bytes
 from dagrow.pictures._graph_plot import draw_graph
-from dagrow.pictures._history_plots import draw_plot, draw_widths, log_scale
+from dagrow.pictures._history_plots import draw_plot, log_scale
 from dagrow.pictures._page import write_page
 from dagrow.pictures._records import Activation, Grown, Link, Record, Snapshot
 
@@ -29,12 +29,13 @@ __all__ = [
     "Record",
     "Snapshot",
     "check_figure",
+    "check_place",
     "draw_graph",
     "draw_plot",
-    "draw_widths",
     "empty_figure",
     "log_scale",
-    "tidy",
+    "rendered",
     "write",
+    "write_bytes",
     "write_page",
 ]

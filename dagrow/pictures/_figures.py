@@ -25,7 +25,14 @@ def check_figure(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises FigureError unless a file can be put there."""
+    """Finds out early whether a file can be put somewhere.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FigureError: it cannot.
+    """
     if path.is_dir():
         raise FigureError(f"figure {path} is a folder; give a file.")
     if not path.parent.is_dir():
@@ -81,13 +88,34 @@ def write(drawing: Any, path: Path) -> None:
     Raises:
         FigureError: it cannot be written.
     """
+    write_bytes(rendered(drawing, path.suffix.lstrip(".").lower()), path)
+
+
+def rendered(drawing: Any, kind: str) -> bytes:
+    """A figure as the content of a file.
+
+    Args:
+        drawing: a matplotlib figure.
+        kind: "png", "svg" or another of matplotlib's formats.
+
+    Returns:
+        What would be in the file.
+    """
     content = io.BytesIO()
-    drawing.savefig(content, format=path.suffix.lstrip(".").lower(), dpi=130)
-    write_bytes(content.getvalue(), path)
+    drawing.savefig(content, format=kind, dpi=130)
+    return content.getvalue()
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """Writes a file, or raises FigureError."""
+    """Writes a file.
+
+    Args:
+        content: of the file.
+        path: of the file.
+
+    Raises:
+        FigureError: it cannot be written.
+    """
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -5,28 +5,26 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from dagrow.errors import DagrowError
 from dagrow.graph import Dag, trace
-from dagrow.pictures import check_figure
+from dagrow.pictures import check_figure, check_place, write
 from dagrow.reporting._data import Dataset, digits, mnist
-from dagrow.reporting._demo import Config, Training, compare
-from dagrow.reporting._demo_report import comparison, ending, equal, figure, growth_head, growth_lines, legend, refusals
+from dagrow.reporting._demo import DIGITS, MNIST, Config, Run, run
+from dagrow.reporting._demo_report import ahead, comparison, cost, drawn, equal, found, setting, write_page
 
 WRONG, INTERRUPTED = 2, 130
 ITSELF = "(the model itself)"
-DIGITS, MNIST = Config(epochs=30, growing=20, batch=32), Config(epochs=12, growing=8, batch=128)
 DTYPES = {name: getattr(torch, name) for name in ("float", "double", "half", "bfloat16", "long", "int", "bool")}
 
 
@@ -74,18 +72,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     demo = commands.add_parser(
         "demo",
-        help="watch a network grow that nobody sized, and compare it",
-        description="Grows a network with two hidden layers of one neuron each until no neuron is worth adding, then "
-        "trains as long its twin with as many random neurons, and its last architecture from scratch.",
+        help="make a trained network larger, and compare it with other ways to go on",
+        description="Trains a small network until it stops improving. Then, for several budgets of further steps: it "
+        "goes on as it is, a large one is trained from scratch, and it is made as large as that with random neurons, "
+        "with copies (Net2Net) and with dagrow.enlarge. Prints a table, draws a figure and writes a page.",
     )
     data = "a folder with MNIST's four IDX files, gzipped or not (default: the digits bundled with scikit-learn)"
     demo.add_argument("--data", type=Path, metavar="DIR", help=data)
-    seed = "of the split, weights, batches and random neurons (default: 0); the same seed gives the same run"
-    demo.add_argument("--seed", type=lambda text: _whole(text, 0, 2**32 - 1), default=0, metavar="N", help=seed)
+    seed = "the first, of the split, weights, batches and random neurons (default: 0); the same seed gives the same run"
+    demo.add_argument("--seed", type=lambda text: _whole(text, 0, 2**31), default=0, metavar="N", help=seed)
+    seeds = "how many, one after the other (default: 3)"
+    demo.add_argument("--seeds", type=lambda text: _whole(text, 1, 1000), default=3, metavar="N", help=seeds)
     file = "where to save the figure; its ending is its format (default: ./dagrow-demo.png)"
     demo.add_argument("--figure", type=Path, default=Path("dagrow-demo.png"), metavar="FILE", help=file)
-    epochs = "of training; growth is over after two thirds"
-    demo.add_argument("--epochs", type=lambda text: _whole(text, 1, 10**6), metavar="N", help=epochs)
+    page = "where to save the page (default: ./dagrow-demo.html)"
+    demo.add_argument("--page", type=Path, default=Path("dagrow-demo.html"), metavar="FILE", help=page)
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser(
         "inspect",
@@ -144,45 +145,40 @@ def _say(console: Console, text: str) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     check_figure(arguments.figure)
-    data = digits(arguments.seed) if arguments.data is None else mnist(arguments.data, arguments.seed)
-    config = replace(DIGITS if arguments.data is None else MNIST, seed=arguments.seed)
-    if arguments.epochs is not None:
-        config = replace(config, epochs=arguments.epochs, growing=max(1, arguments.epochs * 2 // 3))
-    console = Console(highlight=False)
-    _say(
-        console,
-        f"{data.name}: {len(data.train)} images to train on, {len(data.validation)} to validate, {len(data.test)} to "
-        f"test; {data.features} pixels, {data.classes} classes. Hidden layers start with one neuron each; after each "
-        f"of the first {config.growing} of {config.epochs} epochs, each is offered the neurons that are worth adding.",
-    )
+    check_place(arguments.page)
+    folder, seeds = arguments.data, range(arguments.seed, arguments.seed + arguments.seeds)
+    config, load = (DIGITS, digits) if folder is None else (MNIST, partial(mnist, folder))
+    data, console = load(seeds[0]), Console(highlight=False)
+    _say(console, f"{setting(data, config)}\n")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small are no faster on more, and one repeats exactly
     try:
-        trainings = _compared(console, data, config)
+        runs = _runs(console, load, config, seeds)
     finally:
         torch.set_num_threads(threads)
-    _say(console, f"{legend(console.width)}\n\n{ending(trainings[0], config)}\n")
-    console.print(comparison(trainings, data))
-    for line in filter(None, map(refusals, trainings)):
-        _say(console, line)
-    _say(console, equal(data, config))
-    figure(trainings, data, arguments.figure)
-    _say(console, f"\nFigure: {arguments.figure}")
+    print()
+    console.print(comparison(runs, config))
+    _say(console, "\n".join((ahead(runs, config), cost(runs), equal(config))))
+    drawing = drawn(runs, data, config)
+    write(drawing, arguments.figure)
+    write_page(runs, data, config, drawing, arguments.page)
+    _say(console, f"\nFigure: {arguments.figure}\nPage: {arguments.page}")
 
 
-def _compared(console: Console, data: Dataset, config: Config) -> list[Training]:
-    columns = TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs")
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("", total=3 * config.epochs)
+def _runs(console: Console, load: Callable[[int], Dataset], config: Config, seeds: Sequence[int]) -> list[Run]:
+    """One for each seed, with a bar on terminals and a line for each that is over."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    runs: list[Run] = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(seeds))
+        for seed in seeds:
 
-        def trained(training: Training) -> None:
-            for line in growth_lines(training, console.width):
-                print(line)
-            bar.advance(task)
+            def heard(doing: str, done: float, seed: int = seed) -> None:
+                bar.update(task, description=f"seed {seed}: {doing}", completed=len(runs) + done)
 
-        print("\n" + growth_head(console.width))
-        return compare(data, config, lambda training: bar.update(task, description=training.name), trained)
+            runs.append(run(load(seed), config, seed, heard))
+            console.print(found(runs[-1]))
+    return runs
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

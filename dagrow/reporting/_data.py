@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dagrow.errors import DataError
 
@@ -52,7 +52,17 @@ class Dataset:
 
 
 def digits(seed: int = 0) -> Dataset:
-    """1797 images of 8 x 8 pixels, bundled with scikit-learn: a fifth to test, a fifth of the rest to validate."""
+    """Images of 8 x 8 pixels, bundled with scikit-learn, each at the nine places up to a pixel away from its own.
+
+    Args:
+        seed: of the split.
+
+    Returns:
+        Of the 1797, a fifth to test and a fifth of the rest to validate; no image is in two parts, shifted or not.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -60,7 +70,17 @@ def digits(seed: int = 0) -> Dataset:
     pixels, labels = load_digits(return_X_y=True)
     samples = Samples(torch.as_tensor(pixels, dtype=torch.float32), torch.as_tensor(labels).long()).shuffled(seed)
     test, rest = samples.split(len(samples) // 5)
-    return _standardized("digits of scikit-learn", rest, test, 5)
+    data = _standardized("digits of scikit-learn, shifted by up to one pixel", rest, test, 5)
+    parts = [_shifted(part, 8) for part in (data.train, data.validation, data.test)]
+    return Dataset(data.name, parts[0], parts[1], parts[2], data.classes)
+
+
+def _shifted(samples: Samples, side: int) -> Samples:
+    """Square images at nine places, with the darkest pixel where nothing is known."""
+    images = samples.inputs.view(-1, side, side)
+    wide = nn.functional.pad(images, (1, 1, 1, 1), value=float(images.min()))
+    shifted = [wide[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    return Samples(torch.cat(shifted).flatten(1), samples.target.repeat(9))
 
 
 def mnist(folder: str | Path, seed: int = 0) -> Dataset:

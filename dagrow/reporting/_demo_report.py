@@ -1,153 +1,210 @@
-"""What the demo says: a line per growth, a table that compares the trainings, a figure."""
+"""What the demo says: a table, who is ahead, a figure that names its lines, and a page with all of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
 from pathlib import Path
+from statistics import median
+from string import Template
 from typing import Any
 
 from rich.table import Table
 
-from dagrow.pictures import draw_widths, empty_figure, log_scale, tidy, write
+from dagrow.pictures import empty_figure, log_scale, rendered, write_bytes
 from dagrow.reporting._data import Dataset
-from dagrow.reporting._demo import Config, Training
+from dagrow.reporting._demo import ARMS, CONTINUED, COPIES, ENLARGED, RANDOM, SCRATCH, Config, Run
 
-REACH = 0.9  #: the test accuracy whose epoch the table tells
-WIDE = 100  #: columns from which the lines of growths tell more
-STYLES = {"grown": ("#0b6e4f", "-"), "random neurons": ("#d1495b", "--"), "from scratch": ("#3d5a80", ":")}
-Column = tuple[str, int, Callable[[Mapping[str, Any]], str]]  #: title, width, content
-COLUMNS: tuple[Column, ...] = (
-    ("#", 2, lambda row: f"{row['number']}"),
-    ("ep", 2, lambda row: f"{row['epoch']}"),
-    ("where", 7, lambda row: row["where"]),
-    ("new", 3, lambda row: f"+{row['neurons']}"),
-    ("gain", 7, lambda row: _small(row["gain"])),
-    ("heldout", 7, lambda row: _small(row["heldout_gain"])),
-    ("+/-", 7, lambda row: _small(row["heldout_error"])),
-    ("gamma", 6, lambda row: f"{row['gamma']:.3g}"),
-    ("loss at growth", 14, lambda row: f"{row['loss_before']:.4f}->{row['loss_after']:.4f}"),
-    ("params", 6, lambda row: f"{row['parameters']}"),
-    ("train", 11, lambda row: f"{row['train loss']:.3f} {100 * row['train accuracy']:5.1f}"),
-    ("test", 11, lambda row: f"{row['test loss']:.3f} {100 * row['test accuracy']:5.1f}"),
-)
+COLORS = {ENLARGED: "#0b6e4f", SCRATCH: "#d1495b", RANDOM: "#c77d0a", COPIES: "#7b4fa3", CONTINUED: "#6b7280"}
+NAMES = {
+    ENLARGED: "dagrow.enlarge",
+    SCRATCH: "large, from scratch",
+    RANDOM: "random neurons",
+    COPIES: "copies (Net2Net)",
+    CONTINUED: "small, trained on",
+}
+TOP, GAP = 1.3, 0.058  #: of what is drawn, over the small network's error; between labels, in parts of the height
 
 
-def _small(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.1e}"
+def errors(runs: Sequence[Run], arm: str, budget: int) -> list[float]:
+    """Of all seeds, after a budget by its number from 1, or at once, 0."""
+    return [run.arms[arm].errors[budget] for run in runs]
 
 
-def _columns(width: int) -> list[Column]:
-    return [column for column in COLUMNS if width >= WIDE or column[0] not in ("+/-", "gamma")]
+def found(run: Run) -> str:
+    """A line on a seed."""
+    small, arms = run.arms[CONTINUED].errors[0], run.arms
+    listed = ", ".join(f"{arm} {arms[arm].errors[-1]:.1f}" for arm in ARMS)
+    return f"seed {run.seed}: stopped improving after {run.steps:,} steps at {small:.1f} %; in the end {listed}"
 
 
-def growth_head(width: int) -> str:
-    """Titles over :func:`growth_lines`."""
-    return " ".join(f"{title:>{size}}" for title, size, _ in _columns(width))
+def _titles(config: Config) -> list[str]:
+    return ["at once", *(f"{100 * budget:g} %" for budget in config.budgets)]
 
 
-def growth_lines(training: Training, width: int) -> list[str]:
-    """A line for each growth after the last epoch."""
-    record, growths = training.history[-1], training.history.growths()
-    after = {**training.scores[-1], "parameters": record.parameters}
-    rows = [{**growth, **after, "number": number} for number, growth in enumerate(growths, 1)]
-    return [
-        " ".join(f"{content(row):>{size}}" for _, size, content in _columns(width))
-        for row in rows[len(rows) - len(record.grown) :]
-    ]
+def _cells(runs: Sequence[Run], arm: str, config: Config) -> list[tuple[str, str]]:
+    """Median, and range if there are several seeds."""
+    cells = []
+    for budget in range(len(config.budgets) + 1):
+        values = errors(runs, arm, budget)
+        spread = f"{min(values):.1f} - {max(values):.1f}" if len(values) > 1 else ""
+        cells.append((f"{median(values):.1f}", spread))
+    return cells
 
 
-def legend(width: int) -> str:
-    """What the titles mean."""
-    gamma = " gamma: the amplitude that the line search chose." if width >= WIDE else ""
-    return (
-        "ep: the epoch. gain: slope of the loss along the new neurons, predicted in closed form; heldout: what a "
-        f"fan-out fitted on the other folds explains of each.{gamma} loss at growth: on the validation part, "
-        "right before and right after. params, train, test: parameters, loss and accuracy in % right after the growths "
-        "of the epoch."
-    )
-
-
-def ending(training: Training, config: Config) -> str:
-    """Why the growth of a network ended."""
-    last = max((record.epoch for record in training.history if record.added), default=0)
-    asked = max((record.epoch for record in training.history if record.asked), default=0)
-    if asked < last + config.patience:
-        return f"Growth was still under way when it was cut off after epoch {asked}."
-    return f"Growth ended by itself: for {config.patience} epochs after epoch {last} no neuron was worth adding."
-
-
-def equal(data: Dataset, config: Config) -> str:
-    """What is the same in all trainings, and what is not."""
-    steps = -(-len(data.train) // config.batch)
-    return (
-        f"Equal in all runs: the split, {config.epochs} epochs of {steps} steps with batches of {config.batch} in the "
-        f"same order, Adam at a learning rate of {config.lr:g}, the last architecture. The two that grow also start "
-        "from the same weights and widen the same layers by as much at the same times, each growth at the amplitude "
-        "that is best on the validation part. Nothing was chosen on the test part. Not equal: the run from scratch has "
-        "its full size from the first epoch, and the last architecture was told to it by the run that grew."
-    )
-
-
-def refusals(training: Training) -> str | None:
-    """A line on the growths that no amplitude made worth it."""
-    if not training.refused:
-        return None
-    return (
-        f"{training.refused} of the {len(training.falls)} growths of {training.name} lowered the validation loss at no "
-        "amplitude; those neurons came in with zero fan-out."
-    )
-
-
-def comparison(trainings: Sequence[Training], data: Dataset) -> Table:
-    """One column per training; the test accuracy comes with its standard error."""
-    table = Table("", *(training.name for training in trainings), title="After equal training", title_justify="left")
+def comparison(runs: Sequence[Run], config: Config) -> Table:
+    """A row for each arm."""
+    title = f"Test error in %, after further steps in % of those of the small network{_seeds(runs)}"
+    table = Table("", *_titles(config), title=title, title_justify="left", show_lines=len(runs) > 1)
     for column in table.columns[1:]:
         column.justify = "right"
-    work = max(training.work for training in trainings)
-    rows: dict[str, Callable[[Training], str]] = {
-        "hidden widths, start": lambda t: f"{[*t.history.snapshots[0].widths.values()]}",
-        "hidden widths, end": lambda t: f"{[*t.widths]}",
-        "parameters": lambda t: f"{t.parameters[-1]:,}",
-        "loss fall at growths": lambda t: f"{sum(t.falls):.3f}" if t.falls else "-",
-        "train loss": lambda t: f"{t.scores[-1]['train loss']:.4f}",
-        "train accuracy": lambda t: f"{t.scores[-1]['train accuracy']:.1%}",
-        "test loss": lambda t: f"{t.scores[-1]['test loss']:.4f}",
-        "test accuracy": lambda t: _with_error(t.scores[-1]["test accuracy"], len(data.test)),
-        f"epochs to {REACH:.0%} on test": lambda t: str(t.reached(REACH) or "never"),
-        "operations of training": lambda t: f"{t.work / work:.0%}",
-        "seconds, all included": lambda t: f"{t.seconds:.1f}",
-    }
-    for title, content in rows.items():
-        table.add_row(title, *map(content, trainings))
+    for arm in ARMS:
+        table.add_row(NAMES[arm], *("\n".join(filter(None, cell)) for cell in _cells(runs, arm, config)))
     return table
 
 
-def _with_error(accuracy: float, samples: int) -> str:
-    return f"{accuracy:.1%} +/- {(accuracy * (1 - accuracy) / samples) ** 0.5:.1%}"
+def _seeds(runs: Sequence[Run]) -> str:
+    return f"; median and range of {len(runs)} seeds" if len(runs) > 1 else f"; seed {runs[0].seed}"
 
 
-def figure(trainings: Sequence[Training], data: Dataset, path: Path) -> None:
-    """Test loss and accuracy of all trainings over epochs, and the widths of the one that grew.
+def ahead(runs: Sequence[Run], config: Config) -> str:
+    """On how many seeds dagrow has the least error, budget by budget, and on how many at every budget."""
+    numbers = range(1, len(config.budgets) + 1)
+    counts = [sum(run.is_ahead(ENLARGED, number) for run in runs) for number in numbers]
+    everywhere = sum(all(run.is_ahead(ENLARGED, number) for number in numbers) for run in runs)
+    listed = ", ".join(f"{count} at {title}" for count, title in zip(counts, _titles(config)[1:], strict=True))
+    return (
+        f"{NAMES[ENLARGED]} has the lowest test error of all on so many of {len(runs)} "
+        f"{'seed' if len(runs) == 1 else 'seeds'}: {listed}; at every budget on {everywhere}."
+    )
+
+
+def cost(runs: Sequence[Run]) -> str:
+    """How long it took to make the networks larger, in seconds and in steps."""
+    parts = []
+    for arm in (ENLARGED, RANDOM, COPIES):
+        seconds = median(run.arms[arm].seconds for run in runs)
+        steps = [run.arms[arm].seconds / run.arms[arm].step for run in runs]
+        share = median(count / run.steps for count, run in zip(steps, runs, strict=True))
+        parts.append(f"{NAMES[arm]} {seconds:.2f} s, as long as {median(steps):.0f} steps ({100 * share:.0f} %)")
+    return f"Steps do not count what it took to make the network larger: {'; '.join(parts)}."
+
+
+def equal(config: Config) -> str:
+    """What is the same in all arms, and what is not."""
+    return (
+        f"Equal in all arms: the split, batches of {config.batch} in the same order, Adam, and for each budget a "
+        f"training of its own, with the rate held for {100 * config.held:.0f} % of it and then falling to zero along "
+        "half a cosine. Not equal: the rates, which were tuned for each arm and budget on other seeds. Copies get some "
+        "noise, without which equal neurons stay equal. Nothing was chosen on the test part. With more time than "
+        "this, training from scratch catches up."
+    )
+
+
+def setting(data: Dataset, config: Config) -> str:
+    """What is done, in short."""
+    small, large = (
+        "-".join(map(str, (data.features, *widths, data.classes))) for widths in (config.widths, config.large)
+    )
+    return (
+        f"{data.name}: {len(data.train):,} images to train on, {len(data.validation):,} to validate, "
+        f"{len(data.test):,} to test. A network {small} is trained until its validation loss stops falling. There "
+        "is time for a few more steps, not for starting over: train it on, train a large one "
+        f"({large}) from scratch, or make it as large as that with new neurons and train on?"
+    )
+
+
+def drawn(runs: Sequence[Run], data: Dataset, config: Config) -> Any:
+    """A line for each arm: test error over further steps, named at its end."""
+    drawing = empty_figure(9.2, 5.4)
+    axes = drawing.subplots()
+    places = [100 * budget for budget in (0.0, *config.budgets)]
+    ends = {}
+    for arm in reversed(ARMS):
+        columns = [errors(runs, arm, budget) for budget in range(len(places))]
+        middle, first = [max(median(column), 0.01) for column in columns], arm == ENLARGED
+        style = {"color": COLORS[arm], "linewidth": 3 if first else 1.8, "zorder": 4 if first else 3}
+        axes.plot(places, middle, "o-", markersize=5, **style)
+        axes.fill_between(places, [*map(min, columns)], [*map(max, columns)], color=COLORS[arm], alpha=0.1, linewidth=0)
+        ends[arm] = middle[-1]
+    lows = [min(errors(runs, arm, budget)) for arm in ARMS for budget in range(len(places))]
+    bottom, top = max(0.8 * min(lows), 0.02), TOP * max(max(errors(runs, CONTINUED, 0)), 0.1)
+    log_scale(axes)
+    axes.set(ylim=(bottom, top), xlim=(-0.5, places[-1]), xticks=places)
+    axes.set_xlabel(f"further training steps, in % of the {_steps(runs)} that the small network took")
+    axes.set_ylabel("test error, % (logarithmic)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_lines(axes, ends)
+    drawing.suptitle("A trained network has stopped improving: what lowers its error in little time?", fontsize=13)
+    axes.set_title(_subtitle(runs, data, config), fontsize=9, color="#52606d")
+    return drawing
+
+
+def _steps(runs: Sequence[Run]) -> str:
+    least, most = min(run.steps for run in runs), max(run.steps for run in runs)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _subtitle(runs: Sequence[Run], data: Dataset, config: Config) -> str:
+    widths = " and ".join(f"{old} to {new}" for old, new in zip(config.widths, config.large, strict=True))
+    seeds = f"median of {len(runs)} seeds, shaded: their range" if len(runs) > 1 else f"seed {runs[0].seed}"
+    return f"{data.name}; hidden widths {widths}; {seeds}"
+
+
+def _name_lines(axes: Any, ends: dict[str, float]) -> None:
+    """A label at the right of each line, moved apart where lines end close together."""
+    to_part = axes.transAxes.inverted().transform
+    heights = {arm: to_part(axes.transData.transform((0, end)))[1] for arm, end in ends.items()}
+    for arm, at in apart(heights).items():
+        axes.annotate(
+            f"{NAMES[arm]}  {ends[arm]:.1f} %",
+            (1.0, heights[arm]),
+            (1.035, at),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=COLORS[arm],
+            va="center",
+            fontsize=10,
+            fontweight="bold" if arm == ENLARGED else "normal",
+            arrowprops={"arrowstyle": "-", "color": COLORS[arm], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
+            annotation_clip=False,
+        )
+
+
+def apart(heights: dict[str, float]) -> dict[str, float]:
+    """Places for labels, in their order and at least ``GAP`` from each other, near those that they name."""
+    names = sorted(heights, key=lambda name: heights[name])
+    placed: list[float] = []
+    for name in names:
+        placed.append(max(heights[name], placed[-1] + GAP if placed else 0.0))
+    for number in reversed(range(len(placed))):
+        placed[number] = min(placed[number], 1.0 - GAP * (len(placed) - 1 - number))
+    return dict(zip(names, placed, strict=True))
+
+
+def write_page(runs: Sequence[Run], data: Dataset, config: Config, drawing: Any, path: Path) -> None:
+    """The figure, the table and the text as one HTML file that loads nothing.
 
     Raises:
-        FigureError: matplotlib is not installed, or the file cannot be written.
+        FigureError: it cannot be written.
     """
-    drawing = empty_figure(13, 4.2)
-    loss, accuracy, widths = drawing.subplots(1, 3)
-    for training in trainings:
-        color, line = STYLES[training.name]
-        style = {"color": color, "linestyle": line, "linewidth": 2, "label": training.name}
-        loss.plot([score["test loss"] for score in training.scores], **style)
-        accuracy.plot([100 * score["test accuracy"] for score in training.scores], **style)
-    grown = trainings[0].history
-    first = grown.snapshots[0].widths
-    draw_widths(widths, [(0, first), *((record.epoch, record.widths) for record in grown)])
-    loss.set(title="Test loss", ylabel="cross-entropy")
-    log_scale(loss)
-    accuracy.set(title="Test accuracy", ylabel="%")
-    loss.legend()
-    accuracy.legend(loc="lower right")
-    for axes in (loss, accuracy, widths):
-        tidy(axes)
-    drawing.suptitle(f"{data.name}: from {[*first.values()]} to {[*trainings[0].widths]}")
-    write(drawing, path)
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("", *_titles(config)))
+    rows = "".join(
+        f'<tr style="color:{COLORS[arm]}"><td>{escape(NAMES[arm])}</td>'
+        + "".join(f"<td>{middle}<small>{spread}</small></td>" for middle, spread in _cells(runs, arm, config))
+        + "</tr>"
+        for arm in ARMS
+    )
+    template = Template(files("dagrow.reporting").joinpath("page.html").read_text(encoding="utf-8"))
+    text = template.substitute(
+        setting=escape(setting(data, config)),
+        figure=base64.b64encode(rendered(drawing, "svg")).decode(),
+        caption=escape(f"Test error in %, after further steps in % of those of the small network{_seeds(runs)}"),
+        head=head,
+        rows=rows,
+        ahead=escape(ahead(runs, config)),
+        cost=escape(cost(runs)),
+        equal=escape(equal(config)),
+    )
+    write_bytes(text.encode(), path)

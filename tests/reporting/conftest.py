@@ -4,7 +4,7 @@ import pytest
 from demo_runs import TINY
 
 from dagrow.reporting._data import Dataset, digits
-from dagrow.reporting._demo import Training, compare
+from dagrow.reporting._demo import Run, run
 
 
 @pytest.fixture(scope="session")
@@ -13,5 +13,5 @@ def data() -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def runs(data) -> list[Training]:
-    return compare(data, TINY)
+def runs(data) -> list[Run]:
+    return [run(data, TINY, seed) for seed in (0, 1)]

@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 import pytest
 import torch
+from demo_runs import TINY
 from idx_files import write_mnist
 
 from dagrow.reporting import main
@@ -192,7 +194,7 @@ def test_ctrl_c_in_the_demo_is_one_line_and_130(here, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr("dagrow.reporting._cli.compare", interrupted)
+    monkeypatch.setattr("dagrow.reporting._cli.run", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "dagrow demo: interrupted.\n"
     assert torch.get_num_threads() == threads
@@ -217,32 +219,40 @@ def test_bad_seeds_are_refused(capsys, seed):
     assert "--seed" in refused(capsys, "demo", f"--seed={seed}")
 
 
-@pytest.mark.parametrize("epochs", ["0", "-2", "many"])
-def test_bad_epochs_are_refused(capsys, epochs):
-    assert "--epochs" in refused(capsys, "demo", f"--epochs={epochs}")
+@pytest.mark.parametrize("seeds", ["0", "-2", "many"])
+def test_bad_numbers_of_seeds_are_refused(capsys, seeds):
+    assert "--seeds" in refused(capsys, "demo", f"--seeds={seeds}")
 
 
-def test_the_demo_runs_on_digits_and_draws(here, capsys):
-    assert main(["demo", "--epochs", "4", "--figure", "mine.png"]) == 0
+def test_the_demo_runs_on_digits_draws_and_writes_a_page(here, capsys, monkeypatch):
+    monkeypatch.setattr("dagrow.reporting._cli.DIGITS", TINY)
+    assert main(["demo", "--seed", "3", "--seeds", "2", "--figure", "mine.png", "--page", "mine.html"]) == 0
     out = capsys.readouterr().out
     assert (here / "mine.png").read_bytes().startswith(b"\x89PNG")
-    for part in ("digits of scikit-learn: 1151 images", "random neurons", "from scratch", "Equal in all runs"):
-        assert part in out
-    assert "Figure: mine.png" in out
-    steps = re.findall(r"^ *\d+ +\d+ +hidden[12] +\+\d+ .* (\d\.\d{4})->(\d\.\d{4})", out, re.MULTILINE)
-    assert len(steps) >= 2
-    assert all(float(after) < float(before) for before, after in steps)
+    assert "dagrow.enlarge" in (here / "mine.html").read_text()
+    for part in (
+        "10,359 images",
+        "random neurons",
+        "from scratch",
+        "Equal in all arms",
+        "Figure: mine.png",
+        "mine.html",
+    ):
+        assert part in " ".join(out.split())
+    assert re.findall(r"^seed (\d): stopped improving after", out, re.MULTILINE) == ["3", "4"]
 
 
-def test_the_demo_runs_on_idx_files_and_repeats(here, capsys):
+def test_the_demo_runs_on_idx_files_and_repeats(here, capsys, monkeypatch):
+    monkeypatch.setattr("dagrow.reporting._cli.MNIST", replace(TINY, most=100))
     write_mnist(here, zipped=True)
     texts = []
     for _ in range(2):
-        assert main(["demo", "--data", str(here), "--epochs", "3", "--seed", "5"]) == 0
-        texts.append(re.sub(r".*seconds, all included.*", "", capsys.readouterr().out))
+        assert main(["demo", "--data", str(here), "--seed", "5", "--seeds", "1"]) == 0
+        texts.append(re.sub(r"Steps do not count.*?\.\nEqual", "", capsys.readouterr().out, flags=re.DOTALL))
     assert texts[0] == texts[1]
-    assert "16 pixels, 3 classes" in " ".join(texts[0].split())
+    assert "A network 16-4-5-3" in " ".join(texts[0].split())
     assert (here / "dagrow-demo.png").stat().st_size > 5000
+    assert (here / "dagrow-demo.html").stat().st_size > 5000
 
 
 def test_bad_data_is_one_line(here, capsys):
@@ -257,9 +267,10 @@ def test_bad_data_is_one_line(here, capsys):
 
 
 def test_a_bad_figure_is_refused_before_anything_runs(here, capsys, monkeypatch):
-    monkeypatch.setattr("dagrow.reporting._cli.compare", None)
+    monkeypatch.setattr("dagrow.reporting._cli.run", None)
     assert "must end in" in refused(capsys, "demo", "--figure", "figure.doc")
     assert "there is no folder" in refused(capsys, "demo", "--figure", "no/figure.png")
+    assert "there is no folder" in refused(capsys, "demo", "--page", "no/page.html")
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])

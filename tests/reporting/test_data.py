@@ -1,6 +1,7 @@
 """The data of the demo: IDX files, MNIST and digits."""
 
 import gzip
+import itertools
 import re
 
 import numpy as np
@@ -14,8 +15,21 @@ from dagrow.reporting._data import NAMES, mnist, read_idx
 
 def test_the_parts_of_the_digits_share_no_sample(data):
     parts = [data.train, data.validation, data.test]
-    assert sum(map(len, parts)) == 1797
-    assert len(torch.cat([part.inputs for part in parts]).unique(dim=0)) == 1797
+    assert sum(map(len, parts)) == 9 * 1797
+    for one, other in itertools.combinations(parts, 2):
+        both = torch.cat([one.inputs.unique(dim=0), other.inputs.unique(dim=0)])
+        assert len(both.unique(dim=0)) == len(both)
+
+
+def test_digits_are_shown_at_nine_places(data):
+    images = data.test.inputs.view(9, -1, 8, 8)
+    assert len(data.test.target.view(9, -1).unique(dim=0)) == 1
+    middle, dark = images[4], images.min()
+    for place in range(9):
+        down, right = 1 - place // 3, 1 - place % 3
+        moved = torch.roll(images[place], (-down, -right), (1, 2))
+        assert torch.equal(moved[:, 1:-1, 1:-1], middle[:, 1:-1, 1:-1])
+    assert torch.equal(images[0, :, 0], torch.full_like(images[0, :, 0], float(dark)))
 
 
 @pytest.mark.parametrize("kind", CODES)
