@@ -18,7 +18,7 @@ True
 
 from dagrow.pictures._figures import check_figure, check_place, empty_figure, rendered, write, write_bytes
 from dagrow.pictures._graph_plot import draw_graph
-from dagrow.pictures._history_plots import draw_plot, log_scale
+from dagrow.pictures._history_plots import draw_plot
 from dagrow.pictures._page import write_page
 from dagrow.pictures._records import Activation, Grown, Link, Record, Snapshot
 
@@ -33,7 +33,6 @@ __all__ = [
     "draw_graph",
     "draw_plot",
     "empty_figure",
-    "log_scale",
     "rendered",
     "write",
     "write_bytes",

@@ -36,7 +36,7 @@ def draw_plot(records: Sequence[Record], first: Mapping[str, int], path: Path) -
     drawing = empty_figure(13, 4.2)
     loss, widths, share = drawing.subplots(1, 3)
     _draw_losses(loss, records)
-    draw_widths(widths, [(records[0].epoch, first), *((r.epoch, r.widths) for r in records)] if records else [])
+    _draw_widths(widths, [(records[0].epoch, first), *((r.epoch, r.widths) for r in records)] if records else [])
     _draw_share(share, records)
     for axes in (loss, widths, share):
         tidy(axes)
@@ -63,11 +63,11 @@ def _draw_losses(axes: Any, records: Sequence[Record]) -> None:
     )
     axes.set_title("Loss, before growing")
     if all(record.train_loss > 0 and record.loss > 0 for record in records):
-        log_scale(axes)
+        _log_scale(axes)
     axes.legend()
 
 
-def log_scale(axes: Any) -> None:
+def _log_scale(axes: Any) -> None:
     """Makes the y axis logarithmic, with plain numbers at round ticks.
 
     Args:
@@ -78,7 +78,7 @@ def log_scale(axes: Any) -> None:
         formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
 
 
-def draw_widths(axes: Any, widths: Sequence[tuple[int, Mapping[str, int]]]) -> None:
+def _draw_widths(axes: Any, widths: Sequence[tuple[int, Mapping[str, int]]]) -> None:
     """The width of each axis over epochs.
 
     Args:

@@ -21,9 +21,8 @@ from dagrow.reporting._data import Dataset, Samples
 
 CONTINUED, SCRATCH, RANDOM, COPIES, ENLARGED = "small, as it is", "from scratch", "random", "copies", "dagrow"
 ARMS = (ENLARGED, SCRATCH, RANDOM, COPIES, CONTINUED)
-HIDDEN = ("hidden1", "hidden2")
 LOOK, PATIENCE, LEAST, CUT, END = 100, 3, 0.005, 0.3, 0.02  #: how the small network is trained, see stopped_improving
-MEASURED = 2000  #: samples that growing looks at, at most
+MEASURED = 1000  #: samples that growing looks at, at most
 NOISE = 0.3  #: on the fan-in of copies, in standard deviations of the layer's weights; equal units would stay equal
 
 Batch = tuple[Tensor, Tensor]
@@ -46,9 +45,9 @@ class Config:
     """
 
     rates: Mapping[str, tuple[float, ...]]
-    budgets: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
-    widths: tuple[int, ...] = (8, 8)
-    factor: float = 3.0
+    budgets: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15)
+    widths: tuple[int, ...] = (8, 8, 8, 8)
+    factor: float = 2.0
     batch: int = 100
     first: float = 5e-3
     held: float = 0.4
@@ -190,7 +189,8 @@ def start_of(arm: str, small: nn.Sequential, data: Dataset, config: Config, seed
     if arm == ENLARGED:
         enlarge(dag, measured, cross_entropy, config.factor, validation=validation)
         return model
-    for name, width, large in zip(HIDDEN, config.widths, config.large, strict=True):
+    for number, (width, large) in enumerate(zip(config.widths, config.large, strict=True), 1):
+        name = f"hidden{number}"
         inits: tuple[Init, ...] = ("copy",) if arm == COPIES else ("random", "zero")
         for init in inits:  # zero where no amplitude lowers the loss
             operator = AddNeurons(k=large - width, init=init, axes=(name,), folds=1, seed=seed)
@@ -226,14 +226,15 @@ def further(start: nn.Sequential, data: Dataset, config: Config, steps: int, rat
 
 
 def network(data: Dataset, widths: tuple[int, ...], seed: int) -> nn.Sequential:
-    """Two hidden layers with ReLU, and weights as He et al. 2015 draw them."""
-    sizes = pairwise((data.features, *widths, data.classes))
-    first, second, output = (skip_init(nn.Linear, *size) for size in sizes)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in (first, second, output):
+    """Hidden layers with ReLU, and weights as He et al. 2015 draw them."""
+    layers, generator = OrderedDict[str, nn.Module](), torch.Generator().manual_seed(seed)
+    for number, sizes in enumerate(pairwise((data.features, *widths, data.classes)), 1):
+        layer = skip_init(nn.Linear, *sizes)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(OrderedDict(hidden1=first, act1=nn.ReLU(), hidden2=second, act2=nn.ReLU(), output=output))
+        last = number > len(widths)
+        layers |= {"output": layer} if last else {f"hidden{number}": layer, f"act{number}": nn.ReLU()}
+    return nn.Sequential(layers)
 
 
 def _batches(samples: Samples, size: int, seed: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dagrow.pictures import empty_figure, log_scale, rendered, write_bytes
+from dagrow.pictures import empty_figure, rendered, write_bytes
 from dagrow.reporting._data import Dataset
 from dagrow.reporting._demo import ARMS, CONTINUED, COPIES, ENLARGED, RANDOM, SCRATCH, Config, Run
 
@@ -23,6 +23,7 @@ NAMES = {
     COPIES: "copies (Net2Net)",
     CONTINUED: "small, trained on",
 }
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)  #: of errors
 TOP, GAP = 1.3, 0.058  #: of what is drawn, over the small network's error; between labels, in parts of the height
 
 
@@ -101,11 +102,14 @@ def equal(config: Config) -> str:
     )
 
 
+def _sizes(data: Dataset, config: Config) -> list[str]:
+    """Of the small network and the large one."""
+    return ["-".join(map(str, (data.features, *w, data.classes))) for w in (config.widths, config.large)]
+
+
 def setting(data: Dataset, config: Config) -> str:
     """What is done, in short."""
-    small, large = (
-        "-".join(map(str, (data.features, *widths, data.classes))) for widths in (config.widths, config.large)
-    )
+    small, large = _sizes(data, config)
     return (
         f"{data.name}: {len(data.train):,} images to train on, {len(data.validation):,} to validate, "
         f"{len(data.test):,} to test. A network {small} is trained until its validation loss stops falling. There "
@@ -116,7 +120,9 @@ def setting(data: Dataset, config: Config) -> str:
 
 def drawn(runs: Sequence[Run], data: Dataset, config: Config) -> Any:
     """A line for each arm: test error over further steps, named at its end."""
-    drawing = empty_figure(9.2, 5.4)
+    drawing = empty_figure(9.2, 5.6)
+    from matplotlib.ticker import NullLocator
+
     axes = drawing.subplots()
     places = [100 * budget for budget in (0.0, *config.budgets)]
     ends = {}
@@ -129,15 +135,17 @@ def drawn(runs: Sequence[Run], data: Dataset, config: Config) -> Any:
         ends[arm] = middle[-1]
     lows = [min(errors(runs, arm, budget)) for arm in ARMS for budget in range(len(places))]
     bottom, top = max(0.8 * min(lows), 0.02), TOP * max(max(errors(runs, CONTINUED, 0)), 0.1)
-    log_scale(axes)
-    axes.set(ylim=(bottom, top), xlim=(-0.5, places[-1]), xticks=places)
+    axes.set(yscale="log", ylim=(bottom, top), xlim=(-0.02 * places[-1], 1.01 * places[-1]))
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(*zip(*[(tick, f"{tick:g}") for tick in TICKS if bottom <= tick <= top], strict=True))
     axes.set_xlabel(f"further training steps, in % of the {_steps(runs)} that the small network took")
     axes.set_ylabel("test error, % (logarithmic)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     _name_lines(axes, ends)
     drawing.suptitle("A trained network has stopped improving: what lowers its error in little time?", fontsize=13)
-    axes.set_title(_subtitle(runs, data, config), fontsize=9, color="#52606d")
+    axes.set_title(_subtitle(runs, data, config), fontsize=9, color="#52606d", loc="left")
     return drawing
 
 
@@ -147,9 +155,9 @@ def _steps(runs: Sequence[Run]) -> str:
 
 
 def _subtitle(runs: Sequence[Run], data: Dataset, config: Config) -> str:
-    widths = " and ".join(f"{old} to {new}" for old, new in zip(config.widths, config.large, strict=True))
+    small, large = _sizes(data, config)
     seeds = f"median of {len(runs)} seeds, shaded: their range" if len(runs) > 1 else f"seed {runs[0].seed}"
-    return f"{data.name}; hidden widths {widths}; {seeds}"
+    return f"{data.name}\n{small} (small), {large} (large); {seeds}"
 
 
 def _name_lines(axes: Any, ends: dict[str, float]) -> None:
@@ -167,7 +175,14 @@ def _name_lines(axes: Any, ends: dict[str, float]) -> None:
             va="center",
             fontsize=10,
             fontweight="bold" if arm == ENLARGED else "normal",
-            arrowprops={"arrowstyle": "-", "color": COLORS[arm], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": COLORS[arm],
+                "linewidth": 0.8,
+                "shrinkA": 0,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 

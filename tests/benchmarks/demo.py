@@ -1,6 +1,6 @@
 """``dagrow demo`` beyond what it shows: its learning rates, and what more training brings.
 
-    python tests/benchmarks/demo.py --seeds 100-104 --rates 0.0025,0.005,0.01,0.02,0.04
+    python tests/benchmarks/demo.py --seeds 100-104 --rates 0.005,0.01,0.02,0.04
     python tests/benchmarks/demo.py --seeds 100-102 --rates 0.0025,0.005,0.01 --budgets 1,2 --arms dagrow,"from scratch"
 
 It prints, for each arm and budget, the test error in per cent at the rate with the least validation error, as a median
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", default="100-104")
-    parser.add_argument("--rates", type=_numbers, default="0.0025,0.005,0.01,0.02,0.04")
+    parser.add_argument("--rates", type=_numbers, default="0.005,0.01,0.02,0.04")
     parser.add_argument("--budgets", type=_numbers, default=list(DIGITS.budgets))
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=1)

@@ -90,7 +90,7 @@ def labels(drawing):
 def test_each_line_is_named_at_its_end_and_labels_lie_apart(runs, data):
     for some in (runs, runs[:1], [invented(0)]):  # of the last, four lines end at one point
         drawing = drawn(some, data, TINY)
-        drawing.canvas.draw()
+        drawing.draw_without_rendering()
         texts = labels(drawing)
         assert {text.get_text().split("  ")[0] for text in texts} == set(NAMES.values())
         assert {text.get_color() for text in texts} == set(COLORS.values())
@@ -116,7 +116,7 @@ def test_the_lines_are_the_medians_and_axes_have_units(runs, data):
 def test_errors_of_zero_can_be_drawn(data):
     perfect = {arm: Outcome(0.5, 0.001, [0.0, 0.0, 0.0]) for arm in ARMS}
     drawing = drawn([invented(0, **perfect)], data, TINY)
-    drawing.canvas.draw()
+    drawing.draw_without_rendering()
     assert len(labels(drawing)) == len(ARMS)
 
 
