@@ -1,7 +1,7 @@
 """``dagrow demo`` beyond what it shows: its learning rates, and what more training brings.
 
-    python tests/benchmarks/demo.py --seeds 100-104 --rates 0.005,0.01,0.02,0.04
-    python tests/benchmarks/demo.py --seeds 100-102 --rates 0.0025,0.005,0.01 --budgets 1,2 --arms dagrow,"from scratch"
+    python tests/benchmarks/demo.py --seeds 100-103 --rates 0.0025,0.005,0.01,0.02,0.04
+    python tests/benchmarks/demo.py --seeds 100-102 --rates 0.0025,0.005,0.01,0.02 --budgets 0.2,0.4,1 --arms dagrow,"from scratch"
 
 It prints, for each arm and budget, the test error in per cent at the rate with the least validation error, as a median
 and the range over seeds, with that rate. The rates of the demo are those of the first command, whose seeds it does not
@@ -54,10 +54,10 @@ def cell(runs: Sequence[Scores], arm: str, budget: float, rate: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--seeds", default="100-104")
-    parser.add_argument("--rates", type=_numbers, default="0.005,0.01,0.02,0.04")
+    parser.add_argument("--seeds", default="100-103")
+    parser.add_argument("--rates", type=_numbers, default="0.0025,0.005,0.01,0.02,0.04")
     parser.add_argument("--budgets", type=_numbers, default=list(DIGITS.budgets))
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--arms", type=_arms, default=list(ARMS), help=", ".join(ARMS))
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
@@ -72,6 +72,13 @@ def main() -> None:
         rows.append([arm, *(cell(runs, arm, b, rate) for b, rate in zip(arguments.budgets, rates, strict=True))])
         print(f"{arm!r}: {tuple(rates)}")
     print(table(["", *(f"{100 * budget:g} %" for budget in arguments.budgets)], rows))
+
+
+def _arms(text: str) -> list[str]:
+    wrong = [arm for arm in text.split(",") if arm not in ARMS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(ARMS)}")
+    return text.split(",")
 
 
 def _numbers(text: str) -> list[float]:
