@@ -23,7 +23,6 @@ CONTINUED, SCRATCH, RANDOM, COPIES, ENLARGED = "small", "from scratch", "random"
 ARMS = (ENLARGED, SCRATCH, RANDOM, COPIES, CONTINUED)
 LOOK, PATIENCE, LEAST, CUT, END = 100, 3, 0.005, 0.3, 0.02  #: how the small network is trained, see stopped_improving
 MEASURED = 1000  #: samples that growing looks at, at most
-NOISE = 0.3  #: on the fan-in of copies, in standard deviations of the layer's weights; equal units would stay equal
 
 Batch = tuple[Tensor, Tensor]
 Init = Literal["copy", "random", "zero"]
@@ -41,6 +40,7 @@ class Config:
         batch: samples per step.
         first: rate of Adam for the small network.
         held: part of the further steps at the full rate; after that it falls to zero along half a cosine.
+        noise: on the fan-in of copies, in standard deviations of the layer's weights; equal units would stay equal.
         most: steps of the small network.
     """
 
@@ -51,6 +51,7 @@ class Config:
     batch: int = 100
     first: float = 5e-3
     held: float = 0.4
+    noise: float = 0.3
     most: int = 20_000
 
     @property
@@ -189,16 +190,16 @@ def start_of(arm: str, small: nn.Sequential, data: Dataset, config: Config, seed
             if grow(dag, measured, cross_entropy, [operator], validation=validation).parts:
                 break
         if arm == COPIES:
-            _break_symmetry(model.get_submodule(name), width, seed)
+            _add_noise(model.get_submodule(name), width, config.noise, seed)
     return model
 
 
 @torch.no_grad()
-def _break_symmetry(layer: nn.Module, width: int, seed: int) -> None:
-    """Noise on the rows from ``width`` on."""
+def _add_noise(layer: nn.Module, width: int, noise: float, seed: int) -> None:
+    """On the rows from ``width`` on."""
     assert isinstance(layer, nn.Linear)
     rows, generator = layer.weight[width:], torch.Generator().manual_seed(seed)
-    rows += NOISE * layer.weight.std() * torch.randn(rows.shape, generator=generator)
+    rows += noise * layer.weight.std() * torch.randn(rows.shape, generator=generator)
 
 
 def further(start: nn.Sequential, data: Dataset, config: Config, steps: int, rate: float, seed: int) -> nn.Sequential:

@@ -131,7 +131,14 @@ def drawn(runs: Sequence[Run], data: Dataset, config: Config) -> Any:
         middle, first = [max(median(column), 0.01) for column in columns], arm == ENLARGED
         style = {"color": COLORS[arm], "linewidth": 3 if first else 1.8, "zorder": 4 if first else 3}
         axes.plot(places, middle, "o-", markersize=5, **style)
-        axes.fill_between(places, [*map(min, columns)], [*map(max, columns)], color=COLORS[arm], alpha=0.1, linewidth=0)
+        axes.fill_between(
+            places,
+            [*map(min, columns)],
+            [*map(max, columns)],
+            color=COLORS[arm],
+            alpha=0.16 if first else 0.06,
+            linewidth=0,
+        )
         ends[arm] = middle[-1]
     lows = [min(errors(runs, arm, budget)) for arm in ARMS for budget in range(len(places))]
     bottom, top = max(0.8 * min(lows), 0.02), TOP * max(max(errors(runs, CONTINUED, 0)), 0.1)

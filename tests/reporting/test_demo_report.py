@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from demo_runs import TINY
+from matplotlib.text import Text
 from rich.console import Console
 
 from dagrow.errors import FigureError
@@ -94,7 +95,7 @@ def test_each_line_is_named_at_its_end_and_labels_lie_apart(runs, data):
         texts = labels(drawing)
         assert {text.get_text().split("  ")[0] for text in texts} == set(NAMES.values())
         assert {text.get_color() for text in texts} == set(COLORS.values())
-        boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+        boxes = sorted((Text.get_window_extent(text) for text in texts), key=lambda box: box.y0)
         assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))
         assert max(box.x1 for box in boxes) <= drawing.bbox.x1
         assert min(box.y0 for box in boxes) >= drawing.bbox.y0
