@@ -70,7 +70,16 @@ DIGITS = Config(
         CONTINUED: (0.005, 0.005, 0.01, 0.01),
     }
 )
-MNIST = DIGITS
+#: likewise, of the rates up to 0.02 and on the seeds 100 and 101
+MNIST = Config(
+    {
+        ENLARGED: (0.0025, 0.0025, 0.0025, 0.0025),
+        SCRATCH: (0.01, 0.0025, 0.0025, 0.0025),
+        RANDOM: (0.01, 0.0025, 0.005, 0.0025),
+        COPIES: (0.02, 0.02, 0.02, 0.02),
+        CONTINUED: (0.01, 0.005, 0.0025, 0.0025),
+    }
+)
 
 
 @dataclass
