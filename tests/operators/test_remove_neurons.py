@@ -345,10 +345,13 @@ def trained(
     return model, [(x[:n], y[:n])], [(x[n:], y[n:])]
 
 
-@pytest.mark.parametrize("n", [100, 400])
-def test_the_error_of_a_prediction_is_its_distance_from_the_rise_on_other_samples(n: int) -> None:
-    """With few samples the refit follows them, so that what was measured on them is too small by itself."""
-    apart, fitted, predicted = [], [], []
+@pytest.mark.parametrize(("n", "is_enough"), [(100, False), (400, True)])
+def test_a_prediction_is_nearer_to_the_rise_on_other_samples_than_what_was_fitted(n: int, is_enough: bool) -> None:
+    """With few samples the refit follows them, so that what was measured on them is too small by itself.
+
+    The units that go are chosen on all of them: where they are few, the error does not tell of that.
+    """
+    apart, fitted, predicted, true = [], [], [], []
     for seed in range(16):
         model, _, ((x, y),) = trained(1000, 12, seed)
         growth = of(dagrow.trace(model, x[:2]), [(x[:n], y[:n])], RemoveNeurons(k=5), "0")
@@ -357,8 +360,11 @@ def test_the_error_of_a_prediction_is_its_distance_from_the_rise_on_other_sample
         apart.append((-growth.heldout_gain - rise) / growth.heldout_error)
         predicted.append(-growth.heldout_gain)
         fitted.append(growth.loss(1.0) - growth.loss(0.0))
+        true.append(rise)
     assert np.mean(fitted) < np.mean(predicted)
-    assert 0.5 < np.sqrt(np.mean(np.square(apart))) < 1.6
+    assert abs(np.mean(predicted) - np.mean(true)) < abs(np.mean(fitted) - np.mean(true))
+    if is_enough:
+        assert 0.5 < np.sqrt(np.mean(np.square(apart))) < 1.6
 
 
 def test_with_many_samples_prediction_and_measurement_are_one() -> None:
