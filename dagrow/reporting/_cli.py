@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", type=Path, metavar="DIR", help=data)
     seed = "the first, of the split, weights, batches and random neurons (default: 0); the same seed gives the same run"
     demo.add_argument("--seed", type=lambda text: _whole(text, 0, 2**31), default=0, metavar="N", help=seed)
-    seeds = "how many, one after the other (default: 3)"
-    demo.add_argument("--seeds", type=lambda text: _whole(text, 1, 1000), default=3, metavar="N", help=seeds)
+    seeds = "how many, one after the other (default: 1)"
+    demo.add_argument("--seeds", type=lambda text: _whole(text, 1, 1000), default=1, metavar="N", help=seeds)
     file = "where to save the figure; its ending is its format (default: ./dagrow-demo.png)"
     demo.add_argument("--figure", type=Path, default=Path("dagrow-demo.png"), metavar="FILE", help=file)
     page = "where to save the page (default: ./dagrow-demo.html)"

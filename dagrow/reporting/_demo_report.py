@@ -18,10 +18,10 @@ from dagrow.reporting._demo import ARMS, CONTINUED, COPIES, ENLARGED, RANDOM, SC
 COLORS = {ENLARGED: "#0b6e4f", SCRATCH: "#d1495b", RANDOM: "#c77d0a", COPIES: "#7b4fa3", CONTINUED: "#6b7280"}
 NAMES = {
     ENLARGED: "dagrow.enlarge",
-    SCRATCH: "large, from scratch",
+    SCRATCH: "from scratch",
     RANDOM: "random neurons",
-    COPIES: "copies (Net2Net)",
-    CONTINUED: "small, trained on",
+    COPIES: "Net2Net copies",
+    CONTINUED: "small, goes on",
 }
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)  #: of errors
 TOP, GAP = 1.3, 0.058  #: of what is drawn, over the small network's error; between labels, in parts of the height
@@ -48,7 +48,7 @@ def _cells(runs: Sequence[Run], arm: str, config: Config) -> list[tuple[str, str
     cells = []
     for budget in range(len(config.budgets) + 1):
         values = errors(runs, arm, budget)
-        spread = f"{min(values):.1f} - {max(values):.1f}" if len(values) > 1 else ""
+        spread = f"{min(values):.1f}-{max(values):.1f}" if len(values) > 1 else ""
         cells.append((f"{median(values):.1f}", spread))
     return cells
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dagrow.errors import FigureError
 from dagrow.pictures import check_figure, write
-from dagrow.reporting._demo import ARMS, CONTINUED, ENLARGED, SCRATCH, Outcome, Run
+from dagrow.reporting._demo import ARMS, CONTINUED, DIGITS, ENLARGED, SCRATCH, Outcome, Run
 from dagrow.reporting._demo_report import (
     COLORS,
     GAP,
@@ -52,13 +52,23 @@ def test_the_table_says_what_the_runs_hold_in_80_columns(runs):
     for arm in ARMS:
         both = [sorted(run.arms[arm].errors[budget] for run in runs) for budget in range(3)]
         assert rows[NAMES[arm]][0] == [f"{sum(pair) / 2:.1f}" for pair in both]
-        assert rows[NAMES[arm]][1] == [f"{low:.1f} - {high:.1f}" for low, high in both]
+        assert rows[NAMES[arm]][1] == [f"{low:.1f}-{high:.1f}" for low, high in both]
 
 
 def test_one_seed_has_no_range(runs):
     text = shown(comparison(runs[:1], TINY))
     assert "seed 0" in text
-    assert " - " not in text
+    assert "-" not in text
+
+
+def test_the_table_of_the_defaults_does_not_wrap_in_80_columns():
+    several = [invented(seed) for seed in (0, 1)]
+    for invention in several:
+        for outcome in invention.arms.values():
+            outcome.errors = [89.1 + invention.seed, 42.7, 31.5 + invention.seed, 26.2, 21.4]
+    lines = shown(comparison(several, DIGITS)).splitlines()
+    assert sum(line.startswith("│") for line in lines) == 2 * len(ARMS)
+    assert any("89.1-90.1" in line for line in lines)
 
 
 def test_who_is_ahead_is_counted_whoever_it_is():
