@@ -86,11 +86,13 @@ class Budget:
         """Whether nothing fits any more that adds parameters, with their operations, and some neurons.
 
         Args:
-            neurons: the fewest that would be added.
+            neurons: the fewest that would be added; less than 0 if some go, which takes a growth alone.
 
         Returns:
             True if nothing fits.
         """
+        if neurons < 0:
+            return self.growths == 0
         most = inf if self.neurons is None else self.neurons
         return 0 in (self.parameters, self.flops, self.growths) or most < neurons
 

@@ -110,7 +110,7 @@ class Operator(ABC):
 
     @property
     def least_neurons(self) -> int | None:
-        """How many neurons each of its growths adds, at least; None if it adds no parameters at all."""
+        """How many neurons each of its growths adds, at least; less than 0 if some go; None if there are no others."""
         return 0
 
     def check_regularisation(self, ridge: float | None) -> None:

@@ -64,8 +64,8 @@ class RemoveNeurons(Operator):
         check_names(self, "axes")
 
     @property
-    def least_neurons(self) -> None:
-        return None
+    def least_neurons(self) -> int:
+        return -(self.k or 1)
 
     def candidates(self, dag: Dag) -> Sequence[Candidate]:
         ridges = (self.ridge,) if self.ridge is not None else REFIT_RIDGES if self.folds > 1 else (0.0,)
@@ -99,6 +99,8 @@ class RemoveNeurons(Operator):
             return str(axis.reason)
         if not axis.consumers:
             return "no layer reads it: its channels meet in a product of two layers, where nothing can be refitted"
+        if axis.elsewhere:
+            return f"nothing is known of what {', '.join(axis.elsewhere)} read there, which only other examples run"
         if axis.shared:
             return f"no closed form holds for it: {axis.shared}"
         return None

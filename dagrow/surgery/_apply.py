@@ -26,6 +26,7 @@ from dagrow.surgery._optimizers import (
     first_entries,
     log_growth,
     log_undo,
+    remember,
     sequence_of,
     settle,
     watch_steps,
@@ -295,6 +296,11 @@ def apply(dag: Dag, change: Change, gamma: float, optimizer: Optimizers = None) 
     growing = {old.tensor: tensors[name] for name, old in undo.overwritten.tensors.items() if old.index_maps}
     first = [first_entries(one, growing) for one in undo.optimizers]
     refuse_new(undo.optimizers, change.added, dag.model)
+    losing = [
+        old.tensor for old in undo.overwritten.growing if any(len(at.kept) < len(at.old) for at in old.index_maps)
+    ]
+    if losing:
+        remember(losing)
     with all_or_nothing(undo.restore):
         undo.overwritten.write(tensors, kind)
         for one, entries in zip(undo.optimizers, first, strict=True):

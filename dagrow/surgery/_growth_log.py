@@ -113,13 +113,12 @@ class GrowthLog:
         unreachable = min(newest.values())
         self.dropped, self.resizes = self.dropped + unreachable, self.resizes[unreachable:]
 
-    def start(self, shape: torch.Size, version: int | None = None, *, oldest: bool = False) -> int | None:
+    def start(self, shape: torch.Size, version: int | None = None) -> int | None:
         """The first resize that state of this shape has still to follow; None if no version had the shape.
 
         Args:
             shape: of the state.
-            version: that it is of, if that is known.
-            oldest: whether, if it is not known, the oldest version of that shape counts, not the newest.
+            version: that it is of; if that is not known, it is of the newest of that shape.
 
         Returns:
             Its number.
@@ -130,21 +129,20 @@ class GrowthLog:
                 return at
         shapes = [*(resize.before for resize in self.resizes), self.resizes[-1].after]
         found = [at for at, other in enumerate(shapes) if other == shape]
-        return found[0 if oldest else -1] if found else None
+        return found[-1] if found else None
 
-    def follow(self, state: Tensor, version: int | None, first: Tensor, *, oldest: bool = False) -> Tensor:
+    def follow(self, state: Tensor, version: int | None, first: Tensor) -> Tensor:
         """State of a version, or of one of its shape, brought to the present one.
 
         Args:
             state: of a shape that the parameter has or had.
             version: that it is of, if that is known.
             first: what new entries start with, in the present shape.
-            oldest: whether, if it is not known, it is the oldest one of that shape, not the newest.
 
         Returns:
             State in the present shape.
         """
-        start = self.start(state.shape, version, oldest=oldest)
+        start = self.start(state.shape, version)
         resizes = _less_undone(self.resizes[len(self.resizes) if start is None else start :])
         if not resizes:
             return state

@@ -5,6 +5,7 @@ bit-equal, new ones as the optimizer would begin with them. An optimizer that no
 its next step.
 """
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from inspect import signature
@@ -83,6 +84,36 @@ def _is_loaded(optimizer: Optimizer) -> bool:
     return _groups.get(optimizer) is not optimizer.param_groups
 
 
+def _forget_loaded(optimizer: Optimizer) -> None:
+    """Other state may be of any version."""
+    if _is_loaded(optimizer):
+        for _, log in logged(optimizer):
+            log.versions.pop(optimizer, None)
+
+
+def remember(parameters: Sequence[Tensor]) -> None:
+    """Notes which optimizers have state of parameters as they are now, before entries of these go.
+
+    Others may come in their place, so that a shape which was there before does not tell whose state it is.
+
+    Args:
+        parameters: that are going to lose entries.
+    """
+    for optimizer in [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]:
+        held = [parameter for parameter in parameters if _is_of(optimizer.state.get(parameter), parameter)]
+        if held:
+            _forget_loaded(optimizer)
+            _groups[optimizer] = optimizer.param_groups
+        for parameter in held:
+            log = opened_log(parameter)
+            log.versions.setdefault(optimizer, log.version)
+
+
+def _is_of(state: object, parameter: Tensor) -> bool:
+    """Whether some of the state has the parameter's shape."""
+    return any(isinstance(value, Tensor) and value.shape == parameter.shape for value in tree_leaves(state))
+
+
 def carry(optimizer: Optimizer, known: Mapping[Tensor, Mapping[Path, Tensor]] | None = None) -> None:
     """Brings all state of an optimizer to its parameters' present shapes, and new parameters into its groups.
 
@@ -93,16 +124,13 @@ def carry(optimizer: Optimizer, known: Mapping[Tensor, Mapping[Path, Tensor]] | 
     Raises:
         OptimizerError: some state cannot follow; none has changed.
     """
-    unseen = optimizer not in _groups  # it has not stepped since its parameters began to change
-    if _is_loaded(optimizer):
-        for _, log in logged(optimizer):
-            log.versions.pop(optimizer, None)
+    _forget_loaded(optimizer)
     regroup(optimizer)
     behind = {parameter: log for parameter, log in logged(optimizer) if log.is_behind(optimizer)}
     first = dict(known or {})
     first |= first_entries(optimizer, {p: p.detach() for p in behind if p not in first})
     states = {
-        parameter: _brought(optimizer, parameter, log, first.get(parameter, {}), oldest=unseen)
+        parameter: _brought(optimizer, parameter, log, first.get(parameter, {}))
         for parameter, log in behind.items()
         if parameter in optimizer.state
     }
@@ -248,13 +276,11 @@ def check_steps(optimizer: Optimizer) -> None:
         )
 
 
-def _brought(
-    optimizer: Optimizer, parameter: Tensor, log: GrowthLog, first: Mapping[Path, Tensor], *, oldest: bool
-) -> dict[str, Any]:
+def _brought(optimizer: Optimizer, parameter: Tensor, log: GrowthLog, first: Mapping[Path, Tensor]) -> dict[str, Any]:
     """State of a version of a parameter, brought to the present one."""
     version = log.versions.get(optimizer)
 
     def follow(path: Path, value: Any) -> Any:
-        return log.follow(value, version, first[path], oldest=oldest) if path in first else value
+        return log.follow(value, version, first[path]) if path in first else value
 
     return dict(tree_map_with_path(follow, dict(optimizer.state[parameter])))

@@ -710,3 +710,28 @@ def test_energy_of_the_reference_is_what_is_lost() -> None:
     for _ in range(10):
         other = refitted + 0.1 * rng.normal(size=(3, 5)) * (np.arange(5) % 2 == 0)
         assert energy(B @ (W - other).T) > lost
+
+
+def test_what_only_other_examples_run_is_not_cut_off() -> None:
+    """Nothing is measured there, so that nobody knows what it needs."""
+
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.heads = nn.Linear(5, 6), nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 2)})
+
+        def forward(self, x: Tensor, task: str = "a") -> Tensor:
+            return self.heads[task](self.trunk(x).tanh())
+
+    model, x = Tasks(), torch.randn(20, 5)
+    dag = dagrow.trace(model, x[:2], also=[(x[:2], "b")])
+    with pytest.raises(GrowthError, match=r"nothing is known of what heads\.b read there"):
+        dagrow.propose(dag, [(x, torch.randn(20, 3))], mse, [RemoveNeurons(k=1)])
+
+
+def test_a_budget_that_is_spent_lets_units_go() -> None:
+    model, batches = perceptron(), data(4)
+    dag, budget = dagrow.trace(model, batches[0][0]), dagrow.Budget(parameters=0)
+    grower = dagrow.Grower(dag, mse, operators=[RemoveNeurons(k=1, axes=("0",))], budget=budget)
+    assert [part.neurons for part in grower.step(0, batches).parts] == [-1]
+    assert grower.over is None

@@ -82,6 +82,21 @@ def test_state_that_was_loaded_since_is_that_of_the_present_units() -> None:
     assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], kept["state"][0]["exp_avg"])
 
 
+def test_state_that_another_optimizer_takes_over_is_that_of_the_present_units() -> None:
+    """It was made since units went and came, so that it knows of no others."""
+    model, optimizer, dag = trained(OPTIMIZERS["adam"])
+    dagrow.surgery._apply.apply(dag, dagrow.surgery.removal(dag, dag.axis("0"), torch.tensor([0]), {}), 1.0)
+    grow(dag, 1)
+    step(model, optimizer)
+    kept = copy.deepcopy(optimizer.state_dict())
+    other = type(optimizer)(model.parameters())
+    other.load_state_dict(copy.deepcopy(kept))
+    other.zero_grad()
+    other.step()
+    assert kept["state"][0]["exp_avg"].any()
+    assert torch.equal(other.state[model[0].weight]["exp_avg"], kept["state"][0]["exp_avg"])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_goes_on_after_a_growth() -> None:
     for model in (nn.Linear(3, 1), grown_model()):
