@@ -109,6 +109,10 @@ FIXED = {
 def test_all_laws_on_awkward_models(name: str, operator: Operator) -> None:
     make, shape = FIXED[name]
     torch.manual_seed(0)
+    if name == "width one" and isinstance(operator, RemoveNeurons):  # its only unit has to stay
+        with pytest.raises(AssertionError, match="proposes nothing"):
+            check_operator(operator, [case_of(make(), *shape)])
+        return
     check_operator(operator, [case_of(make(), *shape)])
 
 

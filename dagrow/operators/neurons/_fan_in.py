@@ -120,6 +120,7 @@ def _leading(settings: NeuronSettings, own: AxisMoments, regressions: Sequence[R
             return None
     assert k is not None
     leading = directions(own.view(ridge, cancels=settings.joint), regressions, max(k, _rank(settings)), ridge)
+    leading = replace(leading, alpha=leading.alpha.double(), values=leading.values.double())  # as all other moments
     notes = (leading.note,) if leading.note else ()
     # singular vectors have no sign: where a unit has several, what it computes depends on their signs to each other
     proposal = Proposal(leading.alpha[:, :k], leading.values[:k], notes, invariant=per_unit == 1)
