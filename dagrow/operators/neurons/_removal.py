@@ -4,8 +4,8 @@ All of it comes from the second moments of what the consumers read, but for one 
 the way is measured, by the loss at its end.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -123,14 +123,14 @@ class _Choice:
     settings: Removal
     objective: Objective
     m: Moments
+    _orders: dict[float, Tensor] = field(default_factory=dict)
 
     def order(self, ridge: float) -> Tensor:
         """Units, those first that go first."""
-        return self._orders(ridge if self.settings.score == "refit" else 0.0)
-
-    @cached_property
-    def _orders(self):  # type: ignore[no-untyped-def]
-        return lru_cache(maxsize=None)(self._ordered)
+        used = ridge if self.settings.score == "refit" else 0.0
+        if used not in self._orders:
+            self._orders[used] = self._ordered(used)
+        return self._orders[used]
 
     def _ordered(self, ridge: float) -> Tensor:
         settings = self.settings
